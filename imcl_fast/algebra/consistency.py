@@ -1,0 +1,186 @@
+"""Collaborative consistency with its closed-form gradient, in plain PyTorch.
+
+``loss_h = ce_weight_h CE(z_h, y) + kl_weight_h T^2 KL(q_h || p_h)`` with
+p_h = softmax(z_h/T). For detached teachers
+
+``dz_h = ce_weight_h (softmax(z_h) - y)/B + kl_weight_h T (p_h - q_h)/B``.
+
+Pairwise consistency is linear in the number of heads: with P = sum_j p_j and
+Q = sum_j p_j log p_j, ``sum_{j != h} KL(p_j || p_h) = sum_k Q - P log p_h``.
+A teacher that is not detached adds ``T q (log q - log p - KL)`` to its own
+logits, shared out the way they were averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+OTHERS, MEAN, FINAL, PAIRWISE = range(4)
+REDUCE_MEAN, REDUCE_SUM, REDUCE_NONE = range(3)
+
+
+def forward(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    ce_weight: Sequence[float],
+    kl_weight: Sequence[float],
+    groups: Sequence[int],
+    temperature: Sequence[float],
+    teacher: Sequence[int],
+    detach: Sequence[bool],
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss () or (B,), terms (2, H), and statistics for the backward (none are needed here)."""
+    z = _stack(logits)  # [H, B, K]
+    heads, batch, classes = z.shape
+    counted = _counted(target, ignore_index, z)
+    ce = z.new_zeros(heads, batch)
+    if target is not None:
+        log_p = torch.log_softmax(z, -1)
+        index = torch.where(counted, target, 0).expand(heads, batch).unsqueeze(-1)
+        nll = -log_p.gather(-1, index).squeeze(-1)
+        ce = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(-1)
+    kl = torch.cat(
+        [
+            t * t * _group_kl(torch.log_softmax(g / t, -1), g / t, kind)
+            for g, t, kind in _grouped(z, groups, temperature, teacher)
+        ]
+    )
+    ce = torch.where(counted, ce, 0.0)
+    kl = torch.where(counted, kl, 0.0)
+    per_sample = _column(ce_weight, z).squeeze(-1).t() @ ce + _column(kl_weight, z).squeeze(-1).t() @ kl
+    per_sample = per_sample.squeeze(0)
+    terms = torch.stack([ce, kl]).sum(-1)
+    count = counted.sum().clamp(min=1)
+    if reduction == REDUCE_NONE:
+        return per_sample, terms / count, z.new_empty(0)
+    if reduction == REDUCE_SUM:
+        return per_sample.sum(), terms, z.new_empty(0)
+    return per_sample.sum() / count, terms / count, z.new_empty(0)
+
+
+def backward(
+    grad: Tensor,
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    stats: Tensor,
+    ce_weight: Sequence[float],
+    kl_weight: Sequence[float],
+    groups: Sequence[int],
+    temperature: Sequence[float],
+    teacher: Sequence[int],
+    detach: Sequence[bool],
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+) -> list[Tensor]:
+    """The gradient of every block of logits, scaled by ``grad`` () or (B,) on its device."""
+    z = _stack(logits)  # [H, B, K]
+    heads, batch, classes = z.shape
+    counted = _counted(target, ignore_index, z)
+    dz = torch.zeros_like(z)
+    if target is not None:
+        index = torch.where(counted, target, 0).expand(heads, batch).unsqueeze(-1)
+        soft = torch.full_like(z, label_smoothing / classes)
+        soft.scatter_add_(-1, index, torch.full_like(soft[..., :1], 1 - label_smoothing))
+        dz = _column(ce_weight, z) * (torch.softmax(z, -1) - soft)
+    weights = _column(kl_weight, z).split(list(groups))
+    dz = dz + torch.cat(
+        [
+            t * _group_gradient(torch.log_softmax(g / t, -1), g / t, w, kind, detached)
+            for (g, t, kind), w, detached in zip(
+                _grouped(z, groups, temperature, teacher), weights, detach, strict=True
+            )
+        ]
+    )
+    scale = grad.to(z.dtype)
+    if reduction == REDUCE_MEAN:
+        scale = scale / counted.sum().clamp(min=1)
+    dz = torch.where(counted.unsqueeze(-1), dz * scale.expand(batch).unsqueeze(-1), 0.0)
+    return _unstack(dz, logits)
+
+
+def _group_kl(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
+    """KL(teacher_h || p_h) [H, B] of one group, from log p and z/T [H, B, K]."""
+    size = len(z)
+    if size == 1:
+        return z.new_zeros(z.shape[:2])
+    if kind == PAIRWISE:
+        p = log_p.exp()
+        entropy, total = (p * log_p).sum(0), p.sum(0)
+        return (entropy - total * log_p).sum(-1) / (size - 1)
+    log_q = _teacher_log_probs(log_p, z, kind)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    if kind == FINAL:
+        kl = torch.cat([kl[:-1], torch.zeros_like(kl[-1:])])
+    return kl
+
+
+def _group_gradient(log_p: Tensor, z: Tensor, w: Tensor, kind: int, detached: bool) -> Tensor:
+    """d/d(z/T) of sum_h w_h KL(teacher_h || p_h), [H, B, K]."""
+    size = len(z)
+    if size == 1:
+        return torch.zeros_like(z)
+    p = log_p.exp()
+    if kind == PAIRWISE:
+        dz = w * (p - (p.sum(0) - p) / (size - 1))
+        if not detached:
+            toward = (w.sum(0) - w) * log_p - ((w * log_p).sum(0) - w * log_p)
+            dz = dz + p * (toward - (p * toward).sum(-1, keepdim=True)) / (size - 1)
+        return dz
+    if kind == FINAL:
+        w = torch.cat([w[:-1], torch.zeros_like(w[-1:])])
+    log_q = _teacher_log_probs(log_p, z, kind)
+    q = log_q.exp()
+    dz = w * (p - q)
+    if detached:
+        return dz
+    gap = log_q - log_p
+    into = w * q * (gap - (q * gap).sum(-1, keepdim=True))  # d/d(teacher logits of h)
+    total = into.sum(0)
+    if kind == OTHERS:
+        return dz + (total - into) / (size - 1)
+    if kind == MEAN:
+        return dz + total / size
+    return torch.cat([dz[:-1], dz[-1:] + total])
+
+
+def _teacher_log_probs(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
+    if kind == OTHERS:
+        return torch.log_softmax((z.sum(0) - z) / (len(z) - 1), -1)
+    if kind == MEAN:
+        return torch.log_softmax(z.mean(0), -1).expand_as(z)
+    return log_p[-1:].expand_as(log_p)
+
+
+def _grouped(z: Tensor, groups, temperature, teacher):
+    return zip(z.split(list(groups)), temperature, teacher, strict=True)
+
+
+def _counted(target: Tensor | None, ignore_index: int, z: Tensor) -> Tensor:
+    if target is None:
+        return z.new_ones(z.shape[1], dtype=torch.bool)
+    return target != ignore_index
+
+
+def _column(weights: Sequence[float], z: Tensor) -> Tensor:
+    return torch.tensor(list(weights), dtype=z.dtype).to(z.device).view(-1, 1, 1)
+
+
+def _stack(logits: Sequence[Tensor]) -> Tensor:
+    """All heads as one [H, B, K] in the accumulation dtype."""
+    z = torch.cat([block if block.dim() == 3 else block.unsqueeze(0) for block in logits])
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
+    sizes = [len(block) if block.dim() == 3 else 1 for block in logits]
+    return [
+        torch.empty_like(block).copy_(part.reshape(block.shape))
+        for part, block in zip(dz.split(sizes), logits, strict=True)
+    ]

@@ -1,0 +1,106 @@
+"""The autograd Functions: the same two for every implementation but the reference.
+
+A forward saves its inputs (which the network keeps anyway) and the small state
+of its kernel; the backward is one more kernel, scaled by ``grad_output`` where
+that lies. They trace under ``torch.compile`` because the operators they call
+have fake kernels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class PairwiseOptions(NamedTuple):
+    """Arguments of the pairwise operators, in the order of their schema."""
+
+    penalty: int
+    center: bool
+    eps: float
+    batched: bool
+    precision: int
+
+
+class ConsistencyOptions(NamedTuple):
+    """Arguments of the consistency operators, in the order of their schema."""
+
+    ce_weight: list[float]
+    kl_weight: list[float]
+    groups: list[int]
+    temperature: list[float]
+    teacher: list[int]
+    detach: list[bool]
+    label_smoothing: float
+    ignore_index: int
+    reduction: int
+
+
+class PairwisePenalty(Function):
+    """apply(implementation, options, *xs) -> loss ()."""
+
+    @staticmethod
+    def forward(ctx, implementation, options: PairwiseOptions, *xs: Tensor) -> Tensor:
+        keep = any(ctx.needs_input_grad)
+        loss, state = implementation.forward(list(xs), *options, keep)
+        ctx.save_for_backward(*xs, *state)
+        ctx.implementation, ctx.options, ctx.layers = implementation, options, len(xs)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        saved = list(ctx.saved_tensors)
+        xs, state = saved[: ctx.layers], saved[ctx.layers :]
+        with torch.no_grad():
+            dxs = ctx.implementation.backward(grad, xs, state, *ctx.options)
+        dxs = _first_order_only(dxs, [grad, *xs])
+        return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
+
+
+class CollaborativeConsistency(Function):
+    """apply(implementation, options, target, *logits) -> (loss () or (B,), terms (2, H))."""
+
+    @staticmethod
+    def forward(ctx, implementation, options: ConsistencyOptions, target, *logits: Tensor):
+        loss, terms, stats = implementation.forward(list(logits), target, *options)
+        ctx.mark_non_differentiable(terms)
+        ctx.save_for_backward(stats, target, *logits)
+        ctx.implementation, ctx.options = implementation, options
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _terms):
+        stats, target, *logits = ctx.saved_tensors
+        with torch.no_grad():
+            dz = ctx.implementation.backward(grad, logits, target, stats, *ctx.options)
+        dz = _first_order_only(dz, [grad, *logits])
+        return None, None, None, *_needed(dz, ctx.needs_input_grad[3:])
+
+
+class _FirstOrderOnly(Function):
+    """Hands gradients through, and says what to do when they are differentiated again."""
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor):
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "imcl_fast: the fused losses can be differentiated once only; for double "
+            'backward (create_graph=True) pass impl="reference"'
+        )
+
+
+def _first_order_only(gradients, sources):
+    """Tie the gradients to what they depend on, so that a double backward is an error."""
+    if not torch.is_grad_enabled() or not any(s.requires_grad for s in sources):
+        return gradients
+    return _FirstOrderOnly.apply(len(gradients), *gradients, *sources)
+
+
+def _needed(gradients, needs):
+    return (g if need else None for g, need in zip(gradients, needs, strict=True))

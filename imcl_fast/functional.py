@@ -1,0 +1,255 @@
+"""The fused losses as functions: validate, choose an implementation, call it.
+
+All three accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
+``"triton"`` and ``"cuda"`` (GPU), ``"torch"`` (the same algebra in plain PyTorch,
+any device) and ``"reference"`` (the naive definition, differentiable twice).
+Inputs are never written to and never copied, whatever their strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import implementations, reference, validation
+from .autograd import (
+    CollaborativeConsistency,
+    ConsistencyOptions,
+    PairwiseOptions,
+    PairwisePenalty,
+)
+
+PENALTIES = ("square", "abs", "signed")
+TEACHERS = ("others", "mean", "final", "pairwise")
+REDUCTIONS = ("mean", "sum", "none")
+PRECISIONS = ("highest", "high", "medium")
+
+
+def representation_similarity(
+    features: Tensor | Sequence[Tensor],
+    *,
+    penalty: str = "square",
+    center: bool = False,
+    eps: float = 1e-12,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Similarity between the channels of intermediate representations (way 3).
+
+    Every sample of a layer gives a matrix whose rows x_i are its C channels and
+    whose columns are its pixels. With c_ij the cosine of x_i and x_j the penalty is
+
+    .. math:: \frac{1}{C(C-1)} \sum_{i \ne j} \phi(c_{ij}),
+
+    averaged over the batch and then over the layers.
+
+    Args:
+        features: (B, C, \*spatial), or a sequence of such tensors, one per layer,
+            whose shapes may differ; C >= 2. float16, bfloat16, float32 or float64,
+            of any strides (channels_last is read as it lies).
+        penalty: ``"square"`` c^2, ``"abs"`` \|c\| (RePr, arXiv 1811.07275; its
+            derivative at 0 is 0), or ``"signed"`` c.
+        center: subtract each channel's mean over its pixels first, which turns the
+            cosine into Pearson's correlation.
+        eps: a channel whose norm is at most ``eps`` is dead: its similarities are 0
+            and its gradient is exactly 0. With ``center`` so is a channel whose
+            centred norm is at most 1e-5 of its norm.
+        impl: see the module.
+
+    Returns:
+        A scalar; float64 if a feature is, float32 otherwise. An empty batch gives 0.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value.
+        RuntimeError: ``impl`` can't run here; the message says why.
+
+    The definition reconstructs intra-model collaborative learning (arXiv 2105.09590).
+    """
+    xs = validation.tensors("features", features, "(B, C, *spatial)", range(3, 64))
+    validation.rows("features", xs, 1, "channels")
+    if not isinstance(center, bool):
+        raise TypeError(f"center: expected a bool, got {type(center).__name__}")
+    return _pairwise(xs, penalty, center, eps, True, impl)
+
+
+def kernel_similarity(
+    weights: Tensor | Sequence[Tensor],
+    *,
+    penalty: str = "square",
+    eps: float = 1e-12,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Similarity between the kernels of each convolution or linear layer (way 4).
+
+    A weight is a matrix whose N rows are its output channels' kernels. With c_ij the
+    cosine of kernels i and j the penalty is ``1/(N(N-1)) sum_{i != j} phi(c_ij)``,
+    averaged over the layers.
+
+    Args:
+        weights: (Cout, Cin/groups, \*k) or (out, in), or a sequence of such tensors
+            whose shapes may differ; Cout >= 2. float16, bfloat16, float32 or float64,
+            of any strides.
+        penalty: ``"square"`` c^2, ``"abs"`` \|c\| (RePr, arXiv 1811.07275; its
+            derivative at 0 is 0), or ``"signed"`` c.
+        eps: a kernel whose norm is at most ``eps`` is dead: its similarities are 0 and
+            its gradient is exactly 0.
+        impl: see the module.
+
+    Returns:
+        A scalar; float64 if a weight is, float32 otherwise. The precision of its
+        products follows ``torch.get_float32_matmul_precision()``: ``"medium"`` may
+        round float32 inputs to bfloat16, the others do not.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value.
+        RuntimeError: ``impl`` can't run here; the message says why.
+
+    The definition reconstructs intra-model collaborative learning (arXiv 2105.09590).
+    """
+    xs = validation.tensors("weights", weights, "(Cout, Cin, *k) or (out, in)", range(2, 64))
+    validation.rows("weights", xs, 0, "kernels")
+    return _pairwise(xs, penalty, False, eps, False, impl)
+
+
+def collaborative_consistency(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None,
+    *,
+    temperature: float | Sequence[float] = 2.0,
+    ce_weight: float | Sequence[float] = 1.0,
+    kl_weight: float | Sequence[float] = 1.0,
+    teacher: str | Sequence[str] = "others",
+    detach_teacher: bool | Sequence[bool] = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_terms: bool = False,
+    groups: Sequence[int] | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    r"""Consistency between H classifiers on the same samples (ways 1 and 2).
+
+    With p_h = softmax(z_h/T) and the logits z_h of head h,
+
+    .. math:: \sum_h w^{CE}_h\,CE(z_h, y) + w^{KL}_h\,T^2\,KL(q_h \,\|\, p_h).
+
+    Args:
+        logits: a sequence of (B, K), or one (H, B, K); entries of a sequence may also
+            be (h, B, K) blocks of heads. float16, bfloat16, float32 or float64;
+            mixed dtypes are promoted.
+        target: class indices (B,), int64; None leaves out the cross entropy.
+        temperature: T > 0.
+        ce_weight, kl_weight: one number, or one per head.
+        teacher: q_h is ``"others"`` softmax(mean_{j != h} z_j/T) (Song & Chai,
+            arXiv 1805.11761), ``"mean"`` softmax(mean_j z_j/T), ``"final"`` the last
+            head's p, which then gets no KL itself (arXiv 1905.08094), or
+            ``"pairwise"``: the mean of KL(p_j || p_h) over j != h (arXiv 1906.00675).
+        detach_teacher: whether no gradient flows into the teacher.
+        label_smoothing: in [0, 1), of the cross entropy.
+        ignore_index: samples with this target count for nothing at all.
+        reduction: ``"mean"`` over the samples that count, ``"sum"``, or ``"none"``: (B,).
+        return_terms: also return the detached, unweighted terms.
+        groups: heads that teach one another, as sizes of consecutive groups that sum
+            to H; temperature, teacher and detach_teacher may then be given one per
+            group. All groups still take one pass. None makes one group of all heads;
+            a group of one head has no KL.
+        impl: see the module.
+
+    Returns:
+        The loss, float64 if a head is, float32 otherwise; with ``return_terms`` also
+        ``{"cross_entropy": (H,), "kl": (H,)}``, T^2 included, summed for reduction
+        ``"sum"`` and averaged otherwise. No samples that count give 0.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value. A target out of
+            range raises on the CPU only; elsewhere, and under ``torch.compile``, it
+            makes the loss NaN.
+        RuntimeError: ``impl`` can't run here; the message says why.
+
+    The definition reconstructs intra-model collaborative learning (arXiv 2105.09590).
+    """
+    blocks = validation.tensors("logits", logits, "(B, K) or (h, B, K)", range(2, 4))
+    batch, classes = blocks[0].shape[-2:]
+    for i, block in enumerate(blocks):
+        if block.shape[-2:] != (batch, classes):
+            raise ValueError(
+                f"logits[{i}]: expected ({batch}, {classes}) in its last dimensions, as "
+                f"logits[0], got shape {tuple(block.shape)}"
+            )
+    if classes < 1:
+        raise ValueError(f"logits: expected at least 1 class, got shape {tuple(blocks[0].shape)}")
+    heads = sum(block.shape[0] if block.dim() == 3 else 1 for block in blocks)
+    if heads < 1:
+        raise ValueError("logits: expected at least 1 head, got none")
+    if len({block.dtype for block in blocks}) > 1:
+        widest = blocks[0].dtype
+        for block in blocks[1:]:
+            widest = torch.promote_types(widest, block.dtype)
+        blocks = [block.to(widest) for block in blocks]
+    validation.target(target, blocks, ignore_index)
+
+    sizes = [heads] if groups is None else list(groups)
+    if any(not isinstance(size, int) or size < 1 for size in sizes) or sum(sizes) != heads:
+        raise ValueError(
+            f"groups: expected positive sizes that sum to the {heads} heads of logits, "
+            f"got {sizes}"
+        )
+    infinite = float("inf")
+    options = ConsistencyOptions(
+        ce_weight=[
+            validation.number("ce_weight", w, low=-infinite, high=infinite, open_low=True)
+            for w in validation.per("ce_weight", ce_weight, heads, "head")
+        ],
+        kl_weight=[
+            validation.number("kl_weight", w, low=-infinite, high=infinite, open_low=True)
+            for w in validation.per("kl_weight", kl_weight, heads, "head")
+        ],
+        groups=sizes,
+        temperature=[
+            validation.number("temperature", t, low=0, high=infinite, open_low=True)
+            for t in validation.per("temperature", temperature, len(sizes), "group")
+        ],
+        teacher=[
+            validation.choice("teacher", name, TEACHERS)
+            for name in validation.per("teacher", teacher, len(sizes), "group")
+        ],
+        detach=[bool(d) for d in validation.per("detach_teacher", detach_teacher, len(sizes), "group")],
+        label_smoothing=validation.number("label_smoothing", label_smoothing, low=0, high=1),
+        ignore_index=ignore_index,
+        reduction=validation.choice("reduction", reduction, REDUCTIONS),
+    )
+    impl = implementations.choose(impl, blocks[0].device)
+    if impl == "reference":
+        named = options._replace(
+            teacher=[TEACHERS[kind] for kind in options.teacher], reduction=reduction
+        )
+        loss, terms = reference.consistency(blocks, target, **named._asdict())
+    else:
+        loss, terms = CollaborativeConsistency.apply(
+            implementations.operation(impl, "consistency"), options, target, *blocks
+        )
+    if not return_terms:
+        return loss
+    return loss, {"cross_entropy": terms[0], "kl": terms[1]}
+
+
+def _pairwise(
+    xs: list[Tensor], penalty: str, center: bool, eps: float, batched: bool, impl: str
+) -> Tensor:
+    options = PairwiseOptions(
+        penalty=validation.choice("penalty", penalty, PENALTIES),
+        center=center,
+        eps=validation.number("eps", eps, low=0, high=float("inf")),
+        batched=batched,
+        precision=PRECISIONS.index(torch.get_float32_matmul_precision()),
+    )
+    impl = implementations.choose(impl, xs[0].device)
+    if impl == "reference":
+        return reference.pairwise_penalty(
+            xs, penalty=penalty, center=center, eps=options.eps, batched=batched
+        )
+    return PairwisePenalty.apply(implementations.operation(impl, "pairwise"), options, *xs)

@@ -1,0 +1,78 @@
+"""Which implementations exist, which can run here, and which one ``impl="auto"`` takes."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from . import operators
+from .algebra import consistency as algebra_consistency
+from .algebra import pairwise as algebra_pairwise
+
+IMPLEMENTATIONS = ("auto", "cpp", "triton", "cuda", "torch", "reference")
+OPERATIONS = ("pairwise", "consistency")
+
+_ALGEBRA = {
+    "pairwise": operators.Operation(algebra_pairwise.forward, algebra_pairwise.backward),
+    "consistency": operators.Operation(algebra_consistency.forward, algebra_consistency.backward),
+}
+
+
+def why_not(impl: str, device: str) -> str | None:
+    """Why ``impl`` can't run on tensors of that device type, or None where it can."""
+    if impl in ("torch", "reference"):
+        return None
+    if impl == "cpp":
+        if device != "cpu":
+            return f"it runs on CPU tensors only, and these are on {device}"
+        return operators.LOAD_ERROR or None
+    if impl in ("triton", "cuda"):
+        return "this version of imcl_fast has no GPU kernels yet"
+    raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
+def choose(impl: str, device: torch.device) -> str:
+    """The implementation to run: the one asked for, or the fastest there is.
+
+    Raises:
+        ValueError: ``impl`` is not the name of an implementation.
+        RuntimeError: the implementation asked for can't run, and why.
+    """
+    if impl == "auto":
+        if device.type == "cpu" and operators.build_info is not None:
+            return "cpp"
+        if not torch.compiler.is_compiling():
+            _warn_fallback(device.type)
+        return "torch"
+    reason = why_not(impl, device.type)
+    if reason is not None:
+        raise RuntimeError(
+            f'impl="{impl}" can\'t run: {reason}. Use impl="auto"; '
+            "`python -m imcl_fast.env` prints what can run here"
+        )
+    return impl
+
+
+def operation(impl: str, name: str) -> operators.Operation:
+    """The kernels of one operation under a chosen implementation (not ``reference``)."""
+    compiled: operators.Operation | None = getattr(operators, name) if impl == "cpp" else None
+    return compiled or _ALGEBRA[name]
+
+
+def available(device: str = "cpu") -> Sequence[str]:
+    """The implementations that can run on that device type."""
+    return [impl for impl in IMPLEMENTATIONS[1:] if why_not(impl, device) is None]
+
+
+@functools.cache
+def _warn_fallback(device: str) -> None:
+    reason = why_not("cpp" if device == "cpu" else "triton", device)
+    warnings.warn(
+        f"imcl_fast: no fused kernel for {device} tensors ({reason}); "
+        'falling back to impl="torch", which is slower',
+        RuntimeWarning,
+        stacklevel=4,
+    )

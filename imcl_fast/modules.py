@@ -1,0 +1,112 @@
+"""The losses as ``nn.Module``s: the functions of ``functional`` with their arguments kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from . import functional, validation
+
+
+class RepresentationSimilarityLoss(nn.Module):
+    """``functional.representation_similarity`` with its arguments kept.
+
+    Args and errors are those of the function; ``forward(features)`` takes a Tensor
+    (B, C, *spatial) or a sequence of them and returns a scalar.
+    """
+
+    def __init__(
+        self,
+        *,
+        penalty: str = "square",
+        center: bool = False,
+        eps: float = 1e-12,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        validation.choice("penalty", penalty, functional.PENALTIES)
+        self.penalty, self.center, self.eps, self.impl = penalty, center, eps, impl
+
+    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+        return functional.representation_similarity(
+            features, penalty=self.penalty, center=self.center, eps=self.eps, impl=self.impl
+        )
+
+    def extra_repr(self) -> str:
+        return f"penalty={self.penalty!r}, center={self.center}, impl={self.impl!r}"
+
+
+class KernelSimilarityLoss(nn.Module):
+    """``functional.kernel_similarity`` with its arguments kept.
+
+    Args and errors are those of the function; ``forward(weights)`` takes a Tensor
+    (Cout, Cin, *k) or (out, in), or a sequence of them, and returns a scalar.
+    """
+
+    def __init__(
+        self, *, penalty: str = "square", eps: float = 1e-12, impl: str = "auto"
+    ) -> None:
+        super().__init__()
+        validation.choice("penalty", penalty, functional.PENALTIES)
+        self.penalty, self.eps, self.impl = penalty, eps, impl
+
+    def forward(self, weights: Tensor | Sequence[Tensor]) -> Tensor:
+        return functional.kernel_similarity(
+            weights, penalty=self.penalty, eps=self.eps, impl=self.impl
+        )
+
+    def extra_repr(self) -> str:
+        return f"penalty={self.penalty!r}, impl={self.impl!r}"
+
+
+class CollaborativeConsistencyLoss(nn.Module):
+    """``functional.collaborative_consistency`` with its arguments kept.
+
+    Args and errors are those of the function; ``forward(logits, target)`` takes a
+    sequence of (B, K) or one (H, B, K), and class indices (B,) or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Sequence[float] = 2.0,
+        ce_weight: float | Sequence[float] = 1.0,
+        kl_weight: float | Sequence[float] = 1.0,
+        teacher: str | Sequence[str] = "others",
+        detach_teacher: bool | Sequence[bool] = True,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        return_terms: bool = False,
+        groups: Sequence[int] | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        validation.choice("reduction", reduction, functional.REDUCTIONS)
+        self.temperature, self.ce_weight, self.kl_weight = temperature, ce_weight, kl_weight
+        self.teacher, self.detach_teacher, self.groups = teacher, detach_teacher, groups
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.reduction, self.return_terms, self.impl = reduction, return_terms, impl
+
+    def forward(
+        self, logits: Tensor | Sequence[Tensor], target: Tensor | None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        return functional.collaborative_consistency(
+            logits,
+            target,
+            temperature=self.temperature,
+            ce_weight=self.ce_weight,
+            kl_weight=self.kl_weight,
+            teacher=self.teacher,
+            detach_teacher=self.detach_teacher,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            return_terms=self.return_terms,
+            groups=self.groups,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, teacher={self.teacher!r}, impl={self.impl!r}"

@@ -1,0 +1,141 @@
+"""The naive definitions: the sole oracle of tests and benchmarks.
+
+Everything here is written the way a paper would state it, in differentiable
+PyTorch, in the dtype of its inputs. Nothing here is fast, and all of it can be
+differentiated twice. The definitions reconstruct the four ways of
+arXiv 2105.09590, of which only the abstract was available; see the README.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Relative norm under which a centred row counts as constant: float32 cannot
+# tell a smaller deviation from the rounding of the row's mean.
+CENTERED_DEAD_RATIO = 1e-5
+
+
+def as_matrices(x: Tensor, batched: bool) -> Tensor:
+    """View features (B, C, *spatial) as (B, C, D) and a weight (N, ...) as (1, N, D)."""
+    return x.flatten(2) if batched else x.flatten(1).unsqueeze(0)
+
+
+def similarity_penalty(c: Tensor, penalty: str) -> Tensor:
+    """phi of the cosine similarities: c^2, |c| or c."""
+    if penalty == "square":
+        return c * c
+    return c.abs() if penalty == "abs" else c
+
+
+def pairwise_penalty(
+    xs: Sequence[Tensor], *, penalty: str, center: bool, eps: float, batched: bool
+) -> Tensor:
+    """Mean over layers and batch of ``1/(N(N-1)) sum_{i != j} phi(cos(x_i, x_j))``."""
+    losses = []
+    for x in xs:
+        rows = as_matrices(x, batched)  # [B, N, D]
+        matrices, n, _ = rows.shape
+        limit = torch.full_like(rows[..., 0], eps)
+        if center:
+            limit = torch.clamp(CENTERED_DEAD_RATIO * rows.norm(dim=-1), min=eps)
+            rows = rows - rows.mean(dim=-1, keepdim=True)
+        # The norm of a zero row has no gradient, so dead rows are masked before it.
+        dead = (rows.detach().norm(dim=-1) <= limit).unsqueeze(-1)
+        rows = rows.masked_fill(dead, 0)
+        norm = rows.masked_fill(dead, 1).norm(dim=-1, keepdim=True)
+        unit = rows / norm
+        c = unit @ unit.transpose(1, 2)  # [B, N, N]
+        off_diagonal = ~torch.eye(n, dtype=torch.bool, device=x.device)
+        phi = similarity_penalty(c, penalty)
+        total = torch.where(off_diagonal, phi, phi.new_zeros(())).sum()
+        losses.append(total / max(matrices * n * (n - 1), 1))
+    return torch.stack([_loss_dtype(loss) for loss in losses]).mean()
+
+
+def consistency(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    *,
+    ce_weight: Sequence[float],
+    kl_weight: Sequence[float],
+    groups: Sequence[int],
+    temperature: Sequence[float],
+    teacher: Sequence[str],
+    detach: Sequence[bool],
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """``sum_h ce_weight_h CE_h + kl_weight_h T^2 KL(teacher_h || p_h)`` and its terms.
+
+    Returns the loss, () or (B,), and the terms (2, H): cross entropy and T^2 KL
+    of every head, averaged (summed for ``reduction="sum"``) over the samples.
+    """
+    heads = [z for block in logits for z in (block.unbind(0) if block.dim() == 3 else [block])]
+    batch, classes = heads[0].shape
+    counted = heads[0].new_ones(batch, dtype=torch.bool)
+    ce_terms = [heads[0].new_zeros(batch) for _ in heads]
+    kl_terms = [heads[0].new_zeros(batch) for _ in heads]
+
+    if target is not None:
+        counted = target != ignore_index
+        for h, z in enumerate(heads):
+            ce_terms[h] = F.cross_entropy(
+                z, target, label_smoothing=label_smoothing, ignore_index=ignore_index,
+                reduction="none",
+            )
+
+    first = 0
+    for size, t, kind, detached in zip(groups, temperature, teacher, detach, strict=True):
+        group = [z / t for z in heads[first : first + size]]
+        for h in range(size):
+            kl_terms[first + h] = t * t * sum(
+                (
+                    share * _kl(q.detach() if detached else q, group[h])
+                    for share, q in _teachers(group, h, kind)
+                ),
+                start=heads[0].new_zeros(batch),
+            )
+        first += size
+
+    ce = torch.stack([_loss_dtype(term) for term in ce_terms])  # [H, B]
+    kl = torch.stack([_loss_dtype(term) for term in kl_terms])  # [H, B]
+    zero = ce.new_zeros(())
+    ce, kl = torch.where(counted, ce, zero), torch.where(counted, kl, zero)
+    per_sample = (ce.new_tensor(ce_weight) @ ce) + (ce.new_tensor(kl_weight) @ kl)  # [B]
+    terms = torch.stack([ce, kl]).detach().sum(-1)  # [2, H]
+    count = counted.sum().clamp(min=1)
+    if reduction == "none":
+        return per_sample, terms / count
+    if reduction == "sum":
+        return per_sample.sum(), terms
+    return per_sample.sum() / count, terms / count
+
+
+def _teachers(group: list[Tensor], h: int, kind: str) -> list[tuple[float, Tensor]]:
+    """The (share, log-probabilities) of every teacher of head h; logits are z/T."""
+    others = [z for j, z in enumerate(group) if j != h]
+    if not others or (kind == "final" and h == len(group) - 1):
+        return []
+    if kind == "others":
+        return [(1.0, F.log_softmax(torch.stack(others).mean(0), -1))]
+    if kind == "mean":
+        return [(1.0, F.log_softmax(torch.stack(group).mean(0), -1))]
+    if kind == "final":
+        return [(1.0, F.log_softmax(group[-1], -1))]
+    return [(1.0 / len(others), F.log_softmax(z, -1)) for z in others]
+
+
+def _kl(teacher_log_probs: Tensor, z: Tensor) -> Tensor:
+    """KL(teacher || softmax(z)) of every sample."""
+    log_p = F.log_softmax(z, -1)
+    return F.kl_div(log_p, teacher_log_probs, reduction="none", log_target=True).sum(-1)
+
+
+def _loss_dtype(x: Tensor) -> Tensor:
+    """Losses are float32, or float64 for float64 inputs."""
+    return x if x.dtype == torch.float64 else x.float()
