@@ -2,6 +2,7 @@
 network teach each other while it trains (a reconstruction of arXiv 2105.09590)."""
 
 from . import functional
+from .imcl import IMCL
 from .modules import (
     CollaborativeConsistencyLoss,
     KernelSimilarityLoss,
@@ -10,6 +11,7 @@ from .modules import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "IMCL",
     "CollaborativeConsistencyLoss",
     "KernelSimilarityLoss",
     "RepresentationSimilarityLoss",

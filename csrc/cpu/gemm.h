@@ -1,0 +1,205 @@
+// The one inner product of the pairwise penalty: packed panels and a micro-kernel.
+//
+// A panel holds kPanel lanes of a matrix, k-major: panel[k * kPanel + lane]. It serves
+// as the vector operand (kPanel lanes at a time) and, in strips of kStrip lanes, as the
+// broadcast operand; so a Gram matrix packs its matrix once, and a symmetric matrix
+// multiplies from either side. Packing is where dtypes are converted, strides resolved,
+// rows centred and scaled.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace imcl {
+inline namespace IMCL_ISA {
+
+// kVectors vectors of lanes times kStrip broadcasts must fit the register file.
+inline constexpr int kVectors = 2;
+inline constexpr int kStrip = kVectorBytes == 64 ? 8 : 4;
+template <class E>
+inline constexpr int kPanel = kVectors * kLanes<E>;
+
+// Two consecutive k of one lane, rounded to bfloat16: the operand of a dot instruction.
+struct BFloat16Pair {
+  uint32_t bits;
+};
+
+// What a panel of E accumulates in, and how many k one element of it holds.
+template <class E>
+struct Packed {
+  using Acc = E;
+  static constexpr int kDepth = 1;
+};
+template <>
+struct Packed<BFloat16Pair> {
+  using Acc = float;
+  static constexpr int kDepth = 2;
+};
+
+#if defined(__AVX512BF16__)
+inline constexpr bool kHasBFloat16Dot = true;
+#else
+inline constexpr bool kHasBFloat16Dot = false;
+#endif
+
+// acc += a * b for one broadcast a.
+template <class E>
+struct MultiplyAdd {
+  using Operand = Vec<E>;
+  static IMCL_INLINE Operand lanes(const E* p) { return load(p); }
+  static IMCL_INLINE Operand broadcast(const E* p) { return splat(*p); }
+  static IMCL_INLINE void apply(Vec<E>& acc, Operand a, Operand b) { acc += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct MultiplyAdd<BFloat16Pair> {
+  using Operand = __m512i;
+  static IMCL_INLINE Operand lanes(const BFloat16Pair* p) { return _mm512_loadu_si512(p); }
+  static IMCL_INLINE Operand broadcast(const BFloat16Pair* p) {
+    return _mm512_set1_epi32(static_cast<int>(p->bits));
+  }
+  static IMCL_INLINE void apply(Vec<float>& acc, Operand a, Operand b) {
+    acc = reinterpret_cast<Vec<float>>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a),
+                         reinterpret_cast<__m512bh>(b)));
+  }
+};
+#endif
+
+// c[r * c_stride + lane] (+)= sum_k a[r * a_row + k * a_k] b[k * kPanel + lane]
+// for kStrip rows r and Vectors vectors of lanes.
+template <int Vectors, class E>
+IMCL_INLINE void micro_kernel(const E* a, int64_t a_row, int64_t a_k, const E* b, int64_t depth,
+                              typename Packed<E>::Acc* c, int64_t c_stride, bool accumulate) {
+  using Acc = typename Packed<E>::Acc;
+  using Op = MultiplyAdd<E>;
+  constexpr int lanes = kLanes<Acc>, panel = kPanel<Acc>;
+  Vec<Acc> acc[kStrip][Vectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    typename Op::Operand rhs[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) rhs[v] = Op::lanes(b + k * panel + v * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kStrip; ++r) {
+      const typename Op::Operand lhs = Op::broadcast(a + r * a_row + k * a_k);
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) Op::apply(acc[r][v], lhs, rhs[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kStrip; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      Acc* out = c + r * c_stride + v * lanes;
+      store(out, accumulate ? load(out) + acc[r][v] : acc[r][v]);
+    }
+  }
+}
+
+// A matrix to pack, seen as lanes by k; the value packed is (x - mean) * scale, each
+// per lane or per k, or absent (null).
+template <class T>
+struct Source {
+  const T* data;
+  Axis lane, k;
+  const AccOf<T>* mean_of_lane = nullptr;
+  const AccOf<T>* mean_of_k = nullptr;
+  const AccOf<T>* scale_of_k = nullptr;
+};
+
+// out[j * kPanel + lane] = x(first_lane + lane, first_k + j); lanes >= lanes are 0.
+template <class T>
+void pack_panel(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k,
+                int64_t depth, AccOf<T>* out) {
+  using Acc = AccOf<T>;
+  constexpr int width = kLanes<Acc>, panel = kPanel<Acc>;
+  alignas(kVectorBytes) Acc mean[panel] = {};
+  if (x.mean_of_lane) std::copy_n(x.mean_of_lane + first_lane, lanes, mean);
+  const auto adjusted = [&](Vec<Acc> v, int vector, int64_t k) {
+    v -= load(mean + vector * width);
+    if (x.mean_of_k) v -= splat(x.mean_of_k[k]);
+    if (x.scale_of_k) v *= splat(x.scale_of_k[k]);
+    return v;
+  };
+  const T* base = x.data;
+  const int full = static_cast<int>(lanes / width);  // vectors without padding
+
+  for (int vector = 0; vector < kVectors; ++vector) {
+    Acc* column = out + vector * width;
+    const int64_t lane0 = first_lane + vector * width;
+    int64_t j = 0;
+    if (vector < full && x.lane.is_unit()) {
+      for (; j < depth; ++j)
+        store(column + j * panel,
+              adjusted(load_acc(base + lane0 + x.k[first_k + j]), vector, first_k + j));
+    } else if (vector < full && x.k.is_unit()) {
+      for (; j + width <= depth; j += width) {
+        Vec<Acc> v[width];
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i) v[i] = load_acc(base + x.lane[lane0 + i] + first_k + j);
+        transpose<Acc>(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i)
+          store(column + (j + i) * panel, adjusted(v[i], vector, first_k + j + i));
+      }
+    }
+    const int64_t present = std::clamp<int64_t>(lanes - vector * width, 0, width);
+    for (; j < depth; ++j) {
+      alignas(kVectorBytes) Acc v[width] = {};
+      const int64_t k = first_k + j, offset = x.k[k];
+      for (int64_t i = 0; i < present; ++i) v[i] = to_acc(base[x.lane[lane0 + i] + offset]);
+      store(v, adjusted(load(v), vector, k));
+      for (int64_t i = present; i < width; ++i) v[i] = 0;
+      store(column + j * panel, load(v));
+    }
+  }
+}
+
+// out[r * stride + j] = x(first_lane + r, first_k + j) for kStrip lanes, absent ones 0:
+// a broadcast operand that stays in the order it is read in.
+template <class T>
+void pack_strip(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t depth,
+                AccOf<T>* out, int64_t stride) {
+  using Acc = AccOf<T>;
+  constexpr int width = kLanes<Acc>;
+  for (int64_t r = 0; r < kStrip; ++r) {
+    Acc* row = out + r * stride;
+    if (r >= lanes) {
+      std::fill_n(row, depth, Acc(0));
+      continue;
+    }
+    const T* from = x.data + x.lane[first_lane + r];
+    const Acc mean = x.mean_of_lane ? x.mean_of_lane[first_lane + r] : Acc(0);
+    int64_t j = 0;
+    if (x.k.is_unit()) {
+      for (; j + width <= depth; j += width) {
+        Vec<Acc> v = load_acc(from + j) - splat(mean);
+        if (x.mean_of_k) v -= load(x.mean_of_k + j);
+        store(row + j, v);
+      }
+    }
+    for (; j < depth; ++j)
+      row[j] = to_acc(from[x.k[j]]) - mean - (x.mean_of_k ? x.mean_of_k[j] : Acc(0));
+  }
+}
+
+// Rounds a float panel (or strips, lanes = 1) of an even depth to bfloat16 pairs:
+// out[j * lanes + lane] = (in[2j * lanes + lane], in[(2j + 1) * lanes + lane]).
+inline void pair_panel(const float* in, int64_t depth, BFloat16Pair* out) {
+  constexpr int width = kLanes<float>, panel = kPanel<float>;
+  for (int64_t j = 0; j < depth / 2; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const float* from = in + 2 * j * panel + v * width;
+      const WordBits even = round_to_bfloat16(load(from)) >> 16;
+      const WordBits odd = round_to_bfloat16(load(from + panel)) & 0xffff0000u;
+      const WordBits both = even | odd;
+      std::memcpy(out + j * panel + v * width, &both, sizeof both);
+    }
+  }
+}
+
+}  // namespace IMCL_ISA
+}  // namespace imcl

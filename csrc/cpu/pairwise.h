@@ -1,0 +1,70 @@
+// The pairwise cosine penalty on the CPU: its problem, its state and its two functions.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "types.h"
+
+namespace imcl {
+
+enum class Penalty { kSquare, kAbs, kSigned };
+
+// torch.set_float32_matmul_precision; kMedium lets float32 be rounded to bfloat16.
+enum class Precision { kHighest, kHigh, kMedium };
+
+struct PairwiseSettings {
+  Penalty penalty;
+  bool center;
+  double eps;
+  Precision precision;
+};
+
+// The matrices (batch, rows, columns) of one tensor, its gradient and its state.
+struct Matrices {
+  DType dtype;
+  int64_t batch, rows, columns;
+  const void* x;
+  Axis batch_axis, row_axis, column_axis;
+  void* dx;  // backward only, as are its axes
+  Axis dx_batch_axis, dx_row_axis, dx_column_axis;
+  void* state;   // (batch, state_size()) in the accumulation type; may be null in forward
+  double scale;  // 1 / (layers * batch * rows * (rows - 1))
+};
+
+// Which form of the algebra a matrix takes; see csrc/cpu/pairwise_kernels.cpp.
+enum class Form { kPrimal, kDual, kSigned };
+
+inline Form form_of(Penalty penalty, int64_t rows, int64_t columns) {
+  if (penalty == Penalty::kSigned) return Form::kSigned;
+  return penalty == Penalty::kSquare && 2 * columns <= rows ? Form::kDual : Form::kPrimal;
+}
+
+// State of one matrix: A (rows^2) | M (columns^2), 1/n | s (columns), 1/n; then the row
+// means if centred.
+inline int64_t state_size(const PairwiseSettings& settings, int64_t rows, int64_t columns) {
+  const int64_t means = settings.center ? rows : 0;
+  switch (form_of(settings.penalty, rows, columns)) {
+    case Form::kPrimal: return rows * rows + means;
+    case Form::kDual: return columns * columns + rows + means;
+    default: return columns + rows + means;
+  }
+}
+
+// The per-ISA kernels, each for one matrix of a tensor; `parallel` shares the work of
+// that one matrix among threads.
+struct PairwiseKernels {
+  double (*forward)(const Matrices&, int64_t index, const PairwiseSettings&, const Parallel&);
+  void (*backward)(const Matrices&, int64_t index, const PairwiseSettings&, double grad,
+                   const Parallel&);
+};
+
+// The penalty of all tensors; fills their state where it is not null.
+double pairwise_forward(const PairwiseKernels&, const std::vector<Matrices>&,
+                        const PairwiseSettings&, const Parallel&);
+
+// Every dx = grad * d(penalty)/dx from the state.
+void pairwise_backward(const PairwiseKernels&, const std::vector<Matrices>&,
+                       const PairwiseSettings&, double grad, const Parallel&);
+
+}  // namespace imcl

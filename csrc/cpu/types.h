@@ -1,0 +1,46 @@
+// Plain descriptions of what the kernels work on: no torch, no ISA.
+#pragma once
+
+#include <cstdint>
+
+// Inline code that per-ISA files share must never be emitted out of line: the linker
+// would keep one copy, perhaps the one for an ISA that this machine lacks.
+#define IMCL_INLINE inline __attribute__((always_inline))
+
+namespace imcl {
+
+enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Offsets of the indices of one axis of a tensor: a stride, or a table where several
+// dimensions don't collapse into one.
+struct Axis {
+  int64_t stride;
+  const int64_t* table;
+
+  IMCL_INLINE int64_t operator[](int64_t i) const { 
+    return table ? table[i] : i * stride;
+  }
+  IMCL_INLINE bool is_unit() const { return table == nullptr && stride == 1; }
+};
+
+// Runs body(i) for every i in [0, count), on any threads, in any order.
+struct Parallel {
+  int threads;
+  void (*run)(int64_t count, void (*body)(int64_t i, void* context), void* context);
+
+  template <class Body>
+  IMCL_INLINE void operator()(int64_t count, const Body& body) const {
+    run(
+        count, [](int64_t i, void* context) { (*static_cast<const Body*>(context))(i); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+  }
+};
+
+}  // namespace imcl

@@ -1,0 +1,357 @@
+// The operators torch.ops.imcl_fast.*: their schemas, and the CPU implementations that
+// turn tensors into plain descriptions and call csrc/cpu. Stable ABI only, so that one
+// build serves every torch from 2.11 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <deque>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Work is handed out one index at a time: tasks differ in cost.
+void run_parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
+  const int64_t threads =
+      std::min<int64_t>(count, static_cast<int64_t>(torch::stable::get_num_threads()));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i, context);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) body(i, context);
+  });
+}
+
+imcl::Parallel parallel() {
+  return {static_cast<int>(torch::stable::get_num_threads()), run_parallel};
+}
+
+imcl::DType dtype_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor");
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return imcl::DType::kFloat32;
+    case ScalarType::Double: return imcl::DType::kFloat64;
+    case ScalarType::BFloat16: return imcl::DType::kBFloat16;
+    case ScalarType::Half: return imcl::DType::kFloat16;
+    default: STD_TORCH_CHECK(false, name, ": expected a floating-point tensor");
+  }
+}
+
+ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+}
+
+void write(const Tensor& out, int64_t index, double value) {
+  if (out.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(out.mutable_data_ptr())[index] = value;
+  } else {
+    static_cast<float*>(out.mutable_data_ptr())[index] = static_cast<float>(value);
+  }
+}
+
+double read(const Tensor& x, int64_t offset) {
+  if (x.scalar_type() == ScalarType::Double)
+    return static_cast<const double*>(x.const_data_ptr())[offset];
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
+                  "grad: expected float32 or float64, the dtype of the loss");
+  return static_cast<double>(static_cast<const float*>(x.const_data_ptr())[offset]);
+}
+
+// Axes of strided tensors; keeps the offset tables of those that don't collapse.
+class Axes {
+ public:
+  // Dimensions [first, last) of x as one axis, the last running fastest.
+  imcl::Axis of(const Tensor& x, int64_t first, int64_t last) {
+    const auto sizes = x.sizes(), strides = x.strides();
+    int64_t stride = 0, expected = 0, count = 1;
+    bool collapses = true;
+    for (int64_t d = last - 1; d >= first; --d) {
+      count *= sizes[d];
+      if (sizes[d] == 1) continue;
+      if (stride == 0 && expected == 0) stride = strides[d];
+      else if (strides[d] != expected) collapses = false;
+      expected = strides[d] * sizes[d];
+    }
+    if (collapses) return {stride == 0 && expected == 0 ? 1 : stride, nullptr};
+    std::vector<int64_t>& table = tables_.emplace_back(static_cast<std::size_t>(count));
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t rest = i, offset = 0;
+      for (int64_t d = last - 1; d >= first; --d) {
+        offset += rest % sizes[d] * strides[d];
+        rest /= sizes[d];
+      }
+      table[static_cast<std::size_t>(i)] = offset;
+    }
+    return {0, table.data()};
+  }
+
+ private:
+  std::deque<std::vector<int64_t>> tables_;
+};
+
+// ---- the pairwise cosine penalty ----
+
+imcl::PairwiseSettings settings_of(int64_t penalty, bool center, double eps, int64_t precision) {
+  return {static_cast<imcl::Penalty>(penalty), center, eps,
+          static_cast<imcl::Precision>(precision)};
+}
+
+imcl::Matrices matrices_of(const Tensor& x, bool batched, std::size_t layers, Axes& axes) {
+  STD_TORCH_CHECK(x.dim() >= (batched ? 2 : 1), "xs: expected (B, N, *) or (N, *)");
+  imcl::Matrices m{};
+  const int64_t row = batched ? 1 : 0;
+  m.dtype = dtype_of(x, "xs");
+  m.batch = batched ? x.size(0) : 1;
+  m.rows = x.size(row);
+  m.columns = 1;
+  for (int64_t d = row + 1; d < x.dim(); ++d) m.columns *= x.size(d);
+  m.x = x.const_data_ptr();
+  m.batch_axis = batched ? axes.of(x, 0, 1) : imcl::Axis{0, nullptr};
+  m.row_axis = axes.of(x, row, row + 1);
+  m.column_axis = axes.of(x, row + 1, x.dim());
+  const double pairs = static_cast<double>(m.rows) * static_cast<double>(m.rows - 1);
+  m.scale = 1.0 / (static_cast<double>(layers) * static_cast<double>(std::max<int64_t>(m.batch, 1)) *
+                   std::max(pairs, 1.0));
+  return m;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tensor>& xs,
+                                                         int64_t penalty, bool center, double eps,
+                                                         bool batched, int64_t precision,
+                                                         bool keep) {
+  STD_TORCH_CHECK(!xs.empty(), "xs: expected at least one tensor");
+  const imcl::PairwiseSettings settings = settings_of(penalty, center, eps, precision);
+  Axes axes;
+  std::vector<imcl::Matrices> problems;
+  std::vector<Tensor> state;
+  ScalarType loss_type = ScalarType::Float;
+  for (const Tensor& x : xs) {
+    imcl::Matrices m = matrices_of(x, batched, xs.size(), axes);
+    if (m.dtype == imcl::DType::kFloat64) loss_type = ScalarType::Double;
+    if (keep) {
+      state.push_back(allocate({m.batch, imcl::state_size(settings, m.rows, m.columns)},
+                               accumulation_type(x), x));
+      m.state = state.back().mutable_data_ptr();
+    }
+    problems.push_back(m);
+  }
+  const Tensor loss = allocate({}, loss_type, xs[0]);
+  write(loss, 0,
+        imcl::pairwise_forward(*imcl::chosen_isa().pairwise, problems, settings, parallel()));
+  return {loss, state};
+}
+
+std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tensor>& xs,
+                                      const std::vector<Tensor>& state, int64_t penalty,
+                                      bool center, double eps, bool batched, int64_t precision) {
+  STD_TORCH_CHECK(state.size() == xs.size(), "state: expected one tensor per tensor of xs");
+  const imcl::PairwiseSettings settings = settings_of(penalty, center, eps, precision);
+  Axes axes;
+  std::vector<imcl::Matrices> problems;
+  std::vector<Tensor> gradients;
+  for (std::size_t i = 0; i < xs.size(); ++i) {
+    imcl::Matrices m = matrices_of(xs[i], batched, xs.size(), axes);
+    const Tensor& dx = gradients.emplace_back(torch::stable::empty_like(xs[i]));
+    const int64_t row = batched ? 1 : 0;
+    m.dx = dx.mutable_data_ptr();
+    m.dx_batch_axis = batched ? axes.of(dx, 0, 1) : imcl::Axis{0, nullptr};
+    m.dx_row_axis = axes.of(dx, row, row + 1);
+    m.dx_column_axis = axes.of(dx, row + 1, dx.dim());
+    m.state = const_cast<void*>(state[i].const_data_ptr());
+    STD_TORCH_CHECK(state[i].numel() == m.batch * imcl::state_size(settings, m.rows, m.columns),
+                    "state: expected the state that pairwise_forward returned");
+    problems.push_back(m);
+  }
+  imcl::pairwise_backward(*imcl::chosen_isa().pairwise, problems, settings, read(grad, 0),
+                          parallel());
+  return gradients;
+}
+
+// ---- collaborative consistency ----
+
+// The heads of all blocks (B, K) or (h, B, K), and of their gradients where given.
+std::vector<imcl::Head> heads_of(const std::vector<Tensor>& logits,
+                                 const std::vector<Tensor>& gradients,
+                                 const std::vector<double>& ce_weight,
+                                 const std::vector<double>& kl_weight) {
+  std::vector<imcl::Head> heads;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    const Tensor& z = logits[i];
+    const bool stacked = z.dim() == 3;
+    const auto size = static_cast<int64_t>(z.element_size());
+    for (int64_t h = 0; h < (stacked ? z.size(0) : 1); ++h) {
+      STD_TORCH_CHECK(heads.size() < ce_weight.size() && heads.size() < kl_weight.size(),
+                      "ce_weight, kl_weight: expected one value per head");
+      imcl::Head head{};
+      head.z = static_cast<const char*>(z.const_data_ptr()) +
+               (stacked ? h * z.stride(0) * size : 0);
+      head.z_row = z.stride(-2 + z.dim());
+      head.z_class = z.stride(-1 + z.dim());
+      head.ce_weight = ce_weight[heads.size()];
+      head.kl_weight = kl_weight[heads.size()];
+      if (!gradients.empty()) {
+        const Tensor& dz = gradients[i];
+        head.dz = static_cast<char*>(dz.mutable_data_ptr()) +
+                  (stacked ? h * dz.stride(0) * size : 0);
+        head.dz_row = dz.stride(-2 + dz.dim());
+        head.dz_class = dz.stride(-1 + dz.dim());
+      }
+      heads.push_back(head);
+    }
+  }
+  STD_TORCH_CHECK(heads.size() == ce_weight.size() && heads.size() == kl_weight.size(),
+                  "ce_weight, kl_weight: expected one value per head");
+  return heads;
+}
+
+imcl::Consistency consistency_of(const std::vector<Tensor>& logits,
+                                 const std::vector<Tensor>& gradients,
+                                 const std::optional<Tensor>& target,
+                                 const std::vector<double>& ce_weight,
+                                 const std::vector<double>& kl_weight,
+                                 const std::vector<int64_t>& groups,
+                                 const std::vector<double>& temperature,
+                                 const std::vector<int64_t>& teacher,
+                                 const std::vector<bool>& detach, double label_smoothing,
+                                 int64_t ignore_index) {
+  STD_TORCH_CHECK(!logits.empty(), "logits: expected at least one tensor");
+  imcl::Consistency problem{};
+  problem.dtype = dtype_of(logits[0], "logits");
+  problem.batch = logits[0].size(logits[0].dim() - 2);
+  problem.classes = logits[0].size(logits[0].dim() - 1);
+  for (const Tensor& z : logits) {
+    STD_TORCH_CHECK((z.dim() == 2 || z.dim() == 3) && z.size(z.dim() - 2) == problem.batch &&
+                        z.size(z.dim() - 1) == problem.classes,
+                    "logits: expected (B, K) or (h, B, K) of one B and K");
+    STD_TORCH_CHECK(dtype_of(z, "logits") == problem.dtype, "logits: expected one dtype");
+  }
+  problem.heads = heads_of(logits, gradients, ce_weight, kl_weight);
+  STD_TORCH_CHECK(temperature.size() == groups.size() && teacher.size() == groups.size() &&
+                      detach.size() == groups.size(),
+                  "temperature, teacher, detach: expected one value per group");
+  int64_t first = 0;
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    problem.groups.push_back({first, groups[g], temperature[g],
+                              static_cast<imcl::Teacher>(teacher[g]), detach[g]});
+    first += groups[g];
+  }
+  STD_TORCH_CHECK(first == static_cast<int64_t>(problem.heads.size()),
+                  "groups: expected sizes that sum to the number of heads");
+  if (target) {
+    STD_TORCH_CHECK(target->is_cpu() && target->scalar_type() == ScalarType::Long &&
+                        target->dim() == 1 && target->size(0) == problem.batch,
+                    "target: expected int64 of shape (B,) on the CPU");
+    problem.target = static_cast<const int64_t*>(target->const_data_ptr());
+    problem.target_stride = target->stride(0);
+  }
+  problem.label_smoothing = label_smoothing;
+  problem.ignore_index = ignore_index;
+  return problem;
+}
+
+std::tuple<Tensor, Tensor, Tensor> consistency_forward(
+    const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
+    const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
+    const std::vector<int64_t>& groups, const std::vector<double>& temperature,
+    const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
+    int64_t ignore_index, int64_t reduction) {
+  const imcl::Consistency problem =
+      consistency_of(logits, {}, target, ce_weight, kl_weight, groups, temperature, teacher,
+                     detach, label_smoothing, ignore_index);
+  const auto heads = static_cast<int64_t>(problem.heads.size());
+  const auto mode = static_cast<imcl::Reduction>(reduction);
+  const ScalarType dtype = accumulation_type(logits[0]);
+  const Tensor stats = allocate({problem.batch, heads, imcl::kStatsPerHead}, dtype, logits[0]);
+  std::vector<double> per_sample(static_cast<std::size_t>(problem.batch));
+  std::vector<double> sums(static_cast<std::size_t>(2 * heads));
+  const int64_t count =
+      imcl::consistency_forward(*imcl::chosen_isa().consistency, problem,
+                                stats.mutable_data_ptr(), per_sample.data(), sums.data(),
+                                parallel());
+  const double over =
+      mode == imcl::Reduction::kSum ? 1.0 : 1.0 / static_cast<double>(std::max<int64_t>(count, 1));
+  const Tensor terms = allocate({2, heads}, dtype, logits[0]);
+  for (int64_t i = 0; i < 2 * heads; ++i) write(terms, i, sums[static_cast<std::size_t>(i)] * over);
+  if (mode == imcl::Reduction::kNone) {
+    const Tensor loss = allocate({problem.batch}, dtype, logits[0]);
+    for (int64_t b = 0; b < problem.batch; ++b)
+      write(loss, b, per_sample[static_cast<std::size_t>(b)]);
+    return {loss, terms, stats};
+  }
+  double total = 0;
+  for (double each : per_sample) total += each;
+  const Tensor loss = allocate({}, dtype, logits[0]);
+  write(loss, 0, total * over);
+  return {loss, terms, stats};
+}
+
+std::vector<Tensor> consistency_backward(
+    const Tensor& grad, const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
+    const Tensor& stats, const std::vector<double>& ce_weight,
+    const std::vector<double>& kl_weight, const std::vector<int64_t>& groups,
+    const std::vector<double>& temperature, const std::vector<int64_t>& teacher,
+    const std::vector<bool>& detach, double label_smoothing, int64_t ignore_index,
+    int64_t reduction) {
+  std::vector<Tensor> gradients;
+  for (const Tensor& z : logits) gradients.push_back(torch::stable::empty_like(z));
+  const imcl::Consistency problem =
+      consistency_of(logits, gradients, target, ce_weight, kl_weight, groups, temperature, teacher,
+                     detach, label_smoothing, ignore_index);
+  STD_TORCH_CHECK(stats.numel() == problem.batch * static_cast<int64_t>(problem.heads.size()) *
+                                       imcl::kStatsPerHead,
+                  "stats: expected the statistics that consistency_forward returned");
+  const auto mode = static_cast<imcl::Reduction>(reduction);
+  double over = 1;
+  if (mode == imcl::Reduction::kMean) {
+    int64_t count = 0;
+    for (int64_t b = 0; b < problem.batch; ++b) count += problem.counts(b);
+    over = 1.0 / static_cast<double>(std::max<int64_t>(count, 1));
+  }
+  const int64_t grad_stride = mode == imcl::Reduction::kNone ? grad.stride(0) : 0;
+  std::vector<double> scale(static_cast<std::size_t>(problem.batch));
+  for (int64_t b = 0; b < problem.batch; ++b)
+    scale[static_cast<std::size_t>(b)] = read(grad, b * grad_stride) * over;
+  imcl::consistency_backward(*imcl::chosen_isa().consistency, problem, stats.const_data_ptr(),
+                             scale.data(), parallel());
+  return gradients;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(imcl_fast, m) {
+  m.def(
+      "pairwise_forward(Tensor[] xs, int penalty, bool center, float eps, bool batched, "
+      "int precision, bool keep) -> (Tensor, Tensor[])");
+  m.def(
+      "pairwise_backward(Tensor grad, Tensor[] xs, Tensor[] state, int penalty, bool center, "
+      "float eps, bool batched, int precision) -> Tensor[]");
+  m.def(
+      "consistency_forward(Tensor[] logits, Tensor? target, float[] ce_weight, "
+      "float[] kl_weight, int[] groups, float[] temperature, int[] teacher, bool[] detach, "
+      "float label_smoothing, int ignore_index, int reduction) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "consistency_backward(Tensor grad, Tensor[] logits, Tensor? target, Tensor stats, "
+      "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
+      "bool[] detach, float label_smoothing, int ignore_index, int reduction) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(imcl_fast, CPU, m) {
+  m.impl("pairwise_forward", TORCH_BOX(&pairwise_forward));
+  m.impl("pairwise_backward", TORCH_BOX(&pairwise_backward));
+  m.impl("consistency_forward", TORCH_BOX(&consistency_forward));
+  m.impl("consistency_backward", TORCH_BOX(&consistency_backward));
+}

@@ -1,0 +1,414 @@
+"""``IMCL``: the four ways of teaching within one network, put around any classifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import functional, validation
+from . import layers as find
+from .implementations import IMPLEMENTATIONS
+
+WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
+
+
+@dataclass(eq=False)
+class IMCLOutput:
+    """What a training step of ``IMCL`` returns.
+
+    Attributes:
+        loss: the whole objective, a scalar to call ``backward()`` on.
+        logits: (B, K), the network's own.
+        terms: detached, unweighted scalars ``cross_entropy``, ``output_consistency``,
+            ``multilayer_consistency``, ``representation_similarity`` and
+            ``kernel_similarity``, those of the ways that are on; ``loss`` is
+            ``cross_entropy`` plus the weighted others.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    _head_terms: dict[str, Tensor] = field(repr=False)
+    _auxiliary: int = field(repr=False)
+    _views: int = field(repr=False)
+    _representation: list[Tensor] = field(repr=False)
+    _kernel: Tensor | None = field(repr=False)
+
+    @cached_property
+    def terms(self) -> dict[str, Tensor]:
+        # Worked out when asked for, so that a step which doesn't log doesn't pay.
+        ce, kl = self._head_terms["cross_entropy"], self._head_terms["kl"]
+        n, final = self._auxiliary, self._auxiliary + 1
+        terms = {"cross_entropy": ce[n]}
+        if self._views:
+            terms["output_consistency"] = ce[final:].mean() + kl[final:].mean()
+        if n:
+            terms["multilayer_consistency"] = ce[:n].mean() + kl[:final].mean()
+        if self._representation:
+            terms["representation_similarity"] = torch.stack(self._representation).mean()
+        if self._kernel is not None:
+            terms["kernel_similarity"] = self._kernel
+        return terms
+
+
+class IMCL(nn.Module):
+    r"""Intra-model collaborative learning around an unmodified classification network.
+
+    ``imcl(x)`` is exactly ``model(x)``; ``imcl(x, target)`` also gives the training loss
+
+    .. math:: CE + w_{out}\,(\overline{CE}_{views} + \overline{KL}_{views})
+        + w_{multi}\,(\overline{CE}_{aux} + T^2\,\overline{KL}_{heads})
+        + w_{repr}\,S_{features} + w_{kernel}\,S_{kernels},
+
+    where CE is that of the network's own logits, views are dropout views of the last
+    features through the one classifier, and the heads are an auxiliary classifier on each
+    chosen layer but the last, and the network's own. The backbone runs once. Nothing is
+    left over afterwards: ``imcl.model`` is the plain network with its own state_dict, and
+    ``remove_hooks`` takes even the idle hooks off it.
+
+    Args:
+        model: maps x to logits (B, K). It may be on any device, in any floating dtype.
+        example_input: a batch as ``model`` takes it; its first sample is run once, in eval
+            mode and without gradients.
+        layers: paths of the modules whose outputs (B, C, \*spatial) take part in
+            multi-layer consistency and representation similarity; choose them after
+            their activation. None takes the last block of each spatial resolution.
+        output_weight, multilayer_weight, representation_weight, kernel_weight: of the four
+            ways. 0 leaves a way out: no hook, no head, no call. The others may be
+            changed between steps.
+        classifier: path of the nn.Linear that computes the logits. None finds it.
+        kernels: paths of the modules whose ``weight`` takes part in kernel similarity.
+            None takes all convolutions with kernels of more than one pixel.
+        views: number of dropout views, at least 2.
+        dropout: probability of the views' dropout (none in eval mode).
+        output_temperature, multilayer_temperature: T of the two consistencies.
+        multilayer_teacher: ``"others"``, ``"mean"``, ``"final"`` or ``"pairwise"``; see
+            ``functional.collaborative_consistency``.
+        representation_penalty, kernel_penalty: ``"square"``, ``"abs"`` or ``"signed"``.
+        center: compare the channels by Pearson's correlation instead of the cosine.
+        label_smoothing: in [0, 1), of every cross entropy.
+        impl: see ``functional``.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or what it leaves to be found in
+            ``model`` isn't there; the message names the argument.
+
+    The objective reconstructs arXiv 2105.09590 from its abstract, with published relatives:
+    output consistency SD-Dropout (2208.05642) and R-Drop (2106.14448), multi-layer
+    consistency 1805.11761 and 1905.08094, the penalties RePr (1811.07275). Its defaults
+    come from this project's own experiments, not from the paper.
+    """
+
+    output_weight: float
+    multilayer_weight: float
+    representation_weight: float
+    kernel_weight: float
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        layers: Sequence[str] | None = None,
+        output_weight: float = 1.0,
+        multilayer_weight: float = 1.0,
+        representation_weight: float = 10.0,
+        kernel_weight: float = 100.0,
+        *,
+        classifier: str | None = None,
+        kernels: Sequence[str] | None = None,
+        views: int = 2,
+        dropout: float = 0.3,
+        output_temperature: float = 1.0,
+        multilayer_temperature: float = 2.0,
+        multilayer_teacher: str = "others",
+        representation_penalty: str = "square",
+        center: bool = True,
+        kernel_penalty: str = "square",
+        label_smoothing: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        weights = (output_weight, multilayer_weight, representation_weight, kernel_weight)
+        for name, value in zip(WEIGHTS, weights, strict=True):
+            setattr(self, name, validation.number(name, value, low=0, high=math.inf))
+        self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
+        if isinstance(views, bool) or not isinstance(views, int) or views < 2:
+            raise ValueError(f"views: expected an int of at least 2, got {views!r}")
+        validation.choice("multilayer_teacher", multilayer_teacher, functional.TEACHERS)
+        validation.choice("representation_penalty", representation_penalty, functional.PENALTIES)
+        validation.choice("kernel_penalty", kernel_penalty, functional.PENALTIES)
+        validation.choice("impl", impl, IMPLEMENTATIONS)
+        self.views = views
+        self.dropout = validation.number("dropout", dropout, low=0, high=1)
+        self.output_temperature = validation.number(
+            "output_temperature", output_temperature, low=0, high=math.inf, open_low=True
+        )
+        self.multilayer_temperature = validation.number(
+            "multilayer_temperature", multilayer_temperature, low=0, high=math.inf, open_low=True
+        )
+        self.multilayer_teacher = multilayer_teacher
+        self.representation_penalty, self.center = representation_penalty, center
+        self.kernel_penalty = kernel_penalty
+        self.label_smoothing = validation.number("label_smoothing", label_smoothing, low=0, high=1)
+        self.impl = impl
+
+        self.model = model
+        trace = find.trace(model, example_input)
+        self.layers: list[str] = []
+        self.heads = nn.ModuleList()
+        self.classifier: str | None = None
+        self.kernels: list[str] = []
+        if self.multilayer_weight or self.representation_weight:
+            self.layers = _layers(trace, layers, 2 if self.multilayer_weight else 1)
+        if self.multilayer_weight:
+            self.heads.extend(_head(trace, name) for name in self.layers[:-1])
+        if self.output_weight:
+            self.classifier = (
+                find.find_classifier(trace)
+                if classifier is None
+                else find.check_classifier(trace, classifier)
+            )
+        if self.kernel_weight:
+            self.kernels = _kernels(model, kernels)
+        self._tape = _Tape()
+        self._handles = self._register_hooks()
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | IMCLOutput:
+        """The network's logits (B, K); with ``target``, class indices (B,), an ``IMCLOutput``.
+
+        Raises:
+            ValueError, TypeError: ``target`` is not (B,) class indices, int64.
+            RuntimeError: the network took another course than on ``example_input``.
+        """
+        if target is None:
+            return self.model(x)
+        for name in self._off:
+            if getattr(self, name):
+                raise RuntimeError(
+                    f"{name}: this way was switched off (0) when IMCL was built and has no "
+                    "hooks; build a new IMCL with a weight above 0"
+                )
+        # Kernel similarity comes first because autograd runs backward what ran forward
+        # last: its gradient, as large as the weights', is then made at the very end, when
+        # the activations have been freed, and does not raise the peak.
+        kernel = None
+        if self.kernel_weight:
+            # Not get_parameter: a parametrized weight is computed, not stored.
+            weights = [cast(Tensor, self.model.get_submodule(k).weight) for k in self.kernels]
+            kernel = functional.kernel_similarity(
+                weights, penalty=self.kernel_penalty, impl=self.impl
+            )
+        step = _Step(self)
+        self._tape.step = step
+        try:
+            logits = self.model(x)
+        finally:
+            self._tape.step = None
+        if step.calls != len(self._handles):
+            raise RuntimeError(
+                f"model: expected the layers {self.layers} and the classifier "
+                f"{self.classifier} to run once each, as on example_input, got {step.calls} "
+                f"runs for {len(self._handles)} hooks (0 after remove_hooks)"
+            )
+        loss, head_terms = self._consistency(step, logits, target)
+        share = self.representation_weight / max(len(step.similarities), 1)
+        for similarity in step.similarities:
+            loss = torch.add(loss, similarity, alpha=share)
+        if kernel is not None:
+            loss = torch.add(loss, kernel, alpha=self.kernel_weight)
+        return IMCLOutput(
+            loss,
+            logits,
+            head_terms,
+            len(step.head_logits),
+            0 if step.views is None else self.views,
+            [similarity.detach() for similarity in step.similarities],
+            None if kernel is None else kernel.detach(),
+        )
+
+    def remove_hooks(self) -> nn.Module:
+        """Take the hooks off the network and return it; ``imcl`` can't train it any more."""
+        for handle in self._handles:
+            handle.remove()
+        return self.model
+
+    def extra_repr(self) -> str:
+        weights = ", ".join(f"{name}={getattr(self, name):g}" for name in WEIGHTS)
+        return (
+            f"{weights}, layers={self.layers}, classifier={self.classifier!r}, "
+            f"kernels={len(self.kernels)}, impl={self.impl!r}"
+        )
+
+    def _register_hooks(self) -> list[RemovableHandle]:
+        handles = []
+        for index, name in enumerate(self.layers):
+            if self.representation_weight or index < len(self.heads):
+                tap = _Tap(self._tape, index)
+                handles.append(self.model.get_submodule(name).register_forward_hook(tap))
+        if self.classifier is not None:
+            tap = _Tap(self._tape, None)
+            classifier = self.model.get_submodule(self.classifier)
+            handles.append(classifier.register_forward_hook(tap))
+        return handles
+
+    def _consistency(
+        self, step: _Step, logits: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """All heads of ways 1 and 2 and the network's own cross entropy, in one call."""
+        auxiliary = [step.head_logits[i] for i in sorted(step.head_logits)]
+        n = len(auxiliary)
+        blocks, groups = [*auxiliary, logits], [n + 1]
+        ce_weight = [self.multilayer_weight / max(n, 1)] * n + [1.0]
+        kl_weight = [self.multilayer_weight / (n + 1)] * (n + 1)
+        temperature, teacher = [self.multilayer_temperature], [self.multilayer_teacher]
+        if step.views is not None:
+            blocks.append(step.views)
+            groups.append(self.views)
+            ce_weight += [self.output_weight / self.views] * self.views
+            kl_weight += [self.output_weight / self.views] * self.views
+            temperature.append(self.output_temperature)
+            teacher.append("pairwise")
+        result = functional.collaborative_consistency(
+            blocks,
+            target,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kl_weight=kl_weight,
+            teacher=teacher,
+            label_smoothing=self.label_smoothing,
+            return_terms=True,
+            groups=groups,
+            impl=self.impl,
+        )
+        assert isinstance(result, tuple)  # because of return_terms
+        return result
+
+
+class AuxiliaryHead(nn.Module):
+    """Classifier on intermediate features: (B, C, \*spatial) -> average -> linear -> (B, K)."""
+
+    def __init__(self, channels: int, classes: int, *, device=None, dtype=None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, classes, device=device, dtype=dtype)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features.mean(dim=tuple(range(2, features.dim()))))
+
+
+class _Step:
+    """What one training call of an ``IMCL`` collects while its network runs."""
+
+    def __init__(self, imcl: IMCL) -> None:
+        self.imcl = imcl
+        self.calls = 0
+        self.similarities: list[Tensor] = []
+        self.head_logits: dict[int, Tensor] = {}
+        self.views: Tensor | None = None
+
+    def layer_finished(self, index: int, features: Tensor) -> None:
+        """The penalty and the auxiliary head of a layer, as soon as its features exist.
+
+        They are in cache now; and since autograd runs backward in reverse order, the
+        penalty's gradient will be made when the backward pass reaches this layer, where
+        the layer's own is due, and not all layers' at once at the start.
+        """
+        imcl = self.imcl
+        self.calls += 1
+        if imcl.representation_weight:
+            self.similarities.append(
+                functional.representation_similarity(
+                    features,
+                    penalty=imcl.representation_penalty,
+                    center=imcl.center,
+                    impl=imcl.impl,
+                )
+            )
+        if index < len(imcl.heads):
+            self.head_logits[index] = imcl.heads[index](features)
+
+    def classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
+        """The dropout views, (V, B, K), by one more run of the classifier."""
+        imcl = self.imcl
+        self.calls += 1
+        if imcl.output_weight:
+            views = features.expand(imcl.views, *features.shape)  # [V, B, F]
+            views = torch.dropout(views, imcl.dropout, imcl.training)
+            # Not a call of the module, which would run this very hook again.
+            logits = classifier.forward(views.flatten(0, 1))
+            self.views = logits.unflatten(0, (imcl.views, len(features)))
+
+
+class _Tape:
+    """Where the hooks find the step to report to: none, outside a training call.
+
+    The hooks know this object only. So a copy of the network alone copies idle hooks,
+    and a copy of the whole ``IMCL`` has hooks that report to the copy.
+    """
+
+    def __init__(self) -> None:
+        self.step: _Step | None = None
+
+
+class _Tap:
+    """A forward hook that hands its module's result to the step under way, if any.
+
+    It stays registered: ``torch.compile`` traces hooks that are there beforehand, but
+    neither follows a registration nor notices one.
+    """
+
+    def __init__(self, tape: _Tape, layer: int | None) -> None:
+        self.tape = tape
+        self.layer = layer  # None: the classifier
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        step = self.tape.step
+        if step is None:
+            return
+        if self.layer is None:
+            step.classifier_finished(module, args[0])
+        else:
+            step.layer_finished(self.layer, output)
+
+
+def _head(trace: find.Trace, layer: str) -> AuxiliaryHead:
+    features = trace.calls[layer][0].output
+    assert features is not None  # or it would be none of the layers
+    # The parameters' dtype: that of the features is autocast's where that is on.
+    dtypes = (p.dtype for p in trace.model.parameters() if p.is_floating_point())
+    return AuxiliaryHead(
+        features.shape[1],
+        trace.output.shape[1],
+        device=features.device,
+        dtype=next(dtypes, features.dtype),
+    )
+
+
+def _layers(trace: find.Trace, layers: Sequence[str] | None, least: int) -> list[str]:
+    chosen = find.find_layers(trace) if layers is None else find.check_layers(trace, layers)
+    if len(chosen) < least:
+        what = "multi-layer consistency" if least > 1 else "representation similarity"
+        off = "multilayer_weight=0" if least > 1 else "representation_weight=0"
+        how = "found" if layers is None else "got"
+        raise ValueError(
+            f"layers: expected at least {least} for {what}, {how} {chosen}; name the modules, "
+            f"give a larger example_input, or pass {off}"
+        )
+    return chosen
+
+
+def _kernels(model: nn.Module, kernels: Sequence[str] | None) -> list[str]:
+    chosen = find.find_kernels(model) if kernels is None else find.check_kernels(model, kernels)
+    if not chosen:
+        raise ValueError(
+            "kernels: expected at least one convolution with kernels of more than one pixel, "
+            "found none; name the modules or pass kernel_weight=0"
+        )
+    return chosen

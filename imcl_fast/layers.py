@@ -1,0 +1,289 @@
+"""Finds, in a network that knows nothing of it, the layers that are to teach each other.
+
+The network is run once on an example and every call of every submodule is recorded;
+what follows are choices over that record.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+# Modules that only pass on, shrink or mask what the layer before them computed.
+PASSIVE = ("torch.nn.modules.pooling", "torch.nn.modules.dropout", "torch.nn.modules.padding")
+
+
+class Call(NamedTuple):
+    """One call of a submodule: the first input and the output, where they are Tensors."""
+
+    input: Tensor | None
+    output: Tensor | None
+    version: int  # of the output when the call ended
+
+    @property
+    def resolution(self) -> tuple[int, ...]:
+        """Spatial size of the output; () where it has none."""
+        return () if self.output is None else tuple(self.output.shape[2:])
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether something later in the network changed the output in place."""
+        return self.output is not None and self.output._version != self.version
+
+
+class Trace(NamedTuple):
+    """What one run of a network showed: the calls by module path, in order of completion."""
+
+    model: nn.Module
+    calls: dict[str, list[Call]]
+    output: Tensor
+
+    @property
+    def spatial_ranks(self) -> set[int]:
+        """Number of spatial dimensions of the network's convolutions; empty if it has none."""
+        return {
+            len(module.kernel_size)
+            for module in self.model.modules()
+            if isinstance(module, _ConvNd)
+        }
+
+
+def trace(model: nn.Module, example_input: Tensor) -> Trace:
+    """Run the first sample of ``example_input`` in eval mode, without gradient or trace left.
+
+    Raises:
+        TypeError, ValueError: ``example_input`` is no batch, or the network's output
+            is not logits (B, K).
+    """
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"example_input: expected a Tensor, got {type(example_input).__name__}")
+    if example_input.dim() < 2 or len(example_input) < 1:
+        raise ValueError(
+            "example_input: expected a batch of at least 1 sample, as the network takes it, "
+            f"got shape {tuple(example_input.shape)}"
+        )
+    calls: dict[str, list[Call]] = {}
+    names = {module: name for name, module in model.named_modules() if name}
+
+    def record(module: nn.Module, args: tuple, output: object) -> None:
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        result = output if isinstance(output, Tensor) else None
+        calls.setdefault(names[module], []).append(
+            Call(first, result, 0 if result is None else result._version)
+        )
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [module.register_forward_hook(record) for module in names]
+    try:
+        model.eval()
+        with torch.no_grad():
+            # One sample shows as much as a batch, and every activation is held for a while.
+            output = model(example_input[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"model: expected its output to be logits (B, K), got {got}")
+    return Trace(model, calls, output)
+
+
+def find_layers(trace: Trace) -> list[str]:
+    """The last block of every spatial resolution; in a flat network the last layer of each.
+
+    A block is a container that leads from one resolution to one other at most, such as
+    a stage of a ResNet. Where there are blocks, the single layers beside them (the stem)
+    don't count; where there are none (the ``features`` of a VGG), the last layer that
+    follows a convolution before each change of resolution does. Outputs of one pixel,
+    and those that the network overwrites in place, are left out.
+    """
+    blocks: dict[tuple[int, ...], str] = {}
+    single: dict[tuple[int, ...], str] = {}
+    convolved: set[tuple[int, ...]] = set()
+    ranks = trace.spatial_ranks
+    for name in sorted(_units(trace, "", trace.model), key=list(trace.calls).index):
+        module, call = trace.model.get_submodule(name), trace.calls[name][-1]
+        size = call.resolution
+        if len(size) not in ranks or set(size) == {1}:
+            continue
+        if isinstance(module, _ConvNd):
+            convolved.add(size)
+        if call.overwritten or len(trace.calls[name]) > 1:
+            continue
+        if _has_children(module):
+            blocks[size] = name
+        elif size in convolved and not _is_passive(module):
+            single[size] = name
+    return sorted((blocks or single).values(), key=list(trace.calls).index)
+
+
+def check_layers(trace: Trace, layers: Sequence[str]) -> list[str]:
+    """``layers`` in the order the network runs them.
+
+    Raises:
+        TypeError, ValueError: one is not the path of a module that runs once and returns
+            features (B, C, *spatial), C >= 2, that stay as they are.
+    """
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise TypeError(
+            f"layers: expected a sequence of module paths or None, got {type(layers).__name__}"
+        )
+    ranks = trace.spatial_ranks
+    for name in layers:
+        call = _only_call(trace, "layers", name)
+        shape = None if call.output is None else tuple(call.output.shape)
+        rank = len(call.resolution)
+        if shape is None or rank < 1 or shape[1] < 2 or (ranks and rank not in ranks):
+            raise ValueError(
+                f"layers: expected modules that return features (B, C, *spatial) with C >= 2, "
+                f"as the network's convolutions do; {name!r} returns {shape or 'no Tensor'}"
+            )
+        if call.overwritten:
+            raise ValueError(
+                f"layers: the output of {name!r} is overwritten in place by a later module; "
+                "name that module instead, or make it inplace=False"
+            )
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers: expected every module once, got {list(layers)}")
+    return sorted(layers, key=list(trace.calls).index)
+
+
+def find_classifier(trace: Trace) -> str:
+    """The linear layer whose output is the network's output.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, calls in trace.calls.items():
+        module = trace.model.get_submodule(name)
+        if isinstance(module, nn.Linear) and _is_same(calls[-1].output, trace.output):
+            return check_classifier(trace, name)
+    raise ValueError(
+        "classifier: the network's output is not the output of an nn.Linear; name the linear "
+        "layer that computes the logits, or pass output_weight=0"
+    )
+
+
+def check_classifier(trace: Trace, name: str) -> str:
+    """``name``, if it is the path of an nn.Linear that maps features (B, F) to logits (B, K).
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    call = _only_call(trace, "classifier", name)
+    module = trace.model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"classifier: expected an nn.Linear, {name!r} is {type(module).__name__}")
+    shapes = [None if x is None else tuple(x.shape) for x in (call.input, call.output)]
+    if shapes[0] is None or len(shapes[0]) != 2 or shapes[1] != tuple(trace.output.shape):
+        raise ValueError(
+            f"classifier: expected a layer from features (B, F) to the network's logits "
+            f"{tuple(trace.output.shape)}; {name!r} leads from {shapes[0]} to {shapes[1]}"
+        )
+    return name
+
+
+def find_kernels(model: nn.Module) -> list[str]:
+    """The convolutions with kernels larger than one pixel and at least two of them."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd)
+        and not isinstance(module, _ConvTransposeNd)  # its rows are input channels
+        and max(module.kernel_size) > 1
+        and module.out_channels > 1
+    ]
+
+
+def check_kernels(model: nn.Module, kernels: Sequence[str]) -> list[str]:
+    """``kernels``, if they are paths of modules with a ``weight`` (N, ...) of N >= 2 rows.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if isinstance(kernels, str) or not isinstance(kernels, Sequence):
+        raise TypeError(
+            f"kernels: expected a sequence of module paths or None, got {type(kernels).__name__}"
+        )
+    modules = dict(model.named_modules())
+    for name in kernels:
+        if name not in modules:
+            raise _unknown("kernels", name, modules)
+        weight = getattr(modules[name], "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() < 2 or len(weight) < 2:
+            raise ValueError(
+                "kernels: expected modules with a weight of at least 2 rows, (Cout, Cin, *k) or "
+                f"(out, in); {name!r} is {type(modules[name]).__name__}"
+            )
+    return list(kernels)
+
+
+def _units(trace: Trace, prefix: str, module: nn.Module) -> Iterator[str]:
+    """Paths of the blocks and single layers that a network is a sequence of."""
+    for child_name, child in module.named_children():
+        name = f"{prefix}{child_name}"
+        if _has_children(child) and not _is_block(trace, name):
+            yield from _units(trace, f"{name}.", child)
+        elif name in trace.calls:
+            yield name
+
+
+def _is_block(trace: Trace, name: str) -> bool:
+    """Whether a container's convolutions all work at its input's or its output's resolution."""
+    calls = trace.calls.get(name, [])
+    if len(calls) != 1 or calls[0].output is None or calls[0].input is None:
+        return False
+    ends = {tuple(calls[0].input.shape[2:]), calls[0].resolution}
+    sizes = [
+        trace.calls[path][-1].resolution
+        for path in trace.calls
+        if path.startswith(f"{name}.") and isinstance(trace.model.get_submodule(path), _ConvNd)
+    ]
+    # One-pixel convolutions inside a block are gates (squeeze and excitation).
+    return bool(sizes) and all(size in ends or set(size) == {1} for size in sizes)
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def _is_passive(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or type(module).__module__ in PASSIVE
+
+
+def _is_same(output: Tensor | None, other: Tensor) -> bool:
+    return (
+        output is not None
+        and output.shape == other.shape
+        and output.data_ptr() == other.data_ptr()
+    )
+
+
+def _only_call(trace: Trace, argument: str, name: str) -> Call:
+    """The one call of a module that the user named."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected module paths (str), got {type(name).__name__}")
+    if name not in dict(trace.model.named_modules()) or name == "":
+        raise _unknown(argument, name, trace.calls)
+    calls = trace.calls.get(name, [])
+    if len(calls) != 1:
+        raise ValueError(
+            f"{argument}: expected modules that run once per forward pass; {name!r} ran "
+            f"{len(calls)} times on example_input"
+        )
+    return calls[0]
+
+
+def _unknown(argument: str, name: object, known: Sequence[str] | dict) -> ValueError:
+    close = difflib.get_close_matches(str(name), [path for path in known if path])
+    hint = f"did you mean {', '.join(map(repr, close))}?" if close else (
+        "paths are those of model.named_modules()"
+    )
+    return ValueError(f"{argument}: the network has no module {name!r}; {hint}")

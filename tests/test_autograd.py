@@ -1,0 +1,267 @@
+"""The autograd Functions: what is asked of them beyond the right values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Impl, assert_same_bits, bits, leaf
+from strategies import PENALTIES, TEACHERS, Matrices, lay_out
+from torch import Tensor
+
+from imcl_fast import functional as F
+
+# One input for each form of the penalty (primal, dual, signed, centred) and for each
+# teacher; functions of a list of tensors, so that every test can run all of them.
+PAIRWISE = {
+    "primal": ((3, 6, 5, 4), {}),
+    "dual": ((3, 12, 2, 2), {}),
+    "abs": ((2, 6, 3, 3), {"penalty": "abs"}),
+    "signed": ((2, 6, 3, 3), {"penalty": "signed"}),
+    "centred": ((2, 6, 4, 4), {"center": True}),
+    "centred dual": ((2, 12, 4), {"center": True}),
+    "centred signed": ((2, 12, 4), {"center": True, "penalty": "signed"}),
+}
+CONSISTENCY = {
+    "others": {"teacher": "others"},
+    "mean": {"teacher": "mean", "label_smoothing": 0.1, "reduction": "sum"},
+    "final": {"teacher": "final", "detach_teacher": False},
+    "pairwise": {"teacher": "pairwise", "reduction": "none"},
+    "groups": {"teacher": ["pairwise", "others"], "groups": [1, 2], "temperature": [1.0, 3.0]},
+}
+CASES = [*(("representation", name) for name in PAIRWISE), ("kernel", "weights"),
+         *(("consistency", name) for name in CONSISTENCY)]
+NAMES = ["-".join(case) for case in CASES]
+
+
+def case(kind: str, name: str, impl: Impl, dtype: torch.dtype = torch.float32):
+    """(function of a list of tensors that returns the loss, the list)."""
+    if kind == "representation":
+        shape, options = PAIRWISE[name]
+        xs = [Matrices(shape, True, seed=i, dead=0.1 * i).build(dtype, impl.device)
+              for i in range(3)]
+        return lambda xs: F.representation_similarity(xs, impl=impl.name, **options), xs
+    if kind == "kernel":
+        xs = [Matrices(shape, False, seed=1).build(dtype, impl.device)
+              for shape in ((8, 5, 3, 3), (12, 4), (9, 2))]
+        return lambda xs: F.kernel_similarity(xs, impl=impl.name), xs
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(5, 9, generator=generator, dtype=torch.float64).to(impl.device, dtype)
+          for _ in range(3)]
+    target = torch.tensor([3, 0, -100, 8, 4], device=impl.device)
+    options = CONSISTENCY[name]
+    return lambda xs: F.collaborative_consistency(xs, target, impl=impl.name, **options), xs
+
+
+# --- gradcheck
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 6, 3), (1, 6, 2)], ids=str)
+def test_gradcheck_pairwise(impl: Impl, shape, center: bool, penalty: str) -> None:
+    xs = [leaf(Matrices(shape, True, seed=i, offset=0.2).build(torch.float64, impl.device))
+          for i in range(2)]
+    assert torch.autograd.gradcheck(
+        lambda *xs: F.representation_similarity(
+            xs, penalty=penalty, center=center, impl=impl.name
+        ),
+        xs,
+    )
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck_consistency(impl: Impl, teacher: str, reduction: str) -> None:
+    """Only a teacher that isn't detached has the gradient of finite differences."""
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(3, 4, generator=generator, dtype=torch.float64).to(impl.device)
+          for _ in range(3)]
+    target = torch.tensor([3, -100, 1], device=impl.device)
+
+    def function(*xs: Tensor) -> Tensor:
+        return F.collaborative_consistency(
+            xs, target, teacher=teacher, detach_teacher=False, reduction=reduction,
+            label_smoothing=0.2, temperature=1.5, ce_weight=[1, 0, 2], kl_weight=[0.5, 2, 1],
+            impl=impl.name,
+        )
+
+    assert torch.autograd.gradcheck(function, [leaf(x) for x in xs])
+
+
+def test_gradcheck_of_strided_inputs(impl: Impl) -> None:
+    for layout in ("channels_last", "transposed", "sliced"):
+        x = Matrices((1, 3, 2, 2), True, layout, seed=2).build(torch.float64, impl.device)
+        assert torch.autograd.gradcheck(
+            lambda x: F.representation_similarity(x, impl=impl.name), leaf(x)
+        )
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 2, 4, generator=generator, dtype=torch.float64).to(impl.device)
+    for layout in ("transposed", "reversed", "sliced"):
+        assert torch.autograd.gradcheck(
+            lambda z: F.collaborative_consistency(z, None, detach_teacher=False, impl=impl.name),
+            leaf(lay_out(z, layout)),
+        )
+
+
+# --- the graph
+
+
+@pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
+def test_backward_twice_gives_the_same_bits(impl: Impl, kind: str, name: str) -> None:
+    function, xs = case(kind, name, impl)
+    xs = [leaf(x) for x in xs]
+    loss = function(xs).sum()
+    first = torch.autograd.grad(loss, xs, retain_graph=True)
+    second = torch.autograd.grad(loss, xs, retain_graph=True)
+    third = torch.autograd.grad(2 * loss, xs)
+    assert_same_bits(first, second)
+    assert_same_bits([2 * g for g in first], third)  # a power of 2 rounds nothing
+    assert any(torch.count_nonzero(g) for g in first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, xs)
+
+
+@pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
+def test_inputs_are_not_written(impl: Impl, kind: str, name: str) -> None:
+    function, xs = case(kind, name, impl)
+    xs = [leaf(x) for x in xs]
+    before, versions = [bits(x) for x in xs], [x._version for x in xs]
+    grad = torch.tensor(1.5, device=impl.device)
+    loss = function(xs)
+    torch.autograd.grad(loss, xs, grad.expand(loss.shape))
+    assert all(bits(x).equal(b) for x, b in zip(xs, before, strict=True))
+    assert [x._version for x in xs] == versions
+    assert grad.item() == 1.5
+
+
+@pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
+def test_an_input_changed_before_backward_is_an_error(impl: Impl, kind: str, name: str) -> None:
+    function, xs = case(kind, name, impl)
+    xs = [leaf(x) for x in xs]
+    loss = function(xs).sum()
+    with torch.no_grad():
+        xs[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, xs)
+
+
+@pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
+def test_only_the_gradients_needed(impl: Impl, kind: str, name: str) -> None:
+    function, xs = case(kind, name, impl)
+    xs = [leaf(x) for x in xs]
+    every = torch.autograd.grad(function(xs).sum(), xs)
+    for needed in range(1, 8):
+        some = [x if needed >> i & 1 else x.detach() for i, x in enumerate(xs)]
+        wanted = [x for x in some if x.requires_grad]
+        got = torch.autograd.grad(function(some).sum(), wanted)
+        assert_same_bits(got, [g for i, g in enumerate(every) if needed >> i & 1])
+        for x in xs:
+            x.grad = None
+        function(some).sum().backward()
+        assert [x.grad is not None for x in xs] == [bool(needed >> i & 1) for i in range(3)]
+
+
+@pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
+def test_without_a_gradient(impl: Impl, kind: str, name: str) -> None:
+    function, xs = case(kind, name, impl)
+    tracked = function([leaf(x) for x in xs])
+    with torch.no_grad():
+        under_no_grad = function([leaf(x) for x in xs])
+    with torch.inference_mode():
+        under_inference = function(xs)
+    detached = function(xs)
+    assert tracked.requires_grad
+    for loss in (under_no_grad, under_inference, detached):
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, tracked.detach())
+
+
+@pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
+def test_gradient_flows_through_a_graph(impl: Impl, kind: str, name: str) -> None:
+    """Into the tensors that the inputs were computed from, and out of what used the loss."""
+    function, xs = case(kind, name, impl, torch.float64)
+    xs = [leaf(x) for x in xs]
+    loss = function([torch.tanh(x) for x in xs]).sum() ** 2
+    got = torch.autograd.grad(loss, xs)
+    function, _ = case(kind, name, Impl("reference", impl.device), torch.float64)
+    expected = torch.autograd.grad(function([torch.tanh(x) for x in xs]).sum() ** 2, xs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
+def test_grad_output_of_zero_is_a_gradient_of_zero(impl: Impl, kind: str, name: str) -> None:
+    function, xs = case(kind, name, impl)
+    xs = [leaf(x) for x in xs]
+    for g in torch.autograd.grad(0 * function(xs).sum(), xs):
+        assert torch.count_nonzero(g) == 0
+
+
+def test_each_sample_has_its_own_grad_output(impl: Impl) -> None:
+    _, xs = case("consistency", "others", impl)
+    xs = [leaf(x) for x in xs]
+    loss = F.collaborative_consistency(xs, None, reduction="none", impl=impl.name)
+    picked = torch.zeros(5, device=impl.device)
+    picked[3] = 1
+    for g in torch.autograd.grad(loss, xs, picked):
+        assert torch.count_nonzero(g[3]) > 0
+        assert torch.count_nonzero(g) == torch.count_nonzero(g[3])
+
+
+def test_terms_are_detached(impl: Impl) -> None:
+    _, xs = case("consistency", "others", impl)
+    _, terms = F.collaborative_consistency(
+        [leaf(x) for x in xs], None, return_terms=True, impl=impl.name
+    )
+    assert set(terms) == {"cross_entropy", "kl"}
+    assert not any(term.requires_grad for term in terms.values())
+
+
+# --- the second derivative
+
+
+@pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
+def test_double_backward_is_an_error_that_says_what_to_do(
+    impl: Impl, kind: str, name: str
+) -> None:
+    function, xs = case(kind, name, impl)
+    xs = [leaf(x) for x in xs]
+    gradients = torch.autograd.grad(function(xs).sum(), xs, create_graph=True)
+    with pytest.raises(RuntimeError, match='impl="reference"'):
+        torch.autograd.grad(sum(g.square().sum() for g in gradients), xs)
+
+
+@pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
+def test_double_backward_of_grad_output_is_an_error(impl: Impl, kind: str, name: str) -> None:
+    """The gradient depends on grad_output too, though nothing else may require one."""
+    function, xs = case(kind, name, impl)
+    xs = [leaf(x) for x in xs]
+    scale = torch.ones((), device=impl.device, requires_grad=True)
+    (g,) = torch.autograd.grad(scale * function(xs).sum(), xs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match='impl="reference"'):
+        torch.autograd.grad(g.sum(), scale)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_reference_can_be_differentiated_twice_pairwise(penalty: str) -> None:
+    x = leaf(Matrices((1, 3, 3), True, seed=1).build(torch.float64))
+    for center in (False, True):
+        assert torch.autograd.gradgradcheck(
+            lambda x, center=center: F.representation_similarity(
+                x, penalty=penalty, center=center, impl="reference"
+            ),
+            x,
+        )
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_reference_can_be_differentiated_twice_consistency(teacher: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    xs = [leaf(torch.randn(1, 3, generator=generator, dtype=torch.float64)) for _ in range(3)]
+    target = torch.tensor([2])
+    assert torch.autograd.gradgradcheck(
+        lambda *xs: F.collaborative_consistency(
+            xs, target, teacher=teacher, detach_teacher=False, impl="reference"
+        ),
+        xs,
+    )

@@ -1,0 +1,410 @@
+"""The pairwise penalties: representation_similarity and kernel_similarity."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import (
+    DTYPES,
+    HALVES,
+    Impl,
+    assert_same_bits,
+    bits,
+    check_pairwise,
+    leaf,
+    threads,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import LAYOUTS, PENALTIES, Matrices, features, layers, weights
+
+from imcl_fast import functional as F
+
+# Shapes at which implementations change their course: 2D around N (primal or dual),
+# around the widths of vectors and tiles, and larger than one tile.
+FEATURE_SHAPES = [
+    (2, 2, 1),
+    (3, 2, 5),
+    (1, 8, 4),
+    (1, 8, 5),
+    (2, 9, 2, 2),
+    (3, 33, 4, 4),
+    (2, 31, 4, 4),
+    (2, 64, 9, 7),
+    (1, 70, 20, 15),
+    (2, 130, 10, 5),
+    (1, 257, 3, 3),
+    (1, 48, 2, 5, 6),
+]
+WEIGHT_SHAPES = [
+    (2, 1),
+    (96, 40, 3, 3),
+    (70, 300, 1, 1),
+    (130, 50),
+    (65, 1, 3, 3),
+    (24, 7, 3, 3),
+    (33, 16, 5),
+    (10, 513),
+    (129, 67, 2),
+    (18, 3, 3, 3, 3),
+    (300, 37),
+]
+
+
+# --- the reference itself, from the definition
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("center", [False, True])
+def test_reference_is_the_definition(penalty: str, center: bool) -> None:
+    xs = [
+        Matrices((2, 5, 3, 2), True, dead=0.3, offset=0.5, seed=5).build(torch.float64),
+        Matrices((1, 3, 4), True, seed=2).build(torch.float64),
+    ]
+    phi = {"square": lambda c: c * c, "abs": abs, "signed": lambda c: c}[penalty]
+    layer_means = []
+    for x in xs:
+        total = 0.0
+        for sample in x.flatten(2).tolist():
+            for i, a in enumerate(sample):
+                for j, b in enumerate(sample):
+                    if i == j:
+                        continue
+                    if center:
+                        a_c = [v - sum(a) / len(a) for v in a]
+                        b_c = [v - sum(b) / len(b) for v in b]
+                    else:
+                        a_c, b_c = a, b
+                    norms = math.dist(a_c, [0] * len(a)) * math.dist(b_c, [0] * len(b))
+                    if norms > 1e-24:
+                        dot = sum(p * q for p, q in zip(a_c, b_c, strict=True))
+                        total += phi(dot / norms)
+        batch, n = x.shape[:2]
+        layer_means.append(total / (batch * n * (n - 1)))
+    expected = sum(layer_means) / len(xs)
+    got = F.representation_similarity(xs, penalty=penalty, center=center, impl="reference")
+    assert got.item() == pytest.approx(expected, rel=1e-12)
+
+
+# --- drawn
+
+
+@given(specs=layers(features()), penalty=st.sampled_from(PENALTIES), center=st.booleans(),
+       dtype=st.sampled_from(DTYPES))
+def test_drawn_features(impl: Impl, specs, penalty, center, dtype) -> None:
+    xs = [spec.build(dtype, impl.device) for spec in specs]
+    check_pairwise(impl, xs, batched=True, penalty=penalty, center=center)
+
+
+@given(specs=layers(weights()), penalty=st.sampled_from(PENALTIES), dtype=st.sampled_from(DTYPES))
+def test_drawn_weights(impl: Impl, specs, penalty, dtype) -> None:
+    xs = [spec.build(dtype, impl.device) for spec in specs]
+    check_pairwise(impl, xs, batched=False, penalty=penalty)
+
+
+@given(specs=st.lists(features(), min_size=2, max_size=3), dtypes=st.permutations(DTYPES))
+def test_layers_of_different_dtypes(impl: Impl, specs, dtypes) -> None:
+    xs = [s.build(t, impl.device) for s, t in zip(specs, dtypes, strict=False)]
+    check_pairwise(impl, xs, batched=True)
+
+
+# --- every combination at the shapes that matter
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("shape", FEATURE_SHAPES, ids=str)
+def test_feature_shapes(impl: Impl, shape, center: bool, penalty: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ("contiguous", "channels_last"):
+            spec = Matrices(shape, True, layout, dead=0.1, offset=0.3, seed=len(shape))
+            check_pairwise(
+                impl, [spec.build(dtype, impl.device)], batched=True, penalty=penalty,
+                center=center,
+            )
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("shape", WEIGHT_SHAPES, ids=str)
+def test_weight_shapes(impl: Impl, shape, penalty: str) -> None:
+    for dtype in DTYPES:
+        spec = Matrices(shape, False, dead=0.05, seed=len(shape))
+        check_pairwise(impl, [spec.build(dtype, impl.device)], batched=False, penalty=penalty)
+
+
+def test_all_weights_of_a_network_at_once(impl: Impl) -> None:
+    xs = [Matrices(s, False, seed=i).build(torch.float32, impl.device)
+          for i, s in enumerate(WEIGHT_SHAPES)]
+    check_pairwise(impl, xs, batched=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(impl: Impl, layout: str, dtype: torch.dtype) -> None:
+    for shape in ((3, 20, 6, 5), (2, 40, 3, 3), (2, 19, 70), (2, 6, 3, 2, 5)):
+        for center in (False, True):
+            spec = Matrices(shape, True, layout, offset=0.5, seed=3)
+            check_pairwise(impl, [spec.build(dtype, impl.device)], batched=True, center=center)
+    for shape in ((20, 6, 3, 3), (41, 17), (64, 1, 3, 3)):
+        if layout == "channels_last" and len(shape) < 3:
+            continue
+        spec = Matrices(shape, False, layout, seed=4)
+        check_pairwise(impl, [spec.build(dtype, impl.device)], batched=False)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d])
+def test_gradient_keeps_the_memory_format(impl: Impl, memory_format) -> None:
+    shape = (2, 8, 4, 4) if memory_format == torch.channels_last else (2, 8, 3, 4, 2)
+    x = torch.randn(shape, device=impl.device).to(memory_format=memory_format).requires_grad_()
+    F.representation_similarity(x, impl=impl.name).backward()
+    assert x.grad.is_contiguous(memory_format=memory_format)
+
+
+# --- values known by hand
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (40, 3)], ids=str)
+def test_known_values(impl: Impl, shape) -> None:
+    n, d = shape
+    same = torch.ones(shape, device=impl.device)
+    opposite = same.clone()
+    opposite[1] = -3
+    share = 4 * (n - 1) / (n * (n - 1))  # what flipping one row takes from a mean over pairs
+    for penalty, alike, flipped in (("square", 1, 1), ("abs", 1, 1), ("signed", 1, 1 - share)):
+        for x, expected in ((same, alike), (opposite, flipped)):
+            got = F.kernel_similarity(x, penalty=penalty, impl=impl.name)
+            assert got.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_orthogonal_rows_have_no_penalty_and_no_gradient(impl: Impl, penalty: str) -> None:
+    """With |c| the derivative at 0 is 0, so that exactly orthogonal rows are at rest."""
+    x = leaf(torch.eye(12, 20, device=impl.device) * torch.arange(1, 13).view(-1, 1).to(impl.device))
+    loss = F.kernel_similarity(x, penalty=penalty, impl=impl.name)
+    (g,) = torch.autograd.grad(loss, x)
+    assert loss.item() == pytest.approx(0, abs=1e-7)
+    if penalty != "signed":
+        assert torch.count_nonzero(g) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_penalty_does_not_depend_on_the_scale(impl: Impl, penalty: str, scale: float) -> None:
+    """Squared norms of 1e-18 * D and 1e18 * D are both well inside float32."""
+    for shape in ((9, 30), (30, 9)):
+        x = Matrices(shape, False, seed=1).build(torch.float32, impl.device)
+        check_pairwise(impl, [x * scale], batched=False, penalty=penalty)
+
+
+# --- dead rows
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dead_rows(impl: Impl, dtype: torch.dtype, center: bool, penalty: str) -> None:
+    for shape in ((2, 9, 20), (2, 20, 9), (2, 20, 3)):
+        x = Matrices(shape, True, seed=7).build(dtype, impl.device)
+        x[0, 2] = 0
+        x[1, ::2] = 0
+        x = leaf(x)
+        loss = F.representation_similarity(x, penalty=penalty, center=center, impl=impl.name)
+        (g,) = torch.autograd.grad(loss * 1024, x)
+        assert torch.count_nonzero(g[0, 2]) == 0 and torch.count_nonzero(g[1, ::2]) == 0
+        assert torch.count_nonzero(g[0, 3]) > 0 and torch.count_nonzero(g[1, 1]) > 0
+        check_pairwise(impl, [x], batched=True, penalty=penalty, center=center)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("center", [False, True])
+def test_all_rows_dead(impl: Impl, center: bool, penalty: str) -> None:
+    for shape in ((2, 6, 20), (2, 20, 6)):
+        for value in (0.0, 3.3) if center else (0.0,):
+            x = leaf(torch.full(shape, value, device=impl.device))
+            loss = F.representation_similarity(x, penalty=penalty, center=center, impl=impl.name)
+            (g,) = torch.autograd.grad(loss, x)
+            assert loss.item() == 0
+            assert torch.count_nonzero(g) == 0
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_one_live_row(impl: Impl, penalty: str) -> None:
+    for shape in ((6, 20), (20, 6)):
+        x = torch.zeros(shape, device=impl.device)
+        x[3] = torch.arange(1.0, shape[1] + 1, device=impl.device)
+        check_pairwise(impl, [x], batched=False, penalty=penalty)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_eps_draws_the_line(impl: Impl, penalty: str) -> None:
+    for shape in ((6, 20), (20, 6)):
+        x = Matrices(shape, False, seed=3).build(torch.float32, impl.device)
+        x[1] *= 0.05 / x[1].norm()
+        x[2] *= 0.2 / x[2].norm()
+        x = leaf(x)
+        (g,) = torch.autograd.grad(
+            F.kernel_similarity(x, penalty=penalty, eps=0.1, impl=impl.name), x
+        )
+        assert torch.count_nonzero(g[1]) == 0 and torch.count_nonzero(g[2]) > 0
+        check_pairwise(impl, [x], batched=False, penalty=penalty, eps=0.1)
+
+
+# --- centring
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("columns", [50, 4])
+def test_constant_rows_are_dead_when_centred(impl: Impl, columns: int, penalty: str) -> None:
+    """Rounding noise about a large mean (1e-6 of it) is not a direction."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float64, torch.float32):
+        x = torch.randn(2, 11, columns, generator=generator, dtype=torch.float64)
+        x[:, 2] = 1000 + 1e-3 * x[:, 2]
+        x[:, 5] = 1000.1
+        x[:, 7] = -7e-3
+        x = leaf(x.to(dtype).to(impl.device))
+        loss = F.representation_similarity(x, center=True, penalty=penalty, impl=impl.name)
+        (g,) = torch.autograd.grad(loss, x)
+        assert torch.count_nonzero(g[:, [2, 5, 7]]) == 0
+        assert (g[:, [0, 1, 3]] != 0).any(-1).all()
+        check_pairwise(impl, [x], batched=True, penalty=penalty, center=True)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("shape", [(2, 11, 50), (2, 12, 4), (1, 20, 15, 16)], ids=str)
+def test_nearly_constant_rows_are_accurate_when_centred(impl: Impl, shape, penalty: str) -> None:
+    """Centring must come before squaring: 1e6 - 1e6 has lost a deviation of 1e-1."""
+    for layout in ("contiguous", "channels_last"):
+        x = Matrices(shape, True, seed=8).build(torch.float64)
+        x[:, 1] = 1000 + 0.1 * x[:, 1]
+        x[:, 3] = 50 + x[:, 3]
+        x[:, -1] = 1000 - 3 * x[:, -1]
+        x = x.float().to(impl.device)
+        if layout == "channels_last":
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        check_pairwise(impl, [x], batched=True, penalty=penalty, center=True)
+
+
+def test_centred_is_correlation(impl: Impl) -> None:
+    x = torch.randn(1, 6, 40, device=impl.device) + 2
+    got = F.representation_similarity(x, center=True, penalty="signed", impl=impl.name)
+    r = torch.corrcoef(x[0])
+    assert got.item() == pytest.approx((r.sum().item() - 6) / 30, abs=1e-5)
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("shape", [(70, 300), (96, 40, 3, 3), (130, 50), (256, 320)], ids=str)
+def test_matmul_precision(impl: Impl, shape) -> None:
+    """"medium" may round products like bfloat16; "high" and "highest" may not."""
+    x = Matrices(shape, False, seed=2).build(torch.float32, impl.device)
+    check_pairwise(impl, [x], batched=False, precision="highest")
+    check_pairwise(impl, [x], batched=False, precision="high")
+    check_pairwise(impl, [x], batched=False, precision="medium")
+
+
+def test_matmul_precision_is_about_float32(impl: Impl) -> None:
+    x = Matrices((96, 200), False).build(torch.float64, impl.device)
+    check_pairwise(impl, [x], batched=False, precision="medium")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_accumulates_in_float32(impl: Impl, dtype: torch.dtype) -> None:
+    """In float16 a sum of squares of 300 overflows, and a sum of 4096 ones stops at 2048."""
+    x = torch.full((3, 9000), 300.0, dtype=dtype, device=impl.device)
+    x[1, ::2] = -300
+    x[2, 5000:] = 0
+    got = F.kernel_similarity(x, impl=impl.name)
+    truth = F.kernel_similarity(x.double(), impl="reference")
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(truth.item(), rel=1e-5)
+
+
+# --- what is not a number, and what is not there
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("center", [False, True])
+def test_non_finite_input_gives_non_finite_loss(
+    impl: Impl, center: bool, penalty: str, bad: float
+) -> None:
+    for shape in ((2, 5, 19), (2, 19, 5), (2, 2, 1), (1, 40, 40)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = Matrices(shape, True, seed=1).build(dtype, impl.device)
+            x[-1, 1, -1] = bad
+            loss = F.representation_similarity(x, penalty=penalty, center=center, impl=impl.name)
+            assert not torch.isfinite(loss), (shape, dtype)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (0, 12, 2), (2, 4, 0), (2, 4, 3, 0)], ids=str)
+def test_empty_features(impl: Impl, shape, penalty: str) -> None:
+    x = torch.zeros(shape, requires_grad=True, device=impl.device)
+    loss = F.representation_similarity(x, penalty=penalty, impl=impl.name)
+    (g,) = torch.autograd.grad(loss, x)
+    assert loss.item() == 0 and loss.dtype == torch.float32
+    assert g.shape == x.shape
+
+
+def test_an_empty_layer_still_counts_in_the_mean(impl: Impl) -> None:
+    x = torch.randn(2, 4, 3, 3, device=impl.device)
+    alone = F.representation_similarity(x, impl=impl.name)
+    beside = F.representation_similarity([x, x[:0]], impl=impl.name)
+    assert beside.item() == pytest.approx(alone.item() / 2, rel=1e-6)
+
+
+# --- determinism
+
+
+LARGE = ((4, 130, 10, 5), (3, 64, 33, 9), (1, 300, 8, 8))
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_runs_are_bitwise_equal(impl: Impl, penalty: str) -> None:
+    xs = [leaf(Matrices(s, True, seed=i).build(torch.float32, impl.device))
+          for i, s in enumerate(LARGE)]
+
+    def run():
+        loss = F.representation_similarity(xs, penalty=penalty, center=True, impl=impl.name)
+        return [loss, *torch.autograd.grad(loss, xs)]
+
+    first = run()
+    for _ in range(2):
+        assert_same_bits(run(), first)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("batched", [True, False])
+def test_thread_count_changes_no_bit(impl: Impl, batched: bool, penalty: str) -> None:
+    if impl.name != "cpp":
+        pytest.skip(f"{impl.name}: PyTorch doesn't promise this of its own CPU kernels")
+    function = F.representation_similarity if batched else F.kernel_similarity
+    for dtype in (torch.float32, torch.bfloat16):
+        xs = [leaf(Matrices(s, batched, seed=i).build(dtype))
+              for i, s in enumerate(LARGE if batched else WEIGHT_SHAPES)]
+        results = []
+        for count in (1, 2, 3):
+            with threads(count):
+                loss = function(xs, penalty=penalty, impl=impl.name)
+                results.append([loss, *torch.autograd.grad(loss, xs)])
+        assert_same_bits(results[0], results[1])
+        assert_same_bits(results[0], results[2])
+
+
+def test_a_tensor_is_a_list_of_one(impl: Impl) -> None:
+    x = torch.randn(2, 5, 4, 4, device=impl.device)
+    for function in (F.representation_similarity, F.kernel_similarity):
+        one, listed, tupled = (function(v, impl=impl.name) for v in (x, [x], (x,)))
+        assert bits(one).equal(bits(listed)) and bits(one).equal(bits(tupled))
+
+
+def test_the_same_tensor_twice(impl: Impl) -> None:
+    """Tied weights: each place contributes its share to the one gradient."""
+    x = leaf(torch.randn(5, 7, device=impl.device))
+    (once,) = torch.autograd.grad(F.kernel_similarity(x, impl=impl.name), x)
+    (twice,) = torch.autograd.grad(F.kernel_similarity([x, x], impl=impl.name), x)
+    torch.testing.assert_close(twice, once)
