@@ -5,8 +5,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <array>
 #include <atomic>
 #include <deque>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -63,12 +69,27 @@ void write(const Tensor& out, int64_t index, double value) {
   }
 }
 
-double read(const Tensor& x, int64_t offset) {
+double read(const Tensor& x) {
   if (x.scalar_type() == ScalarType::Double)
-    return static_cast<const double*>(x.const_data_ptr())[offset];
+    return *static_cast<const double*>(x.const_data_ptr());
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
                   "grad: expected float32 or float64, the dtype of the loss");
-  return static_cast<double>(static_cast<const float*>(x.const_data_ptr())[offset]);
+  return static_cast<double>(*static_cast<const float*>(x.const_data_ptr()));
+}
+
+// Asks for huge pages for memory about to be written. The CPU allocator returns large
+// tensors to the system and gets them back page by page, at 2 microseconds each.
+void* advised(const Tensor& x) {
+  void* data = x.mutable_data_ptr();
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t end = begin + static_cast<uintptr_t>(x.numel()) * x.element_size();
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (last > first + kHuge)  // advice: nothing is lost if the system can't follow it
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return data;
 }
 
 // Axes of strided tensors; keeps the offset tables of those that don't collapse.
@@ -145,7 +166,7 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
     if (keep) {
       state.push_back(allocate({m.batch, imcl::state_size(settings, m.rows, m.columns)},
                                accumulation_type(x), x));
-      m.state = state.back().mutable_data_ptr();
+      m.state = advised(state.back());
     }
     problems.push_back(m);
   }
@@ -167,7 +188,7 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
     imcl::Matrices m = matrices_of(xs[i], batched, xs.size(), axes);
     const Tensor& dx = gradients.emplace_back(torch::stable::empty_like(xs[i]));
     const int64_t row = batched ? 1 : 0;
-    m.dx = dx.mutable_data_ptr();
+    m.dx = advised(dx);
     m.dx_batch_axis = batched ? axes.of(dx, 0, 1) : imcl::Axis{0, nullptr};
     m.dx_row_axis = axes.of(dx, row, row + 1);
     m.dx_column_axis = axes.of(dx, row + 1, dx.dim());
@@ -176,14 +197,26 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
                     "state: expected the state that pairwise_forward returned");
     problems.push_back(m);
   }
-  imcl::pairwise_backward(*imcl::chosen_isa().pairwise, problems, settings, read(grad, 0),
+  imcl::pairwise_backward(*imcl::chosen_isa().pairwise, problems, settings, read(grad),
                           parallel());
   return gradients;
 }
 
 // ---- collaborative consistency ----
 
-// The heads of all blocks (B, K) or (h, B, K), and of their gradients where given.
+// Empty, shaped and strided like x, in the accumulation type.
+Tensor empty_gradient(const Tensor& x) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(x),            from(std::optional<ScalarType>(accumulation_type(x))),
+      from(std::nullopt), from(std::nullopt),
+      from(std::nullopt), from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The heads of all blocks (B, K) or (h, B, K), and of their gradients unless there are none.
 std::vector<imcl::Head> heads_of(const std::vector<Tensor>& logits,
                                  const std::vector<Tensor>& gradients,
                                  const std::vector<double>& ce_weight,
@@ -191,24 +224,24 @@ std::vector<imcl::Head> heads_of(const std::vector<Tensor>& logits,
   std::vector<imcl::Head> heads;
   for (std::size_t i = 0; i < logits.size(); ++i) {
     const Tensor& z = logits[i];
-    const bool stacked = z.dim() == 3;
-    const auto size = static_cast<int64_t>(z.element_size());
-    for (int64_t h = 0; h < (stacked ? z.size(0) : 1); ++h) {
+    const int64_t row = z.dim() - 2;
+    for (int64_t h = 0; h < (row == 1 ? z.size(0) : 1); ++h) {
       STD_TORCH_CHECK(heads.size() < ce_weight.size() && heads.size() < kl_weight.size(),
                       "ce_weight, kl_weight: expected one value per head");
+      const auto start = [&](const Tensor& x) {
+        return (row == 1 ? h * x.stride(0) : 0) * static_cast<int64_t>(x.element_size());
+      };
       imcl::Head head{};
-      head.z = static_cast<const char*>(z.const_data_ptr()) +
-               (stacked ? h * z.stride(0) * size : 0);
-      head.z_row = z.stride(-2 + z.dim());
-      head.z_class = z.stride(-1 + z.dim());
+      head.z = static_cast<const char*>(z.const_data_ptr()) + start(z);
+      head.z_row = z.stride(row);
+      head.z_class = z.stride(row + 1);
       head.ce_weight = ce_weight[heads.size()];
       head.kl_weight = kl_weight[heads.size()];
       if (!gradients.empty()) {
         const Tensor& dz = gradients[i];
-        head.dz = static_cast<char*>(dz.mutable_data_ptr()) +
-                  (stacked ? h * dz.stride(0) * size : 0);
-        head.dz_row = dz.stride(-2 + dz.dim());
-        head.dz_class = dz.stride(-1 + dz.dim());
+        head.dz = static_cast<char*>(dz.mutable_data_ptr()) + start(dz);
+        head.dz_row = dz.stride(row);
+        head.dz_class = dz.stride(row + 1);
       }
       heads.push_back(head);
     }
@@ -218,39 +251,39 @@ std::vector<imcl::Head> heads_of(const std::vector<Tensor>& logits,
   return heads;
 }
 
-imcl::Consistency consistency_of(const std::vector<Tensor>& logits,
-                                 const std::vector<Tensor>& gradients,
-                                 const std::optional<Tensor>& target,
-                                 const std::vector<double>& ce_weight,
-                                 const std::vector<double>& kl_weight,
-                                 const std::vector<int64_t>& groups,
-                                 const std::vector<double>& temperature,
-                                 const std::vector<int64_t>& teacher,
-                                 const std::vector<bool>& detach, double label_smoothing,
-                                 int64_t ignore_index) {
-  STD_TORCH_CHECK(!logits.empty(), "logits: expected at least one tensor");
+std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
+    const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
+    const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
+    const std::vector<int64_t>& groups, const std::vector<double>& temperature,
+    const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
+    int64_t ignore_index, int64_t reduction, bool keep) {
+  STD_TORCH_CHECK(!logits.empty() && (logits[0].dim() == 2 || logits[0].dim() == 3),
+                  "logits: expected at least one tensor (B, K) or (h, B, K)");
   imcl::Consistency problem{};
   problem.dtype = dtype_of(logits[0], "logits");
   problem.batch = logits[0].size(logits[0].dim() - 2);
   problem.classes = logits[0].size(logits[0].dim() - 1);
+  std::vector<Tensor> gradients;
   for (const Tensor& z : logits) {
     STD_TORCH_CHECK((z.dim() == 2 || z.dim() == 3) && z.size(z.dim() - 2) == problem.batch &&
-                        z.size(z.dim() - 1) == problem.classes,
-                    "logits: expected (B, K) or (h, B, K) of one B and K");
+                        z.size(z.dim() - 1) == problem.classes && problem.classes > 0,
+                    "logits: expected (B, K) or (h, B, K) of one B and K > 0");
     STD_TORCH_CHECK(dtype_of(z, "logits") == problem.dtype, "logits: expected one dtype");
+    if (keep) advised(gradients.emplace_back(empty_gradient(z)));
   }
   problem.heads = heads_of(logits, gradients, ce_weight, kl_weight);
+  const auto heads = static_cast<int64_t>(problem.heads.size());
   STD_TORCH_CHECK(temperature.size() == groups.size() && teacher.size() == groups.size() &&
                       detach.size() == groups.size(),
                   "temperature, teacher, detach: expected one value per group");
   int64_t first = 0;
   for (std::size_t g = 0; g < groups.size(); ++g) {
-    problem.groups.push_back({first, groups[g], temperature[g],
-                              static_cast<imcl::Teacher>(teacher[g]), detach[g]});
+    STD_TORCH_CHECK(groups[g] > 0, "groups: expected positive sizes");
+    problem.groups.push_back(
+        {first, groups[g], temperature[g], static_cast<imcl::Teacher>(teacher[g]), detach[g]});
     first += groups[g];
   }
-  STD_TORCH_CHECK(first == static_cast<int64_t>(problem.heads.size()),
-                  "groups: expected sizes that sum to the number of heads");
+  STD_TORCH_CHECK(first == heads, "groups: expected sizes that sum to the number of heads");
   if (target) {
     STD_TORCH_CHECK(target->is_cpu() && target->scalar_type() == ScalarType::Long &&
                         target->dim() == 1 && target->size(0) == problem.batch,
@@ -260,74 +293,27 @@ imcl::Consistency consistency_of(const std::vector<Tensor>& logits,
   }
   problem.label_smoothing = label_smoothing;
   problem.ignore_index = ignore_index;
-  return problem;
-}
 
-std::tuple<Tensor, Tensor, Tensor> consistency_forward(
-    const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
-    const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
-    const std::vector<int64_t>& groups, const std::vector<double>& temperature,
-    const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
-    int64_t ignore_index, int64_t reduction) {
-  const imcl::Consistency problem =
-      consistency_of(logits, {}, target, ce_weight, kl_weight, groups, temperature, teacher,
-                     detach, label_smoothing, ignore_index);
-  const auto heads = static_cast<int64_t>(problem.heads.size());
   const auto mode = static_cast<imcl::Reduction>(reduction);
-  const ScalarType dtype = accumulation_type(logits[0]);
-  const Tensor stats = allocate({problem.batch, heads, imcl::kStatsPerHead}, dtype, logits[0]);
   std::vector<double> per_sample(static_cast<std::size_t>(problem.batch));
   std::vector<double> sums(static_cast<std::size_t>(2 * heads));
-  const int64_t count =
-      imcl::consistency_forward(*imcl::chosen_isa().consistency, problem,
-                                stats.mutable_data_ptr(), per_sample.data(), sums.data(),
-                                parallel());
-  const double over =
-      mode == imcl::Reduction::kSum ? 1.0 : 1.0 / static_cast<double>(std::max<int64_t>(count, 1));
+  imcl::consistency(*imcl::chosen_isa().consistency, problem, mode, per_sample.data(),
+                    sums.data(), parallel());
+
+  const ScalarType dtype = accumulation_type(logits[0]);
   const Tensor terms = allocate({2, heads}, dtype, logits[0]);
-  for (int64_t i = 0; i < 2 * heads; ++i) write(terms, i, sums[static_cast<std::size_t>(i)] * over);
+  for (int64_t i = 0; i < 2 * heads; ++i) write(terms, i, sums[static_cast<std::size_t>(i)]);
   if (mode == imcl::Reduction::kNone) {
     const Tensor loss = allocate({problem.batch}, dtype, logits[0]);
     for (int64_t b = 0; b < problem.batch; ++b)
       write(loss, b, per_sample[static_cast<std::size_t>(b)]);
-    return {loss, terms, stats};
+    return {loss, terms, gradients};
   }
   double total = 0;
   for (double each : per_sample) total += each;
   const Tensor loss = allocate({}, dtype, logits[0]);
-  write(loss, 0, total * over);
-  return {loss, terms, stats};
-}
-
-std::vector<Tensor> consistency_backward(
-    const Tensor& grad, const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
-    const Tensor& stats, const std::vector<double>& ce_weight,
-    const std::vector<double>& kl_weight, const std::vector<int64_t>& groups,
-    const std::vector<double>& temperature, const std::vector<int64_t>& teacher,
-    const std::vector<bool>& detach, double label_smoothing, int64_t ignore_index,
-    int64_t reduction) {
-  std::vector<Tensor> gradients;
-  for (const Tensor& z : logits) gradients.push_back(torch::stable::empty_like(z));
-  const imcl::Consistency problem =
-      consistency_of(logits, gradients, target, ce_weight, kl_weight, groups, temperature, teacher,
-                     detach, label_smoothing, ignore_index);
-  STD_TORCH_CHECK(stats.numel() == problem.batch * static_cast<int64_t>(problem.heads.size()) *
-                                       imcl::kStatsPerHead,
-                  "stats: expected the statistics that consistency_forward returned");
-  const auto mode = static_cast<imcl::Reduction>(reduction);
-  double over = 1;
-  if (mode == imcl::Reduction::kMean) {
-    int64_t count = 0;
-    for (int64_t b = 0; b < problem.batch; ++b) count += problem.counts(b);
-    over = 1.0 / static_cast<double>(std::max<int64_t>(count, 1));
-  }
-  const int64_t grad_stride = mode == imcl::Reduction::kNone ? grad.stride(0) : 0;
-  std::vector<double> scale(static_cast<std::size_t>(problem.batch));
-  for (int64_t b = 0; b < problem.batch; ++b)
-    scale[static_cast<std::size_t>(b)] = read(grad, b * grad_stride) * over;
-  imcl::consistency_backward(*imcl::chosen_isa().consistency, problem, stats.const_data_ptr(),
-                             scale.data(), parallel());
-  return gradients;
+  write(loss, 0, total);
+  return {loss, terms, gradients};
 }
 
 }  // namespace
@@ -340,18 +326,13 @@ STABLE_TORCH_LIBRARY(imcl_fast, m) {
       "pairwise_backward(Tensor grad, Tensor[] xs, Tensor[] state, int penalty, bool center, "
       "float eps, bool batched, int precision) -> Tensor[]");
   m.def(
-      "consistency_forward(Tensor[] logits, Tensor? target, float[] ce_weight, "
-      "float[] kl_weight, int[] groups, float[] temperature, int[] teacher, bool[] detach, "
-      "float label_smoothing, int ignore_index, int reduction) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "consistency_backward(Tensor grad, Tensor[] logits, Tensor? target, Tensor stats, "
-      "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
-      "bool[] detach, float label_smoothing, int ignore_index, int reduction) -> Tensor[]");
+      "consistency(Tensor[] logits, Tensor? target, float[] ce_weight, float[] kl_weight, "
+      "int[] groups, float[] temperature, int[] teacher, bool[] detach, float label_smoothing, "
+      "int ignore_index, int reduction, bool keep) -> (Tensor, Tensor, Tensor[])");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(imcl_fast, CPU, m) {
   m.impl("pairwise_forward", TORCH_BOX(&pairwise_forward));
   m.impl("pairwise_backward", TORCH_BOX(&pairwise_backward));
-  m.impl("consistency_forward", TORCH_BOX(&consistency_forward));
-  m.impl("consistency_backward", TORCH_BOX(&consistency_backward));
+  m.impl("consistency", TORCH_BOX(&consistency));
 }

@@ -61,22 +61,27 @@ class PairwisePenalty(Function):
 
 
 class CollaborativeConsistency(Function):
-    """apply(implementation, options, target, *logits) -> (loss () or (B,), terms (2, H))."""
+    """apply(implementation, options, target, *logits) -> (loss () or (B,), terms (2, H)).
+
+    The forward already makes the gradient, in the accumulation dtype, while the
+    exponentials are at hand; the backward only scales it. So a float16 gradient is
+    rounded after a GradScaler's factor, not before.
+    """
 
     @staticmethod
     def forward(ctx, implementation, options: ConsistencyOptions, target, *logits: Tensor):
-        loss, terms, stats = implementation.forward(list(logits), target, *options)
+        keep = any(ctx.needs_input_grad)
+        loss, terms, gradients = implementation(list(logits), target, *options, keep)
         ctx.mark_non_differentiable(terms)
-        ctx.save_for_backward(stats, target, *logits)
-        ctx.implementation, ctx.options = implementation, options
+        ctx.save_for_backward(*gradients)
+        ctx.dtype = logits[0].dtype
         return loss, terms
 
     @staticmethod
     def backward(ctx, grad: Tensor, _terms):
-        stats, target, *logits = ctx.saved_tensors
+        scale = grad.unsqueeze(-1) if grad.dim() else grad  # (B, 1) or ()
         with torch.no_grad():
-            dz = ctx.implementation.backward(grad, logits, target, stats, *ctx.options)
-        dz = _first_order_only(dz, [grad, *logits])
+            dz = [(gradient * scale).to(ctx.dtype) for gradient in ctx.saved_tensors]
         return None, None, None, *_needed(dz, ctx.needs_input_grad[3:])
 
 

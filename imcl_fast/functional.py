@@ -230,7 +230,7 @@ def collaborative_consistency(
         loss, terms = reference.consistency(blocks, target, **named._asdict())
     else:
         loss, terms = CollaborativeConsistency.apply(
-            implementations.operation(impl, "consistency"), options, target, *blocks
+            implementations.consistency(impl), options, target, *blocks
         )
     if not return_terms:
         return loss
@@ -252,4 +252,4 @@ def _pairwise(
         return reference.pairwise_penalty(
             xs, penalty=penalty, center=center, eps=options.eps, batched=batched
         )
-    return PairwisePenalty.apply(implementations.operation(impl, "pairwise"), options, *xs)
+    return PairwisePenalty.apply(implementations.pairwise(impl), options, *xs)

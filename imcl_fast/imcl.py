@@ -146,6 +146,8 @@ class IMCL(nn.Module):
         validation.choice("representation_penalty", representation_penalty, functional.PENALTIES)
         validation.choice("kernel_penalty", kernel_penalty, functional.PENALTIES)
         validation.choice("impl", impl, IMPLEMENTATIONS)
+        if not isinstance(center, bool):
+            raise TypeError(f"center: expected a bool, got {type(center).__name__}")
         self.views = views
         self.dropout = validation.number("dropout", dropout, low=0, high=1)
         self.output_temperature = validation.number(
@@ -293,7 +295,7 @@ class IMCL(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """Classifier on intermediate features: (B, C, \*spatial) -> average -> linear -> (B, K)."""
+    r"""Classifier on intermediate features: (B, C, \*spatial) -> average -> linear -> (B, K)."""
 
     def __init__(self, channels: int, classes: int, *, device=None, dtype=None) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,12 +13,8 @@ from .algebra import consistency as algebra_consistency
 from .algebra import pairwise as algebra_pairwise
 
 IMPLEMENTATIONS = ("auto", "cpp", "triton", "cuda", "torch", "reference")
-OPERATIONS = ("pairwise", "consistency")
 
-_ALGEBRA = {
-    "pairwise": operators.Operation(algebra_pairwise.forward, algebra_pairwise.backward),
-    "consistency": operators.Operation(algebra_consistency.forward, algebra_consistency.backward),
-}
+_ALGEBRA_PAIRWISE = operators.Pairwise(algebra_pairwise.forward, algebra_pairwise.backward)
 
 
 def why_not(impl: str, device: str) -> str | None:
@@ -56,10 +52,16 @@ def choose(impl: str, device: torch.device) -> str:
     return impl
 
 
-def operation(impl: str, name: str) -> operators.Operation:
-    """The kernels of one operation under a chosen implementation (not ``reference``)."""
-    compiled: operators.Operation | None = getattr(operators, name) if impl == "cpp" else None
-    return compiled or _ALGEBRA[name]
+def pairwise(impl: str) -> operators.Pairwise:
+    """The pairwise penalty under a chosen implementation other than ``reference``."""
+    return operators.pairwise if impl == "cpp" and operators.pairwise else _ALGEBRA_PAIRWISE
+
+
+def consistency(impl: str) -> Callable:
+    """The consistency under a chosen implementation other than ``reference``."""
+    if impl == "cpp" and operators.consistency:
+        return operators.consistency
+    return algebra_consistency.forward
 
 
 def available(device: str = "cpu") -> Sequence[str]:

@@ -18,12 +18,11 @@ from torch import Tensor
 from .algebra.consistency import REDUCE_NONE
 from .algebra.pairwise import SIGNED, is_dual
 
-STATS_PER_HEAD = 6  # csrc/cpu/consistency.h: what the backward needs of a sample and head
 LIBRARY = Path(__file__).with_name("_operators.so")
 
 
-class Operation(NamedTuple):
-    """One implementation of one operation."""
+class Pairwise(NamedTuple):
+    """One implementation of the pairwise penalty; one of the consistency is a function."""
 
     forward: Callable
     backward: Callable
@@ -41,8 +40,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 build_info, LOAD_ERROR = _load()
-pairwise: Operation | None = None
-consistency: Operation | None = None
+pairwise: Pairwise | None = None
+consistency: Callable | None = None
 
 
 def _accumulation_dtype(xs: Sequence[Tensor]) -> torch.dtype:
@@ -67,26 +66,21 @@ def _pairwise_backward(grad, xs, state, penalty, center, eps, batched, precision
     return [torch.empty_like(x) for x in xs]
 
 
-def _consistency_forward(
-    logits, target, ce_weight, kl_weight, groups, temperature, teacher, detach,
-    label_smoothing, ignore_index, reduction,
-):
+def _consistency(logits, target, ce_weight, *options):
+    *_, reduction, keep = options
     dtype = _accumulation_dtype(logits)
-    heads, batch = len(ce_weight), logits[0].shape[-2]
-    loss = logits[0].new_empty((batch,) if reduction == REDUCE_NONE else (), dtype=dtype)
-    terms = logits[0].new_empty((2, heads), dtype=dtype)
-    return loss, terms, logits[0].new_empty((batch, heads, STATS_PER_HEAD), dtype=dtype)
-
-
-def _consistency_backward(grad, logits, target, stats, *_):
-    return [torch.empty_like(block) for block in logits]
+    size = (logits[0].shape[-2],) if reduction == REDUCE_NONE else ()
+    loss = logits[0].new_empty(size, dtype=dtype)
+    terms = logits[0].new_empty((2, len(ce_weight)), dtype=dtype)
+    return loss, terms, [torch.empty_like(block, dtype=dtype) for block in logits if keep]
 
 
 if build_info is not None:
     torch.library.register_fake("imcl_fast::pairwise_forward")(_pairwise_forward)
     torch.library.register_fake("imcl_fast::pairwise_backward")(_pairwise_backward)
-    torch.library.register_fake("imcl_fast::consistency_forward")(_consistency_forward)
-    torch.library.register_fake("imcl_fast::consistency_backward")(_consistency_backward)
-    _ops = torch.ops.imcl_fast
-    pairwise = Operation(_ops.pairwise_forward.default, _ops.pairwise_backward.default)
-    consistency = Operation(_ops.consistency_forward.default, _ops.consistency_backward.default)
+    torch.library.register_fake("imcl_fast::consistency")(_consistency)
+    pairwise = Pairwise(
+        torch.ops.imcl_fast.pairwise_forward.default,
+        torch.ops.imcl_fast.pairwise_backward.default,
+    )
+    consistency = torch.ops.imcl_fast.consistency.default

@@ -14,6 +14,7 @@ from conftest import (
     assert_same_bits,
     bits,
     check_consistency,
+    dtype_name,
     leaf,
     threads,
 )
@@ -183,7 +184,7 @@ def test_groups(impl: Impl) -> None:
     assert together.item() == pytest.approx(first.item() + second.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_layouts(impl: Impl, dtype: torch.dtype) -> None:
     """The heads one tensor, separate, in blocks, and with a stride between classes."""
     for layout in ("contiguous", "transposed", "reversed", "sliced", "misaligned",

@@ -13,6 +13,7 @@ from conftest import (
     assert_same_bits,
     bits,
     check_pairwise,
+    dtype_name,
     leaf,
     threads,
 )
@@ -141,7 +142,7 @@ def test_all_weights_of_a_network_at_once(impl: Impl) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_layouts(impl: Impl, layout: str, dtype: torch.dtype) -> None:
     for shape in ((3, 20, 6, 5), (2, 40, 3, 3), (2, 19, 70), (2, 6, 3, 2, 5)):
         for center in (False, True):
@@ -181,7 +182,7 @@ def test_known_values(impl: Impl, shape) -> None:
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_orthogonal_rows_have_no_penalty_and_no_gradient(impl: Impl, penalty: str) -> None:
     """With |c| the derivative at 0 is 0, so that exactly orthogonal rows are at rest."""
-    x = leaf(torch.eye(12, 20, device=impl.device) * torch.arange(1, 13).view(-1, 1).to(impl.device))
+    x = leaf(torch.diag(torch.arange(1.0, 13)).to(impl.device))
     loss = F.kernel_similarity(x, penalty=penalty, impl=impl.name)
     (g,) = torch.autograd.grad(loss, x)
     assert loss.item() == pytest.approx(0, abs=1e-7)
@@ -203,7 +204,7 @@ def test_penalty_does_not_depend_on_the_scale(impl: Impl, penalty: str, scale: f
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_dead_rows(impl: Impl, dtype: torch.dtype, center: bool, penalty: str) -> None:
     for shape in ((2, 9, 20), (2, 20, 9), (2, 20, 3)):
         x = Matrices(shape, True, seed=7).build(dtype, impl.device)
@@ -230,11 +231,14 @@ def test_all_rows_dead(impl: Impl, center: bool, penalty: str) -> None:
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_one_live_row(impl: Impl, penalty: str) -> None:
-    for shape in ((6, 20), (20, 6)):
-        x = torch.zeros(shape, device=impl.device)
-        x[3] = torch.arange(1.0, shape[1] + 1, device=impl.device)
-        check_pairwise(impl, [x], batched=False, penalty=penalty)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_few_live_rows(impl: Impl, dtype: torch.dtype, penalty: str) -> None:
+    """So few that the dual form's subtraction has no Welch bound to keep it safe."""
+    for shape in ((6, 20), (20, 6), (64, 16)):
+        for live in (1, 2, 3):
+            x = torch.zeros(shape, dtype=dtype, device=impl.device)
+            x[2 : 2 + live] = Matrices((live, shape[1]), False, seed=live).build(dtype, impl.device)
+            check_pairwise(impl, [x], batched=False, penalty=penalty)
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -249,6 +253,16 @@ def test_eps_draws_the_line(impl: Impl, penalty: str) -> None:
         )
         assert torch.count_nonzero(g[1]) == 0 and torch.count_nonzero(g[2]) > 0
         check_pairwise(impl, [x], batched=False, penalty=penalty, eps=0.1)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("center", [False, True])
+def test_rows_of_zeros_are_dead_without_eps(impl: Impl, center: bool, penalty: str) -> None:
+    """A norm equal to eps is dead, or 0/0 would follow."""
+    for shape in ((2, 6, 20), (2, 20, 6)):
+        x = Matrices(shape, True, seed=4).build(torch.float32, impl.device)
+        x[:, 3] = 0
+        check_pairwise(impl, [x], batched=True, penalty=penalty, center=center, eps=0.0)
 
 
 # --- centring
@@ -311,7 +325,7 @@ def test_matmul_precision_is_about_float32(impl: Impl) -> None:
     check_pairwise(impl, [x], batched=False, precision="medium")
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
 def test_half_precision_accumulates_in_float32(impl: Impl, dtype: torch.dtype) -> None:
     """In float16 a sum of squares of 300 overflows, and a sum of 4096 ones stops at 2048."""
     x = torch.full((3, 9000), 300.0, dtype=dtype, device=impl.device)

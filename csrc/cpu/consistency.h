@@ -1,4 +1,4 @@
-// Collaborative consistency on the CPU: its problem and its two functions.
+// Collaborative consistency on the CPU: its problem, its kernel and its reduction.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,11 @@ namespace imcl {
 enum class Teacher { kOthers, kMean, kFinal, kPairwise };
 enum class Reduction { kMean, kSum, kNone };
 
-// Values kept per sample and head for the backward (imcl_fast/operators.py):
-enum Stat { kMax, kLogSum, kLogSumT, kTeacherMax, kTeacherLogSum, kKL, kStatsPerHead };
-
-// One head: logits (batch, classes), and their gradient in the backward.
+// One head: its logits (batch, classes), and where the gradient goes (null: nowhere).
 struct Head {
   const void* z;
   int64_t z_row, z_class;  // strides
-  void* dz;
+  void* dz;                // in the accumulation type
   int64_t dz_row, dz_class;
   double ce_weight, kl_weight;
 };
@@ -46,21 +43,16 @@ struct Consistency {
   }
 };
 
-// The per-ISA kernels, for one sample. `stats` is (heads, kStatsPerHead) of that sample
-// in the accumulation type; `cross_entropy` and `kl` are (heads,), T^2 included in kl.
+// The per-ISA kernel, for one sample that counts: the unweighted cross entropy and T^2 KL of
+// every head, and its rows of the gradient, times scale.
 struct ConsistencyKernels {
-  void (*forward)(const Consistency&, int64_t sample, void* stats, double* cross_entropy,
-                  double* kl);
-  void (*backward)(const Consistency&, int64_t sample, const void* stats, double scale);
+  void (*sample)(const Consistency&, int64_t sample, double scale, double* cross_entropy,
+                 double* kl);
 };
 
-// Per-sample losses (batch,) and terms (2, heads), both summed over nothing and the
-// samples that count; `stats` is (batch, heads, kStatsPerHead). Returns how many count.
-int64_t consistency_forward(const ConsistencyKernels&, const Consistency&, void* stats,
-                            double* per_sample, double* terms, const Parallel&);
-
-// Every dz, each sample scaled by scale[sample * scale_stride] (times 1/count, if mean).
-void consistency_backward(const ConsistencyKernels&, const Consistency&, const void* stats,
-                          const double* scale, const Parallel&);
+// Weighted loss of every sample (batch,), reduced only by the factor of `reduction`, and the
+// terms (2, heads); writes all gradients.
+void consistency(const ConsistencyKernels&, const Consistency&, Reduction, double* per_sample,
+                 double* terms, const Parallel&);
 
 }  // namespace imcl

@@ -1,4 +1,4 @@
-// Collaborative consistency of one sample, compiled once per ISA.
+// Collaborative consistency of one sample, value and gradient, compiled once per ISA.
 //
 // loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h / T), and
 //
@@ -11,10 +11,10 @@
 // dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
 // T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
 //
-// A sample's logits are taken in chunks of classes that fit the first cache, of all heads
-// of a group together; maxima and sums run along (online softmax), so that forward and
-// backward each read the logits once, for any number of classes. Only pairwise teachers
-// need the normalised p_j in the forward and so a second look.
+// The classes are taken in chunks of all heads of a group together, maxima and sums running
+// along (online softmax). Up to some thousand classes that is one chunk: the logits are read
+// once and every exponential is taken once, kept in cache, and made into the gradient as soon
+// as its sum is known. Beyond that a second pass takes the exponentials again.
 #include "consistency.h"
 
 #include <algorithm>
@@ -26,7 +26,7 @@ namespace imcl {
 inline namespace IMCL_ISA {
 namespace {
 
-constexpr int64_t kChunk = 512;  // classes
+constexpr int64_t kChunkLogits = 32768;  // of all heads: with their exponentials 512 KiB
 
 // One chunk of the classes of all heads of a group, in the accumulation type. The last
 // vector is filled up with copies of the last class: harmless to maxima, and `keep`
@@ -36,24 +36,21 @@ struct Chunk {
   using Acc = AccOf<T>;
   static constexpr int width = kLanes<Acc>;
 
+  int64_t size;  // classes at most, a multiple of the width
   int64_t first = 0, count = 0;
   const Acc** z;  // (heads) pointers to `padded()` values each
-  Acc* copies;    // (heads, kChunk)
+  Acc* copies;    // (heads, size)
 
-  Chunk(Scratch& scratch, int64_t heads)
-      : z(scratch.get<const Acc*>(heads)), copies(scratch.get<Acc>(heads * kChunk)) {}
+  Chunk(Scratch& scratch, int64_t heads, int64_t classes)
+      : size((std::min(classes, kChunkLogits / heads) / width + 1) * width),
+        z(scratch.get<const Acc*>(heads)),
+        copies(scratch.get<Acc>(heads * size)) {}
 
   int64_t padded() const { return (count + width - 1) / width * width; }
 
-  Vec<Acc> keep(int64_t i) const {
-    Vec<Acc> mask = {};
-    for (int lane = 0; lane < width; ++lane) mask[lane] = i + lane < count ? Acc(1) : Acc(0);
-    return mask;
-  }
-
   void read(const Consistency& problem, const Group& group, int64_t sample, int64_t from) {
     first = from;
-    count = std::min(kChunk, problem.classes - from);
+    count = std::min(size, problem.classes - from);
     for (int64_t h = 0; h < group.size; ++h) {
       const Head& head = problem.heads[static_cast<std::size_t>(group.first + h)];
       const T* row = static_cast<const T*>(head.z) + sample * head.z_row + from * head.z_class;
@@ -63,7 +60,7 @@ struct Chunk {
           continue;
         }
       }
-      Acc* copy = copies + h * kChunk;
+      Acc* copy = copies + h * size;
       int64_t i = 0;
       if (head.z_class == 1)
         for (; i + width <= count; i += width) store(copy + i, load_acc(row + i));
@@ -73,446 +70,478 @@ struct Chunk {
     }
   }
 
-  // Calls body(i, keep) for every vector of the chunk.
+  // Calls body(i, keep) for every vector of the chunk; keep is 1, or 0 in the padding.
   template <class Body>
   IMCL_INLINE void each(const Body& body) const {
     int64_t i = 0;
     for (; i + width <= count; i += width) body(i, splat(Acc(1)));
-    if (i < count) body(i, keep(i));
+    if (i == count) return;
+    Vec<Acc> keep = {};
+    for (int lane = 0; lane < count - i; ++lane) keep[lane] = 1;
+    body(i, keep);
   }
 };
 
-// A running maximum and sums of exp(x - maximum).
+// A running maximum and the sum of exp(x - maximum).
 template <class Acc>
 struct Online {
   Acc max = -std::numeric_limits<Acc>::infinity();
   double sum = 0;
 
-  // Takes in a chunk's maximum; returns what the sums so far shrink by, per unit of x.
+  // Takes in a chunk's maximum and shrinks the sum to it; returns the old maximum less the
+  // new, 0 where there was none.
   Acc raise(Acc chunk_max) {
-    // A NaN must become the maximum: everything that follows it is NaN.
     const Acc old = max;
-    if (!(chunk_max <= max)) max = chunk_max;
-    return old == max ? Acc(0) : old - max;
+    if (!(chunk_max > old)) return 0;
+    max = chunk_max;
+    if (sum == 0) return 0;
+    sum *= std::exp(static_cast<double>(old - max));
+    return old - max;
   }
 };
 
+// The largest of n values, a multiple of a vector's lanes. NaN may be passed over: the sum
+// of exp(x - maximum) comes out NaN all the same.
 template <class Acc>
-IMCL_INLINE Vec<Acc> max_of(Vec<Acc> a, Vec<Acc> b) {
-  return b <= a ? a : b;  // NaN in b wins
-}
-
-template <class Acc>
-Acc max_lanes(Vec<Acc> v) {
-  Acc result = v[0];
-  for (int i = 1; i < kLanes<Acc>; ++i) result = v[i] <= result ? result : v[i];
-  return result;
-}
-
-template <class Acc>
-struct Coefficients {
-  Acc inverse_t, share;  // t_h = (S - z_h) share, or S share
-
-  explicit Coefficients(const Group& g)
-      : inverse_t(static_cast<Acc>(1 / g.temperature)),
-        share(static_cast<Acc>(
-            1 / (g.temperature *
-                 static_cast<double>(g.teacher == Teacher::kOthers ? g.size - 1 : g.size)))) {}
-};
-
-bool has_kl(const Group& group, int64_t h) {
-  return group.size > 1 && !(group.teacher == Teacher::kFinal && h == group.size - 1);
-}
-
-// total[i] = sum over the heads of z_i.
-template <class T>
-void sum_heads(const Chunk<T>& chunk, int64_t heads, AccOf<T>* total) {
-  for (int64_t i = 0; i < chunk.padded(); i += chunk.width) {
-    Vec<AccOf<T>> sum = load(chunk.z[0] + i);
-    for (int64_t h = 1; h < heads; ++h) sum += load(chunk.z[h] + i);
-    store(total + i, sum);
+Acc max_of(const Acc* x, int64_t n) {
+  constexpr int width = kLanes<Acc>, chains = 4;  // a single chain would wait for each compare
+  Vec<Acc> max[chains];
+  for (Vec<Acc>& m : max) m = load(x);
+  int64_t i = 0;
+  for (; i + chains * width <= n; i += chains * width) {
+#pragma GCC unroll 4
+    for (int u = 0; u < chains; ++u) max[u] = max_vector(max[u], load(x + i + u * width));
   }
+  for (; i < n; i += width) max[0] = max_vector(max[0], load(x + i));
+  return max_lanes<Acc>(max_vector(max_vector(max[0], max[1]), max_vector(max[2], max[3])));
 }
 
-// The teacher's logits t of head h for one chunk.
+// One group of heads on one sample.
 template <class T>
-void teacher_logits(const Chunk<T>& chunk, const Group& group, int64_t h,
-                    const Coefficients<AccOf<T>>& c, const AccOf<T>* total, AccOf<T>* t) {
+class Work {
+ public:
   using Acc = AccOf<T>;
-  for (int64_t i = 0; i < chunk.padded(); i += chunk.width) {
-    Vec<Acc> value;
-    if (group.teacher == Teacher::kFinal) {
-      value = load(chunk.z[group.size - 1] + i) * splat(c.inverse_t);
-    } else if (group.teacher == Teacher::kMean) {
-      value = load(total + i) * splat(c.share);
-    } else {
-      value = (load(total + i) - load(chunk.z[h] + i)) * splat(c.share);
-    }
-    store(t + i, value);
-  }
-}
+  static constexpr int width = kLanes<Acc>;
 
-template <class T>
-AccOf<T> chunk_max(const Chunk<T>& chunk, const AccOf<T>* x) {
-  using Acc = AccOf<T>;
-  Vec<Acc> max = load(x);
-  for (int64_t i = chunk.width; i < chunk.padded(); i += chunk.width)
-    max = max_of<Acc>(max, load(x + i));
-  return max_lanes<Acc>(max);
-}
-
-// Maxima and sums of all heads, and KL where the teacher's logits are known in advance.
-template <class T>
-void forward_group(const Consistency& problem, const Group& group, int64_t sample,
-                   AccOf<T>* stats, double* cross_entropy, double* kl) {
-  using Acc = AccOf<T>;
-  const int64_t n = group.size;
-  const bool one_pass_kl = n > 1 && group.teacher != Teacher::kPairwise;
-  const bool own_teacher = group.teacher == Teacher::kOthers;
-  const Coefficients<Acc> c(group);
-  Scratch scratch;
-  Chunk<T> chunk(scratch, n);
-  Acc* total = scratch.get<Acc>(kChunk);
-  Acc* t = scratch.get<Acc>(kChunk);   // teacher logits
-  Acc* et = scratch.get<Acc>(kChunk);  // exp(t - their maximum)
-  struct Running {
-    Online<Acc> plain, tempered, teacher;  // softmax(z), softmax(z/T), softmax(t)
-    double gap = 0;  // sum exp(t - max t) ((t - max t) - (z - max z)/T)
-    double logits = 0;
-  };
-  Running* running = scratch.get<Running>(n);
-  for (int64_t h = 0; h < n; ++h) running[h] = Running{};
-
-  for (int64_t from = 0; from < problem.classes; from += kChunk) {
-    chunk.read(problem, group, sample, from);
-    if (one_pass_kl && group.teacher != Teacher::kFinal) sum_heads(chunk, n, total);
-    Acc shrink = 0;               // of the teacher's maximum
-    double sum_before = 0;        // the teacher's sum without this chunk
-    for (int64_t h = 0; h < n; ++h) {
-      Running& run = running[h];
-      const Acc* z = chunk.z[h];
-      const Acc drop = run.plain.raise(chunk_max(chunk, z));
-      run.plain.sum *= std::exp(static_cast<double>(drop));
-      run.tempered.sum *= std::exp(static_cast<double>(drop) / group.temperature);
-      Vec<Acc> plain = {}, tempered = {}, logits = {};
-      chunk.each([&](int64_t i, Vec<Acc> keep) {
-        const Vec<Acc> x = load(z + i) - splat(run.plain.max);
-        if (problem.target) plain += exp_of(x) * keep;
-        if (n > 1) tempered += exp_of(x * splat(c.inverse_t)) * keep;
-        logits += load(z + i) * keep;
-      });
-      run.plain.sum += static_cast<double>(sum_lanes<Acc>(plain));
-      run.tempered.sum += static_cast<double>(sum_lanes<Acc>(tempered));
-      if (problem.label_smoothing > 0) run.logits += static_cast<double>(sum_lanes<Acc>(logits));
-      if (!one_pass_kl) continue;
-
-      if (h == 0 || own_teacher) {
-        teacher_logits(chunk, group, h, c, total, t);
-        Online<Acc>& teacher = run.teacher;
-        sum_before = teacher.sum;
-        shrink = teacher.raise(chunk_max(chunk, t));
-        Vec<Acc> sum = {};
-        chunk.each([&](int64_t i, Vec<Acc> keep) {
-          const Vec<Acc> e = exp_of(load(t + i) - splat(teacher.max)) * keep;
-          store(et + i, e);
-          sum += e;
-        });
-        teacher.sum = teacher.sum * std::exp(static_cast<double>(shrink)) +
-                      static_cast<double>(sum_lanes<Acc>(sum));
-      }
-      // Both differences are small where they weigh most: nothing large is cancelled.
-      const Vec<Acc> teacher_max = splat(running[own_teacher ? h : 0].teacher.max);
-      const Vec<Acc> max = splat(run.plain.max);
-      Vec<Acc> gap = {};
-      for (int64_t i = 0; i < chunk.padded(); i += chunk.width)
-        gap += load(et + i) * ((load(t + i) - teacher_max) -
-                               (load(z + i) - max) * splat(c.inverse_t));
-      if (sum_before > 0) {
-        const double shift =
-            static_cast<double>(shrink) - static_cast<double>(drop) / group.temperature;
-        run.gap = (run.gap + shift * sum_before) * std::exp(static_cast<double>(shrink));
-      }
-      run.gap += static_cast<double>(sum_lanes<Acc>(gap));
+  Work(const Consistency& problem, const Group& group, int64_t sample, bool wants_gradient)
+      : problem_(problem),
+        group_(group),
+        sample_(sample),
+        n_(group.size),
+        kl_(n_ > 1),
+        pairwise_(kl_ && group.teacher == Teacher::kPairwise),
+        taught_(kl_ && !pairwise_),
+        own_teacher_(taught_ && group.teacher == Teacher::kOthers),
+        inverse_t_(static_cast<Acc>(1 / group.temperature)),
+        share_(static_cast<Acc>(1 / (group.temperature * static_cast<double>(
+                                                             own_teacher_ ? n_ - 1 : n_)))),
+        chunk_(scratch_, n_, problem.classes),
+        running_(scratch_.get<Running>(n_)),
+        total_(scratch_.get<Acc>(chunk_.size)),
+        t_(scratch_.get<Acc>(chunk_.size)),
+        teacher_(scratch_.get<Acc>(chunk_.size * (own_teacher_ ? n_ : 1))) {
+    for (int64_t h = 0; h < n_; ++h) running_[h] = Running{};
+    if (wants_gradient && problem.classes <= chunk_.size) {
+      tempered_ = kl_ ? scratch_.get<Acc>(n_ * chunk_.size) : nullptr;
+      plain_ = has_plain() ? scratch_.get<Acc>(n_ * chunk_.size) : nullptr;
+      kept_ = true;
     }
   }
 
-  const double classes = static_cast<double>(problem.classes);
-  const int64_t y = problem.target ? problem.target[sample * problem.target_stride] : 0;
-  for (int64_t h = 0; h < n; ++h) {
-    const Running& run = running[h];
-    const Online<Acc>& teacher = running[own_teacher ? h : 0].teacher;
-    const double max = static_cast<double>(run.plain.max);
-    const double log_sum = std::log(run.plain.sum), log_sum_t = std::log(run.tempered.sum);
-    const double teacher_log_sum = std::log(teacher.sum);
-    double divergence = 0;
-    if (one_pass_kl && has_kl(group, h))
-      divergence = run.gap / teacher.sum - teacher_log_sum + log_sum_t;
-    Acc* stat = stats + (group.first + h) * kStatsPerHead;
-    stat[kMax] = run.plain.max;
-    stat[kLogSum] = static_cast<Acc>(log_sum);
-    stat[kLogSumT] = static_cast<Acc>(log_sum_t);
-    stat[kTeacherMax] = teacher.max;
-    stat[kTeacherLogSum] = static_cast<Acc>(teacher_log_sum);
-    stat[kKL] = static_cast<Acc>(divergence);
-    kl[group.first + h] = group.temperature * group.temperature * divergence;
-    double ce = 0;
-    if (problem.target) {
-      if (y < 0 || y >= problem.classes) {
-        ce = std::numeric_limits<double>::quiet_NaN();
-      } else {
-        const Head& head = problem.heads[static_cast<std::size_t>(group.first + h)];
-        const T* row = static_cast<const T*>(head.z) + sample * head.z_row;
-        const double zy = static_cast<double>(to_acc(row[y * head.z_class]));
-        const double smoothing = problem.label_smoothing;
-        ce = log_sum - (zy - max);
-        if (smoothing > 0)
-          ce = (1 - smoothing) * ce + smoothing * (log_sum - (run.logits / classes - max));
+  // Maxima and sums of every head, and KL where the teacher's logits are known in advance.
+  void read() {
+    for (int64_t from = 0; from < problem_.classes; from += chunk_.size) {
+      chunk_.read(problem_, group_, sample_, from);
+      if (taught_) sum_heads();
+      Acc teacher_drop = 0;
+      double sum_before = 0;  // the teacher's sum without this chunk
+      for (int64_t h = 0; h < n_; ++h) {
+        Running& run = running_[h];
+        const Acc drop = run.plain.raise(max_of(chunk_.z[h], chunk_.padded()));
+        if (drop != 0) run.tempered *= std::exp(static_cast<double>(drop) / group_.temperature);
+        sum_head(h);
+        if (!taught_) continue;
+        if (h == 0 || own_teacher_) {
+          teacher_logits(h);
+          sum_before = run.teacher.sum;
+          teacher_drop = run.teacher.raise(max_of(t_, chunk_.padded()));
+          sum_teacher(h);
+        }
+        if (sum_before > 0) {
+          run.gap += (static_cast<double>(teacher_drop) -
+                      static_cast<double>(drop) / group_.temperature) *
+                     sum_before;
+          if (teacher_drop != 0) run.gap *= std::exp(static_cast<double>(teacher_drop));
+        }
+        sum_gap(h);
       }
     }
-    cross_entropy[group.first + h] = ce;
-  }
-}
-
-// log p_h, from the statistics of the forward, of one vector.
-template <class Acc>
-IMCL_INLINE Vec<Acc> log_p_of(const Acc* z, const Acc* stat, Acc inverse_t) {
-  return (load(z) - splat(stat[kMax])) * splat(inverse_t) - splat(stat[kLogSumT]);
-}
-
-// The KL of pairwise teachers, and for teachers that aren't detached the sum over the
-// classes of p_h (W log p_h - L), W = sum_j kl_j and L = sum_j kl_j log p_j, in kKL.
-template <class T>
-void forward_pairwise(const Consistency& problem, const Group& group, int64_t sample,
-                      AccOf<T>* stats, double* kl) {
-  using Acc = AccOf<T>;
-  const int64_t n = group.size;
-  const Coefficients<Acc> c(group);
-  Scratch scratch;
-  Chunk<T> chunk(scratch, n);
-  Acc* log_p = scratch.get<Acc>(n * chunk.width);
-  Acc* p = scratch.get<Acc>(n * chunk.width);
-  double* divergence = scratch.get<double>(2 * n);
-  double* toward = divergence + n;
-  std::fill_n(divergence, 2 * n, 0.0);
-  Vec<Acc>* partial = scratch.get<Vec<Acc>>(2 * n);
-  Acc weight_sum = 0;
-  for (int64_t h = 0; h < n; ++h)
-    weight_sum += static_cast<Acc>(
-        problem.heads[static_cast<std::size_t>(group.first + h)].kl_weight);
-
-  for (int64_t from = 0; from < problem.classes; from += kChunk) {
-    chunk.read(problem, group, sample, from);
-    std::fill_n(partial, 2 * n, Vec<Acc>{});
-    chunk.each([&](int64_t i, Vec<Acc> keep) {
-      Vec<Acc> entropy = {}, sum = {}, weighted = {};
-      for (int64_t h = 0; h < n; ++h) {
-        const Vec<Acc> lp = log_p_of(chunk.z[h] + i,
-                                     stats + (group.first + h) * kStatsPerHead, c.inverse_t);
-        const Vec<Acc> e = exp_of(lp) * keep;
-        store(log_p + h * chunk.width, lp);
-        store(p + h * chunk.width, e);
-        sum += e;
-        entropy += e * lp;
-        weighted +=
-            lp * static_cast<Acc>(
-                     problem.heads[static_cast<std::size_t>(group.first + h)].kl_weight);
-      }
-      for (int64_t h = 0; h < n; ++h) {
-        const Vec<Acc> lp = load(log_p + h * chunk.width);
-        partial[h] += entropy - sum * lp;
-        if (!group.detach)
-          partial[n + h] += load(p + h * chunk.width) * (lp * weight_sum - weighted);
-      }
-    });
-    for (int64_t h = 0; h < 2 * n; ++h)
-      divergence[h] += static_cast<double>(sum_lanes<Acc>(partial[h]));
-  }
-  for (int64_t h = 0; h < n; ++h) {
-    stats[(group.first + h) * kStatsPerHead + kKL] = static_cast<Acc>(toward[h]);
-    kl[group.first + h] = group.temperature * group.temperature * divergence[h] /
-                          static_cast<double>(n - 1);
-  }
-}
-
-template <class T>
-void forward_sample(const Consistency& problem, int64_t sample, void* stats,
-                    double* cross_entropy, double* kl) {
-  using Acc = AccOf<T>;
-  for (const Group& group : problem.groups) {
-    forward_group<T>(problem, group, sample, static_cast<Acc*>(stats), cross_entropy, kl);
-    if (group.teacher == Teacher::kPairwise && group.size > 1)
-      forward_pairwise<T>(problem, group, sample, static_cast<Acc*>(stats), kl);
-  }
-}
-
-template <class T>
-void store_row(const Head& head, int64_t sample, int64_t first, const AccOf<T>* x, int64_t n) {
-  store_strided(static_cast<T*>(head.dz) + sample * head.dz_row + first * head.dz_class,
-                head.dz_class, x, n);
-}
-
-template <class T>
-void backward_group(const Consistency& problem, const Group& group, int64_t sample,
-                    const AccOf<T>* stats, double scale) {
-  using Acc = AccOf<T>;
-  const int64_t n = group.size;
-  const bool pairwise = group.teacher == Teacher::kPairwise;
-  const bool own_teacher = group.teacher == Teacher::kOthers;
-  const Coefficients<Acc> c(group);
-  const Acc others = n > 1 ? Acc(1) / static_cast<Acc>(n - 1) : Acc(0);
-  Scratch scratch;
-  Chunk<T> chunk(scratch, n);
-  Acc* total = scratch.get<Acc>(kChunk);
-  Acc* t = scratch.get<Acc>(kChunk);
-  Acc* q = scratch.get<Acc>(kChunk);
-  Acc* dz = scratch.get<Acc>(n * kChunk);
-  Acc* p = scratch.get<Acc>(n * kChunk);     // pairwise: p_h; else what goes into t_h
-  Acc* sum = scratch.get<Acc>(2 * kChunk);   // sum over the heads of p; of the weighted log p
-  const auto head = [&](int64_t h) -> const Head& {
-    return problem.heads[static_cast<std::size_t>(group.first + h)];
-  };
-  const auto kl_scale = [&](int64_t h) {
-    return has_kl(group, h) ? static_cast<Acc>(head(h).kl_weight * group.temperature * scale)
-                            : Acc(0);
-  };
-  Acc weight_sum = 0;
-  for (int64_t h = 0; h < n; ++h) weight_sum += kl_scale(h);
-
-  for (int64_t from = 0; from < problem.classes; from += kChunk) {
-    chunk.read(problem, group, sample, from);
-    const int64_t padded = chunk.padded();
-    if (n > 1 && !pairwise && group.teacher != Teacher::kFinal) sum_heads(chunk, n, total);
-    std::fill_n(sum, 2 * kChunk, Acc(0));
-
-    for (int64_t h = 0; h < n; ++h) {
-      const Acc *z = chunk.z[h], *stat = stats + (group.first + h) * kStatsPerHead;
-      const Acc ce = problem.target ? static_cast<Acc>(head(h).ce_weight * scale) : Acc(0);
-      const Acc uniform = ce * static_cast<Acc>(problem.label_smoothing /
-                                                static_cast<double>(problem.classes));
-      const Acc kl = kl_scale(h);
-      Acc *out = dz + h * kChunk, *own = p + h * kChunk;
-      if (n > 1 && !pairwise && (h == 0 || own_teacher)) {
-        teacher_logits(chunk, group, h, c, total, t);
-        const Vec<Acc> shift = splat(stat[kTeacherMax]), log_sum = splat(stat[kTeacherLogSum]);
-        for (int64_t i = 0; i < padded; i += chunk.width) {
-          const Vec<Acc> log_q = load(t + i) - shift - log_sum;
-          store(t + i, log_q);
-          store(q + i, exp_of(log_q));
-        }
-      }
-      for (int64_t i = 0; i < padded; i += chunk.width) {
-        Vec<Acc> d = {};
-        if (problem.target) {
-          const Vec<Acc> x = load(z + i) - splat(stat[kMax]) - splat(stat[kLogSum]);
-          d = exp_of(x) * splat(ce) - splat(uniform);
-        }
-        if (n > 1) {
-          const Vec<Acc> log_p = log_p_of(z + i, stat, c.inverse_t);
-          const Vec<Acc> p_h = exp_of(log_p);
-          if (pairwise) {
-            store(own + i, p_h);
-            store(sum + i, load(sum + i) + p_h);
-            store(sum + kChunk + i, load(sum + kChunk + i) + log_p * splat(kl));
-          } else {
-            const Vec<Acc> q_h = load(q + i);
-            d += (p_h - q_h) * splat(kl);
-            if (!group.detach) {
-              const Vec<Acc> into =
-                  splat(kl) * q_h * (load(t + i) - log_p - splat(stat[kKL]));
-              store(own + i, into);
-              store(sum + i, load(sum + i) + into);
-            }
-          }
-        }
-        store(out + i, d);
-      }
-      if (problem.target) {
-        const int64_t y = problem.target[sample * problem.target_stride] - from;
-        if (y >= 0 && y < chunk.count)
-          out[y] -= ce * static_cast<Acc>(1 - problem.label_smoothing);
-      }
+    for (int64_t h = 0; h < n_; ++h) {
+      Running& run = running_[h];
+      run.log_sum = std::log(run.plain.sum);
+      run.log_tempered = std::log(run.tempered);
+      const Online<Acc>& teacher = running_[own_teacher_ ? h : 0].teacher;
+      run.teacher_sum = teacher.sum;
+      run.teacher_max = teacher.max;
+      if (taught_ && has_kl(h))
+        run.kl = run.gap / teacher.sum - std::log(teacher.sum) + run.log_tempered;
     }
+    if (pairwise_) read_pairwise();
+  }
 
-    for (int64_t h = 0; h < n; ++h) {
-      const Acc *z = chunk.z[h], *stat = stats + (group.first + h) * kStatsPerHead;
-      const Acc *own = p + h * kChunk, kl = kl_scale(h);
-      Acc* out = dz + h * kChunk;
-      if (n > 1 && pairwise) {
-        for (int64_t i = 0; i < padded; i += chunk.width) {
-          const Vec<Acc> p_h = load(own + i);
-          Vec<Acc> d = splat(kl) * (p_h - (load(sum + i) - p_h) * splat(others));
-          if (!group.detach) {
-            const Vec<Acc> log_p = log_p_of(z + i, stat, c.inverse_t);
-            const Acc dot = stat[kKL] * static_cast<Acc>(group.temperature * scale);
-            d += p_h * splat(others) *
-                 (splat(weight_sum) * log_p - load(sum + kChunk + i) - splat(dot));
-          }
-          store(out + i, load(out + i) + d);
-        }
-      } else if (n > 1 && !group.detach) {
-        const bool last = h == n - 1;
-        for (int64_t i = 0; i < padded; i += chunk.width) {
-          const Vec<Acc> all = load(sum + i);
-          Vec<Acc> d = {};
-          if (own_teacher) d = (all - load(own + i)) * splat(others);
-          if (group.teacher == Teacher::kMean) d = all * splat(Acc(1) / static_cast<Acc>(n));
-          if (group.teacher == Teacher::kFinal && last) d = all;
-          store(out + i, load(out + i) + d);
-        }
+  void terms(double* cross_entropy, double* kl) const {
+    const double classes = static_cast<double>(problem_.classes);
+    const double smoothing = problem_.label_smoothing;
+    for (int64_t h = 0; h < n_; ++h) {
+      const Running& run = running_[h];
+      kl[h] = group_.temperature * group_.temperature * run.kl;
+      cross_entropy[h] = 0;
+      if (!problem_.target) continue;
+      if (!target_is_valid()) {
+        cross_entropy[h] = std::numeric_limits<double>::quiet_NaN();
+        continue;
       }
-      store_row<T>(head(h), sample, from, out, chunk.count);
+      const Head& head = this->head(h);
+      const T* row = static_cast<const T*>(head.z) + sample_ * head.z_row;
+      const double max = static_cast<double>(run.plain.max);
+      const double zy = static_cast<double>(to_acc(row[target() * head.z_class]));
+      cross_entropy[h] = run.log_sum - (zy - max);
+      if (smoothing > 0)
+        cross_entropy[h] = (1 - smoothing) * cross_entropy[h] +
+                           smoothing * (run.log_sum - (run.logits / classes - max));
     }
   }
-}
 
-template <class T>
-void backward_sample(const Consistency& problem, int64_t sample, const void* stats,
-                     double scale) {
-  using Acc = AccOf<T>;
-  if (problem.target && problem.counts(sample)) {
-    const int64_t y = problem.target[sample * problem.target_stride];
-    if (y < 0 || y >= problem.classes) scale = std::numeric_limits<double>::quiet_NaN();
-  }
-  if (!problem.counts(sample)) {
+  // Every dz of this sample, times scale.
+  void gradient(double scale) {
+    if (problem_.target && !target_is_valid()) scale = std::numeric_limits<double>::quiet_NaN();
     Scratch scratch;
-    Acc* zeros = scratch.get<Acc>(kChunk);
-    std::fill_n(zeros, kChunk, Acc(0));
-    for (const Head& head : problem.heads)
-      for (int64_t from = 0; from < problem.classes; from += kChunk)
-        store_row<T>(head, sample, from, zeros, std::min(kChunk, problem.classes - from));
-    return;
+    const int64_t size = chunk_.size;
+    Acc* dz = scratch.get<Acc>(n_ * size);
+    Acc* p = scratch.get<Acc>(n_ * size);    // pairwise: p_h; else what goes into t_h
+    Acc* sum = scratch.get<Acc>(2 * size);   // over the heads, of p; of the weighted log p
+    for (int64_t from = 0; from < problem_.classes; from += size) {
+      if (!kept_) {
+        chunk_.read(problem_, group_, sample_, from);
+        if (taught_) sum_heads();
+      }
+      const bool sums = pairwise_ || (taught_ && !group_.detach);
+      if (sums) std::fill_n(sum, 2 * size, Acc(0));
+      for (int64_t h = 0; h < n_; ++h)
+        gradient_of_head(h, scale, dz + h * size, p + h * size, sum);
+      for (int64_t h = 0; h < n_; ++h) {
+        if (pairwise_) add_pairwise(h, scale, dz + h * size, p + h * size, sum);
+        else if (sums) add_teacher(h, dz + h * size, p + h * size, sum);
+        const Head& out = head(h);
+        store_strided(static_cast<Acc*>(out.dz) + sample_ * out.dz_row + from * out.dz_class,
+                      out.dz_class, dz + h * size, chunk_.count);
+      }
+    }
   }
-  for (const Group& group : problem.groups)
-    backward_group<T>(problem, group, sample, static_cast<const Acc*>(stats), scale);
-}
 
-template <class Run>
-void with_type(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::kFloat64: return run(static_cast<double*>(nullptr));
-    case DType::kBFloat16: return run(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16: return run(static_cast<Float16*>(nullptr));
-    default: return run(static_cast<float*>(nullptr));
+ private:
+  struct Running {
+    Online<Acc> plain, teacher;  // softmax(z), softmax(t)
+    double tempered = 0;         // sum exp((z - max z)/T)
+    double gap = 0;              // sum exp(t - max t) ((t - max t) - (z - max z)/T)
+    double logits = 0;           // sum z
+    // Known after the last chunk:
+    double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
+    double toward = 0;  // pairwise: sum_k p_h (W log p_h - L), W = sum_j kl_j, L = sum kl_j log p_j
+    Acc teacher_max = 0;
+  };
+
+  const Head& head(int64_t h) const {
+    return problem_.heads[static_cast<std::size_t>(group_.first + h)];
+  }
+  int64_t target() const { return problem_.target[sample_ * problem_.target_stride]; }
+  bool target_is_valid() const { return target() >= 0 && target() < problem_.classes; }
+  bool has_kl(int64_t h) const {
+    return kl_ && !(group_.teacher == Teacher::kFinal && h == n_ - 1);
+  }
+  // At T = 2, exp(z) is exp(z/T)^2: one exponential serves both.
+  bool squared() const { return kl_ && group_.temperature == 2; }
+  bool has_plain() const { return problem_.target && !squared(); }
+
+  IMCL_INLINE Vec<Acc> centred(int64_t h, int64_t i) const {
+    return load(chunk_.z[h] + i) - splat(running_[h].plain.max);
+  }
+  IMCL_INLINE Vec<Acc> log_p(int64_t h, int64_t i) const {
+    return centred(h, i) * splat(inverse_t_) - splat(static_cast<Acc>(running_[h].log_tempered));
+  }
+  // exp(z - max) and its T-th root; kept by sum_head() if the chunk is the only one.
+  IMCL_INLINE Vec<Acc> plain(int64_t h, int64_t i) const {
+    return kept_ ? load(plain_ + h * chunk_.size + i) : exp_of(centred(h, i));
+  }
+  IMCL_INLINE Vec<Acc> tempered(int64_t h, int64_t i) const {
+    return kept_ ? load(tempered_ + h * chunk_.size + i)
+                 : exp_of(centred(h, i) * splat(inverse_t_));
+  }
+
+  void sum_heads() {
+    if (group_.teacher == Teacher::kFinal) return;
+    for (int64_t i = 0; i < chunk_.padded(); i += width) {
+      Vec<Acc> sum = load(chunk_.z[0] + i);
+      for (int64_t h = 1; h < n_; ++h) sum += load(chunk_.z[h] + i);
+      store(total_ + i, sum);
+    }
+  }
+
+  void teacher_logits(int64_t h) {
+    for (int64_t i = 0; i < chunk_.padded(); i += width) {
+      if (own_teacher_) {
+        store(t_ + i, (load(total_ + i) - load(chunk_.z[h] + i)) * splat(share_));
+      } else if (group_.teacher == Teacher::kMean) {
+        store(t_ + i, load(total_ + i) * splat(share_));
+      } else {
+        store(t_ + i, load(chunk_.z[n_ - 1] + i) * splat(inverse_t_));
+      }
+    }
+  }
+
+  void sum_head(int64_t h) {
+    Running& run = running_[h];
+    Vec<Acc> plain_sum = {}, tempered_sum = {};
+    Acc* plain_out = kept_ && plain_ ? plain_ + h * chunk_.size : nullptr;
+    Acc* tempered_out = kept_ && tempered_ ? tempered_ + h * chunk_.size : nullptr;
+    const Vec<Acc> max = splat(run.plain.max);
+    const Acc* z = chunk_.z[h];
+    if (kl_) {
+      const Vec<Acc> inverse_t = splat(inverse_t_);
+      chunk_.each([&](int64_t i, Vec<Acc> keep) {
+        const Vec<Acc> e = exp_of((load(z + i) - max) * inverse_t);
+        if (tempered_out) store(tempered_out + i, e);
+        tempered_sum += e * keep;
+        plain_sum += e * e * keep;  // what it should be at T = 2 only
+      });
+    }
+    if (has_plain()) {
+      plain_sum = Vec<Acc>{};
+      chunk_.each([&](int64_t i, Vec<Acc> keep) {
+        const Vec<Acc> e = exp_of(load(z + i) - max);
+        if (plain_out) store(plain_out + i, e);
+        plain_sum += e * keep;
+      });
+    }
+    run.plain.sum += static_cast<double>(sum_lanes<Acc>(plain_sum));
+    run.tempered += static_cast<double>(sum_lanes<Acc>(tempered_sum));
+    if (problem_.label_smoothing > 0) {
+      Vec<Acc> logits = {};
+      chunk_.each([&](int64_t i, Vec<Acc> keep) { logits += load(z + i) * keep; });
+      run.logits += static_cast<double>(sum_lanes<Acc>(logits));
+    }
+  }
+
+  void sum_teacher(int64_t h) {
+    Online<Acc>& run = running_[h].teacher;
+    Acc* out = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
+    const Vec<Acc> max = splat(run.max);
+    Vec<Acc> sum = {};
+    chunk_.each([&](int64_t i, Vec<Acc> keep) {
+      const Vec<Acc> e = exp_of(load(t_ + i) - max) * keep;
+      store(out + i, e);
+      sum += e;
+    });
+    run.sum += static_cast<double>(sum_lanes<Acc>(sum));
+  }
+
+  // Both differences are small where they weigh most: nothing large is cancelled.
+  void sum_gap(int64_t h) {
+    const Acc* e = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
+    const Vec<Acc> teacher_max = splat(running_[own_teacher_ ? h : 0].teacher.max);
+    Vec<Acc> gap = {};
+    for (int64_t i = 0; i < chunk_.padded(); i += width)
+      gap += load(e + i) * ((load(t_ + i) - teacher_max) - centred(h, i) * splat(inverse_t_));
+    running_[h].gap += static_cast<double>(sum_lanes<Acc>(gap));
+  }
+
+  // Pairwise teachers need the normalised p_j, so a second look at the logits.
+  void read_pairwise() {
+    Scratch scratch;
+    Acc* log_ps = scratch.get<Acc>(n_ * width);
+    Acc* ps = scratch.get<Acc>(n_ * width);
+    Vec<Acc>* partial = scratch.get<Vec<Acc>>(2 * n_);
+    Acc weight_sum = 0;
+    for (int64_t h = 0; h < n_; ++h) weight_sum += static_cast<Acc>(head(h).kl_weight);
+    for (int64_t from = 0; from < problem_.classes; from += chunk_.size) {
+      if (!kept_) chunk_.read(problem_, group_, sample_, from);
+      for (int64_t h = 0; h < 2 * n_; ++h) partial[h] = Vec<Acc>{};
+      chunk_.each([&](int64_t i, Vec<Acc> keep) {
+        Vec<Acc> entropy = {}, sum = {}, weighted = {};
+        for (int64_t h = 0; h < n_; ++h) {
+          const Vec<Acc> lp = log_p(h, i);
+          const Vec<Acc> e =
+              tempered(h, i) * keep * splat(static_cast<Acc>(1 / running_[h].tempered));
+          store(log_ps + h * width, lp);
+          store(ps + h * width, e);
+          sum += e;
+          entropy += e * lp;
+          weighted += lp * splat(static_cast<Acc>(head(h).kl_weight));
+        }
+        for (int64_t h = 0; h < n_; ++h) {
+          const Vec<Acc> lp = load(log_ps + h * width);
+          partial[h] += entropy - sum * lp;
+          if (!group_.detach)
+            partial[n_ + h] += load(ps + h * width) * (lp * splat(weight_sum) - weighted);
+        }
+      });
+      for (int64_t h = 0; h < n_; ++h) {
+        running_[h].kl += static_cast<double>(sum_lanes<Acc>(partial[h])) /
+                          static_cast<double>(n_ - 1);
+        running_[h].toward += static_cast<double>(sum_lanes<Acc>(partial[n_ + h]));
+      }
+    }
+  }
+
+  double kl_scale(int64_t h, double scale) const {
+    return has_kl(h) ? head(h).kl_weight * group_.temperature * scale : 0.0;
+  }
+
+  // Cross entropy and KL of one head; what other heads need of it into own and sum.
+  void gradient_of_head(int64_t h, double scale, Acc* dz, Acc* own, Acc* sum) {
+    const Running& run = running_[h];
+    const double ce = problem_.target ? head(h).ce_weight * scale : 0.0, kl = kl_scale(h, scale);
+    const bool has_target = problem_.target != nullptr;
+    const Vec<Acc> uniform = splat(static_cast<Acc>(
+        ce * problem_.label_smoothing / static_cast<double>(problem_.classes)));
+    const Vec<Acc> of_plain = splat(static_cast<Acc>(has_target ? ce / run.plain.sum : 0.0));
+    if (!kl_) {
+      for (int64_t i = 0; i < chunk_.padded(); i += width)
+        store(dz + i, has_target ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
+    } else {
+      const Acc* q = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
+      if (taught_ && (!kept_ || !group_.detach) && (h == 0 || own_teacher_)) {
+        teacher_logits(h);
+        if (!kept_) {
+          Acc* e = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
+          for (int64_t i = 0; i < chunk_.padded(); i += width)
+            store(e + i, exp_of(load(t_ + i) - splat(run.teacher_max)));
+        }
+      }
+      const Vec<Acc> of_tempered = splat(static_cast<Acc>(pairwise_ ? 0.0 : kl / run.tempered));
+      const Vec<Acc> of_teacher = splat(static_cast<Acc>(taught_ ? kl / run.teacher_sum : 0.0));
+      if (squared()) {
+        for (int64_t i = 0; i < chunk_.padded(); i += width) {
+          const Vec<Acc> e = tempered(h, i);
+          Vec<Acc> d = e * (e * of_plain + of_tempered) - uniform;
+          if (taught_) d -= load(q + i) * of_teacher;
+          store(dz + i, d);
+        }
+      } else {
+        for (int64_t i = 0; i < chunk_.padded(); i += width) {
+          Vec<Acc> d = tempered(h, i) * of_tempered - uniform;
+          if (has_target) d += plain(h, i) * of_plain;
+          if (taught_) d -= load(q + i) * of_teacher;
+          store(dz + i, d);
+        }
+      }
+      if (pairwise_) keep_pairwise(h, kl, own, sum);
+      else if (!group_.detach) keep_teacher(h, q, of_teacher, own, sum);
+    }
+    if (has_target) {
+      const int64_t y = target() - chunk_.first;
+      if (y >= 0 && y < chunk_.count)
+        dz[y] -= static_cast<Acc>(ce * (1 - problem_.label_smoothing));
+    }
+  }
+
+  // own = p_h; sum += p_h; sum[size:] += kl_h log p_h.
+  void keep_pairwise(int64_t h, double kl, Acc* own, Acc* sum) const {
+    const Vec<Acc> inverse = splat(static_cast<Acc>(1 / running_[h].tempered));
+    Acc* weighted = sum + chunk_.size;
+    for (int64_t i = 0; i < chunk_.padded(); i += width) {
+      const Vec<Acc> p = tempered(h, i) * inverse;
+      store(own + i, p);
+      store(sum + i, load(sum + i) + p);
+      if (!group_.detach)
+        store(weighted + i, load(weighted + i) + log_p(h, i) * splat(static_cast<Acc>(kl)));
+    }
+  }
+
+  // own = T kl_h q_h (log q_h - log p_h - KL_h), what goes into t_h; sum += own.
+  void keep_teacher(int64_t h, const Acc* q, Vec<Acc> of_teacher, Acc* own, Acc* sum) const {
+    const Running& run = running_[h];
+    const Vec<Acc> shift = splat(run.teacher_max);
+    const Vec<Acc> rest = splat(static_cast<Acc>(std::log(run.teacher_sum) + run.kl));
+    for (int64_t i = 0; i < chunk_.padded(); i += width) {
+      const Vec<Acc> gap = (load(t_ + i) - shift) - rest - log_p(h, i);
+      const Vec<Acc> into = load(q + i) * of_teacher * gap;
+      store(own + i, into);
+      store(sum + i, load(sum + i) + into);
+    }
+  }
+
+  void add_pairwise(int64_t h, double scale, Acc* dz, const Acc* p, const Acc* sum) const {
+    const double weight = kl_scale(h, scale);
+    double weights = 0;
+    for (int64_t j = 0; j < n_; ++j) weights += kl_scale(j, scale);
+    const Vec<Acc> kl = splat(static_cast<Acc>(weight));
+    const Vec<Acc> others = splat(static_cast<Acc>(1.0 / static_cast<double>(n_ - 1)));
+    const Vec<Acc> weight_sum = splat(static_cast<Acc>(weights));
+    const Vec<Acc> toward =
+        splat(static_cast<Acc>(running_[h].toward * group_.temperature * scale));
+    const Acc* weighted = sum + chunk_.size;
+    for (int64_t i = 0; i < chunk_.padded(); i += width) {
+      const Vec<Acc> p_h = load(p + i);
+      Vec<Acc> d = kl * (p_h - (load(sum + i) - p_h) * others);
+      if (!group_.detach)
+        d += p_h * others * (weight_sum * log_p(h, i) - load(weighted + i) - toward);
+      store(dz + i, load(dz + i) + d);
+    }
+  }
+
+  void add_teacher(int64_t h, Acc* dz, const Acc* own, const Acc* sum) const {
+    if (group_.teacher == Teacher::kFinal && h < n_ - 1) return;
+    const double average = group_.teacher == Teacher::kFinal ? 1.0
+                           : own_teacher_                    ? 1.0 / static_cast<double>(n_ - 1)
+                                                             : 1.0 / static_cast<double>(n_);
+    const Vec<Acc> factor = splat(static_cast<Acc>(average));
+    for (int64_t i = 0; i < chunk_.padded(); i += width) {
+      const Vec<Acc> into = own_teacher_ ? load(sum + i) - load(own + i) : load(sum + i);
+      store(dz + i, load(dz + i) + into * factor);
+    }
+  }
+
+  Scratch scratch_;
+  const Consistency& problem_;
+  const Group& group_;
+  const int64_t sample_, n_;
+  const bool kl_, pairwise_, taught_, own_teacher_;
+  const Acc inverse_t_, share_;  // t_h = (S - z_h) share, or S share
+  Chunk<T> chunk_;
+  Running* running_;
+  Acc *total_, *t_;  // (size) sum of the heads; the teacher's logits
+  Acc* teacher_;     // (size), or (heads, size): exp(t - its maximum)
+  Acc *plain_ = nullptr, *tempered_ = nullptr;  // (heads, size) exponentials, if kept
+  bool kept_ = false;  // one chunk holds all classes, and a gradient is wanted
+};
+
+template <class T>
+void sample_of(const Consistency& problem, int64_t sample, double scale, double* cross_entropy,
+               double* kl) {
+  const bool wants_gradient = problem.heads.front().dz != nullptr;
+  for (const Group& group : problem.groups) {
+    Work<T> work(problem, group, sample, wants_gradient);
+    work.read();
+    work.terms(cross_entropy + group.first, kl + group.first);
+    if (wants_gradient) work.gradient(scale);
   }
 }
 
-void forward(const Consistency& problem, int64_t sample, void* stats, double* cross_entropy,
-             double* kl) {
-  with_type(problem.dtype, [&](auto* z) {
-    forward_sample<std::remove_pointer_t<decltype(z)>>(problem, sample, stats, cross_entropy, kl);
-  });
-}
-
-void backward(const Consistency& problem, int64_t sample, const void* stats, double scale) {
-  with_type(problem.dtype, [&](auto* z) {
-    backward_sample<std::remove_pointer_t<decltype(z)>>(problem, sample, stats, scale);
-  });
+void sample(const Consistency& problem, int64_t index, double scale, double* cross_entropy,
+            double* kl) {
+  switch (problem.dtype) {
+    case DType::kFloat64: return sample_of<double>(problem, index, scale, cross_entropy, kl);
+    case DType::kBFloat16: return sample_of<BFloat16>(problem, index, scale, cross_entropy, kl);
+    case DType::kFloat16: return sample_of<Float16>(problem, index, scale, cross_entropy, kl);
+    default: sample_of<float>(problem, index, scale, cross_entropy, kl); return;
+  }
 }
 
 }  // namespace
 
 extern const ConsistencyKernels consistency_kernels;
-const ConsistencyKernels consistency_kernels = {forward, backward};
+const ConsistencyKernels consistency_kernels = {sample};
 
 }  // namespace IMCL_ISA
 }  // namespace imcl

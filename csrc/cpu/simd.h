@@ -9,11 +9,12 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "types.h"
 
-#if defined(__F16C__) || defined(__AVX512BF16__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -59,11 +60,44 @@ IMCL_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // not x + {}: that would lose the sign of -0
 }
 
+namespace detail {
+// v with its lanes rotated by Step, combined with v itself, until all lanes are alike.
+template <int Step, class T, class Op, std::size_t... I>
+IMCL_INLINE Vec<T> fold(Vec<T> v, const Op& op, std::index_sequence<I...> lanes) {
+  if constexpr (Step == 0) {
+    return v;
+  } else {
+    return fold<Step / 2, T>(
+        op(v, __builtin_shufflevector(v, v, (static_cast<int>(I) + Step) % kLanes<T>...)), op,
+        lanes);
+  }
+}
+
+template <class T, class Op>
+IMCL_INLINE T fold(Vec<T> v, const Op& op) {
+  return fold<kLanes<T> / 2, T>(v, op, std::make_index_sequence<kLanes<T>>{})[0];
+}
+}  // namespace detail
+
 template <class T>
 IMCL_INLINE T sum_lanes(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-  return total;
+  return detail::fold<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
+}
+
+// Lane by lane; where either is NaN, b.
+template <class V>
+IMCL_INLINE V max_vector(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return reinterpret_cast<V>(
+        _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#endif
+  return a > b ? a : b;
+}
+
+template <class T>
+IMCL_INLINE T max_lanes(Vec<T> v) {
+  return detail::fold<T>(v, [](Vec<T> a, Vec<T> b) { return max_vector(a, b); });
 }
 
 // Half-precision scalars. bfloat16 is the upper half of a float; both round to

@@ -34,75 +34,54 @@ def forward(
     label_smoothing: float,
     ignore_index: int,
     reduction: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss () or (B,), terms (2, H), and statistics for the backward (none are needed here)."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss () or (B,), terms (2, H), and with ``keep`` the gradient of every block of logits."""
     z = _stack(logits)  # [H, B, K]
     heads, batch, classes = z.shape
     counted = _counted(target, ignore_index, z)
     ce = z.new_zeros(heads, batch)
+    soft = z  # the target as a distribution, where there is one
     if target is not None:
-        log_p = torch.log_softmax(z, -1)
         index = torch.where(counted, target, 0).expand(heads, batch).unsqueeze(-1)
+        log_p = torch.log_softmax(z, -1)
         nll = -log_p.gather(-1, index).squeeze(-1)
         ce = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(-1)
-    kl = torch.cat(
-        [
-            t * t * _group_kl(torch.log_softmax(g / t, -1), g / t, kind)
-            for g, t, kind in _grouped(z, groups, temperature, teacher)
-        ]
-    )
-    ce = torch.where(counted, ce, 0.0)
-    kl = torch.where(counted, kl, 0.0)
-    per_sample = _column(ce_weight, z).squeeze(-1).t() @ ce + _column(kl_weight, z).squeeze(-1).t() @ kl
-    per_sample = per_sample.squeeze(0)
-    terms = torch.stack([ce, kl]).sum(-1)
-    count = counted.sum().clamp(min=1)
-    if reduction == REDUCE_NONE:
-        return per_sample, terms / count, z.new_empty(0)
-    if reduction == REDUCE_SUM:
-        return per_sample.sum(), terms, z.new_empty(0)
-    return per_sample.sum() / count, terms / count, z.new_empty(0)
-
-
-def backward(
-    grad: Tensor,
-    logits: Sequence[Tensor],
-    target: Tensor | None,
-    stats: Tensor,
-    ce_weight: Sequence[float],
-    kl_weight: Sequence[float],
-    groups: Sequence[int],
-    temperature: Sequence[float],
-    teacher: Sequence[int],
-    detach: Sequence[bool],
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: int,
-) -> list[Tensor]:
-    """The gradient of every block of logits, scaled by ``grad`` () or (B,) on its device."""
-    z = _stack(logits)  # [H, B, K]
-    heads, batch, classes = z.shape
-    counted = _counted(target, ignore_index, z)
-    dz = torch.zeros_like(z)
-    if target is not None:
-        index = torch.where(counted, target, 0).expand(heads, batch).unsqueeze(-1)
         soft = torch.full_like(z, label_smoothing / classes)
         soft.scatter_add_(-1, index, torch.full_like(soft[..., :1], 1 - label_smoothing))
-        dz = _column(ce_weight, z) * (torch.softmax(z, -1) - soft)
-    weights = _column(kl_weight, z).split(list(groups))
+
+    grouped = [
+        (g, torch.log_softmax(g / t, -1), t, kind)
+        for g, t, kind in zip(z.split(list(groups)), temperature, teacher, strict=True)
+    ]
+    kl = torch.cat([t * t * _group_kl(log_p, g / t, kind) for g, log_p, t, kind in grouped])
+    ce = torch.where(counted, ce, 0.0)
+    kl = torch.where(counted, kl, 0.0)
+    ce_column, kl_column = _column(ce_weight, z), _column(kl_weight, z)  # [H, 1, 1]
+    count = counted.sum().clamp(min=1).to(z.dtype)
+    scale = 1 / count if reduction == REDUCE_MEAN else 1.0
+    loss = (ce_column[..., 0] * ce + kl_column[..., 0] * kl).sum(0) * scale  # [B]
+    terms = torch.stack([ce, kl]).sum(-1)
+    if reduction != REDUCE_NONE:
+        loss = loss.sum()
+    if reduction != REDUCE_SUM:
+        terms = terms / count
+    if not keep:
+        return loss, terms, []
+
+    dz = torch.zeros_like(z)
+    if target is not None:
+        dz = ce_column * (torch.softmax(z, -1) - soft)
     dz = dz + torch.cat(
         [
-            t * _group_gradient(torch.log_softmax(g / t, -1), g / t, w, kind, detached)
-            for (g, t, kind), w, detached in zip(
-                _grouped(z, groups, temperature, teacher), weights, detach, strict=True
+            t * _group_gradient(log_p, g / t, w, kind, detached)
+            for (g, log_p, t, kind), w, detached in zip(
+                grouped, kl_column.split(list(groups)), detach, strict=True
             )
         ]
     )
-    scale = grad.to(z.dtype)
-    if reduction == REDUCE_MEAN:
-        scale = scale / counted.sum().clamp(min=1)
-    dz = torch.where(counted.unsqueeze(-1), dz * scale.expand(batch).unsqueeze(-1), 0.0)
-    return _unstack(dz, logits)
+    dz = torch.where(counted.unsqueeze(-1), dz * scale, 0.0)
+    return loss, terms, _unstack(dz, logits)
 
 
 def _group_kl(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
@@ -158,10 +137,6 @@ def _teacher_log_probs(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
     return log_p[-1:].expand_as(log_p)
 
 
-def _grouped(z: Tensor, groups, temperature, teacher):
-    return zip(z.split(list(groups)), temperature, teacher, strict=True)
-
-
 def _counted(target: Tensor | None, ignore_index: int, z: Tensor) -> Tensor:
     if target is None:
         return z.new_ones(z.shape[1], dtype=torch.bool)
@@ -181,6 +156,6 @@ def _stack(logits: Sequence[Tensor]) -> Tensor:
 def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
     sizes = [len(block) if block.dim() == 3 else 1 for block in logits]
     return [
-        torch.empty_like(block).copy_(part.reshape(block.shape))
+        torch.empty_like(block, dtype=dz.dtype).copy_(part.reshape(block.shape))
         for part, block in zip(dz.split(sizes), logits, strict=True)
     ]

@@ -1,0 +1,611 @@
+"""IMCL around networks that know nothing of it, against the objective written out by hand."""
+
+import copy
+import io
+import subprocess
+import sys
+import weakref
+from unittest.mock import Mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from imcl_fast import IMCL, functional, reference
+from imcl_fast.data import load_digits
+from imcl_fast.models import import_torchvision, resnet18
+
+WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
+TERMS = dict(
+    zip(
+        WEIGHTS,
+        (
+            "output_consistency",
+            "multilayer_consistency",
+            "representation_similarity",
+            "kernel_similarity",
+        ),
+        strict=True,
+    )
+)
+WAYS_ON = {
+    "output_weight": 0.7,
+    "multilayer_weight": 1.3,
+    "representation_weight": 10.0,
+    "kernel_weight": 50.0,
+}
+
+
+class FlatCNN(nn.Module):
+    """Three resolutions, one layer after another; normalisation and activation as asked."""
+
+    def __init__(self, norm=nn.BatchNorm2d, inplace=True):
+        super().__init__()
+        stages, channels = [], 1
+        for width in (6, 8, 10):
+            stages += [nn.Conv2d(channels, width, 3, padding=1), norm(width)]
+            stages += [nn.ReLU(inplace=inplace), nn.MaxPool2d(2)]
+            channels = width
+        self.features = nn.Sequential(*stages)
+        self.fc = nn.Linear(10, 10)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small gain nothing from a second one, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def batch(digits):
+    return digits.train_images[:24], digits.train_labels[:24]
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return FlatCNN()
+
+
+def build(network, x, **kwargs):
+    torch.manual_seed(1)
+    return IMCL(network, x, **{**WAYS_ON, "impl": "torch", **kwargs})
+
+
+def only(weight):
+    return {name: WAYS_ON[name] if name == weight else 0.0 for name in WEIGHTS}
+
+
+def hooks(network):
+    return sum(len(module._forward_hooks) for module in network.modules())
+
+
+def step(imcl, x, y, seed=3):
+    """One forward and backward; the output and the gradients by parameter name."""
+    imcl.zero_grad()
+    torch.manual_seed(seed)
+    out = imcl(x, y)
+    out.loss.backward()
+    return out, {name: p.grad.clone() for name, p in imcl.named_parameters()}
+
+
+# The network itself
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_target_imcl_is_the_model(network, batch, training):
+    x, _ = batch
+    plain = copy.deepcopy(network).train(training)
+    imcl = build(network, x).train(training)
+    assert torch.equal(imcl(x), plain(x))
+    assert torch.equal(imcl.model(x), plain(x))
+    assert imcl.model is network
+
+
+def test_building_leaves_no_trace(network, batch):
+    network.features[1].eval()  # one frozen normalisation, as in fine-tuning
+    modes = [module.training for module in network.modules()]
+    state = copy.deepcopy(network.state_dict())
+    build(network, batch[0], multilayer_weight=0.0)
+    assert [module.training for module in network.modules()] == modes
+    assert list(network.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+def test_training_step_gives_the_models_own_logits(network, batch):
+    x, y = batch
+    plain = copy.deepcopy(network)
+    imcl = build(network, x)
+    out = imcl(x, y)
+    assert torch.equal(out.logits, plain(x))
+    assert list(imcl.model.state_dict()) == list(plain.state_dict())
+
+
+def test_remove_hooks_gives_the_plain_network_back(network, batch):
+    x, y = batch
+    imcl = build(network, x)
+    assert hooks(network) == 4
+    assert imcl.remove_hooks() is network
+    assert hooks(network) == 0
+    with pytest.raises(RuntimeError, match="remove_hooks"):
+        imcl(x, y)
+
+
+# The objective
+
+
+def naive_objective(imcl, x, y, center):
+    """The objective as its definition states it, for FlatCNN and WAYS_ON."""
+    net, features = imcl.model, []
+    h = x
+    for i, layer in enumerate(net.features):
+        h = layer(h)
+        if i % 4 == 2:
+            features.append(h)
+    last = h.mean((2, 3))
+    final = net.fc(last)
+
+    masked = torch.dropout(last.expand(2, *last.shape), 0.3, True)
+    views = [net.fc(masked[0]), net.fc(masked[1])]
+
+    def kl(teacher, student, t):
+        p, q = (teacher.detach() / t).softmax(-1), (student / t).softmax(-1)
+        return t * t * (p * (p.log() - q.log())).sum(-1).mean()
+
+    output = sum(F.cross_entropy(z, y) for z in views) / 2
+    output = output + (kl(views[0], views[1], 1.0) + kl(views[1], views[0], 1.0)) / 2
+    heads = [h.linear(f.mean((2, 3))) for h, f in zip(imcl.heads, features, strict=False)]
+    multilayer = sum(F.cross_entropy(z, y) for z in heads) / len(heads)
+    heads.append(final)
+    for h, z in enumerate(heads):
+        others = sum(other for j, other in enumerate(heads) if j != h) / (len(heads) - 1)
+        multilayer = multilayer + kl(others, z, 2.0) / len(heads)
+    penalty = dict(penalty="square", eps=1e-12)
+    representation = reference.pairwise_penalty(features, center=center, batched=True, **penalty)
+    weights = [layer.weight for layer in net.features if isinstance(layer, nn.Conv2d)]
+    kernel = reference.pairwise_penalty(weights, center=False, batched=False, **penalty)
+    terms = {
+        "cross_entropy": F.cross_entropy(final, y),
+        "output_consistency": output,
+        "multilayer_consistency": multilayer,
+        "representation_similarity": representation,
+        "kernel_similarity": kernel,
+    }
+    loss = terms["cross_entropy"] + sum(WAYS_ON[name] * terms[TERMS[name]] for name in WEIGHTS)
+    return loss, terms
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel")
+def test_objective_is_its_definition(network, batch, impl, center):
+    x, y = batch[0].double(), batch[1]
+    imcl = build(network.double(), x, impl=impl, center=center)
+    out, gradients = step(imcl, x, y)
+    imcl.zero_grad()
+    torch.manual_seed(3)
+    loss, terms = naive_objective(imcl, x, y, center)
+    loss.backward()
+    torch.testing.assert_close(out.loss, loss, rtol=1e-10, atol=1e-12)
+    assert list(out.terms) == list(terms)
+    for key, value in terms.items():
+        torch.testing.assert_close(out.terms[key], value.detach(), rtol=1e-10, atol=1e-12)
+    for name, p in imcl.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_views_have_masks_of_their_own_and_none_in_eval(network, batch):
+    x, y = batch
+    imcl = build(network, x, **only("output_weight"), views=3)
+    distinct = step(imcl, x, y)[0].terms["output_consistency"]
+    imcl.eval()
+    out = imcl(x, y)
+    # Equal views have no divergence and the network's own cross entropy.
+    torch.testing.assert_close(out.terms["output_consistency"], out.terms["cross_entropy"])
+    assert distinct > out.terms["cross_entropy"]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_each_way_alone(network, batch, weight):
+    x, y = batch
+    imcl = build(network, x, **only(weight))
+    out, gradients = step(imcl, x, y)
+    assert set(out.terms) == {"cross_entropy", TERMS[weight]}
+    expected = out.terms["cross_entropy"] + WAYS_ON[weight] * out.terms[TERMS[weight]]
+    torch.testing.assert_close(out.loss.detach(), expected)
+    torch.testing.assert_close(out.terms["cross_entropy"], F.cross_entropy(out.logits, y).detach())
+    assert not any(value.requires_grad for value in out.terms.values())
+    plain, _ = step(build(network, x, **only(None)), x, y)
+    assert out.terms[TERMS[weight]] > 0 and out.loss > plain.loss
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ("output_weight", {"consistency": 1, "hooks": 1, "heads": 0}),
+        ("multilayer_weight", {"consistency": 1, "hooks": 2, "heads": 2}),
+        ("representation_weight", {"consistency": 1, "layers": 3, "hooks": 3, "heads": 0}),
+        ("kernel_weight", {"consistency": 1, "kernel": 1, "hooks": 0, "heads": 0}),
+        (None, {"consistency": 1, "hooks": 0, "heads": 0}),
+        ("all", {"consistency": 1, "kernel": 1, "layers": 3, "hooks": 4, "heads": 2}),
+    ],
+)
+def test_a_weight_of_0_costs_nothing(network, batch, monkeypatch, weight, expected):
+    x, y = batch
+    spies = {}
+    for key, name in (
+        ("consistency", "collaborative_consistency"),
+        ("kernel", "kernel_similarity"),
+        ("layers", "representation_similarity"),
+    ):
+        spy = Mock(wraps=getattr(functional, name))
+        monkeypatch.setattr(functional, name, spy)
+        spies[key] = spy
+    imcl = build(network, x, **({} if weight == "all" else only(weight)))
+    imcl(x, y)
+    ran = {key: spy.call_count for key, spy in spies.items()}
+    found = {**ran, "hooks": hooks(network), "heads": len(imcl.heads)}
+    assert found == {"kernel": 0, "layers": 0, **expected}
+
+
+def test_label_smoothing_is_that_of_every_cross_entropy(network, batch):
+    x, y = batch
+    out = build(network, x, **only("multilayer_weight"), label_smoothing=0.2)(x, y)
+    expected = F.cross_entropy(out.logits, y, label_smoothing=0.2).detach()
+    torch.testing.assert_close(out.terms["cross_entropy"], expected)
+
+
+def test_weights_may_change_between_steps_but_not_switch_a_way_on(network, batch):
+    x, y = batch
+    imcl = build(network, x, dropout=0.0, output_weight=0.0)
+    before, after = {}, {}
+    for weights in (before, after):
+        out = imcl(x, y)
+        weights.update(loss=out.loss.item(), kernel=out.terms["kernel_similarity"].item())
+        imcl.kernel_weight = 2 * WAYS_ON["kernel_weight"]
+    gained = WAYS_ON["kernel_weight"] * before["kernel"]
+    assert after["loss"] - before["loss"] == pytest.approx(gained, rel=1e-4)
+    imcl.output_weight = 1.0
+    with pytest.raises(RuntimeError, match="output_weight.*switched off"):
+        imcl(x, y)
+
+
+# Where the work is done
+
+
+def test_penalty_gradients_are_made_where_they_are_due(network, batch):
+    x, y = batch
+    imcl = build(network, x)
+    out = imcl(x, y)
+    order, seen, nodes = [], set(), [out.loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        for kind in ("PairwisePenalty", "Convolution"):
+            if node.name().startswith(kind):
+                node.register_prehook(lambda _, kind=kind: order.append(kind))
+    out.loss.backward()
+    # Each layer's penalty before its own convolution, that of the kernels after all.
+    assert order == ["PairwisePenalty", "Convolution"] * 3 + ["PairwisePenalty"]
+
+
+def test_nothing_is_kept_after_the_step(network, batch):
+    x, y = batch
+    imcl = build(network, x)
+    kept = []
+    network.features[6].register_forward_hook(lambda m, a, output: kept.append(weakref.ref(output)))
+    out = imcl(x, y)
+    out.loss.backward()
+    del out
+    assert [reference() for reference in kept] == [None]
+
+
+def test_an_exception_leaves_nothing_behind(network, batch):
+    x, y = batch
+    imcl = build(network, x, dropout=0.0)
+    expected = imcl(x, y).loss
+
+    def fail(*_):
+        raise OSError("out of paper")
+
+    handle = network.fc.register_forward_pre_hook(fail)
+    with pytest.raises(OSError, match="out of paper"):
+        imcl(x, y)
+    handle.remove()
+    with pytest.raises(ValueError, match="target"):
+        imcl(x, y[:-1])
+    network(x[:3])  # would be taken for the step's features if the step were still open
+    torch.testing.assert_close(imcl(x, y).loss, expected)
+
+
+# What is done with modules
+
+
+def test_autocast_step(network, batch):
+    x, y = batch
+    imcl = build(network, x, dropout=0.0)
+    full = imcl(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = imcl(x, y)
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16 and out.loss.dtype == torch.float32
+    for key, value in full.terms.items():
+        torch.testing.assert_close(out.terms[key], value, rtol=0.05, atol=0.005)
+    assert all(p.grad.dtype == torch.float32 for p in imcl.parameters())
+    assert all(p.grad.isfinite().all() for p in imcl.parameters())
+
+
+def test_building_under_autocast_keeps_float32_heads(network, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        imcl = build(network, batch[0])
+    assert {p.dtype for p in imcl.parameters()} == {torch.float32}
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(batch):
+    x, y = batch[0].double(), batch[1]
+    imcl = build(FlatCNN(norm=lambda width: nn.GroupNorm(2, width)).double(), x, dropout=0.0)
+    _, whole = step(imcl, x, y)
+    imcl.zero_grad()
+    for part in range(3):
+        (imcl(x[part::3], y[part::3]).loss / 3).backward()
+    for name, p in imcl.named_parameters():
+        torch.testing.assert_close(p.grad, whole[name], msg=name)
+
+
+def test_copies_are_independent(network, batch):
+    x, y = batch
+    imcl = build(network, x)
+    twin = copy.deepcopy(imcl)
+    ours, gradients = step(imcl, x, y)
+    theirs, their_gradients = step(twin, x, y)
+    assert torch.equal(ours.loss, theirs.loss)
+    assert all(torch.equal(g, their_gradients[name]) for name, g in gradients.items())
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert torch.equal(step(imcl, x, y)[0].loss, ours.loss)
+    alone = copy.deepcopy(imcl.model).eval()  # as an exponential moving average is kept
+    assert torch.equal(alone(x), imcl.eval()(x))
+
+
+def test_state_dict_and_whole_module_round_trip(network, batch):
+    x, y = batch
+    imcl = build(network, x)
+    torch.manual_seed(9)
+    other = IMCL(FlatCNN(), x, **WAYS_ON, impl="torch")
+    other.load_state_dict(imcl.state_dict())
+    file = io.BytesIO()
+    torch.save(imcl, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    expected = step(imcl, x, y)[0].loss
+    assert torch.equal(step(other, x, y)[0].loss, expected)
+    assert torch.equal(step(loaded, x, y)[0].loss, expected)
+    assert {key.split(".")[0] for key in imcl.state_dict()} == {"model", "heads"}
+
+
+def test_to_moves_the_heads(network, batch):
+    x, y = batch
+    imcl = build(network, x).to(torch.float64)
+    assert imcl(x.double(), y).loss.dtype == torch.float64
+    assert {p.dtype for p in imcl.heads.parameters()} == {torch.float64}
+
+
+def test_torch_compile_takes_it_whole(network, batch):
+    x, y = batch
+    imcl = build(network, x, dropout=0.0)
+    expected, gradients = step(imcl, x, y)
+    torch._dynamo.reset()
+    compiled = torch.compile(imcl, fullgraph=True, backend="aot_eager")
+    out, found = step(compiled, x, y)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert list(out.terms) == list(expected.terms)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient, msg=name)
+    torch.testing.assert_close(compiled(x), imcl(x))
+
+
+# What is found in a network
+
+
+class Staged(nn.Module):
+    """A stem, blocks in a list, gates of one pixel, and its linear layer not the last module."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(12, 5)
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.stages = nn.ModuleList(Gated(a, b) for a, b in ((4, 8), (8, 8), (8, 12)))
+        self.strides = (1, 2, 2)
+
+    def forward(self, x):
+        x = self.stem(x).relu_()
+        for stage, stride in zip(self.stages, self.strides, strict=True):
+            x = stage(x[..., ::stride, ::stride])
+        return self.head(x.amax((2, 3)))
+
+
+class Gated(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.gate = nn.Conv2d(outputs, outputs, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return torch.relu(x * self.gate(self.pool(x)).sigmoid())
+
+
+VGG_LAYERS = [f"features.{i}" for i in (5, 12, 22, 32, 42)]
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "layers", "classifier"),
+    [
+        ("resnet18", 64, ["layer1", "layer2", "layer3", "layer4"], "fc"),
+        ("resnet18", 32, ["layer1", "layer2", "layer3"], "fc"),  # layer4 has one pixel
+        ("resnet50", 64, ["layer1", "layer2", "layer3", "layer4"], "fc"),
+        ("vgg16_bn", 32, VGG_LAYERS, "classifier.6"),
+        ("mobilenet_v3_large", 64, [f"features.{i}" for i in (1, 3, 6, 12, 16)], "classifier.3"),
+        (lambda: resnet18(10, width=4), 16, ["layer1", "layer2", "layer3", "layer4"], "fc"),
+        (FlatCNN, 16, ["features.2", "features.6", "features.10"], "fc"),
+        (Staged, 16, ["stages.0", "stages.1", "stages.2"], "head"),
+    ],
+)
+def test_layers_and_classifier_are_found(make, size, layers, classifier):
+    if isinstance(make, str):
+        with torch.device("meta"):  # their names and shapes are all that counts here
+            network = getattr(import_torchvision().models, make)()
+            x = torch.empty(2, 3, size, size)
+    else:
+        network = make()
+        x = torch.empty(2, 3 if size != 16 or make not in (FlatCNN, Staged) else 1, size, size)
+    imcl = IMCL(network, x)
+    assert imcl.layers == layers
+    assert imcl.classifier == classifier
+    widths = [head.linear.in_features for head in imcl.heads]
+    assert len(widths) == len(layers) - 1 and all(widths)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
+def test_torchvision_networks_train(name):
+    network = getattr(import_torchvision().models, name)(num_classes=7)
+    x, y = torch.rand(2, 3, 64, 64), torch.tensor([1, 6])
+    imcl = IMCL(network, x, impl="torch")
+    out, gradients = step(imcl, x, y)
+    assert out.loss.isfinite() and len(out.terms) == 5
+    assert len(gradients) == len(list(imcl.parameters()))  # every parameter reached the loss
+    kernels = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    assert len(imcl.kernels) == len(kernels)
+
+
+def test_layers_by_path_run_in_the_networks_order(network, batch):
+    x, y = batch
+    imcl = build(network, x, layers=["features.10", "features.3"], kernels=["features.4", "fc"])
+    assert imcl.layers == ["features.3", "features.10"]
+    assert [head.linear.in_features for head in imcl.heads] == [6]
+    weights = [network.features[4].weight, network.fc.weight]
+    expected = functional.kernel_similarity(weights, impl="torch").detach()
+    torch.testing.assert_close(imcl(x, y).terms["kernel_similarity"], expected)
+
+
+def test_outputs_that_the_network_overwrites_are_passed_over(batch):
+    class Overwriting(FlatCNN):
+        def forward(self, x):
+            for layer in self.features:
+                x = layer(x)
+                if isinstance(layer, nn.BatchNorm2d):
+                    x = x.relu_()
+            return self.fc(x.mean((2, 3)))
+
+    network = Overwriting()
+    for i in (2, 6, 10):
+        network.features[i] = nn.Identity()
+    x, y = batch
+    imcl = build(network, x)
+    assert imcl.layers == ["features.0", "features.4", "features.8"]
+    imcl(x, y).loss.backward()
+
+
+# What can be wrong
+
+
+def with_softmax_gone(network):
+    network.fc = nn.Sequential(nn.Linear(10, 10), nn.ReLU())
+    return network
+
+
+def without_linear(network):
+    network.fc = nn.Bilinear(10, 1, 10)
+    network.forward = lambda x: network.fc(
+        network.features(x).mean((2, 3)), torch.ones(len(x), 1)
+    )
+    return network
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(example_input=[1]), TypeError, "example_input: expected a Tensor, got list"),
+        (dict(example_input=torch.ones(3)), ValueError, "example_input: expected a batch"),
+        (dict(layers="features.2"), TypeError, "layers: expected a sequence"),
+        (dict(layers=["features.99"]), ValueError, "layers: .*'features.99'; did you mean"),
+        (dict(layers=["features.2", "features.2"]), ValueError, "layers: expected every module"),
+        (dict(layers=["features.2", "fc"]), ValueError, r"layers: .*'fc' returns \(1, 10\)"),
+        (dict(layers=["features.1", "features.6"]), ValueError, "layers: .*'features.1'.*in place"),
+        (dict(layers=["features.2"]), ValueError, "layers: expected at least 2.*multilayer_weight"),
+        (dict(layers=[], multilayer_weight=0), ValueError, "layers: .*representation_weight=0"),
+        (dict(classifier="features.0"), ValueError, "classifier: expected an nn.Linear"),
+        (dict(classifier="head"), ValueError, "classifier: the network has no module 'head'"),
+        (dict(kernels=["features.2"]), ValueError, "kernels: .*'features.2' is ReLU"),
+        (dict(kernels=["nowhere"]), ValueError, "kernels: the network has no module"),
+        (dict(kernels=[]), ValueError, "kernels: expected at least one"),
+        (dict(output_weight=-1), ValueError, "output_weight: "),
+        (dict(multilayer_weight="1"), TypeError, "multilayer_weight: "),
+        (dict(representation_weight=float("nan")), ValueError, "representation_weight: "),
+        (dict(kernel_weight=float("inf")), ValueError, "kernel_weight: "),
+        (dict(views=1), ValueError, "views: "),
+        (dict(dropout=1.0), ValueError, "dropout: "),
+        (dict(output_temperature=0), ValueError, "output_temperature: "),
+        (dict(multilayer_temperature=-2), ValueError, "multilayer_temperature: "),
+        (dict(multilayer_teacher="teacher"), ValueError, "multilayer_teacher: .*others"),
+        (dict(representation_penalty="cube"), ValueError, "representation_penalty: .*square"),
+        (dict(kernel_penalty="cube"), ValueError, "kernel_penalty: .*square"),
+        (dict(center=1), TypeError, "center: "),
+        (dict(label_smoothing=1), ValueError, "label_smoothing: "),
+        (dict(impl="fortran"), ValueError, "impl: .*auto"),
+    ],
+)
+def test_bad_arguments_are_named(network, batch, change, error, message):
+    with pytest.raises(error, match=message):
+        IMCL(network, change.pop("example_input", batch[0]), **change)
+    assert hooks(network) == 0
+
+
+def test_bad_networks_are_named(network, batch):
+    x, _ = batch
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got function"):
+        IMCL(lambda x: x, x)
+    with pytest.raises(ValueError, match=r"model: .*logits \(B, K\), got \(1, 10, 2, 2\)"):
+        IMCL(network.features, x)
+    with pytest.raises(ValueError, match="classifier: .*not the output of an nn.Linear"):
+        IMCL(with_softmax_gone(copy.deepcopy(network)), x)
+    with pytest.raises(ValueError, match="classifier: .*output_weight=0"):
+        IMCL(without_linear(copy.deepcopy(network)), x)
+    with pytest.raises(ValueError, match="kernels: expected at least one convolution"):
+        IMCL(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x, **only("kernel_weight"))
+    with pytest.raises(ValueError, match="layers: expected at least 2"):
+        IMCL(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x)
+
+
+def test_a_network_that_takes_another_course_is_an_error(network, batch):
+    x, y = batch
+    imcl = build(network, x)
+    network.forward = lambda x: network.fc(network.features(network.features[:0](x)).mean((2, 3)))
+    imcl(x, y)
+    network.forward = lambda x: network.fc(x.mean((2, 3)).expand(-1, 10))
+    with pytest.raises(RuntimeError, match="model: expected the layers .* got 1 runs for 4 hooks"):
+        imcl(x, y)
+
+
+def test_importing_needs_neither_torchvision_nor_scikit_learn():
+    code = "import sys, imcl_fast; print({'torchvision', 'sklearn'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "set()", result.stderr

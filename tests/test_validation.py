@@ -1,0 +1,254 @@
+"""Bad input: the type of the error, and that it names the argument and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import Impl
+
+import imcl_fast
+from imcl_fast import functional as F
+from imcl_fast import implementations
+
+NAN, INF = float("nan"), float("inf")
+X = torch.randn(2, 3, 4, 4)
+W = torch.randn(5, 4, 3, 3)
+Z = torch.randn(3, 5, 7)
+Y = torch.tensor([0, 1, 6, -100, 2])
+
+
+class Bad(NamedTuple):
+    """One bad argument: the error it raises, and what else the message must hold."""
+
+    argument: str
+    value: object
+    error: type[Exception] | tuple[type[Exception], ...]
+    got: str = ""
+
+    def __str__(self) -> str:
+        value = self.value
+        return f"{self.argument}-{'tensor' if torch.is_tensor(value) else str(value)[:24]}"
+
+
+def sparse(x: torch.Tensor) -> torch.Tensor:
+    return x.to_sparse()
+
+
+def tensors(name: str, good: torch.Tensor, low: torch.Tensor) -> list[Bad]:
+    """What is wrong with a tensor, or a sequence of them, of floating point numbers."""
+    return [
+        Bad(name, None, TypeError, "NoneType"),
+        Bad(name, "abc", TypeError, "str"),
+        Bad(name, b"abc", TypeError, "bytes"),
+        Bad(name, 1.0, TypeError, "float"),
+        Bad(name, {0: good}, TypeError, "dict"),
+        Bad(name, (x for x in [good]), TypeError, "generator"),
+        Bad(name, [], ValueError, "empty"),
+        Bad(name, (), ValueError, "empty"),
+        Bad(name, [good, None], TypeError, f"{name}[1]: "),
+        Bad(name, [good, [good]], TypeError, f"{name}[1]: "),
+        Bad(name, good.long(), TypeError, "torch.int64"),
+        Bad(name, good > 0, TypeError, "torch.bool"),
+        Bad(name, good.to(torch.complex64), TypeError, "torch.complex64"),
+        Bad(name, [good, good.int()], TypeError, f"{name}[1]: "),
+        Bad(name, sparse(good), TypeError, "torch.sparse_coo"),
+        Bad(name, low, ValueError, str(tuple(low.shape))),
+        Bad(name, [good, low], ValueError, f"{name}[1]: "),
+        Bad(name, torch.tensor(1.0), ValueError, "()"),
+        Bad(name, [good, good.to("meta")], ValueError, "meta"),
+    ]
+
+
+NUMBERS = [(NAN, ValueError), (INF, ValueError), ("1", TypeError), (None, TypeError),
+           (True, TypeError), (torch.tensor(1.0), TypeError)]
+CHOICES = [("cubic", ValueError), ("", ValueError), (None, TypeError), (2, TypeError)]
+IMPLS = [Bad("impl", "fast", ValueError, "'fast'"), Bad("impl", "", ValueError),
+         Bad("impl", None, (TypeError, ValueError)), Bad("impl", 1, (TypeError, ValueError))]
+
+PAIRWISE = [
+    *(Bad("penalty", value, error, str(value) if error is ValueError else type(value).__name__)
+      for value, error in CHOICES),
+    *(Bad("eps", value, error) for value, error in NUMBERS),
+    Bad("eps", -1.0, ValueError, "-1"),
+    *IMPLS,
+]
+REPRESENTATION = [
+    *tensors("features", X, torch.randn(3, 4)),
+    Bad("features", X[:, :1], ValueError, "(2, 1, 4, 4)"),
+    Bad("features", [X, X[:, :0]], ValueError, "features[1]: "),
+    Bad("center", 1, TypeError, "int"),
+    Bad("center", None, TypeError, "NoneType"),
+    Bad("center", "yes", TypeError, "str"),
+    *PAIRWISE,
+]
+KERNEL = [
+    *tensors("weights", W, torch.randn(4)),
+    Bad("weights", W[:1], ValueError, "(1, 4, 3, 3)"),
+    Bad("weights", [W, W[:0]], ValueError, "weights[1]: "),
+    *PAIRWISE,
+]
+CONSISTENCY = [
+    *tensors("logits", Z, torch.randn(7)),
+    Bad("logits", torch.randn(1, 3, 5, 7), ValueError, "(1, 3, 5, 7)"),
+    Bad("logits", [Z[0], Z[1, :, :6]], ValueError, "logits[1]: expected (5, 7)"),
+    Bad("logits", [Z[0], Z[1, :4]], ValueError, "logits[1]: expected (5, 7)"),
+    Bad("logits", [Z, Z[:, :4]], ValueError, "(3, 4, 7)"),
+    Bad("logits", torch.randn(3, 5, 0), ValueError, "(3, 5, 0)"),
+    Bad("logits", torch.randn(0, 5, 7), ValueError, "head"),
+    Bad("target", [0, 1, 2, 3, 4], TypeError, "list"),
+    Bad("target", 3, TypeError, "int"),
+    Bad("target", Y.int(), TypeError, "torch.int32"),
+    Bad("target", Y.float(), TypeError, "torch.float32"),
+    Bad("target", Y[:4], ValueError, "(4,)"),
+    Bad("target", Y.unsqueeze(1), ValueError, "(5, 1)"),
+    Bad("target", torch.zeros(5, 7, dtype=torch.int64), ValueError, "(5, 7)"),
+    Bad("target", torch.tensor(0), ValueError, "()"),
+    Bad("target", torch.tensor([0, 1, 7, 0, 0]), ValueError, "7"),
+    Bad("target", torch.tensor([0, 1, -1, 0, 0]), ValueError, "-1"),
+    Bad("target", torch.tensor([0, 1, -101, 0, -100]), ValueError, "-101"),
+    Bad("target", torch.tensor([0, 1, 1 << 40, 0, 0]), ValueError, str(1 << 40)),
+    Bad("target", Y.to("meta"), ValueError, "meta"),
+    *(Bad(name, value, error)
+      for name in ("temperature", "ce_weight", "kl_weight", "label_smoothing")
+      for value, error in NUMBERS),
+    Bad("temperature", 0, ValueError, "0"),
+    Bad("temperature", -2.0, ValueError, "-2"),
+    Bad("temperature", [1.0, 2.0], ValueError, "2"),
+    Bad("temperature", [], ValueError),
+    *(Bad(name, value, error)
+      for name in ("ce_weight", "kl_weight")
+      for value, error in (([1.0, 1.0], ValueError), ([1.0, NAN, 1.0], ValueError),
+                           ([1.0, None, 1.0], TypeError), ({0: 1.0}, TypeError))),
+    Bad("label_smoothing", -0.1, ValueError, "-0.1"),
+    Bad("label_smoothing", 1.0, ValueError, "1.0"),
+    *(Bad("teacher", value, error) for value, error in CHOICES),
+    Bad("teacher", ["others", "mean"], ValueError, "2"),
+    Bad("teacher", ["best"], ValueError, "'best'"),
+    Bad("detach_teacher", "yes", TypeError, "str"),
+    Bad("detach_teacher", None, TypeError, "NoneType"),
+    Bad("detach_teacher", [True, False], ValueError, "2"),
+    Bad("ignore_index", None, TypeError, "NoneType"),
+    Bad("ignore_index", 1.5, TypeError, "float"),
+    Bad("ignore_index", "none", TypeError, "str"),
+    *(Bad("reduction", value, error) for value, error in CHOICES),
+    Bad("groups", [1, 1], ValueError, "[1, 1]"),
+    Bad("groups", [4], ValueError, "[4]"),
+    Bad("groups", [0, 3], ValueError, "[0, 3]"),
+    Bad("groups", [-1, 4], ValueError, "[-1, 4]"),
+    Bad("groups", [], ValueError, "[]"),
+    Bad("groups", 3, TypeError, "int"),
+    Bad("groups", [1.5, 1.5], (TypeError, ValueError), "1.5"),
+    *IMPLS,
+]
+
+GOOD = {
+    "representation": {"features": X},
+    "kernel": {"weights": W},
+    "consistency": {"logits": Z, "target": Y},
+}
+FUNCTIONS = {
+    "representation": F.representation_similarity,
+    "kernel": F.kernel_similarity,
+    "consistency": F.collaborative_consistency,
+}
+MODULES = {
+    "representation": imcl_fast.RepresentationSimilarityLoss,
+    "kernel": imcl_fast.KernelSimilarityLoss,
+    "consistency": imcl_fast.CollaborativeConsistencyLoss,
+}
+CASES = [
+    *(("representation", bad) for bad in REPRESENTATION),
+    *(("kernel", bad) for bad in KERNEL),
+    *(("consistency", bad) for bad in CONSISTENCY),
+]
+
+
+def call_module(kind: str, arguments: dict) -> torch.Tensor:
+    tensors = {name: arguments.pop(name) for name in GOOD[kind]}
+    return MODULES[kind](**arguments)(*tensors.values())
+
+
+def call_function(kind: str, arguments: dict) -> torch.Tensor:
+    return FUNCTIONS[kind](**arguments)
+
+
+@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize("call", [call_function, call_module])
+def test_the_good_arguments_are_good(kind: str, call: Callable) -> None:
+    assert torch.isfinite(call(kind, {**GOOD[kind], "impl": "torch"}))
+
+
+@pytest.mark.parametrize("call", [call_function, call_module])
+@pytest.mark.parametrize("kind,bad", CASES, ids=[f"{kind}-{bad}" for kind, bad in CASES])
+def test_bad_argument(kind: str, bad: Bad, call: Callable) -> None:
+    arguments = {"impl": "torch", **GOOD[kind], bad.argument: bad.value}
+    with pytest.raises(bad.error) as caught:
+        call(kind, arguments)
+    message = str(caught.value)
+    assert message.startswith(bad.argument), f"doesn't name the argument: {message}"
+    assert "expected" in message, f"doesn't say what was expected: {message}"
+    assert bad.got in message, f"doesn't say what came: {message}"
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_options_are_keywords_only(kind: str) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        FUNCTIONS[kind](*GOOD[kind].values(), "square")
+    with pytest.raises(TypeError, match="positional"):
+        MODULES[kind]("square")
+    with pytest.raises(TypeError, match="temprature"):
+        FUNCTIONS[kind](**GOOD[kind], temprature=1.0)
+
+
+@pytest.mark.parametrize("kind", ["representation", "kernel"])
+def test_a_module_finds_a_bad_penalty_when_it_is_made(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"^penalty: .*'cubic'"):
+        MODULES[kind](penalty="cubic")
+
+
+def test_a_module_finds_a_bad_reduction_when_it_is_made() -> None:
+    with pytest.raises(ValueError, match=r"^reduction: .*'average'"):
+        imcl_fast.CollaborativeConsistencyLoss(reduction="average")
+
+
+@pytest.mark.parametrize("name", ["cpp", "triton", "cuda"])
+@pytest.mark.parametrize("kind", GOOD)
+def test_an_implementation_that_cannot_run_says_why(kind: str, name: str) -> None:
+    device = "meta" if implementations.why_not(name, "cpu") is None else "cpu"
+    reason = implementations.why_not(name, device)
+    arguments = {key: value.to(device) for key, value in GOOD[kind].items()}
+    with pytest.raises(RuntimeError) as caught:
+        FUNCTIONS[kind](**arguments, impl=name)
+    assert name in str(caught.value) and reason in str(caught.value)
+    assert "imcl_fast.env" in str(caught.value)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 250, -1, 3])
+def test_ignore_index_may_be_any_number(impl: Impl, ignore_index: int) -> None:
+    target = torch.tensor([0, ignore_index, 2, ignore_index, 6])
+    loss = F.collaborative_consistency(
+        Z.to(impl.device), target.to(impl.device), ignore_index=ignore_index, impl=impl.name
+    )
+    assert torch.isfinite(loss)
+
+
+def test_good_arguments_in_every_spelling(impl: Impl) -> None:
+    """Lists, tuples, whole numbers and numbers for each head are all the same."""
+    z, y = Z.to(impl.device), Y.to(impl.device)
+    expected = F.collaborative_consistency(z, y, impl=impl.name)
+    for options in (
+        {"temperature": 2, "ce_weight": 1, "kl_weight": 1, "label_smoothing": 0},
+        {"temperature": [2.0], "ce_weight": (1, 1, 1), "kl_weight": [1.0] * 3},
+        {"teacher": ["others"], "detach_teacher": (True,), "groups": (3,)},
+    ):
+        for logits in (z, list(z), tuple(z), [z[:1], z[1], z[2:]]):
+            got = F.collaborative_consistency(logits, y, impl=impl.name, **options)
+            torch.testing.assert_close(got, expected)
+    x = X.to(impl.device)
+    torch.testing.assert_close(
+        F.representation_similarity((x,), eps=0, impl=impl.name),
+        F.representation_similarity([x], impl=impl.name),
+    )
