@@ -28,10 +28,13 @@ PYBIND11_MODULE(_build_info, m) {
   m.def("compiler", [] { return std::string(__VERSION__); }, "Version of the C++ compiler.");
   m.def("isa_compiled", [] { return names(false); }, "ISA levels compiled in, best first.");
   m.def("isa_levels", [] { return names(true); }, "Those of them this CPU can run.");
-  m.def("isa_chosen", [] { return std::string(imcl::chosen_isa().name); },
-        "The level in use: the best, or the one IMCL_FAST_ISA names.");
-  m.def("hardware_threads", [] { return std::thread::hardware_concurrency(); },
-        "Hardware threads of this machine.");
-  m.def("cuda_architectures", [] { return std::string(IMCL_CUDA_ARCHITECTURES); },
-        "CUDA architectures compiled in, separated by semicolons; empty if none.");
+  m.def(
+      "isa_chosen", [] { return std::string(imcl::chosen_isa().name); },
+      "The level in use: the best, or the one IMCL_FAST_ISA names.");
+  m.def(
+      "hardware_threads", [] { return std::thread::hardware_concurrency(); },
+      "Hardware threads of this machine.");
+  m.def(
+      "cuda_architectures", [] { return std::string(IMCL_CUDA_ARCHITECTURES); },
+      "CUDA architectures compiled in, separated by semicolons; empty if none.");
 }

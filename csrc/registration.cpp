@@ -70,8 +70,7 @@ void write(const Tensor& out, int64_t index, double value) {
 }
 
 double read(const Tensor& x) {
-  if (x.scalar_type() == ScalarType::Double)
-    return *static_cast<const double*>(x.const_data_ptr());
+  if (x.scalar_type() == ScalarType::Double) return *static_cast<const double*>(x.const_data_ptr());
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
                   "grad: expected float32 or float64, the dtype of the loss");
   return static_cast<double>(*static_cast<const float*>(x.const_data_ptr()));
@@ -145,8 +144,8 @@ imcl::Matrices matrices_of(const Tensor& x, bool batched, std::size_t layers, Ax
   m.row_axis = axes.of(x, row, row + 1);
   m.column_axis = axes.of(x, row + 1, x.dim());
   const double pairs = static_cast<double>(m.rows) * static_cast<double>(m.rows - 1);
-  m.scale = 1.0 / (static_cast<double>(layers) * static_cast<double>(std::max<int64_t>(m.batch, 1)) *
-                   std::max(pairs, 1.0));
+  m.scale = 1.0 / (static_cast<double>(layers) *
+                   static_cast<double>(std::max<int64_t>(m.batch, 1)) * std::max(pairs, 1.0));
   return m;
 }
 
@@ -197,8 +196,7 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
                     "state: expected the state that pairwise_forward returned");
     problems.push_back(m);
   }
-  imcl::pairwise_backward(*imcl::chosen_isa().pairwise, problems, settings, read(grad),
-                          parallel());
+  imcl::pairwise_backward(*imcl::chosen_isa().pairwise, problems, settings, read(grad), parallel());
   return gradients;
 }
 
@@ -207,13 +205,32 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
 // Empty, shaped and strided like x, in the accumulation type.
 Tensor empty_gradient(const Tensor& x) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{
-      from(x),            from(std::optional<ScalarType>(accumulation_type(x))),
-      from(std::nullopt), from(std::nullopt),
-      from(std::nullopt), from(std::nullopt)};
+  std::array<StableIValue, 6> stack{from(x),
+                                    from(std::optional<ScalarType>(accumulation_type(x))),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Gradients of the logits: one (H, B, K) if all of them are contiguous, so that scaling it is
+// one operation; else one for each, strided as it is.
+std::vector<Tensor> empty_gradients(const std::vector<Tensor>& logits, int64_t heads) {
+  std::vector<Tensor> gradients;
+  bool contiguous = true;
+  for (const Tensor& z : logits) contiguous = contiguous && z.is_contiguous();
+  if (contiguous) {
+    const int64_t row = logits[0].dim() - 2;
+    gradients.push_back(allocate({heads, logits[0].size(row), logits[0].size(row + 1)},
+                                 accumulation_type(logits[0]), logits[0]));
+  } else {
+    for (const Tensor& z : logits) gradients.push_back(empty_gradient(z));
+  }
+  for (const Tensor& gradient : gradients) advised(gradient);
+  return gradients;
 }
 
 // The heads of all blocks (B, K) or (h, B, K), and of their gradients unless there are none.
@@ -228,20 +245,22 @@ std::vector<imcl::Head> heads_of(const std::vector<Tensor>& logits,
     for (int64_t h = 0; h < (row == 1 ? z.size(0) : 1); ++h) {
       STD_TORCH_CHECK(heads.size() < ce_weight.size() && heads.size() < kl_weight.size(),
                       "ce_weight, kl_weight: expected one value per head");
-      const auto start = [&](const Tensor& x) {
-        return (row == 1 ? h * x.stride(0) : 0) * static_cast<int64_t>(x.element_size());
-      };
       imcl::Head head{};
-      head.z = static_cast<const char*>(z.const_data_ptr()) + start(z);
+      head.z = static_cast<const char*>(z.const_data_ptr()) +
+               (row == 1 ? h * z.stride(0) : 0) * static_cast<int64_t>(z.element_size());
       head.z_row = z.stride(row);
       head.z_class = z.stride(row + 1);
       head.ce_weight = ce_weight[heads.size()];
       head.kl_weight = kl_weight[heads.size()];
       if (!gradients.empty()) {
-        const Tensor& dz = gradients[i];
-        head.dz = static_cast<char*>(dz.mutable_data_ptr()) + start(dz);
-        head.dz_row = dz.stride(row);
-        head.dz_class = dz.stride(row + 1);
+        const bool one = gradients.size() < logits.size() || gradients[0].dim() > z.dim();
+        const Tensor& dz = gradients[one ? 0 : i];
+        const int64_t index = one ? static_cast<int64_t>(heads.size()) : h;
+        head.dz =
+            static_cast<char*>(dz.mutable_data_ptr()) +
+            (dz.dim() == 3 ? index * dz.stride(0) : 0) * static_cast<int64_t>(dz.element_size());
+        head.dz_row = dz.stride(dz.dim() - 2);
+        head.dz_class = dz.stride(dz.dim() - 1);
       }
       heads.push_back(head);
     }
@@ -263,14 +282,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   problem.dtype = dtype_of(logits[0], "logits");
   problem.batch = logits[0].size(logits[0].dim() - 2);
   problem.classes = logits[0].size(logits[0].dim() - 1);
-  std::vector<Tensor> gradients;
   for (const Tensor& z : logits) {
     STD_TORCH_CHECK((z.dim() == 2 || z.dim() == 3) && z.size(z.dim() - 2) == problem.batch &&
                         z.size(z.dim() - 1) == problem.classes && problem.classes > 0,
                     "logits: expected (B, K) or (h, B, K) of one B and K > 0");
     STD_TORCH_CHECK(dtype_of(z, "logits") == problem.dtype, "logits: expected one dtype");
-    if (keep) advised(gradients.emplace_back(empty_gradient(z)));
   }
+  const std::vector<Tensor> gradients =
+      keep ? empty_gradients(logits, static_cast<int64_t>(ce_weight.size()))
+           : std::vector<Tensor>{};
   problem.heads = heads_of(logits, gradients, ce_weight, kl_weight);
   const auto heads = static_cast<int64_t>(problem.heads.size());
   STD_TORCH_CHECK(temperature.size() == groups.size() && teacher.size() == groups.size() &&
@@ -297,8 +317,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   const auto mode = static_cast<imcl::Reduction>(reduction);
   std::vector<double> per_sample(static_cast<std::size_t>(problem.batch));
   std::vector<double> sums(static_cast<std::size_t>(2 * heads));
-  imcl::consistency(*imcl::chosen_isa().consistency, problem, mode, per_sample.data(),
-                    sums.data(), parallel());
+  imcl::consistency(*imcl::chosen_isa().consistency, problem, mode, per_sample.data(), sums.data(),
+                    parallel());
 
   const ScalarType dtype = accumulation_type(logits[0]);
   const Tensor terms = allocate({2, heads}, dtype, logits[0]);

@@ -74,7 +74,7 @@ class CollaborativeConsistency(Function):
         loss, terms, gradients = implementation(list(logits), target, *options, keep)
         ctx.mark_non_differentiable(terms)
         ctx.save_for_backward(*gradients)
-        ctx.dtype = logits[0].dtype
+        ctx.dtype, ctx.shapes = logits[0].dtype, [block.shape for block in logits]
         return loss, terms
 
     @staticmethod
@@ -82,7 +82,17 @@ class CollaborativeConsistency(Function):
         scale = grad.unsqueeze(-1) if grad.dim() else grad  # (B, 1) or ()
         with torch.no_grad():
             dz = [(gradient * scale).to(ctx.dtype) for gradient in ctx.saved_tensors]
+            dz = _as_blocks(dz, ctx.shapes)
         return None, None, None, *_needed(dz, ctx.needs_input_grad[3:])
+
+
+def _as_blocks(gradients, shapes):
+    """Gradients shaped like the logits, from one for each or one (H, B, K) of all heads."""
+    if gradients[0].shape == shapes[0]:
+        return gradients
+    heads = [shape[0] if len(shape) == 3 else 1 for shape in shapes]
+    blocks = gradients[0].split(heads)
+    return [block.view(shape) for block, shape in zip(blocks, shapes, strict=True)]
 
 
 class _FirstOrderOnly(Function):

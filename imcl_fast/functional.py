@@ -9,6 +9,7 @@ Inputs are never written to and never copied, whatever their strides.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -217,21 +218,35 @@ def collaborative_consistency(
             validation.choice("teacher", name, TEACHERS)
             for name in validation.per("teacher", teacher, len(sizes), "group")
         ],
-        detach=[bool(d) for d in validation.per("detach_teacher", detach_teacher, len(sizes), "group")],
+        detach=[
+            bool(value)
+            for value in validation.per("detach_teacher", detach_teacher, len(sizes), "group")
+        ],
         label_smoothing=validation.number("label_smoothing", label_smoothing, low=0, high=1),
         ignore_index=ignore_index,
         reduction=validation.choice("reduction", reduction, REDUCTIONS),
     )
-    impl = implementations.choose(impl, blocks[0].device)
-    if impl == "reference":
-        named = options._replace(
-            teacher=[TEACHERS[kind] for kind in options.teacher], reduction=reduction
-        )
-        loss, terms = reference.consistency(blocks, target, **named._asdict())
-    else:
-        loss, terms = CollaborativeConsistency.apply(
-            implementations.consistency(impl), options, target, *blocks
-        )
+    device = blocks[0].device
+    impl = implementations.choose(impl, device)
+    with _no_autocast(device):
+        if impl == "reference":
+            loss, terms = reference.consistency(
+                blocks,
+                target,
+                ce_weight=options.ce_weight,
+                kl_weight=options.kl_weight,
+                groups=options.groups,
+                temperature=options.temperature,
+                teacher=[TEACHERS[kind] for kind in options.teacher],
+                detach=options.detach,
+                label_smoothing=options.label_smoothing,
+                ignore_index=options.ignore_index,
+                reduction=reduction,
+            )
+        else:
+            loss, terms = CollaborativeConsistency.apply(
+                implementations.consistency(impl), options, target, *blocks
+            )
     if not return_terms:
         return loss
     return loss, {"cross_entropy": terms[0], "kl": terms[1]}
@@ -245,11 +260,25 @@ def _pairwise(
         center=center,
         eps=validation.number("eps", eps, low=0, high=float("inf")),
         batched=batched,
-        precision=PRECISIONS.index(torch.get_float32_matmul_precision()),
+        precision=_precision(),
     )
-    impl = implementations.choose(impl, xs[0].device)
-    if impl == "reference":
-        return reference.pairwise_penalty(
-            xs, penalty=penalty, center=center, eps=options.eps, batched=batched
-        )
-    return PairwisePenalty.apply(implementations.pairwise(impl), options, *xs)
+    device = xs[0].device
+    impl = implementations.choose(impl, device)
+    with _no_autocast(device):
+        if impl == "reference":
+            return reference.pairwise_penalty(
+                xs, penalty=penalty, center=center, eps=options.eps, batched=batched
+            )
+        return PairwisePenalty.apply(implementations.pairwise(impl), options, *xs)
+
+
+@torch.compiler.assume_constant_result
+def _precision() -> int:
+    return PRECISIONS.index(torch.get_float32_matmul_precision())
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast would round what the losses accumulate; the inputs' dtypes say enough."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

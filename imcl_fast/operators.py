@@ -53,11 +53,13 @@ def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
     for x in xs if keep else []:
         matrices, n = (x.shape[0], x.shape[1]) if batched else (1, x.shape[0])
         d = x.numel() // max(matrices * n, 1)
+        means = n if center else 0
         if penalty == SIGNED:
-            size = d + n
+            size = d + n + means
+        elif is_dual(penalty, n, d):
+            size = d * d + n + means
         else:
-            size = d * d + n if is_dual(penalty, n, d) else n * n
-        size += n if center else 0
+            size = n * n + means
         state.append(x.new_empty((matrices, size), dtype=_accumulation_dtype([x])))
     return xs[0].new_empty((), dtype=_accumulation_dtype(xs)), state
 
@@ -72,7 +74,11 @@ def _consistency(logits, target, ce_weight, *options):
     size = (logits[0].shape[-2],) if reduction == REDUCE_NONE else ()
     loss = logits[0].new_empty(size, dtype=dtype)
     terms = logits[0].new_empty((2, len(ce_weight)), dtype=dtype)
-    return loss, terms, [torch.empty_like(block, dtype=dtype) for block in logits if keep]
+    if keep and all(block.is_contiguous() for block in logits):
+        gradients = [logits[0].new_empty((len(ce_weight), *logits[0].shape[-2:]), dtype=dtype)]
+    else:
+        gradients = [torch.empty_like(block, dtype=dtype) for block in logits if keep]
+    return loss, terms, gradients
 
 
 if build_info is not None:

@@ -52,6 +52,8 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> int:
 
 def number(name: str, value: Any, *, low: float, high: float, open_low: bool = False) -> float:
     """``value`` as a finite float in [low, high), or (low, high) if ``open_low``."""
+    if type(value) is float and low < value < high:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     inside = value < high and (value > low if open_low else value >= low)

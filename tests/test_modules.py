@@ -46,7 +46,7 @@ def inputs(kind: str, device: str = "cpu") -> tuple:
                  for s in ((8, 3, 3, 3), (10, 4))],)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 6, generator=generator).to(device)
-    return logits, torch.tensor([1, 5, -100, 1], device=device)
+    return logits, torch.tensor([1, 5, 0, 1], device=device)
 
 
 def flat(result) -> list[torch.Tensor]:

@@ -25,9 +25,8 @@ void clear_gradient(const Consistency& problem, int64_t sample) {
 
 }  // namespace
 
-void consistency(const ConsistencyKernels& kernels, const Consistency& problem,
-                 Reduction reduction, double* per_sample, double* terms,
-                 const Parallel& parallel) {
+void consistency(const ConsistencyKernels& kernels, const Consistency& problem, Reduction reduction,
+                 double* per_sample, double* terms, const Parallel& parallel) {
   const auto heads = static_cast<int64_t>(problem.heads.size());
   int64_t count = 0;
   for (int64_t b = 0; b < problem.batch; ++b) count += problem.counts(b);

@@ -15,10 +15,9 @@
 // along (online softmax). Up to some thousand classes that is one chunk: the logits are read
 // once and every exponential is taken once, kept in cache, and made into the gradient as soon
 // as its sum is known. Beyond that a second pass takes the exponentials again.
-#include "consistency.h"
-
 #include <algorithm>
 
+#include "consistency.h"
 #include "exp.h"
 #include "scratch.h"
 
@@ -133,8 +132,8 @@ class Work {
         taught_(kl_ && !pairwise_),
         own_teacher_(taught_ && group.teacher == Teacher::kOthers),
         inverse_t_(static_cast<Acc>(1 / group.temperature)),
-        share_(static_cast<Acc>(1 / (group.temperature * static_cast<double>(
-                                                             own_teacher_ ? n_ - 1 : n_)))),
+        share_(static_cast<Acc>(
+            1 / (group.temperature * static_cast<double>(own_teacher_ ? n_ - 1 : n_)))),
         chunk_(scratch_, n_, problem.classes),
         running_(scratch_.get<Running>(n_)),
         total_(scratch_.get<Acc>(chunk_.size)),
@@ -168,9 +167,9 @@ class Work {
           sum_teacher(h);
         }
         if (sum_before > 0) {
-          run.gap += (static_cast<double>(teacher_drop) -
-                      static_cast<double>(drop) / group_.temperature) *
-                     sum_before;
+          run.gap +=
+              (static_cast<double>(teacher_drop) - static_cast<double>(drop) / group_.temperature) *
+              sum_before;
           if (teacher_drop != 0) run.gap *= std::exp(static_cast<double>(teacher_drop));
         }
         sum_gap(h);
@@ -218,8 +217,8 @@ class Work {
     Scratch scratch;
     const int64_t size = chunk_.size;
     Acc* dz = scratch.get<Acc>(n_ * size);
-    Acc* p = scratch.get<Acc>(n_ * size);    // pairwise: p_h; else what goes into t_h
-    Acc* sum = scratch.get<Acc>(2 * size);   // over the heads, of p; of the weighted log p
+    Acc* p = scratch.get<Acc>(n_ * size);   // pairwise: p_h; else what goes into t_h
+    Acc* sum = scratch.get<Acc>(2 * size);  // over the heads, of p; of the weighted log p
     for (int64_t from = 0; from < problem_.classes; from += size) {
       if (!kept_) {
         chunk_.read(problem_, group_, sample_, from);
@@ -227,12 +226,17 @@ class Work {
       }
       const bool sums = pairwise_ || (taught_ && !group_.detach);
       if (sums) std::fill_n(sum, 2 * size, Acc(0));
-      for (int64_t h = 0; h < n_; ++h)
-        gradient_of_head(h, scale, dz + h * size, p + h * size, sum);
       for (int64_t h = 0; h < n_; ++h) {
-        if (pairwise_) add_pairwise(h, scale, dz + h * size, p + h * size, sum);
-        else if (sums) add_teacher(h, dz + h * size, p + h * size, sum);
         const Head& out = head(h);
+        Acc* row = static_cast<Acc*>(out.dz) + sample_ * out.dz_row + from * out.dz_class;
+        const bool direct = !sums && out.dz_class == 1;
+        gradient_of_head(h, scale, direct ? row : dz + h * size, p + h * size, sum);
+        if (!direct && !sums) store_strided(row, out.dz_class, dz + h * size, chunk_.count);
+      }
+      for (int64_t h = 0; sums && h < n_; ++h) {
+        const Head& out = head(h);
+        if (pairwise_) add_pairwise(h, scale, dz + h * size, p + h * size, sum);
+        else add_teacher(h, dz + h * size, p + h * size, sum);
         store_strided(static_cast<Acc*>(out.dz) + sample_ * out.dz_row + from * out.dz_class,
                       out.dz_class, dz + h * size, chunk_.count);
       }
@@ -276,6 +280,12 @@ class Work {
   IMCL_INLINE Vec<Acc> tempered(int64_t h, int64_t i) const {
     return kept_ ? load(tempered_ + h * chunk_.size + i)
                  : exp_of(centred(h, i) * splat(inverse_t_));
+  }
+
+  // A vector of the chunk that may be the last one, to memory that has no padding.
+  IMCL_INLINE void put(Acc* row, int64_t i, Vec<Acc> v) const {
+    if (i + width <= chunk_.count) return store(row + i, v);
+    for (int64_t lane = 0; lane < chunk_.count - i; ++lane) row[i + lane] = v[lane];
   }
 
   void sum_heads() {
@@ -386,8 +396,8 @@ class Work {
         }
       });
       for (int64_t h = 0; h < n_; ++h) {
-        running_[h].kl += static_cast<double>(sum_lanes<Acc>(partial[h])) /
-                          static_cast<double>(n_ - 1);
+        running_[h].kl +=
+            static_cast<double>(sum_lanes<Acc>(partial[h])) / static_cast<double>(n_ - 1);
         running_[h].toward += static_cast<double>(sum_lanes<Acc>(partial[n_ + h]));
       }
     }
@@ -402,12 +412,12 @@ class Work {
     const Running& run = running_[h];
     const double ce = problem_.target ? head(h).ce_weight * scale : 0.0, kl = kl_scale(h, scale);
     const bool has_target = problem_.target != nullptr;
-    const Vec<Acc> uniform = splat(static_cast<Acc>(
-        ce * problem_.label_smoothing / static_cast<double>(problem_.classes)));
+    const Vec<Acc> uniform = splat(
+        static_cast<Acc>(ce * problem_.label_smoothing / static_cast<double>(problem_.classes)));
     const Vec<Acc> of_plain = splat(static_cast<Acc>(has_target ? ce / run.plain.sum : 0.0));
     if (!kl_) {
       for (int64_t i = 0; i < chunk_.padded(); i += width)
-        store(dz + i, has_target ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
+        put(dz, i, has_target ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
     } else {
       const Acc* q = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
       if (taught_ && (!kept_ || !group_.detach) && (h == 0 || own_teacher_)) {
@@ -425,14 +435,14 @@ class Work {
           const Vec<Acc> e = tempered(h, i);
           Vec<Acc> d = e * (e * of_plain + of_tempered) - uniform;
           if (taught_) d -= load(q + i) * of_teacher;
-          store(dz + i, d);
+          put(dz, i, d);
         }
       } else {
         for (int64_t i = 0; i < chunk_.padded(); i += width) {
           Vec<Acc> d = tempered(h, i) * of_tempered - uniform;
           if (has_target) d += plain(h, i) * of_plain;
           if (taught_) d -= load(q + i) * of_teacher;
-          store(dz + i, d);
+          put(dz, i, d);
         }
       }
       if (pairwise_) keep_pairwise(h, kl, own, sum);
@@ -510,8 +520,8 @@ class Work {
   const Acc inverse_t_, share_;  // t_h = (S - z_h) share, or S share
   Chunk<T> chunk_;
   Running* running_;
-  Acc *total_, *t_;  // (size) sum of the heads; the teacher's logits
-  Acc* teacher_;     // (size), or (heads, size): exp(t - its maximum)
+  Acc *total_, *t_;                             // (size) sum of the heads; the teacher's logits
+  Acc* teacher_;                                // (size), or (heads, size): exp(t - its maximum)
   Acc *plain_ = nullptr, *tempered_ = nullptr;  // (heads, size) exponentials, if kept
   bool kept_ = false;  // one chunk holds all classes, and a gradient is wanted
 };

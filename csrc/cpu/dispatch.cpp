@@ -6,9 +6,9 @@
 
 namespace imcl {
 
-#define IMCL_DECLARE(isa)                             \
-  namespace isa {                                     \
-  extern const PairwiseKernels pairwise_kernels;      \
+#define IMCL_DECLARE(isa)                              \
+  namespace isa {                                      \
+  extern const PairwiseKernels pairwise_kernels;       \
   extern const ConsistencyKernels consistency_kernels; \
   }
 #define IMCL_LEVEL(isa, supported) \

@@ -61,9 +61,9 @@ struct MultiplyAdd<BFloat16Pair> {
     return _mm512_set1_epi32(static_cast<int>(p->bits));
   }
   static IMCL_INLINE void apply(Vec<float>& acc, Operand a, Operand b) {
-    acc = reinterpret_cast<Vec<float>>(
-        _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a),
-                         reinterpret_cast<__m512bh>(b)));
+    acc = reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),
+                                                        reinterpret_cast<__m512bh>(a),
+                                                        reinterpret_cast<__m512bh>(b)));
   }
 };
 #endif
@@ -160,8 +160,8 @@ void pack_panel(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t f
 // out[r * stride + j] = x(first_lane + r, first_k + j) for kStrip lanes, absent ones 0:
 // a broadcast operand that stays in the order it is read in.
 template <class T>
-void pack_strip(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t depth,
-                AccOf<T>* out, int64_t stride) {
+void pack_strip(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t depth, AccOf<T>* out,
+                int64_t stride) {
   using Acc = AccOf<T>;
   constexpr int width = kLanes<Acc>;
   for (int64_t r = 0; r < kStrip; ++r) {

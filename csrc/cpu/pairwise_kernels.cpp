@@ -16,9 +16,8 @@
 // (primal) or columns (dual); the other axis is free. Whichever of the two the gradient
 // stores with unit stride becomes the vector lanes, so NCHW and channels_last are both
 // read and written in the order they lie in.
-#include "pairwise.h"
-
 #include "gemm.h"
+#include "pairwise.h"
 #include "scratch.h"
 
 namespace imcl {
@@ -44,7 +43,7 @@ struct State {
 
 template <class Acc>
 State<Acc> state_of(Acc* state, Form form, const Matrices& m) {
-  const int64_t core = form == Form::kPrimal  ? m.rows * m.rows
+  const int64_t core = form == Form::kPrimal ? m.rows * m.rows
                        : form == Form::kDual ? m.columns * m.columns
                                              : m.columns;
   Acc* inverse_norm = state + core;
@@ -61,8 +60,7 @@ void sum_columns(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* out, Term t
     for (; i + width <= x.rows; i += width) {
       Vec<Acc> sum = {};
       const Vec<Acc> centre = mean ? load(mean + i) : Vec<Acc>{};
-      for (int64_t j = 0; j < x.columns; ++j)
-        sum += term(load_acc(x.x + i + x.column[j]), centre);
+      for (int64_t j = 0; j < x.columns; ++j) sum += term(load_acc(x.x + i + x.column[j]), centre);
       store(out + i, sum);
     }
   }
@@ -74,8 +72,7 @@ void sum_columns(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* out, Term t
     int64_t j = 0;
     if (x.column.is_unit()) {
       for (; j + 4 * width <= x.columns; j += 4 * width)
-        for (int u = 0; u < 4; ++u)
-          sum[u] += term(load_acc(row + j + u * width), splat(centre));
+        for (int u = 0; u < 4; ++u) sum[u] += term(load_acc(row + j + u * width), splat(centre));
     }
     for (; j < x.columns; ++j) tail += term(to_acc(row[x.column[j]]), centre);
     out[i] = sum_lanes<Acc>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
@@ -249,8 +246,7 @@ double forward_primal(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseS
   Acc* inverse = scratch.get<Acc>(padded);
   std::fill_n(inverse + n, padded - n, Acc(0));
   for (int64_t i = 0; i < n; ++i)
-    inverse[i] =
-        inverse_norm(g[i * padded + i], mean ? mean[i] : Acc(0), x.columns, settings);
+    inverse[i] = inverse_norm(g[i * padded + i], mean ? mean[i] : Acc(0), x.columns, settings);
   constexpr int64_t width = kLanes<Acc>;
   const int64_t vectors = divide_up(n, width);
   double* losses = scratch.get<double>(vectors);
@@ -385,8 +381,8 @@ struct Backward {
     if (!inverse_norm) {
       alignas(kVectorBytes) Acc y[kStrip * panel];
       for (int64_t k = 0; k < k_count; k += kStrip) {
-        micro_kernel<2>(symmetric_panel(k / panel) + k % panel, 1, panel, packed, depth(), y,
-                        panel, false);
+        micro_kernel<2>(symmetric_panel(k / panel) + k % panel, 1, panel, packed, depth(), y, panel,
+                        false);
         emit(y, k, std::min<int64_t>(kStrip, k_count - k), first, lanes, scale);
       }
       return;

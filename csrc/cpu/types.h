@@ -24,9 +24,7 @@ struct Axis {
   int64_t stride;
   const int64_t* table;
 
-  IMCL_INLINE int64_t operator[](int64_t i) const { 
-    return table ? table[i] : i * stride;
-  }
+  IMCL_INLINE int64_t operator[](int64_t i) const { return table ? table[i] : i * stride; }
   IMCL_INLINE bool is_unit() const { return table == nullptr && stride == 1; }
 };
 

@@ -1,0 +1,49 @@
+# Two commands set everything up: `make demo` and `make test`. Where $(PYTHON) has torch
+# already, it is used and the extension built in place; else a .venv is made.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+
+ifeq ($(shell $(PYTHON) -c 'import torch; print("yes")' 2>/dev/null),yes)
+RUN := $(PYTHON)
+READY := build/ready
+else
+RUN := .venv/bin/python
+READY := .venv/ready
+endif
+
+.PHONY: demo test lint bench format clean
+
+demo: $(READY)
+	$(RUN) -m imcl_fast.demo
+
+test: lint
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -m clang_format --dry-run --Werror csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h
+
+bench: $(READY)
+	$(RUN) bench/targets.py
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m clang_format -i csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h
+
+.venv/ready: $(SOURCES)
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet $(TORCH) $(TORCHVISION)
+	.venv/bin/python -m pip install --quiet setuptools wheel ninja pybind11
+	.venv/bin/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+build/ready: $(SOURCES)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info imcl_fast/*.so
