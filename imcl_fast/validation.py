@@ -113,7 +113,7 @@ def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> None:
     if value.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
         return
     low, high = torch.aminmax(value)
-    if low >= 0 and high < classes:
+    if low.item() >= 0 and high.item() < classes:
         return
     outside = ((value < 0) | (value >= classes)) & (value != ignore_index)
     if outside.any():

@@ -161,10 +161,9 @@ class Work {
         sum_head(h);
         if (!taught_) continue;
         if (h == 0 || own_teacher_) {
-          teacher_logits(h);
+          const Acc max = teacher_logits(h);
           sum_before = run.teacher.sum;
-          teacher_drop = run.teacher.raise(max_of(t_, chunk_.padded()));
-          sum_teacher(h);
+          teacher_drop = run.teacher.raise(max);
         }
         if (sum_before > 0) {
           run.gap +=
@@ -172,7 +171,11 @@ class Work {
               sum_before;
           if (teacher_drop != 0) run.gap *= std::exp(static_cast<double>(teacher_drop));
         }
-        sum_gap(h);
+        if (h == 0 || own_teacher_) {
+          sum_teacher(h);
+        } else {
+          sum_gap(h);
+        }
       }
     }
     for (int64_t h = 0; h < n_; ++h) {
@@ -297,16 +300,22 @@ class Work {
     }
   }
 
-  void teacher_logits(int64_t h) {
+  // Writes the teacher's logits to t_ and returns their maximum.
+  Acc teacher_logits(int64_t h) {
+    Vec<Acc> max = splat(-std::numeric_limits<Acc>::infinity());
     for (int64_t i = 0; i < chunk_.padded(); i += width) {
+      Vec<Acc> t;
       if (own_teacher_) {
-        store(t_ + i, (load(total_ + i) - load(chunk_.z[h] + i)) * splat(share_));
+        t = (load(total_ + i) - load(chunk_.z[h] + i)) * splat(share_);
       } else if (group_.teacher == Teacher::kMean) {
-        store(t_ + i, load(total_ + i) * splat(share_));
+        t = load(total_ + i) * splat(share_);
       } else {
-        store(t_ + i, load(chunk_.z[n_ - 1] + i) * splat(inverse_t_));
+        t = load(chunk_.z[n_ - 1] + i) * splat(inverse_t_);
       }
+      store(t_ + i, t);
+      max = max_vector(max, t);
     }
+    return max_lanes<Acc>(max);
   }
 
   void sum_head(int64_t h) {
@@ -342,26 +351,33 @@ class Work {
     }
   }
 
+  // exp(t - max t), its sum, and the gap to head h. Both differences of a gap are small
+  // where they weigh most: nothing large is cancelled.
   void sum_teacher(int64_t h) {
-    Online<Acc>& run = running_[h].teacher;
+    Running& run = running_[h];
     Acc* out = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
-    const Vec<Acc> max = splat(run.max);
-    Vec<Acc> sum = {};
+    const Vec<Acc> teacher_max = splat(run.teacher.max), max = splat(run.plain.max);
+    const Vec<Acc> inverse_t = splat(inverse_t_);
+    const Acc *t = t_, *z = chunk_.z[h];
+    Vec<Acc> sum = {}, gap = {};
     chunk_.each([&](int64_t i, Vec<Acc> keep) {
-      const Vec<Acc> e = exp_of(load(t_ + i) - max) * keep;
+      const Vec<Acc> x = load(t + i) - teacher_max;
+      const Vec<Acc> e = exp_of(x) * keep;
       store(out + i, e);
       sum += e;
+      gap += e * (x - (load(z + i) - max) * inverse_t);
     });
-    run.sum += static_cast<double>(sum_lanes<Acc>(sum));
+    run.teacher.sum += static_cast<double>(sum_lanes<Acc>(sum));
+    run.gap += static_cast<double>(sum_lanes<Acc>(gap));
   }
 
-  // Both differences are small where they weigh most: nothing large is cancelled.
+  // The gap to a further head of a teacher that several heads share.
   void sum_gap(int64_t h) {
-    const Acc* e = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
-    const Vec<Acc> teacher_max = splat(running_[own_teacher_ ? h : 0].teacher.max);
+    const Vec<Acc> teacher_max = splat(running_[0].teacher.max);
     Vec<Acc> gap = {};
     for (int64_t i = 0; i < chunk_.padded(); i += width)
-      gap += load(e + i) * ((load(t_ + i) - teacher_max) - centred(h, i) * splat(inverse_t_));
+      gap +=
+          load(teacher_ + i) * ((load(t_ + i) - teacher_max) - centred(h, i) * splat(inverse_t_));
     running_[h].gap += static_cast<double>(sum_lanes<Acc>(gap));
   }
 
