@@ -189,7 +189,7 @@ def test_layouts(impl: Impl, dtype: torch.dtype) -> None:
     """The heads one tensor, separate, in blocks, and with a stride between classes."""
     for layout in ("contiguous", "transposed", "reversed", "sliced", "misaligned",
                    "expanded_first", "expanded_last"):
-        for blocks in ((0, 0, 0, 0), (4,), (1, 3), (0, 2, 0)):
+        for blocks in ((0, 0, 0, 0), (4,), (1, 3), (0, 2, 0), (2, 0, 1)):
             drawn = spec(4, 10, 23)._replace(blocks=blocks, layouts=(layout,) * len(blocks))
             logits, target = drawn.build(dtype, impl.device)
             check_consistency(impl, logits, target)

@@ -371,6 +371,7 @@ struct Backward {
     const int64_t first = p * panel, lanes = std::min(panel, free_count - first);
     const int64_t padded = divide_up(k_count, kStrip) * kStrip;
     Scratch scratch;
+    prefetch_panel(first + panel);
     E* packed = nullptr;
     if (symmetric) {
       packed = scratch.get<E>(depth() * panel);
@@ -421,6 +422,18 @@ struct Backward {
         store(at, load(at) - load(along + v) * load(values + k * panel + v));
       }
     emit(y, 0, k_count, first, lanes, scale);
+  }
+
+  // Asks for the panel after the one being worked on: a few bytes of each of many distant
+  // rows, which the hardware doesn't foresee. Small matrices are in cache already.
+  void prefetch_panel(int64_t first) const {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T)), kCache = 512 * 1024;
+    const int64_t bytes = k_count * free_count * static_cast<int64_t>(sizeof(T));
+    if (!x.lane.is_unit() || bytes <= kCache || first >= free_count) return;
+    const int64_t lanes = std::min(panel, free_count - first);
+    for (int64_t k = 0; k < k_count; ++k)
+      for (int64_t i = 0; i < lanes; i += kLine)
+        __builtin_prefetch(x.data + x.k[k] + first + i, 0, 2);
   }
 
   void emit(Acc* y, int64_t first_k, int64_t count, int64_t first, int64_t lanes,
