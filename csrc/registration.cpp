@@ -97,16 +97,17 @@ class Axes {
   // Dimensions [first, last) of x as one axis, the last running fastest.
   imcl::Axis of(const Tensor& x, int64_t first, int64_t last) {
     const auto sizes = x.sizes(), strides = x.strides();
-    int64_t stride = 0, expected = 0, count = 1;
-    bool collapses = true;
+    int64_t stride = 1, expected = 0, count = 1;
+    bool seen = false, collapses = true;
     for (int64_t d = last - 1; d >= first; --d) {
       count *= sizes[d];
       if (sizes[d] == 1) continue;
-      if (stride == 0 && expected == 0) stride = strides[d];
+      if (!seen) stride = strides[d];
       else if (strides[d] != expected) collapses = false;
+      seen = true;
       expected = strides[d] * sizes[d];
     }
-    if (collapses) return {stride == 0 && expected == 0 ? 1 : stride, nullptr};
+    if (collapses) return {stride, nullptr};
     std::vector<int64_t>& table = tables_.emplace_back(static_cast<std::size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
       int64_t rest = i, offset = 0;
@@ -218,47 +219,48 @@ Tensor empty_gradient(const Tensor& x) {
 
 // Gradients of the logits: one (H, B, K) if all of them are contiguous, so that scaling it is
 // one operation; else one for each, strided as it is.
-std::vector<Tensor> empty_gradients(const std::vector<Tensor>& logits, int64_t heads) {
-  std::vector<Tensor> gradients;
-  bool contiguous = true;
-  for (const Tensor& z : logits) contiguous = contiguous && z.is_contiguous();
-  if (contiguous) {
-    const int64_t row = logits[0].dim() - 2;
-    gradients.push_back(allocate({heads, logits[0].size(row), logits[0].size(row + 1)},
-                                 accumulation_type(logits[0]), logits[0]));
-  } else {
-    for (const Tensor& z : logits) gradients.push_back(empty_gradient(z));
-  }
-  for (const Tensor& gradient : gradients) advised(gradient);
-  return gradients;
-}
+struct Gradients {
+  bool stacked = true;
+  std::vector<Tensor> tensors;
 
-// The heads of all blocks (B, K) or (h, B, K), and of their gradients unless there are none.
-std::vector<imcl::Head> heads_of(const std::vector<Tensor>& logits,
-                                 const std::vector<Tensor>& gradients,
+  Gradients(const std::vector<Tensor>& logits, int64_t heads) {
+    for (const Tensor& z : logits) stacked = stacked && z.is_contiguous();
+    if (stacked) {
+      const int64_t row = logits[0].dim() - 2;
+      tensors.push_back(allocate({heads, logits[0].size(row), logits[0].size(row + 1)},
+                                 accumulation_type(logits[0]), logits[0]));
+    } else {
+      for (const Tensor& z : logits) tensors.push_back(empty_gradient(z));
+    }
+    for (const Tensor& gradient : tensors) advised(gradient);
+  }
+};
+
+// The heads of all blocks (B, K) or (h, B, K), and of their gradients unless those are null.
+std::vector<imcl::Head> heads_of(const std::vector<Tensor>& logits, const Gradients* gradients,
                                  const std::vector<double>& ce_weight,
                                  const std::vector<double>& kl_weight) {
   std::vector<imcl::Head> heads;
   for (std::size_t i = 0; i < logits.size(); ++i) {
     const Tensor& z = logits[i];
     const int64_t row = z.dim() - 2;
+    // Where head h of a tensor begins, in bytes.
+    const auto begin = [](const Tensor& x, int64_t h) {
+      return (x.dim() == 3 ? h * x.stride(0) : 0) * static_cast<int64_t>(x.element_size());
+    };
     for (int64_t h = 0; h < (row == 1 ? z.size(0) : 1); ++h) {
       STD_TORCH_CHECK(heads.size() < ce_weight.size() && heads.size() < kl_weight.size(),
                       "ce_weight, kl_weight: expected one value per head");
       imcl::Head head{};
-      head.z = static_cast<const char*>(z.const_data_ptr()) +
-               (row == 1 ? h * z.stride(0) : 0) * static_cast<int64_t>(z.element_size());
+      head.z = static_cast<const char*>(z.const_data_ptr()) + begin(z, h);
       head.z_row = z.stride(row);
       head.z_class = z.stride(row + 1);
       head.ce_weight = ce_weight[heads.size()];
       head.kl_weight = kl_weight[heads.size()];
-      if (!gradients.empty()) {
-        const bool one = gradients.size() < logits.size() || gradients[0].dim() > z.dim();
-        const Tensor& dz = gradients[one ? 0 : i];
-        const int64_t index = one ? static_cast<int64_t>(heads.size()) : h;
-        head.dz =
-            static_cast<char*>(dz.mutable_data_ptr()) +
-            (dz.dim() == 3 ? index * dz.stride(0) : 0) * static_cast<int64_t>(dz.element_size());
+      if (gradients) {
+        const Tensor& dz = gradients->tensors[gradients->stacked ? 0 : i];
+        const int64_t index = gradients->stacked ? static_cast<int64_t>(heads.size()) : h;
+        head.dz = static_cast<char*>(dz.mutable_data_ptr()) + begin(dz, index);
         head.dz_row = dz.stride(dz.dim() - 2);
         head.dz_class = dz.stride(dz.dim() - 1);
       }
@@ -288,10 +290,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
                     "logits: expected (B, K) or (h, B, K) of one B and K > 0");
     STD_TORCH_CHECK(dtype_of(z, "logits") == problem.dtype, "logits: expected one dtype");
   }
-  const std::vector<Tensor> gradients =
-      keep ? empty_gradients(logits, static_cast<int64_t>(ce_weight.size()))
-           : std::vector<Tensor>{};
-  problem.heads = heads_of(logits, gradients, ce_weight, kl_weight);
+  std::optional<Gradients> gradients;
+  if (keep) gradients.emplace(logits, static_cast<int64_t>(ce_weight.size()));
+  problem.heads = heads_of(logits, gradients ? &*gradients : nullptr, ce_weight, kl_weight);
   const auto heads = static_cast<int64_t>(problem.heads.size());
   STD_TORCH_CHECK(temperature.size() == groups.size() && teacher.size() == groups.size() &&
                       detach.size() == groups.size(),
@@ -320,6 +321,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   imcl::consistency(*imcl::chosen_isa().consistency, problem, mode, per_sample.data(), sums.data(),
                     parallel());
 
+  const std::vector<Tensor> kept = gradients ? gradients->tensors : std::vector<Tensor>{};
   const ScalarType dtype = accumulation_type(logits[0]);
   const Tensor terms = allocate({2, heads}, dtype, logits[0]);
   for (int64_t i = 0; i < 2 * heads; ++i) write(terms, i, sums[static_cast<std::size_t>(i)]);
@@ -327,13 +329,13 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     const Tensor loss = allocate({problem.batch}, dtype, logits[0]);
     for (int64_t b = 0; b < problem.batch; ++b)
       write(loss, b, per_sample[static_cast<std::size_t>(b)]);
-    return {loss, terms, gradients};
+    return {loss, terms, kept};
   }
   double total = 0;
   for (double each : per_sample) total += each;
   const Tensor loss = allocate({}, dtype, logits[0]);
   write(loss, 0, total);
-  return {loss, terms, gradients};
+  return {loss, terms, kept};
 }
 
 }  // namespace

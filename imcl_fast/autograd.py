@@ -8,6 +8,7 @@ have fake kernels.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -39,13 +40,22 @@ class ConsistencyOptions(NamedTuple):
     reduction: int
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast would round what the losses accumulate; the inputs' dtypes say enough."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 class PairwisePenalty(Function):
     """apply(implementation, options, *xs) -> loss ()."""
 
     @staticmethod
-    def forward(ctx, implementation, options: PairwiseOptions, *xs: Tensor) -> Tensor:
+    def forward(ctx, *args) -> Tensor:
+        # Not named parameters: Dynamo takes as many of them for granted, ctx included.
+        implementation, options, *xs = args
         keep = any(ctx.needs_input_grad)
-        loss, state = implementation.forward(list(xs), *options, keep)
+        loss, state = implementation.forward(xs, *options, keep)
         ctx.save_for_backward(*xs, *state)
         ctx.implementation, ctx.options, ctx.layers = implementation, options, len(xs)
         return loss
@@ -54,7 +64,7 @@ class PairwisePenalty(Function):
     def backward(ctx, grad: Tensor):
         saved = list(ctx.saved_tensors)
         xs, state = saved[: ctx.layers], saved[ctx.layers :]
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(grad.device):
             dxs = ctx.implementation.backward(grad, xs, state, *ctx.options)
         dxs = _first_order_only(dxs, [grad, *xs])
         return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
@@ -69,26 +79,30 @@ class CollaborativeConsistency(Function):
     """
 
     @staticmethod
-    def forward(ctx, implementation, options: ConsistencyOptions, target, *logits: Tensor):
+    def forward(ctx, *args) -> tuple[Tensor, Tensor]:
+        implementation, options, target, *logits = args
         keep = any(ctx.needs_input_grad)
-        loss, terms, gradients = implementation(list(logits), target, *options, keep)
+        loss, terms, gradients = implementation(logits, target, *options, keep)
         ctx.mark_non_differentiable(terms)
-        ctx.save_for_backward(*gradients)
-        ctx.dtype, ctx.shapes = logits[0].dtype, [block.shape for block in logits]
+        ctx.save_for_backward(*logits, *gradients)
+        ctx.blocks = len(logits)
         return loss, terms
 
     @staticmethod
     def backward(ctx, grad: Tensor, _terms):
+        saved = list(ctx.saved_tensors)
+        logits, gradients = saved[: ctx.blocks], saved[ctx.blocks :]
         scale = grad.unsqueeze(-1) if grad.dim() else grad  # (B, 1) or ()
         with torch.no_grad():
-            dz = [(gradient * scale).to(ctx.dtype) for gradient in ctx.saved_tensors]
-            dz = _as_blocks(dz, ctx.shapes)
+            dz = [(gradient * scale).to(logits[0].dtype) for gradient in gradients]
+            dz = _as_blocks(dz, [block.shape for block in logits])
+        dz = _first_order_only(dz, [grad, *logits])
         return None, None, None, *_needed(dz, ctx.needs_input_grad[3:])
 
 
 def _as_blocks(gradients, shapes):
     """Gradients shaped like the logits, from one for each or one (H, B, K) of all heads."""
-    if gradients[0].shape == shapes[0]:
+    if len(gradients) == len(shapes) and gradients[0].shape == shapes[0]:
         return gradients
     heads = [shape[0] if len(shape) == 3 else 1 for shape in shapes]
     blocks = gradients[0].split(heads)

@@ -9,7 +9,6 @@ Inputs are never written to and never copied, whatever their strides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from .autograd import (
     ConsistencyOptions,
     PairwiseOptions,
     PairwisePenalty,
+    without_autocast,
 )
 
 PENALTIES = ("square", "abs", "signed")
@@ -70,8 +70,7 @@ def representation_similarity(
     """
     xs = validation.tensors("features", features, "(B, C, *spatial)", range(3, 64))
     validation.rows("features", xs, 1, "channels")
-    if not isinstance(center, bool):
-        raise TypeError(f"center: expected a bool, got {type(center).__name__}")
+    validation.boolean("center", center)
     return _pairwise(xs, penalty, center, eps, True, impl)
 
 
@@ -193,12 +192,8 @@ def collaborative_consistency(
         blocks = [block.to(widest) for block in blocks]
     validation.target(target, blocks, ignore_index)
 
-    sizes = [heads] if groups is None else list(groups)
-    if any(not isinstance(size, int) or size < 1 for size in sizes) or sum(sizes) != heads:
-        raise ValueError(
-            f"groups: expected positive sizes that sum to the {heads} heads of logits, "
-            f"got {sizes}"
-        )
+    validation.integer("ignore_index", ignore_index)
+    sizes = [heads] if groups is None else validation.partition("groups", groups, heads)
     infinite = float("inf")
     options = ConsistencyOptions(
         ce_weight=[
@@ -219,7 +214,7 @@ def collaborative_consistency(
             for name in validation.per("teacher", teacher, len(sizes), "group")
         ],
         detach=[
-            bool(value)
+            validation.boolean("detach_teacher", value)
             for value in validation.per("detach_teacher", detach_teacher, len(sizes), "group")
         ],
         label_smoothing=validation.number("label_smoothing", label_smoothing, low=0, high=1),
@@ -228,7 +223,7 @@ def collaborative_consistency(
     )
     device = blocks[0].device
     impl = implementations.choose(impl, device)
-    with _no_autocast(device):
+    with without_autocast(device):
         if impl == "reference":
             loss, terms = reference.consistency(
                 blocks,
@@ -264,7 +259,7 @@ def _pairwise(
     )
     device = xs[0].device
     impl = implementations.choose(impl, device)
-    with _no_autocast(device):
+    with without_autocast(device):
         if impl == "reference":
             return reference.pairwise_penalty(
                 xs, penalty=penalty, center=center, eps=options.eps, batched=batched
@@ -276,9 +271,3 @@ def _pairwise(
 def _precision() -> int:
     return PRECISIONS.index(torch.get_float32_matmul_precision())
 
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast would round what the losses accumulate; the inputs' dtypes say enough."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

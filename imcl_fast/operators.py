@@ -7,6 +7,7 @@ are None where the extension isn't there, and ``LOAD_ERROR`` says why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +53,7 @@ def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
     state = []
     for x in xs if keep else []:
         matrices, n = (x.shape[0], x.shape[1]) if batched else (1, x.shape[0])
-        d = x.numel() // max(matrices * n, 1)
+        d = math.prod(x.shape[2 if batched else 1 :])
         means = n if center else 0
         if penalty == SIGNED:
             size = d + n + means

@@ -41,12 +41,12 @@ def pairwise_penalty(
         matrices, n, _ = rows.shape
         limit = torch.full_like(rows[..., 0], eps)
         if center:
-            limit = torch.clamp(CENTERED_DEAD_RATIO * rows.norm(dim=-1), min=eps)
+            limit = torch.clamp(CENTERED_DEAD_RATIO * _norm(rows), min=eps)
             rows = rows - rows.mean(dim=-1, keepdim=True)
         # The norm of a zero row has no gradient, so dead rows are masked before it.
-        dead = (rows.detach().norm(dim=-1) <= limit).unsqueeze(-1)
+        dead = (_norm(rows.detach()) <= limit).unsqueeze(-1)
         rows = rows.masked_fill(dead, 0)
-        norm = rows.masked_fill(dead, 1).norm(dim=-1, keepdim=True)
+        norm = _norm(rows.masked_fill(dead, 1)).unsqueeze(-1)
         unit = rows / norm
         c = unit @ unit.transpose(1, 2)  # [B, N, N]
         off_diagonal = ~torch.eye(n, dtype=torch.bool, device=x.device)
@@ -78,8 +78,9 @@ def consistency(
     heads = [z for block in logits for z in (block.unbind(0) if block.dim() == 3 else [block])]
     batch, classes = heads[0].shape
     counted = heads[0].new_ones(batch, dtype=torch.bool)
-    ce_terms = [heads[0].new_zeros(batch) for _ in heads]
-    kl_terms = [heads[0].new_zeros(batch) for _ in heads]
+    zeros = heads[0][:, :0].sum(-1)  # (B,), and depends on the logits as far as autograd can tell
+    ce_terms = [zeros for _ in heads]
+    kl_terms = [zeros for _ in heads]
 
     if target is not None:
         counted = target != ignore_index
@@ -98,7 +99,7 @@ def consistency(
                     share * _kl(q.detach() if detached else q, group[h])
                     for share, q in _teachers(group, h, kind)
                 ),
-                start=heads[0].new_zeros(batch),
+                start=zeros,
             )
         first += size
 
@@ -114,6 +115,10 @@ def consistency(
     if reduction == "sum":
         return per_sample.sum(), terms
     return per_sample.sum() / count, terms / count
+
+
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1)
 
 
 def _teachers(group: list[Tensor], h: int, kind: str) -> list[tuple[float, Tensor]]:

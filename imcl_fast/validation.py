@@ -63,6 +63,30 @@ def number(name: str, value: Any, *, low: float, high: float, open_low: bool = F
     return float(value)
 
 
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
+def integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return value
+
+
+def partition(name: str, value: Any, total: int) -> list[int]:
+    """``value`` as positive sizes that sum to ``total``."""
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a sequence of ints, got {type(value).__name__}")
+    sizes = [integer(name, size) for size in value]
+    if any(size < 1 for size in sizes) or sum(sizes) != total:
+        raise ValueError(
+            f"{name}: expected positive sizes that sum to the {total} heads of logits, got {sizes}"
+        )
+    return sizes
+
+
 def per(name: str, value: Any, count: int, what: str) -> list[Any]:
     """``value`` repeated for each of ``count`` things, or the sequence of one for each."""
     if isinstance(value, (str, bool, int, float)):

@@ -148,6 +148,7 @@ void gram(const Source<T>& x, int64_t lanes, int64_t depth, AccOf<T>* g, int64_t
   const int64_t panel_size = panel * divide_up(kDepthBlock, packing);
   Scratch scratch;
   E* packed = scratch.get<E>(panels * panel_size);
+  if (depth == 0) std::fill_n(g, panels * panel * stride, Acc(0));
   for (int64_t k = 0; k < depth; k += kDepthBlock) {
     const int64_t block = std::min(kDepthBlock, depth - k);
     const int64_t next = std::min(kDepthBlock, depth - k - block);
@@ -276,7 +277,7 @@ int64_t row_norms(const Matrix<T>& x, const PairwiseSettings& settings, AccOf<T>
   return live;
 }
 
-template <class E, class T>
+template <class T>
 double forward_dual(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSettings& settings,
                     double scale, const Parallel& parallel) {
   using Acc = AccOf<T>;
@@ -287,7 +288,7 @@ double forward_dual(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSet
   const int64_t live = row_norms(x, settings, mean, inverse);
   Acc* m = scratch.get<Acc>(padded * padded);
   const Source<T> source{x.x, x.column, x.row, nullptr, settings.center ? mean : nullptr, inverse};
-  gram<E>(source, d, n, m, padded, parallel);
+  gram<Acc>(source, d, n, m, padded, parallel);
   double sum = 0;
   for (int64_t i = 0; i < d; ++i) {
     for (int64_t j = i; j < d; ++j) {
@@ -389,18 +390,8 @@ struct Backward {
       return;
     }
     Acc* y = scratch.get<Acc>(padded * panel);
-    const Acc* values;
-    if constexpr (std::is_same_v<E, Acc>) {
-      if (!packed) {
-        packed = scratch.get<E>(k_count * panel);
-        pack(x, first, lanes, 0, k_count, packed);
-      }
-      values = packed;
-    } else {
-      Acc* unrounded = scratch.get<Acc>(k_count * panel);
-      pack_panel(x, first, lanes, 0, k_count, unrounded);
-      values = unrounded;
-    }
+    Acc* values = scratch.get<Acc>(k_count * panel);
+    pack_panel(x, first, lanes, 0, k_count, values);
     for (int64_t k = 0; k < k_count; k += kStrip) {
       if (symmetric) {
         micro_kernel<2>(symmetric_panel(k / panel) + k % panel, 1, panel, packed, depth(),
@@ -516,6 +507,10 @@ void backward_matrix(const Matrices& m, int64_t index, const PairwiseSettings& s
                      double grad, const Parallel& parallel) {
   using Acc = AccOf<T>;
   const Form form = form_of(settings.penalty, m.rows, m.columns);
+  // The other forms subtract nearly equal numbers: their products aren't rounded.
+  if constexpr (!std::is_same_v<E, Acc>) {
+    if (form != Form::kPrimal) return backward_matrix<Acc, T>(m, index, settings, grad, parallel);
+  }
   const int64_t size = state_size(settings, m.rows, m.columns);
   const State<Acc> state = state_of(static_cast<Acc*>(m.state) + index * size, form, m);
   const Acc* mean = settings.center ? state.mean : nullptr;
@@ -566,7 +561,7 @@ double forward_matrix(const Matrices& m, int64_t index, const PairwiseSettings& 
     state = state_of(static_cast<Acc*>(m.state) + index * size, form, m);
   }
   if (form == Form::kSigned) return forward_signed(x, state, settings, m.scale, parallel);
-  if (form == Form::kDual) return forward_dual<E>(x, state, settings, m.scale, parallel);
+  if (form == Form::kDual) return forward_dual(x, state, settings, m.scale, parallel);
   return forward_primal<E>(x, state, settings, m.scale, parallel);
 }
 

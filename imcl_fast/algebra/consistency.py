@@ -13,6 +13,7 @@ logits, shared out the way they were averaged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,12 +44,16 @@ def forward(
     ce = z.new_zeros(heads, batch)
     soft = z  # the target as a distribution, where there is one
     if target is not None:
-        index = torch.where(counted, target, 0).expand(heads, batch).unsqueeze(-1)
+        valid = (target >= 0) & (target < classes)
+        index = torch.where(valid, target, 0).expand(heads, batch).unsqueeze(-1)
         log_p = torch.log_softmax(z, -1)
         nll = -log_p.gather(-1, index).squeeze(-1)
         ce = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(-1)
+        # Waiting for the device to say that a target is out of range would cost more.
+        ce = torch.where(valid, ce, math.nan)
         soft = torch.full_like(z, label_smoothing / classes)
         soft.scatter_add_(-1, index, torch.full_like(soft[..., :1], 1 - label_smoothing))
+        soft = torch.where(valid.unsqueeze(-1), soft, math.nan)
 
     grouped = [
         (g, torch.log_softmax(g / t, -1), t, kind)
