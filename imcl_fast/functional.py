@@ -190,9 +190,8 @@ def collaborative_consistency(
         for block in blocks[1:]:
             widest = torch.promote_types(widest, block.dtype)
         blocks = [block.to(widest) for block in blocks]
-    validation.target(target, blocks, ignore_index)
+    validation.target(target, blocks, validation.integer("ignore_index", ignore_index))
 
-    validation.integer("ignore_index", ignore_index)
     sizes = [heads] if groups is None else validation.partition("groups", groups, heads)
     infinite = float("inf")
     options = ConsistencyOptions(

@@ -43,7 +43,7 @@ FLOAT64_BOUND = 1e-10
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 # The reference is the oracle: it is tested by itself, against plain loops.
-TESTED = ("torch", "cpp", "triton", "cuda")
+ALWAYS_TESTED = ("torch", "cpp")
 
 # Derandomised, so that a run can be repeated; without a database and a deadline,
 # which are what makes runs on a busy machine differ. Explaining a failure takes minutes.
@@ -65,12 +65,34 @@ class Impl(NamedTuple):
     device: str
 
 
+def _gpu_or_cpu(name: str) -> str:
+    return "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def _reason(name: str) -> str | None:
+    return implementations.why_not(name, _gpu_or_cpu(name))
+
+
+TESTED = tuple(
+    name
+    for name in implementations.IMPLEMENTATIONS
+    if name in ALWAYS_TESTED or (name in ("triton", "cuda") and _reason(name) is None)
+)
+
+
+def pytest_report_header() -> list[str]:
+    """Says which implementations no test will run, and why."""
+    return [
+        f"imcl_fast: impl={name!r} is not tested here: {_reason(name)}"
+        for name in ("triton", "cuda")
+        if name not in TESTED
+    ]
+
+
 @pytest.fixture(scope="session", params=TESTED)
 def impl(request: pytest.FixtureRequest) -> Impl:
-    """Every implementation that can run here; the others skip, and say why."""
-    name = request.param
-    gpu = name in ("triton", "cuda") and torch.cuda.is_available()
-    return usable(Impl(name, "cuda" if gpu else "cpu"))
+    """Every implementation that can run here, and ``cpp``, which must."""
+    return usable(Impl(request.param, _gpu_or_cpu(request.param)))
 
 
 def usable(impl: Impl) -> Impl:

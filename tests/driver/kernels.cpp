@@ -538,7 +538,7 @@ class ConsistencyCase {
     Buffer losses, terms;
   };
 
-  double unit() const { return 64 * unit_of(acc_of(spec_.dtype)); }
+  double unit() const { return 16 * unit_of(acc_of(spec_.dtype)); }
   int64_t reach(int64_t row, int64_t stride) const {
     return spec_.batch ? (spec_.batch - 1) * row + (spec_.classes - 1) * stride + 1 : 0;
   }
