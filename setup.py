@@ -117,6 +117,7 @@ def ninja_file(operators: Path, build_info: Path) -> str:
         compile_(cpu / f"{name}.cpp", name)
         for name in ("pairwise", "consistency", "dispatch", "scratch")
     ]
+    isa = compile_(cpu / "isa.cpp", "isa")
     registration = compile_(
         ROOT / "csrc/registration.cpp",
         "registration",
@@ -129,8 +130,8 @@ def ninja_file(operators: Path, build_info: Path) -> str:
     )
     libraries = f"-L{torch / 'lib'} -ltorch_cpu -lc10"
     for out, objects, libs in (
-        (operators, [registration, *kernels], libraries),
-        (build_info, [info, *kernels], ""),
+        (operators, [registration, *kernels, isa], libraries),
+        (build_info, [info, isa], ""),
     ):
         lines.extend([f"build {out}: link {' '.join(objects)}", f"  libs = {libs}"])
     return "\n".join(lines) + "\n"

@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/isa.h"
 
 #if !defined(IMCL_CUDA_ARCHITECTURES)
 #define IMCL_CUDA_ARCHITECTURES ""
@@ -29,7 +29,7 @@ PYBIND11_MODULE(_build_info, m) {
   m.def("isa_compiled", [] { return names(false); }, "ISA levels compiled in, best first.");
   m.def("isa_levels", [] { return names(true); }, "Those of them this CPU can run.");
   m.def(
-      "isa_chosen", [] { return std::string(imcl::chosen_isa().name); },
+      "isa_chosen", [] { return std::string(imcl::isa_levels()[imcl::chosen_isa()].name); },
       "The level in use: the best, or the one IMCL_FAST_ISA names.");
   m.def(
       "hardware_threads", [] { return std::thread::hardware_concurrency(); },

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/isa.h"
 
 namespace {
 
@@ -41,6 +42,8 @@ void run_parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
 imcl::Parallel parallel() {
   return {static_cast<int>(torch::stable::get_num_threads()), run_parallel};
 }
+
+imcl::Kernels chosen_kernels() { return imcl::kernels_of(imcl::chosen_isa()); }
 
 imcl::DType dtype_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor");
@@ -172,7 +175,7 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
   }
   const Tensor loss = allocate({}, loss_type, xs[0]);
   write(loss, 0,
-        imcl::pairwise_forward(*imcl::chosen_isa().pairwise, problems, settings, parallel()));
+        imcl::pairwise_forward(*chosen_kernels().pairwise, problems, settings, parallel()));
   return {loss, state};
 }
 
@@ -197,7 +200,7 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
                     "state: expected the state that pairwise_forward returned");
     problems.push_back(m);
   }
-  imcl::pairwise_backward(*imcl::chosen_isa().pairwise, problems, settings, read(grad), parallel());
+  imcl::pairwise_backward(*chosen_kernels().pairwise, problems, settings, read(grad), parallel());
   return gradients;
 }
 
@@ -318,7 +321,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   const auto mode = static_cast<imcl::Reduction>(reduction);
   std::vector<double> per_sample(static_cast<std::size_t>(problem.batch));
   std::vector<double> sums(static_cast<std::size_t>(2 * heads));
-  imcl::consistency(*imcl::chosen_isa().consistency, problem, mode, per_sample.data(), sums.data(),
+  imcl::consistency(*chosen_kernels().consistency, problem, mode, per_sample.data(), sums.data(),
                     parallel());
 
   const std::vector<Tensor> kept = gradients ? gradients->tensors : std::vector<Tensor>{};

@@ -1,25 +1,19 @@
-// The ISA levels compiled in, and the one this process uses.
+// The kernels of one ISA level; csrc/cpu/isa.h says which levels there are.
 #pragma once
 
-#include <vector>
+#include <cstddef>
 
 #include "consistency.h"
 #include "pairwise.h"
 
 namespace imcl {
 
-struct IsaLevel {
-  const char* name;
-  bool supported;  // by this CPU
+struct Kernels {
   const PairwiseKernels* pairwise;
   const ConsistencyKernels* consistency;
 };
 
-// Every level compiled in, best first.
-const std::vector<IsaLevel>& isa_levels();
-
-// The best supported level, or the one the environment variable IMCL_FAST_ISA names.
-// Throws std::runtime_error if that one isn't there or not supported.
-const IsaLevel& chosen_isa();
+// Of the level with that index in isa_levels().
+Kernels kernels_of(std::size_t level);
 
 }  // namespace imcl

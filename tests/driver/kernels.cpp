@@ -6,9 +6,9 @@
 // filled with a NaN that no arithmetic makes: an output that keeps it was not written, a gap
 // that loses it was. Values are compared with plain loops in double.
 //
-// With -DOWN_SCRATCH it takes the place of csrc/cpu/scratch.cpp too: each piece of working
-// memory becomes such an allocation, filled with that NaN. Without it the pieces lie side by
-// side in one chunk, where nothing would notice one running into the next.
+// Compiled with -DONLY_SCRATCH this file stands in for csrc/cpu/scratch.cpp: each piece of
+// working memory becomes such an allocation, filled with that NaN. There the pieces lie side
+// by side in chunks, where nothing notices one running into the next, or yesterday's values.
 //
 // Usage: kernels [every n-th case [an ISA level]]
 #include <algorithm>
@@ -24,8 +24,50 @@
 #include <thread>
 #include <vector>
 
-#include "dispatch.h"
 #include "scratch.h"
+
+namespace {
+
+// All bits set are a NaN in each of the four dtypes, and no index or pointer either.
+constexpr int kPoison = 0xff;
+
+}  // namespace
+
+#if defined(ONLY_SCRATCH)
+
+namespace imcl {
+namespace {
+
+std::vector<void*>& pieces() {
+  thread_local std::vector<void*> mine;
+  return mine;
+}
+
+}  // namespace
+
+Scratch::Scratch() : chunk_(pieces().size()), used_(0) {}
+
+Scratch::~Scratch() {
+  while (pieces().size() > chunk_) {
+    std::free(pieces().back());
+    pieces().pop_back();
+  }
+}
+
+void* Scratch::take(std::size_t bytes) {
+  void* piece = nullptr;
+  if (posix_memalign(&piece, 64, bytes)) std::abort();
+  std::memset(piece, kPoison, bytes);
+  pieces().push_back(piece);
+  used_ += bytes;
+  return piece;
+}
+
+}  // namespace imcl
+
+#else
+
+#include "dispatch.h"
 
 using imcl::Axis;
 using imcl::DType;
@@ -65,20 +107,6 @@ void run_on_two_threads(int64_t count, void (*body)(int64_t, void*), void* conte
 }
 
 const Parallel kSerial{1, run_serial}, kThreads{2, run_on_two_threads};
-
-// Bits that repeat every two bytes: a NaN in each of the four dtypes.
-constexpr uint16_t kPoison = 0x7fd5;
-
-void poison(void* data, std::size_t bytes) {
-  for (std::size_t i = 0; i < bytes; ++i)
-    static_cast<unsigned char*>(data)[i] = static_cast<unsigned char>(kPoison >> (i % 2 ? 8 : 0));
-}
-
-bool is_poison(const void* element, std::size_t bytes) {
-  for (std::size_t i = 0; i < bytes; i += 2)
-    if (std::memcmp(static_cast<const char*>(element) + i, &kPoison, 2) != 0) return false;
-  return true;
-}
 
 // The same numbers on every machine, which the standard's distributions don't promise.
 struct Random {
@@ -120,12 +148,15 @@ class Buffer {
  public:
   explicit Buffer(DType dtype = DType::kFloat32, int64_t count = 0)
       : dtype_(dtype), count_(count), data_(new char[bytes()]) {
-    poison(data_.get(), bytes());
+    std::memset(data(), kPoison, bytes());
   }
 
   void* data() const { return data_.get(); }
   std::size_t bytes() const { return static_cast<std::size_t>(count_) * bytes_of(dtype_); }
-  bool poisoned(int64_t i) const { return is_poison(at(i), bytes_of(dtype_)); }
+  bool poisoned(int64_t i) const {
+    constexpr int64_t set = -1;
+    return !std::memcmp(at(i), &set, bytes_of(dtype_));
+  }
   bool same_bits(const Buffer& other) const {
     return bytes() == other.bytes() && !std::memcmp(data(), other.data(), bytes());
   }
@@ -148,8 +179,8 @@ class Buffer {
     const int exponent = static_cast<int>(half >> 10 & 31), mantissa = half & 1023;
     const double sign = half >> 15 ? -1 : 1;
     if (exponent == 31) return mantissa ? std::nan("") : sign * HUGE_VAL;
-    return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25)
-                            : std::ldexp(mantissa, -24));
+    return sign *
+           (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
   }
 
   // The value rounded to the dtype; it must be small enough not to overflow.
@@ -165,15 +196,13 @@ class Buffer {
     const double size = std::fabs(value);
     const int exponent = size < 0x1p-14 ? -14 : std::ilogb(size);
     // The mantissa's leading 1, where there is one, adds 1 to the exponent before it.
-    const int bits = ((exponent + 14) << 10) +
-                     static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+    const int bits =
+        ((exponent + 14) << 10) + static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
     write(i, static_cast<uint16_t>(bits | (value < 0 ? 0x8000 : 0)));
   }
 
  private:
-  char* at(int64_t i) const {
-    return data_.get() + static_cast<std::size_t>(i) * bytes_of(dtype_);
-  }
+  char* at(int64_t i) const { return data_.get() + static_cast<std::size_t>(i) * bytes_of(dtype_); }
   template <class T>
   T read(int64_t i) const {
     T value;
@@ -192,8 +221,8 @@ class Buffer {
 
 // Where the elements of a (batch, rows, columns) tensor lie.
 enum Layout { kRows, kColumns, kRowTable, kColumnTable, kBothTables, kGaps, kLayouts };
-const char* const kLayoutNames[] = {"NCHW",          "channels last", "NCHW sliced",
-                                    "channels last sliced", "tables", "gaps"};
+const char* const kLayoutNames[] = {
+    "NCHW", "channels last", "NCHW sliced", "channels last sliced", "tables", "gaps"};
 
 struct Placed {
   Axis batch, row, column;
@@ -230,7 +259,9 @@ struct Placed {
   }
   Placed(const Placed&) = delete;
 
-  int64_t operator()(int64_t b, int64_t i, int64_t j) const { return batch[b] + row[i] + column[j]; }
+  int64_t operator()(int64_t b, int64_t i, int64_t j) const {
+    return batch[b] + row[i] + column[j];
+  }
 };
 
 // Every element that the layout reaches was written, and every other one left alone.
@@ -272,7 +303,7 @@ struct Tensor {
   Placed in, out;
   Buffer x, before;
   double scale;
-  double loss = 0, loss_bound = 0;       // bounds are in roundings
+  double loss = 0, loss_bound = 0;        // bounds are in roundings
   std::vector<double> dx, bound, unsure;  // (batch, rows, columns), (batch, rows) twice
 
   Tensor(DType dtype, const Shape& s, Layout layout, Layout out_layout, Random& random)
@@ -292,7 +323,8 @@ struct Tensor {
   // c_ij = <u_i, u_j>, u_i = x_i/n_i; dx_i = (g_i - <g_i, u_i> u_i)/n_i where
   // g_i = 2 scale sum_j phi'(c_ij) u_j. A cosine carries a rounding of 1, not of itself.
   void expect(Penalty penalty, bool center, double eps, double grad, double sign_unsure) {
-    const auto n = static_cast<std::size_t>(shape.rows), d = static_cast<std::size_t>(shape.columns);
+    const auto n = static_cast<std::size_t>(shape.rows),
+               d = static_cast<std::size_t>(shape.columns);
     loss = loss_bound = 0;
     dx.clear(), bound.clear(), unsure.clear();
     std::vector<double> u(n * d), inverse(n), largest(n), g(d);
@@ -355,22 +387,21 @@ struct Run {
   std::vector<Buffer> state, dx;
   double loss = 0;
 
-  Run(DType dtype, const std::vector<std::unique_ptr<Tensor>>& tensors,
+  Run(DType dtype, const std::vector<std::unique_ptr<Tensor> >& tensors,
       const imcl::PairwiseSettings& settings) {
     for (const auto& t : tensors) {
       const Shape& s = t->shape;
-      state.emplace_back(acc_of(dtype),
-                         s.batch * imcl::state_size(settings, s.rows, s.columns));
+      state.emplace_back(acc_of(dtype), s.batch * imcl::state_size(settings, s.rows, s.columns));
       dx.emplace_back(dtype, t->out.reach);
       matrices.push_back({dtype, s.batch, s.rows, s.columns, t->x.data(), t->in.batch, t->in.row,
-                          t->in.column, dx.back().data(), t->out.batch, t->out.row,
-                          t->out.column, state.back().data(), t->scale});
+                          t->in.column, dx.back().data(), t->out.batch, t->out.row, t->out.column,
+                          state.back().data(), t->scale});
     }
   }
 };
 
 void pairwise_case(Tally& tally, const imcl::IsaLevel& level, DType dtype,
-                   const std::vector<std::unique_ptr<Tensor>>& tensors,
+                   const std::vector<std::unique_ptr<Tensor> >& tensors,
                    const imcl::PairwiseSettings& settings, double grad) {
   const imcl::PairwiseKernels& kernels = *level.pairwise;
   Run serial(dtype, tensors, settings);
@@ -674,8 +705,7 @@ class ConsistencyCase {
                const std::vector<double>& log_p, const std::vector<double>& log_q, bool detach,
                double spread, std::size_t first, std::size_t n, const Share& share) {
     double kl = 0;
-    for (std::size_t k = 0; k < log_p.size(); ++k)
-      kl += std::exp(log_q[k]) * (log_q[k] - log_p[k]);
+    for (std::size_t k = 0; k < log_p.size(); ++k) kl += std::exp(log_q[k]) * (log_q[k] - log_p[k]);
     for (std::size_t k = 0; k < log_p.size(); ++k) {
       const double p = std::exp(log_p[k]), q = std::exp(log_q[k]);
       dz_[at(h, b, k)] += weight * temperature * (p - q);
@@ -696,7 +726,7 @@ class ConsistencyCase {
     const std::size_t n = kl.size();
     const auto classes = static_cast<std::size_t>(spec_.classes);
     const double t = group.temperature, others = static_cast<double>(n - 1);
-    std::vector<std::vector<double>> log_p(n);
+    std::vector<std::vector<double> > log_p(n);
     for (std::size_t h = 0; h < n; ++h) {
       for (std::size_t k = 0; k < classes; ++k) log_p[h].push_back(z(first + h, b, k) / t);
       log_softmax(log_p[h]);
@@ -705,8 +735,8 @@ class ConsistencyCase {
       if (group.teacher == Teacher::kFinal && h == n - 1) continue;
       const double weight = scale * kl_weight_[first + h];
       const auto taught_by = [&](const std::vector<double>& log_q, double part, auto share) {
-        kl[h] += part * teach(first + h, b, part * weight, t, log_p[h], log_q, group.detach,
-                              spread, first, n, share);
+        kl[h] += part * teach(first + h, b, part * weight, t, log_p[h], log_q, group.detach, spread,
+                              first, n, share);
       };
       if (group.teacher == Teacher::kPairwise) {
         for (std::size_t j = 0; j < n; ++j)
@@ -744,10 +774,11 @@ struct Sweep {
 
   bool skip() { return number++ % every != 0; }
 
-  void pairwise_lists(DType dtype, Precision precision, const std::vector<Shape>& shapes,
-                      Layout in, Layout out) {
+  void pairwise_lists(DType dtype, Precision precision, const std::vector<Shape>& shapes, Layout in,
+                      Layout out) {
     for (const Penalty penalty : {Penalty::kSquare, Penalty::kAbs, Penalty::kSigned})
-      for (const bool center : {false, true}) pairwise_one(dtype, precision, shapes, in, out, penalty, center);
+      for (const bool center : {false, true})
+        pairwise_one(dtype, precision, shapes, in, out, penalty, center);
   }
 
   void pairwise_one(DType dtype, Precision precision, const std::vector<Shape>& shapes, Layout in,
@@ -758,7 +789,7 @@ struct Sweep {
     const bool rounds = dtype == DType::kBFloat16 || precision == Precision::kMedium;
     const double sign_unsure = dtype == DType::kFloat64 ? 1e-13 : rounds ? 0x1p-8 : 1e-5;
     Random random{static_cast<uint64_t>(number)};
-    std::vector<std::unique_ptr<Tensor>> tensors;
+    std::vector<std::unique_ptr<Tensor> > tensors;
     std::string name = std::string("pairwise ") + name_of(dtype);
     if (precision == Precision::kMedium) name += " medium";
     name += penalty == Penalty::kSquare ? " square" : penalty == Penalty::kAbs ? " abs" : " signed";
@@ -804,9 +835,9 @@ void sweep_pairwise(Sweep& sweep) {
   // Beside each width of a vector, a strip and a panel; primal and dual; more than one block
   // of depth (256) on either axis. The last dimension decides which layout comes next, so
   // that every shape meets other pairs of layouts in other dtypes.
-  const Shape shapes[] = {{3, 2, 1},   {2, 2, 2},    {2, 5, 3},    {1, 8, 4},   {2, 9, 16},
-                          {2, 16, 49}, {1, 17, 33},  {2, 33, 17},  {1, 34, 15}, {1, 31, 64},
-                          {1, 64, 32}, {1, 65, 31},  {1, 18, 257}, {1, 9, 513}, {1, 263, 7},
+  const Shape shapes[] = {{3, 2, 1},   {2, 2, 2},   {2, 5, 3},    {1, 8, 4},   {2, 9, 16},
+                          {2, 16, 49}, {1, 17, 33}, {2, 33, 17},  {1, 34, 15}, {1, 31, 64},
+                          {1, 64, 32}, {1, 65, 31}, {1, 18, 257}, {1, 9, 513}, {1, 263, 7},
                           {1, 67, 40}, {1, 530, 33}};
   int64_t turn = 0;
   for (const DType dtype : kDTypes)
@@ -814,12 +845,12 @@ void sweep_pairwise(Sweep& sweep) {
       if (medium && dtype != DType::kFloat32) continue;
       const Precision precision = medium ? Precision::kMedium : Precision::kHighest;
       for (const Shape& s : shapes) {
-        const int64_t pairs = s.rows * s.rows * s.columns > 100000 ? 3 : 9;
+        const int64_t pairs = s.rows * s.rows * s.columns > 100000 ? 1 : 4;
         for (int64_t i = 0; i < pairs; ++i) {
           const auto in = static_cast<Layout>(turn % kLayouts);
           // Mostly the input's layout, and each of the others in turn.
-          const auto out = static_cast<Layout>(i % 3 ? (turn / kLayouts + i) % kLayouts
-                                                     : turn % kLayouts);
+          const auto out =
+              static_cast<Layout>(turn % 2 ? (turn / kLayouts + i) % kLayouts : turn % kLayouts);
           sweep.pairwise_lists(dtype, precision, {s}, in, out);
           ++turn;
         }
@@ -849,76 +880,122 @@ void sweep_consistency(Sweep& sweep) {
         for (const bool detach : {false, true})
           for (const double temperature : {2.0, 3.0}) {
             const bool strided = turn % 2, target = turn % 5 != 4;
-            sweep.consistency_one({dtype, classes == 1000 ? 3 : 5, classes,
-                                   {{2 + turn % 3, temperature, teacher, detach}}, target,
-                                   target && turn % 3 == 0, target && turn % 7 == 1,
-                                   turn % 4 == 2 ? 0.1 : 0.0, strided ? 2 : 1,
-                                   turn / 2 % 2 ? 3 : 1, reductions[turn % 3]});
+            sweep.consistency_one({dtype,
+                                   classes == 1000 ? 3 : 5,
+                                   classes,
+                                   {{2 + turn % 3, temperature, teacher, detach}},
+                                   target,
+                                   target && turn % 3 == 0,
+                                   target && turn % 7 == 1,
+                                   turn % 4 == 2 ? 0.1 : 0.0,
+                                   strided ? 2 : 1,
+                                   turn / 2 % 2 ? 3 : 1,
+                                   reductions[turn % 3]});
             ++turn;
           }
       // One head; groups of every kind, one of them a single head; an empty batch.
-      sweep.consistency_one({dtype, 4, classes, {{1, 2.0, Teacher::kMean, true}}, true, true,
-                             true, 0.2, 1, 1, Reduction::kMean});
-      sweep.consistency_one({dtype, 4, classes, {{1, 1.0, Teacher::kMean, true}}, false, false,
-                             false, 0.0, 2, 2, Reduction::kSum});
-      sweep.consistency_one({dtype, 4, classes,
-                             {{2, 2.0, Teacher::kOthers, false}, {1, 3.0, Teacher::kFinal, true},
-                              {3, 1.5, Teacher::kFinal, false}, {2, 2.0, Teacher::kPairwise, false}},
-                             true, false, true, 0.1, 1, 1, Reduction::kNone});
-      sweep.consistency_one({dtype, 0, classes, {{2, 2.0, Teacher::kMean, true}}, true, false,
-                             false, 0.0, 1, 1, Reduction::kMean});
+      sweep.consistency_one({dtype,
+                             4,
+                             classes,
+                             {{1, 2.0, Teacher::kMean, true}},
+                             true,
+                             true,
+                             true,
+                             0.2,
+                             1,
+                             1,
+                             Reduction::kMean});
+      sweep.consistency_one({dtype,
+                             4,
+                             classes,
+                             {{1, 1.0, Teacher::kMean, true}},
+                             false,
+                             false,
+                             false,
+                             0.0,
+                             2,
+                             2,
+                             Reduction::kSum});
+      sweep.consistency_one({dtype,
+                             4,
+                             classes,
+                             {{2, 2.0, Teacher::kOthers, false},
+                              {1, 3.0, Teacher::kFinal, true},
+                              {3, 1.5, Teacher::kFinal, false},
+                              {2, 2.0, Teacher::kPairwise, false}},
+                             true,
+                             false,
+                             true,
+                             0.1,
+                             1,
+                             1,
+                             Reduction::kNone});
+      sweep.consistency_one({dtype,
+                             0,
+                             classes,
+                             {{2, 2.0, Teacher::kMean, true}},
+                             true,
+                             false,
+                             false,
+                             0.0,
+                             1,
+                             1,
+                             Reduction::kMean});
     }
     // More classes than a chunk of all heads holds: 32768 logits.
     for (const Teacher teacher : teachers)
       for (const bool detach : {false, true}) {
-        const bool strided = turn++ % 2;
-        sweep.consistency_one({dtype, 2, 8203, {{5, detach ? 2.0 : 2.5, teacher, detach}}, true,
-                               false, false, strided ? 0.1 : 0.0, strided ? 2 : 1,
-                               strided ? 1 : 2, Reduction::kMean});
+        const bool strided = (turn++ / 2) % 2;
+        sweep.consistency_one({dtype,
+                               2,
+                               8203,
+                               {{5, detach ? 2.0 : 2.5, teacher, detach}},
+                               true,
+                               false,
+                               false,
+                               strided ? 0.1 : 0.0,
+                               strided ? 2 : 1,
+                               strided ? 1 : 2,
+                               Reduction::kMean});
       }
-    sweep.consistency_one({dtype, 1, 33001, {{1, 2.0, Teacher::kMean, true}}, true, false, false,
-                           0.0, 1, 1, Reduction::kMean});
+    sweep.consistency_one({dtype,
+                           1,
+                           33001,
+                           {{1, 2.0, Teacher::kMean, true}},
+                           true,
+                           false,
+                           false,
+                           0.0,
+                           1,
+                           1,
+                           Reduction::kMean});
   }
   // Many heads, and so a small chunk; many samples, and so several to a task.
-  sweep.consistency_one({DType::kFloat32, 2, 1999, {{17, 2.0, Teacher::kOthers, false}}, true,
-                         false, false, 0.0, 1, 1, Reduction::kMean});
-  sweep.consistency_one({DType::kFloat32, 3000, 10, {{3, 2.0, Teacher::kOthers, true}}, true, true,
-                         false, 0.0, 1, 1, Reduction::kMean});
+  sweep.consistency_one({DType::kFloat32,
+                         2,
+                         1999,
+                         {{17, 2.0, Teacher::kOthers, false}},
+                         true,
+                         false,
+                         false,
+                         0.0,
+                         1,
+                         1,
+                         Reduction::kMean});
+  sweep.consistency_one({DType::kFloat32,
+                         3000,
+                         10,
+                         {{3, 2.0, Teacher::kOthers, true}},
+                         true,
+                         true,
+                         false,
+                         0.0,
+                         1,
+                         1,
+                         Reduction::kMean});
 }
 
 }  // namespace
-
-#if defined(OWN_SCRATCH)
-namespace imcl {
-namespace {
-
-std::vector<void*>& pieces() {
-  thread_local std::vector<void*> mine;
-  return mine;
-}
-
-}  // namespace
-
-Scratch::Scratch() : chunk_(pieces().size()), used_(0) {}
-
-Scratch::~Scratch() {
-  while (pieces().size() > chunk_) {
-    std::free(pieces().back());
-    pieces().pop_back();
-  }
-}
-
-void* Scratch::take(std::size_t bytes) {
-  void* piece = nullptr;
-  if (posix_memalign(&piece, 64, bytes)) std::abort();
-  poison(piece, bytes);
-  pieces().push_back(piece);
-  used_ += bytes;
-  return piece;
-}
-
-}  // namespace imcl
-#endif
 
 int main(int argc, char** argv) {
   Sweep sweep{};
@@ -934,10 +1011,13 @@ int main(int argc, char** argv) {
   sweep_consistency(sweep);
   for (std::size_t i = 0; i < sweep.levels.size(); ++i) {
     const Tally &pairwise = sweep.pairwise[i], &consistency = sweep.consistency[i];
-    std::printf("%-10s pairwise %5lld cases, consistency %4lld; errors up to %.2g and %.2g of "
-                "what is allowed\n",
-                sweep.levels[i]->name, static_cast<long long>(pairwise.cases),
-                static_cast<long long>(consistency.cases), pairwise.worst, consistency.worst);
+    std::printf(
+        "%-10s pairwise %5lld cases, consistency %4lld; errors up to %.2g and %.2g of "
+        "what is allowed\n",
+        sweep.levels[i]->name, static_cast<long long>(pairwise.cases),
+        static_cast<long long>(consistency.cases), pairwise.worst, consistency.worst);
   }
   return 0;
 }
+
+#endif
