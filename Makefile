@@ -6,6 +6,8 @@ TORCHVISION ?= torchvision==0.28.0
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
 
+CXX_FILES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h tests/driver/*.cpp)
+
 ifeq ($(shell $(PYTHON) -c 'import torch; print("yes")' 2>/dev/null),yes)
 RUN := $(PYTHON)
 READY := build/ready
@@ -19,20 +21,25 @@ endif
 demo: $(READY)
 	$(RUN) -m imcl_fast.demo
 
-test: lint
+test: $(READY)
+	@if $(RUN) -c 'import clang_format, mypy, ruff' 2>/dev/null; then \
+	    $(MAKE) --no-print-directory lint; \
+	else \
+	    echo "lint is skipped: $(RUN) has no clang-format, mypy or ruff"; \
+	fi
 	$(RUN) -m pytest
 
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m clang_format --dry-run --Werror csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h
+	$(RUN) -m clang_format --dry-run --Werror $(CXX_FILES)
 
 bench: $(READY)
 	$(RUN) bench/targets.py
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
-	$(RUN) -m clang_format -i csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h
+	$(RUN) -m clang_format -i $(CXX_FILES)
 
 .venv/ready: $(SOURCES)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

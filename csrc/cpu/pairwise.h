@@ -35,14 +35,14 @@ struct Matrices {
 // Which form of the algebra a matrix takes; see csrc/cpu/pairwise_kernels.cpp.
 enum class Form { kPrimal, kDual, kSigned };
 
-inline Form form_of(Penalty penalty, int64_t rows, int64_t columns) {
+IMCL_INLINE Form form_of(Penalty penalty, int64_t rows, int64_t columns) {
   if (penalty == Penalty::kSigned) return Form::kSigned;
   return penalty == Penalty::kSquare && 2 * columns <= rows ? Form::kDual : Form::kPrimal;
 }
 
 // State of one matrix: A (rows^2) | M (columns^2), 1/n | s (columns), 1/n; then the row
 // means if centred.
-inline int64_t state_size(const PairwiseSettings& settings, int64_t rows, int64_t columns) {
+IMCL_INLINE int64_t state_size(const PairwiseSettings& settings, int64_t rows, int64_t columns) {
   const int64_t means = settings.center ? rows : 0;
   switch (form_of(settings.penalty, rows, columns)) {
     case Form::kPrimal: return rows * rows + means;
