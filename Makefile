@@ -16,6 +16,8 @@ RUN := .venv/bin/python
 READY := .venv/ready
 endif
 
+CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()'
+
 .PHONY: demo test lint bench format clean
 
 demo: $(READY)
@@ -32,14 +34,14 @@ test: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m clang_format --dry-run --Werror $(CXX_FILES)
+	$(CLANG_FORMAT) --dry-run --Werror $(CXX_FILES)
 
 bench: $(READY)
 	$(RUN) bench/targets.py
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
-	$(RUN) -m clang_format -i $(CXX_FILES)
+	$(CLANG_FORMAT) -i $(CXX_FILES)
 
 .venv/ready: $(SOURCES)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
