@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -62,11 +62,6 @@ def consistency(impl: str) -> Callable:
     if impl == "cpp" and operators.consistency:
         return operators.consistency
     return algebra_consistency.forward
-
-
-def available(device: str = "cpu") -> Sequence[str]:
-    """The implementations that can run on that device type."""
-    return [impl for impl in IMPLEMENTATIONS[1:] if why_not(impl, device) is None]
 
 
 @functools.cache

@@ -185,8 +185,8 @@ void pack_strip(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t d
   }
 }
 
-// Rounds a float panel (or strips, lanes = 1) of an even depth to bfloat16 pairs:
-// out[j * lanes + lane] = (in[2j * lanes + lane], in[(2j + 1) * lanes + lane]).
+// Rounds a float panel of an even depth to bfloat16 pairs:
+// out[j * kPanel + lane] = (in[2j * kPanel + lane], in[(2j + 1) * kPanel + lane]).
 inline void pair_panel(const float* in, int64_t depth, BFloat16Pair* out) {
   constexpr int width = kLanes<float>, panel = kPanel<float>;
   for (int64_t j = 0; j < depth / 2; ++j) {

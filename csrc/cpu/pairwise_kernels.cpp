@@ -370,14 +370,10 @@ struct Backward {
   // Y^T (k, lanes) = S X, the lanes being one panel of the free axis.
   void free_lanes(int64_t p) const {
     const int64_t first = p * panel, lanes = std::min(panel, free_count - first);
-    const int64_t padded = divide_up(k_count, kStrip) * kStrip;
     Scratch scratch;
     prefetch_panel(first + panel);
-    E* packed = nullptr;
-    if (symmetric) {
-      packed = scratch.get<E>(depth() * panel);
-      pack(x, first, lanes, 0, k_count, packed);
-    }
+    E* packed = scratch.get<E>(depth() * panel);
+    pack(x, first, lanes, 0, k_count, packed);
     alignas(kVectorBytes) Acc scale[panel] = {};
     for (int64_t i = 0; i < lanes; ++i) scale[i] = scale_of(first + i);
     if (!inverse_norm) {
@@ -389,12 +385,18 @@ struct Backward {
       }
       return;
     }
+    // The other forms come with unrounded elements only: the panel holds x itself.
+    if constexpr (std::is_same_v<E, Acc>) correct(packed, first, lanes, scale);
+  }
+
+  // Y^T of the dual and signed forms and what they subtract, x being one packed panel.
+  void correct(const Acc* values, int64_t first, int64_t lanes, const Acc* scale) const {
+    const int64_t padded = divide_up(k_count, kStrip) * kStrip;
+    Scratch scratch;
     Acc* y = scratch.get<Acc>(padded * panel);
-    Acc* values = scratch.get<Acc>(k_count * panel);
-    pack_panel(x, first, lanes, 0, k_count, values);
     for (int64_t k = 0; k < k_count; k += kStrip) {
       if (symmetric) {
-        micro_kernel<2>(symmetric_panel(k / panel) + k % panel, 1, panel, packed, depth(),
+        micro_kernel<2>(symmetric_panel(k / panel) + k % panel, 1, panel, values, depth(),
                         y + k * panel, panel, false);
       } else {
         for (int64_t j = k; j < std::min(k + kStrip, k_count); ++j)
