@@ -3,10 +3,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
+TRITON ?= triton==3.7.1
 
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
-
-CXX_FILES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h tests/driver/*.cpp)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu \
+    csrc/cuda/*.cpp csrc/cuda/*.h)
+SOURCES := setup.py pyproject.toml $(CSRC)
+CXX_FILES := $(CSRC) $(wildcard tests/driver/*.cpp tests/driver/*.h)
 
 ifeq ($(shell $(PYTHON) -c 'import torch; print("yes")' 2>/dev/null),yes)
 RUN := $(PYTHON)
@@ -18,7 +20,12 @@ endif
 
 CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()'
 
-.PHONY: demo test lint bench format clean
+# The tests that every implementation runs, two at a time: the interpreter uses one core.
+ON_EVERY_DEVICE := tests/test_triton.py tests/test_pairwise.py tests/test_consistency.py \
+    tests/test_autograd.py
+AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
+
+.PHONY: demo test lint bench gpu format clean
 
 demo: $(READY)
 	$(RUN) -m imcl_fast.demo
@@ -30,6 +37,9 @@ test: $(READY)
 	    echo "lint is skipped: $(RUN) has no clang-format, mypy or ruff"; \
 	fi
 	$(RUN) -m pytest
+	@echo "the GPU kernels on the CPU: Triton's under its interpreter, then the CUDA kernels as C++"
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k triton $(AT_ONCE)
+	CUDA_ON_CPU=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k cuda $(AT_ONCE)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -39,13 +49,17 @@ lint: $(READY)
 bench: $(READY)
 	$(RUN) bench/targets.py
 
+# For a machine with a GPU and its own torch: tests there, then measurements, into $OUT.
+gpu: $(READY)
+	$(RUN) bench/gpu.py
+
 format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(CLANG_FORMAT) -i $(CXX_FILES)
 
 .venv/ready: $(SOURCES)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet $(TORCH) $(TORCHVISION)
+	.venv/bin/python -m pip install --quiet $(TORCH) $(TORCHVISION) $(TRITON)
 	.venv/bin/python -m pip install --quiet setuptools wheel ninja pybind11
 	.venv/bin/python -m pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@

@@ -1,26 +1,35 @@
-"""Builds the compiled extension with ninja: the kernels once per ISA level, the operators
-on PyTorch's stable ABI, and the small pybind11 module of build facts.
+"""Builds the compiled extension with ninja: the CPU kernels once per ISA level, the CUDA
+kernels where nvcc is, the operators on PyTorch's stable ABI, and the small pybind11 module of
+build facts. The torch it is built beside need not know CUDA.
 
-IMCL_FAST_BUILD says what to build: ``auto`` (the default) what this version has for this
-machine, ``cpu`` the CPU kernels, ``cuda`` the CUDA kernels too or fail, ``0`` nothing.
-CXX names the compiler, MAX_JOBS how many of it run at once.
+IMCL_FAST_BUILD says what to build: ``auto`` (the default) the CPU kernels and, where nvcc works,
+the CUDA kernels; ``cuda`` both or nothing; ``cpu`` the CPU kernels only; ``0`` nothing. CXX names
+the compiler, MAX_JOBS how many of it run at once. nvcc is taken from CUDA_HOME, PATH or
+/usr/local/cuda; TORCH_CUDA_ARCH_LIST says for which GPUs it compiles, as for any PyTorch
+extension ("8.0;9.0+PTX").
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OBJECTS = ROOT / "build/objects"
+CUDA_SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 OPERATORS, BUILD_INFO = "imcl_fast._operators", "imcl_fast._build_info"
 
 # -fno-strict-aliasing: the kernels carve objects of many types out of one scratch buffer.
@@ -38,6 +47,28 @@ ISA_FLAGS = {
     "baseline": "",
 }
 TORCH_ABI = "0x020b000000000000"  # runs under torch 2.11 and later
+
+NVCCFLAGS = (
+    "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xptxas -v"
+)
+OLDEST_GPU = 80
+DEFAULT_GPUS = (80, 90, 100, 120)  # those nvcc knows, and PTX of the newest
+# The names that PyTorch gives to some of them.
+GPU_NAMES = {
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+# What an nvcc older than 12.1, or one that doesn't take the C++ compiler, can't compile.
+PROBE = """\
+#include <cuda_bf16.h>
+struct Large { char bytes[8192]; };
+__global__ void probe(const __grid_constant__ Large large, __nv_bfloat16* out) {
+  out[threadIdx.x] = __float2bfloat16_rn(large.bytes[threadIdx.x]);
+}
+void launch(__nv_bfloat16* out) { probe<<<1, 32>>>(Large{}, out); }
+"""
 
 
 def fail(sentence: str) -> None:
@@ -84,17 +115,143 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, memory // 2**30))  # a compiler takes under 1 GiB
 
 
+class Gpus(NamedTuple):
+    """Architectures to compile for: "80", "90a", as machine code and as PTX."""
+
+    binary: tuple[str, ...]
+    ptx: tuple[str, ...]
+
+    def flags(self) -> str:
+        kinds = [("sm", name) for name in self.binary] + [("compute", name) for name in self.ptx]
+        return " ".join(f"-gencode arch=compute_{name},code={kind}_{name}" for kind, name in kinds)
+
+
+class Nvcc(NamedTuple):
+    program: str
+    version: str
+    gpus: Gpus
+    include: str  # flags
+    libraries: str
+
+
+class NoCuda(Exception):
+    """Why the CUDA kernels can't be built: a sentence."""
+
+
+def output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise NoCuda(f"{command[0]} can't be run: {error}.") from None
+    if done.returncode:
+        lines = done.stdout.strip().splitlines() or ["it says nothing"]
+        worst = next((line for line in lines if "error" in line or "fatal" in line), lines[-1])
+        raise NoCuda(f"{command[0]} doesn't work: {worst.strip()}")
+    return done.stdout
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        found = shutil.which(str(Path(home) / "bin/nvcc"))
+        if not found:
+            raise NoCuda(f"CUDA_HOME is {home}, and there is no bin/nvcc in it.")
+        return found
+    found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if not found:
+        raise NoCuda("no nvcc in PATH or /usr/local/cuda; install the CUDA toolkit (12.1 or "
+                     "later), or set CUDA_HOME.")
+    return found
+
+
+def wanted_gpus(known: set[int], arch_list: str | None) -> Gpus:
+    """From TORCH_CUDA_ARCH_LIST, or by default; `known` are those nvcc can compile for."""
+    if not arch_list or not arch_list.strip():
+        chosen = [str(gpu) for gpu in DEFAULT_GPUS if gpu in known]
+        if not chosen:
+            raise NoCuda(f"nvcc knows none of the GPUs {', '.join(map(str, DEFAULT_GPUS))}.")
+        return Gpus(tuple(chosen), (chosen[-1],))
+    for name, meaning in GPU_NAMES.items():
+        arch_list = re.sub(rf"\b{name}\b", meaning, arch_list)
+    binary, ptx = [], []
+    for word in re.split("[;, ]+", arch_list.strip(";, ")):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        if not match:
+            raise NoCuda("TORCH_CUDA_ARCH_LIST: expected entries like 8.0, 9.0a or 9.0+PTX, or "
+                         f"one of {', '.join(GPU_NAMES)}; got {word!r}.")
+        gpu, name = int(match[1] + match[2]), match[1] + match[2] + match[3]
+        if gpu < OLDEST_GPU:
+            continue  # an environment's list for all it builds
+        if gpu not in known:
+            raise NoCuda(f"TORCH_CUDA_ARCH_LIST: this nvcc doesn't know {word}; it knows "
+                         f"{', '.join(f'{gpu // 10}.{gpu % 10}' for gpu in sorted(known))}.")
+        if name not in binary:
+            binary.append(name)
+        if match[4] and name not in ptx:
+            ptx.append(name)
+    if not binary:
+        raise NoCuda("the CUDA kernels need a GPU of 8.0 or later, and TORCH_CUDA_ARCH_LIST "
+                     f"names none: {arch_list!r}.")
+    return Gpus(tuple(binary), tuple(ptx))
+
+
+def nvcc(cxx: str) -> Nvcc:
+    """The nvcc to build with, tried out on a small kernel."""
+    program = find_nvcc()
+    release = re.search(r"release \S+ V(\S+)", output(program, "--version").replace(",", ""))
+    listed = re.findall(r"compute_(\d+)", output(program, "--list-gpu-arch"))
+    gpus = wanted_gpus(set(map(int, listed)), os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.cu"
+        probe.write_text(PROBE)
+        try:
+            output(program, "-ccbin", cxx, *NVCCFLAGS.split(), *Gpus(gpus.binary[:1], ()).flags()
+                   .split(), "-shared", "-o", f"{folder}/probe.so", str(probe))
+        except NoCuda as error:
+            raise NoCuda(f"{error} It must be CUDA 12.1 or later and take {cxx}.") from None
+        # Where its headers and its runtime lie.
+        plan = output(program, "-ccbin", cxx, "--dryrun", str(probe))
+    include, libraries = (re.search(rf"^#\$ {name}= *(.*)$", plan, re.MULTILINE)
+                          for name in ("INCLUDES", "LIBRARIES"))
+    if not include or not libraries:
+        raise NoCuda(f"{program} --dryrun doesn't say where its headers and libraries are.")
+    folders = [flag.removeprefix("-I") for flag in shlex.split(include[1])]
+    return Nvcc(
+        program,
+        release[1] if release else "",
+        gpus,
+        " ".join(f"-isystem {shlex.quote(folder)}" for folder in folders if folder),
+        " ".join(map(shlex.quote, shlex.split(libraries[1]))),
+    )
+
+
+def chosen_nvcc(cxx: str) -> Nvcc | None:
+    """What IMCL_FAST_BUILD wants and this machine has."""
+    mode = build_mode()
+    if mode == "cpu":
+        return None
+    try:
+        return nvcc(cxx)
+    except NoCuda as reason:
+        if mode == "cuda":
+            fail(f"IMCL_FAST_BUILD=cuda: {reason}")
+        print(f"imcl_fast: building without CUDA kernels: {reason}", file=sys.stderr)
+        return None
+
+
 def ninja_file(operators: Path, build_info: Path) -> str:
     """The build as a ninja file, its paths relative to the build folder or absolute."""
     import pybind11
 
     torch = torch_folder()
+    cxx = compiler()
+    gpu = chosen_nvcc(cxx)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     levels = list(ISA_FLAGS) if x86 else ["baseline"]
-    cpu = ROOT / "csrc/cpu"
+    csrc, cpu, cuda = ROOT / "csrc", ROOT / "csrc/cpu", ROOT / "csrc/cuda"
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
-        f"cxx = {compiler()}",
+        f"cxx = {cxx}",
         f"cxxflags = {CXXFLAGS} -I{cpu}",
         "rule compile",
         "  command = $cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
@@ -108,7 +265,21 @@ def ninja_file(operators: Path, build_info: Path) -> str:
         lines.extend([f"build {name}.o: compile {source}", f"  flags = {flags}"])
         return f"{name}.o"
 
-    kernels = [
+    kernels = []
+    if gpu:  # first, for they take longest
+        # ptxas's report of registers stays in the log beside the object.
+        lines += [
+            f"nvcc = {gpu.program} -ccbin $cxx {NVCCFLAGS} {gpu.gpus.flags()}",
+            "rule nvcc",
+            "  command = $nvcc -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
+            "{ cat $out.log; exit 1; }; grep -A 3 warning $out.log || true",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+        for source in CUDA_SOURCES:
+            kernels.append(f"{source.stem}_cuda.o")
+            lines.append(f"build {kernels[-1]}: nvcc {source}")
+    kernels += [
         compile_(cpu / f"{op}_kernels.cpp", f"{op}_{isa}", f"-DIMCL_ISA={isa} {ISA_FLAGS[isa]}")
         for op in ("pairwise", "consistency")
         for isa in levels
@@ -118,19 +289,39 @@ def ninja_file(operators: Path, build_info: Path) -> str:
         for name in ("pairwise", "consistency", "dispatch", "scratch")
     ]
     isa = compile_(cpu / "isa.cpp", "isa")
-    registration = compile_(
-        ROOT / "csrc/registration.cpp",
-        "registration",
-        f"-DTORCH_TARGET_VERSION={TORCH_ABI} -isystem {torch / 'include'}",
-    )
-    info = compile_(
-        ROOT / "csrc/build_info.cpp",
-        "build_info",
-        f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}",
-    )
+    stable = f"-DTORCH_TARGET_VERSION={TORCH_ABI} -isystem {torch / 'include'}"
+    on_tensors = [
+        compile_(csrc / "tensors.cpp", "tensors", stable),
+        compile_(cpu / "operators.cpp", "operators_cpu", stable),
+        compile_(
+            csrc / "registration.cpp", "registration", stable + (" -DIMCL_WITH_CUDA" if gpu else "")
+        ),
+    ]
     libraries = f"-L{torch / 'lib'} -ltorch_cpu -lc10"
+    facts = ""
+    if gpu:
+        on_tensors.append(
+            compile_(cuda / "operators.cpp", "operators_cuda", f"{stable} {gpu.include}")
+        )
+        # -ltorch brings in the CUDA libraries of a torch that has them.
+        libraries = (
+            f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10 "
+            f"{gpu.libraries} -lcudart_static -Wl,--exclude-libs,libcudart_static.a "
+            "-ldl -lrt -lpthread"
+        )
+        named = {
+            "IMCL_CUDA_ARCHITECTURES": ";".join(gpu.gpus.binary),
+            "IMCL_CUDA_PTX": ";".join(gpu.gpus.ptx),
+            "IMCL_NVCC": gpu.version,
+        }
+        facts = " ".join(f"'-D{name}=\"{value}\"'" for name, value in named.items())
+    info = compile_(
+        csrc / "build_info.cpp",
+        "build_info",
+        f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} {facts}",
+    )
     for out, objects, libs in (
-        (operators, [registration, *kernels, isa], libraries),
+        (operators, [*on_tensors, *kernels, isa], libraries),
         (build_info, [info, isa], ""),
     ):
         lines.extend([f"build {out}: link {' '.join(objects)}", f"  libs = {libs}"])
@@ -148,21 +339,26 @@ class BuildExtension(build_ext):
         outputs = [Path(self.get_ext_fullpath(name)).resolve() for name in (OPERATORS, BUILD_INFO)]
         for output in outputs:
             output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve()
+        folder = OBJECTS  # and not build_temp, which is a new one each time where pip calls
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(*outputs))
         command = [ninja_program(), "-C", str(folder), f"-j{jobs()}"]
         if subprocess.run(command).returncode:
-            fail(f"the C++ build failed; its messages stand above. It ran in {folder}.")
+            fail(f"the build failed; its messages stand above. It ran in {folder}.")
 
 
-def extensions() -> list[Extension]:
+def build_mode() -> str:
     mode = os.environ.get("IMCL_FAST_BUILD", "auto")
     if mode not in ("auto", "cpu", "cuda", "0"):
         fail(f"IMCL_FAST_BUILD: expected auto, cpu, cuda or 0, got {mode!r}.")
-    if mode == "cuda":
-        fail("IMCL_FAST_BUILD=cuda: this version has no CUDA kernels yet; use auto or cpu.")
-    return [] if mode == "0" else [Extension(OPERATORS, []), Extension(BUILD_INFO, [])]
+    return mode
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+def extensions() -> list[Extension]:
+    if build_mode() == "0":
+        return []
+    return [Extension(OPERATORS, []), Extension(BUILD_INFO, [])]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

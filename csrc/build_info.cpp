@@ -10,6 +10,8 @@
 
 #if !defined(IMCL_CUDA_ARCHITECTURES)
 #define IMCL_CUDA_ARCHITECTURES ""
+#define IMCL_CUDA_PTX ""
+#define IMCL_NVCC ""
 #endif
 
 namespace {
@@ -36,5 +38,9 @@ PYBIND11_MODULE(_build_info, m) {
       "Hardware threads of this machine.");
   m.def(
       "cuda_architectures", [] { return std::string(IMCL_CUDA_ARCHITECTURES); },
-      "CUDA architectures compiled in, separated by semicolons; empty if none.");
+      "CUDA architectures compiled in, separated by semicolons (80;90a); empty if none.");
+  m.def(
+      "cuda_ptx", [] { return std::string(IMCL_CUDA_PTX); },
+      "Those of them that are there as PTX too, which later GPUs run as well.");
+  m.def("nvcc", [] { return std::string(IMCL_NVCC); }, "Version of nvcc; empty if none.");
 }

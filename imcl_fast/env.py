@@ -32,7 +32,7 @@ def report() -> str:
     devices = ["cpu"] + ([accelerator.type] if accelerator else [])
     lines = [f"{name:20s}{value}" for name, value in facts]
     for device in devices:
-        best = choose("auto", torch.device(device))
+        best = choose("auto", "pairwise", torch.device(device))
         lines.append(f'\nOn {device} tensors, impl="auto" takes {best}:')
         for impl in IMPLEMENTATIONS[1:]:
             reason = why_not(impl, device)

@@ -221,7 +221,7 @@ def collaborative_consistency(
         reduction=validation.choice("reduction", reduction, REDUCTIONS),
     )
     device = blocks[0].device
-    impl = implementations.choose(impl, device)
+    impl = implementations.choose(impl, "consistency", device, [blocks[0].dtype])
     with without_autocast(device):
         if impl == "reference":
             loss, terms = reference.consistency(
@@ -257,7 +257,7 @@ def _pairwise(
         precision=_precision(),
     )
     device = xs[0].device
-    impl = implementations.choose(impl, device)
+    impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
     with without_autocast(device):
         if impl == "reference":
             return reference.pairwise_penalty(

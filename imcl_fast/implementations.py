@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -14,10 +16,26 @@ from .algebra import pairwise as algebra_pairwise
 
 IMPLEMENTATIONS = ("auto", "cpp", "triton", "cuda", "torch", "reference")
 
-_ALGEBRA_PAIRWISE = operators.Pairwise(algebra_pairwise.forward, algebra_pairwise.backward)
+# What ``impl="auto"`` tries in turn on tensors of a GPU, the faster one first, for each
+# operation. No GPU has measured the two against each other yet.
+GPU_PREFERENCE = {"pairwise": ("triton", "cuda"), "consistency": ("triton", "cuda")}
+TRITON_VERSION = (3, 6)  # the oldest that takes tuples of tensors as the kernels pass them
+
+_PAIRWISE = {
+    "cpp": operators.pairwise,
+    "cuda": operators.pairwise,  # one operator, the device chooses
+    "triton": operators.triton_pairwise,
+    "torch": operators.Pairwise(algebra_pairwise.forward, algebra_pairwise.backward),
+}
+_CONSISTENCY = {
+    "cpp": operators.consistency,
+    "cuda": operators.consistency,
+    "triton": operators.triton_consistency,
+    "torch": algebra_consistency.forward,
+}
 
 
-def why_not(impl: str, device: str) -> str | None:
+def why_not(impl: str, device: str, dtypes: Sequence[torch.dtype] = ()) -> str | None:
     """Why ``impl`` can't run on tensors of that device type, or None where it can."""
     if impl in ("torch", "reference"):
         return None
@@ -25,25 +43,82 @@ def why_not(impl: str, device: str) -> str | None:
         if device != "cpu":
             return f"it runs on CPU tensors only, and these are on {device}"
         return operators.LOAD_ERROR or None
-    if impl in ("triton", "cuda"):
-        return "this version of imcl_fast has no GPU kernels yet"
+    if impl == "triton":
+        return _why_not_triton(device, dtypes)
+    if impl == "cuda":
+        return _why_not_cuda(device)
     raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
-def choose(impl: str, device: torch.device) -> str:
-    """The implementation to run: the one asked for, or the fastest there is.
+def _why_not_triton(device: str, dtypes: Sequence[torch.dtype]) -> str | None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device == "cpu" and not interpreted:
+        return "it runs on CPU tensors only under TRITON_INTERPRET=1, for tests"
+    if device not in ("cpu", "cuda", "xpu"):
+        return f"it runs on CUDA, ROCm and XPU tensors, and these are on {device}"
+    if torch.float64 in dtypes and not interpreted:
+        return "its kernels take float64 under TRITON_INTERPRET=1 only"
+    return _why_not_triton_version()
+
+
+@functools.cache
+def _why_not_triton_version() -> str | None:
+    found = None
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
+        try:
+            found = version(name)
+            break
+        except PackageNotFoundError:
+            continue
+    wanted = ".".join(map(str, TRITON_VERSION))
+    if found is None:
+        return f"Triton is not installed; `pip install 'triton>={wanted}'`"
+    if tuple(int(part) for part in found.split(".")[:2]) < TRITON_VERSION:
+        return f"it needs Triton {wanted} or later, and {found} is installed"
+    return None
+
+
+def _why_not_cuda(device: str) -> str | None:
+    if operators.build_info is None:
+        return operators.LOAD_ERROR
+    if not operators.build_info.cuda_architectures():
+        return (
+            "the compiled extension was built without CUDA kernels; build it again where "
+            "nvcc is found, with IMCL_FAST_BUILD=cuda"
+        )
+    if device != "cuda" or torch.version.hip:
+        where = "an AMD GPU" if torch.version.hip else device
+        return f"it runs on tensors of an NVIDIA GPU only, and these are on {where}"
+    return _why_not_capability(torch.cuda.current_device())
+
+
+@functools.cache
+def _why_not_capability(index: int) -> str | None:
+    assert operators.build_info is not None
+    major, minor = torch.cuda.get_device_capability(index)
+    names = operators.build_info.cuda_architectures().split(";")
+    built = [int(name.rstrip("af")) for name in names]
+    if 10 * major + minor >= min(built):
+        return None
+    return (
+        f"the compiled extension holds kernels from sm_{min(built)} on, and this GPU is "
+        f"sm_{major}{minor}; build it again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+def choose(
+    impl: str, operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = ()
+) -> str:
+    """The implementation of ``"pairwise"`` or ``"consistency"`` to run on such tensors: the
+    one asked for, or the fastest there is.
 
     Raises:
         ValueError: ``impl`` is not the name of an implementation.
         RuntimeError: the implementation asked for can't run, and why.
     """
     if impl == "auto":
-        if device.type == "cpu" and operators.build_info is not None:
-            return "cpp"
-        if not torch.compiler.is_compiling():
-            _warn_fallback(device.type)
-        return "torch"
-    reason = why_not(impl, device.type)
+        return _fastest(operation, device.type, dtypes)
+    reason = why_not(impl, device.type, dtypes)
     if reason is not None:
         raise RuntimeError(
             f'impl="{impl}" can\'t run: {reason}. Use impl="auto"; '
@@ -52,24 +127,39 @@ def choose(impl: str, device: torch.device) -> str:
     return impl
 
 
+@torch.compiler.assume_constant_result
+def _fastest(operation: str, device: str, dtypes: Sequence[torch.dtype]) -> str:
+    candidates = ("cpp",) if device == "cpu" else GPU_PREFERENCE[operation]
+    reasons = []
+    for name in candidates:
+        reason = why_not(name, device, dtypes)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    if not torch.compiler.is_compiling():
+        _warn_fallback(device, "; ".join(reasons))
+    return "torch"
+
+
 def pairwise(impl: str) -> operators.Pairwise:
     """The pairwise penalty under a chosen implementation other than ``reference``."""
-    return operators.pairwise if impl == "cpp" and operators.pairwise else _ALGEBRA_PAIRWISE
+    implementation = _PAIRWISE[impl]
+    assert implementation is not None  # choose() has seen that it can run
+    return implementation
 
 
 def consistency(impl: str) -> Callable:
     """The consistency under a chosen implementation other than ``reference``."""
-    if impl == "cpp" and operators.consistency:
-        return operators.consistency
-    return algebra_consistency.forward
+    implementation = _CONSISTENCY[impl]
+    assert implementation is not None
+    return implementation
 
 
 @functools.cache
-def _warn_fallback(device: str) -> None:
-    reason = why_not("cpp" if device == "cpu" else "triton", device)
+def _warn_fallback(device: str, reasons: str) -> None:
     warnings.warn(
-        f"imcl_fast: no fused kernel for {device} tensors ({reason}); "
+        f"imcl_fast: no fused kernel for these {device} tensors ({reasons}); "
         'falling back to impl="torch", which is slower',
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -2,7 +2,9 @@
 
 ``csrc/registration.cpp`` registers the operators as ``torch.ops.imcl_fast.*``;
 their fake kernels stand here, beside the load. ``pairwise`` and ``consistency``
-are None where the extension isn't there, and ``LOAD_ERROR`` says why.
+are None where the extension isn't there, and ``LOAD_ERROR`` says why. The Triton
+kernels are operators too, ``torch.ops.imcl_fast.triton_*``, for ``torch.compile``
+only: eager code calls their launchers, which is quicker than the dispatcher.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from .algebra.consistency import REDUCE_NONE
 from .algebra.pairwise import SIGNED, is_dual
+from .kernels.plan import state_size
 
 LIBRARY = Path(__file__).with_name("_operators.so")
 
@@ -49,11 +52,31 @@ def _accumulation_dtype(xs: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in xs) else torch.float32
 
 
+def _matrices(x, batched):
+    """Number of matrices, rows and columns."""
+    matrices, n = (x.shape[0], x.shape[1]) if batched else (1, x.shape[0])
+    return matrices, n, math.prod(x.shape[2 if batched else 1 :])
+
+
+def _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
+    sizes: dict[torch.dtype, int] = {}  # one state for each dtype, in order of appearance
+    for x in xs if keep else []:
+        matrices, n, d = _matrices(x, batched)
+        size = matrices * state_size(penalty, center, n, d)
+        sizes[x.dtype] = sizes.get(x.dtype, 0) + size
+    state = [
+        xs[0].new_empty(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for dtype, size in sizes.items()
+    ]
+    return xs[0].new_empty((), dtype=_accumulation_dtype(xs)), state
+
+
 def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
+    if xs[0].device.type != "cpu":
+        return _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep)
     state = []
     for x in xs if keep else []:
-        matrices, n = (x.shape[0], x.shape[1]) if batched else (1, x.shape[0])
-        d = math.prod(x.shape[2 if batched else 1 :])
+        matrices, n, d = _matrices(x, batched)
         means = n if center else 0
         if penalty == SIGNED:
             size = d + n + means
@@ -91,3 +114,68 @@ if build_info is not None:
         torch.ops.imcl_fast.pairwise_backward.default,
     )
     consistency = torch.ops.imcl_fast.consistency.default
+
+
+# The launchers are imported when first called: importing Triton takes a second.
+def _triton_pairwise_forward(*args):
+    from .kernels import pairwise
+
+    return pairwise.forward(*args)
+
+
+def _triton_pairwise_backward(*args):
+    from .kernels import pairwise
+
+    return pairwise.backward(*args)
+
+
+def _triton_consistency(*args):
+    from .kernels import consistency
+
+    return consistency.forward(*args)
+
+
+_PAIRWISE = "int penalty, bool center, float eps, bool batched, int precision"
+_triton = torch.library.Library("imcl_fast", "FRAGMENT")
+for _name, _schema, _launch, _fake in (
+    (
+        "triton_pairwise_forward",
+        f"(Tensor[] xs, {_PAIRWISE}, bool keep) -> (Tensor, Tensor[])",
+        _triton_pairwise_forward,
+        _gpu_pairwise_forward,
+    ),
+    (
+        "triton_pairwise_backward",
+        f"(Tensor grad, Tensor[] xs, Tensor[] state, {_PAIRWISE}) -> Tensor[]",
+        _triton_pairwise_backward,
+        _pairwise_backward,
+    ),
+    (
+        "triton_consistency",
+        "(Tensor[] logits, Tensor? target, float[] ce_weight, float[] kl_weight, int[] groups, "
+        "float[] temperature, int[] teacher, bool[] detach, float label_smoothing, "
+        "int ignore_index, int reduction, bool keep) -> (Tensor, Tensor, Tensor[])",
+        _triton_consistency,
+        _consistency,
+    ),
+):
+    _triton.define(_name + _schema)
+    _triton.impl(_name, _launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"imcl_fast::{_name}", lib=_triton)(_fake)
+
+
+def _or_operator(launch: Callable, name: str) -> Callable:
+    """The launcher itself, or its operator while ``torch.compile`` traces."""
+    operator = getattr(torch.ops.imcl_fast, name).default
+
+    def call(*args):
+        return (operator if torch.compiler.is_compiling() else launch)(*args)
+
+    return call
+
+
+triton_pairwise = Pairwise(
+    _or_operator(_triton_pairwise_forward, "triton_pairwise_forward"),
+    _or_operator(_triton_pairwise_backward, "triton_pairwise_backward"),
+)
+triton_consistency = _or_operator(_triton_consistency, "triton_consistency")

@@ -17,7 +17,8 @@ natural scale: the magnitude of the terms whose sum the value is (``pairwise_sca
   float32. The naive definition is at times all wrong in these dtypes (it overflows,
   or flushes to zero), so that what it allows is capped at ``HALF_UNITS`` units;
 * under ``set_float32_matmul_precision("medium")`` the factors of products of float32
-  may be rounded to bfloat16, and there are up to ``MEDIUM_UNITS`` such factors.
+  may be rounded to bfloat16, under ``"high"`` by GPU kernels to TensorFloat-32, and there are
+  up to ``FACTORS`` such factors.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import cuda_emulation
 import hypothesis
 import pytest
 import torch
@@ -37,7 +39,8 @@ from imcl_fast import implementations
 
 UNITS = 8
 HALF_UNITS = 32
-MEDIUM_UNITS = 4
+FACTORS = 4
+TENSOR_FLOAT_32_EPS = 2.0**-10
 FLOAT64_BOUND = 1e-10
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +55,8 @@ hypothesis.settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=30,
+    # Triton's interpreter takes a millisecond where a kernel takes none.
+    max_examples=4 if os.environ.get("TRITON_INTERPRET") == "1" else 30,
     phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink),
 )
 hypothesis.settings.load_profile("repeatable")
@@ -63,6 +67,16 @@ class Impl(NamedTuple):
 
     name: str
     device: str
+
+
+if os.environ.get("CUDA_ON_CPU") == "1":
+    # impl="cuda" takes CPU tensors then: its kernels, compiled by g++.
+    _emulated = cuda_emulation.load()
+    implementations._PAIRWISE["cuda"] = _emulated.pairwise
+    implementations._CONSISTENCY["cuda"] = _emulated.consistency
+    implementations._why_not_cuda = lambda device: (
+        None if device == "cpu" else f"it is emulated on CPU tensors, and these are on {device}"
+    )
 
 
 def _gpu_or_cpu(name: str) -> str:
@@ -176,11 +190,12 @@ def assert_accurate(
     scale: Tensor,
     dtype: torch.dtype,
     *,
-    medium: bool = False,
+    factor_eps: float = 0.0,
 ) -> None:
     """``got`` is as near to ``truth`` as the module says; ``reference`` is the naive, in dtype.
 
     ``scale`` broadcasts to the values; where it is 0 so must they be, exactly.
+    ``factor_eps`` is that of the dtype that factors of float32 may be rounded to.
     """
     got_dtype = got.dtype
     got, truth, reference = (t.detach().cpu().double() for t in (got, truth, reference))
@@ -201,8 +216,8 @@ def assert_accurate(
                 error = (error - smallest).clamp(min=0)
             else:
                 error = (error - unit * truth.abs()).clamp(min=0)
-        elif medium:
-            naive = naive.clamp(min=MEDIUM_UNITS * torch.finfo(torch.bfloat16).eps / 2)
+        else:
+            naive = naive.clamp(min=FACTORS * factor_eps / 2)
         allowed = naive + UNITS * torch.finfo(torch.float32).eps
     worst = _worst(error, scale)
     assert worst <= allowed, f"{what}: error {worst:.3g} of its scale, {allowed:.3g} allowed"
@@ -238,7 +253,9 @@ def pairwise_scales(
     gradients = []
     for x in xs:
         # Products of halves are exact in float32, but their centred rows may be rounded.
-        unit = torch.finfo(x.dtype if center and x.dtype in HALVES else torch.float32).eps
+        rounds = center and x.dtype in HALVES
+        unit = torch.finfo(x.dtype if rounds else torch.float32).eps
+        least = unit / 2 if rounds else UNITS * unit  # what assert_accurate allows at any rate
         x = x.detach().cpu().double()
         rows = x.flatten(2) if batched else x.flatten(1).unsqueeze(0)
         matrices, n, d = rows.shape
@@ -263,7 +280,7 @@ def pairwise_scales(
         else:
             phi, slope, bend = c.abs(), pairs, 0 * pairs
             if penalty == "abs":
-                bend = pairs * (c.abs() <= UNITS * unit * condition) * 2 / (UNITS * unit)
+                bend = pairs * (c.abs() <= UNITS * unit * condition) * 2 / least
         k = 1 / (len(xs) * max(matrices, 1) * n * (n - 1))
         value = value + k * (phi + slope * condition).sum()
         if penalty == "signed" or (penalty == "square" and 2 * d <= n):
@@ -305,13 +322,19 @@ def check_pairwise(
     naive_loss, naive = run("reference", xs)
     true_loss, truth = run("reference", [leaf(x.cpu(), dtype=torch.float64) for x in xs])
     value_scale, scales = pairwise_scales(xs, batched=batched, **options)
-    medium = precision == "medium"
-    assert_accurate("loss", loss, true_loss, naive_loss, value_scale, dtype, medium=medium)
+    factor_eps = 0.0
+    if precision == "medium":
+        factor_eps = torch.finfo(torch.bfloat16).eps
+    elif precision == "high" and impl.name in ("triton", "cuda"):
+        factor_eps = TENSOR_FLOAT_32_EPS
+    assert_accurate(
+        "loss", loss, true_loss, naive_loss, value_scale, dtype, factor_eps=factor_eps
+    )
     for i, (x, g) in enumerate(zip(xs, gradients, strict=True)):
         assert_layout(g, x)
         assert_accurate(
             f"gradient {i}", g, truth[i], naive[i], scales[i] * gradient_scale, x.dtype,
-            medium=medium,
+            factor_eps=factor_eps,
         )
 
 

@@ -29,7 +29,7 @@ void consistency(const ConsistencyKernels& kernels, const Consistency& problem, 
                  double* per_sample, double* terms, const Parallel& parallel) {
   const auto heads = static_cast<int64_t>(problem.heads.size());
   int64_t count = 0;
-  for (int64_t b = 0; b < problem.batch; ++b) count += problem.counts(b);
+  for (int64_t b = 0; b < problem.batch; ++b) count += counts(problem, b);
   const double mean = 1.0 / static_cast<double>(std::max<int64_t>(count, 1));
   const double loss_scale = reduction == Reduction::kMean ? mean : 1.0;
   const double term_scale = reduction == Reduction::kSum ? 1.0 : mean;
@@ -40,7 +40,7 @@ void consistency(const ConsistencyKernels& kernels, const Consistency& problem, 
   const auto task = [&](int64_t i) {
     for (int64_t b = i * step; b < std::min((i + 1) * step, problem.batch); ++b) {
       double* cross_entropy = each.data() + b * 2 * heads;
-      if (problem.counts(b)) {
+      if (counts(problem, b)) {
         kernels.sample(problem, b, loss_scale, cross_entropy, cross_entropy + heads);
       } else {
         clear_gradient(problem, b);

@@ -8,18 +8,6 @@
 
 namespace imcl {
 
-enum class Penalty { kSquare, kAbs, kSigned };
-
-// torch.set_float32_matmul_precision; kMedium lets float32 be rounded to bfloat16.
-enum class Precision { kHighest, kHigh, kMedium };
-
-struct PairwiseSettings {
-  Penalty penalty;
-  bool center;
-  double eps;
-  Precision precision;
-};
-
 // The matrices (batch, rows, columns) of one tensor, its gradient and its state.
 struct Matrices {
   DType dtype;
@@ -31,14 +19,6 @@ struct Matrices {
   void* state;   // (batch, state_size()) in the accumulation type; may be null in forward
   double scale;  // 1 / (layers * batch * rows * (rows - 1))
 };
-
-// Which form of the algebra a matrix takes; see csrc/cpu/pairwise_kernels.cpp.
-enum class Form { kPrimal, kDual, kSigned };
-
-IMCL_INLINE Form form_of(Penalty penalty, int64_t rows, int64_t columns) {
-  if (penalty == Penalty::kSigned) return Form::kSigned;
-  return penalty == Penalty::kSquare && 2 * columns <= rows ? Form::kDual : Form::kPrimal;
-}
 
 // State of one matrix: A (rows^2) | M (columns^2), 1/n | s (columns), 1/n; then the row
 // means if centred.

@@ -3,13 +3,9 @@
 
 #include <cstdint>
 
-// Inline code that per-ISA files share must never be emitted out of line: the linker
-// would keep one copy, perhaps the one for an ISA that this machine lacks.
-#define IMCL_INLINE inline __attribute__((always_inline))
+#include "../problem.h"
 
 namespace imcl {
-
-enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 struct BFloat16 {
   uint16_t bits;

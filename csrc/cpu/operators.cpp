@@ -1,0 +1,225 @@
+// The CPU implementations of torch.ops.imcl_fast.*: tensors become plain descriptions.
+#include "../operators.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <deque>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../tensors.h"
+#include "dispatch.h"
+#include "isa.h"
+
+namespace imcl::cpu {
+namespace {
+
+// Work is handed out one index at a time: tasks differ in cost.
+void run_parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
+  const int64_t threads =
+      std::min<int64_t>(count, static_cast<int64_t>(torch::stable::get_num_threads()));
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i, context);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) body(i, context);
+  });
+}
+
+Parallel parallel() { return {static_cast<int>(torch::stable::get_num_threads()), run_parallel}; }
+
+Kernels chosen_kernels() { return kernels_of(chosen_isa()); }
+
+void check_device(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu(), name, ": expected a CPU tensor");
+}
+
+void write(const Tensor& out, int64_t index, double value) {
+  if (out.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(out.mutable_data_ptr())[index] = value;
+  } else {
+    static_cast<float*>(out.mutable_data_ptr())[index] = static_cast<float>(value);
+  }
+}
+
+double read(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Double) return *static_cast<const double*>(x.const_data_ptr());
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
+                  "grad: expected float32 or float64, the dtype of the loss");
+  return static_cast<double>(*static_cast<const float*>(x.const_data_ptr()));
+}
+
+// Asks for huge pages for memory about to be written. The CPU allocator returns large
+// tensors to the system and gets them back page by page, at 2 microseconds each.
+void* advised(const Tensor& x) {
+  void* data = x.mutable_data_ptr();
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t end = begin + static_cast<uintptr_t>(x.numel()) * x.element_size();
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (last > first + kHuge)  // advice: nothing is lost if the system can't follow it
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
+// Axes of strided tensors; keeps the offset tables of those that don't collapse.
+class Axes {
+ public:
+  // Dimensions [first, last) of x as one axis, the last running fastest.
+  Axis of(const Tensor& x, int64_t first, int64_t last) {
+    const auto sizes = x.sizes(), strides = x.strides();
+    int64_t stride = 1, expected = 0, count = 1;
+    bool seen = false, collapses = true;
+    for (int64_t d = last - 1; d >= first; --d) {
+      count *= sizes[d];
+      if (sizes[d] == 1) continue;
+      if (!seen) stride = strides[d];
+      else if (strides[d] != expected) collapses = false;
+      seen = true;
+      expected = strides[d] * sizes[d];
+    }
+    if (collapses) return {stride, nullptr};
+    std::vector<int64_t>& table = tables_.emplace_back(static_cast<std::size_t>(count));
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t rest = i, offset = 0;
+      for (int64_t d = last - 1; d >= first; --d) {
+        offset += rest % sizes[d] * strides[d];
+        rest /= sizes[d];
+      }
+      table[static_cast<std::size_t>(i)] = offset;
+    }
+    return {0, table.data()};
+  }
+
+ private:
+  std::deque<std::vector<int64_t>> tables_;
+};
+
+// ---- the pairwise cosine penalty ----
+
+Matrices matrices_of(const Tensor& x, bool batched, std::size_t layers, Axes& axes) {
+  STD_TORCH_CHECK(x.dim() >= (batched ? 2 : 1), "xs: expected (B, N, *) or (N, *)");
+  Matrices m{};
+  const int64_t row = batched ? 1 : 0;
+  check_device(x, "xs");
+  m.dtype = dtype_of(x, "xs");
+  m.batch = batched ? x.size(0) : 1;
+  m.rows = x.size(row);
+  m.columns = 1;
+  for (int64_t d = row + 1; d < x.dim(); ++d) m.columns *= x.size(d);
+  m.x = x.const_data_ptr();
+  m.batch_axis = batched ? axes.of(x, 0, 1) : Axis{0, nullptr};
+  m.row_axis = axes.of(x, row, row + 1);
+  m.column_axis = axes.of(x, row + 1, x.dim());
+  m.scale = scale_of(layers, m.batch, m.rows);
+  return m;
+}
+
+}  // namespace
+
+std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tensor>& xs,
+                                                         int64_t penalty, bool center, double eps,
+                                                         bool batched, int64_t precision,
+                                                         bool keep) {
+  STD_TORCH_CHECK(!xs.empty(), "xs: expected at least one tensor");
+  const PairwiseSettings settings = settings_of(penalty, center, eps, precision);
+  Axes axes;
+  std::vector<Matrices> problems;
+  std::vector<Tensor> state;
+  ScalarType loss_type = ScalarType::Float;
+  for (const Tensor& x : xs) {
+    Matrices m = matrices_of(x, batched, xs.size(), axes);
+    if (m.dtype == DType::kFloat64) loss_type = ScalarType::Double;
+    if (keep) {
+      state.push_back(
+          allocate({m.batch, state_size(settings, m.rows, m.columns)}, accumulation_type(x), x));
+      m.state = advised(state.back());
+    }
+    problems.push_back(m);
+  }
+  const Tensor loss = allocate({}, loss_type, xs[0]);
+  write(loss, 0,
+        imcl::pairwise_forward(*chosen_kernels().pairwise, problems, settings, parallel()));
+  return {loss, state};
+}
+
+std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tensor>& xs,
+                                      const std::vector<Tensor>& state, int64_t penalty,
+                                      bool center, double eps, bool batched, int64_t precision) {
+  STD_TORCH_CHECK(state.size() == xs.size(), "state: expected one tensor per tensor of xs");
+  const PairwiseSettings settings = settings_of(penalty, center, eps, precision);
+  Axes axes;
+  std::vector<Matrices> problems;
+  std::vector<Tensor> gradients;
+  for (std::size_t i = 0; i < xs.size(); ++i) {
+    Matrices m = matrices_of(xs[i], batched, xs.size(), axes);
+    const Tensor& dx = gradients.emplace_back(torch::stable::empty_like(xs[i]));
+    const int64_t row = batched ? 1 : 0;
+    m.dx = advised(dx);
+    m.dx_batch_axis = batched ? axes.of(dx, 0, 1) : Axis{0, nullptr};
+    m.dx_row_axis = axes.of(dx, row, row + 1);
+    m.dx_column_axis = axes.of(dx, row + 1, dx.dim());
+    m.state = const_cast<void*>(state[i].const_data_ptr());
+    STD_TORCH_CHECK(state[i].numel() == m.batch * state_size(settings, m.rows, m.columns),
+                    "state: expected the state that pairwise_forward returned");
+    problems.push_back(m);
+  }
+  imcl::pairwise_backward(*chosen_kernels().pairwise, problems, settings, read(grad), parallel());
+  return gradients;
+}
+
+// ---- collaborative consistency ----
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
+    const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
+    const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
+    const std::vector<int64_t>& groups, const std::vector<double>& temperature,
+    const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
+    int64_t ignore_index, int64_t reduction, bool keep) {
+  check_logits(logits);
+  for (const Tensor& z : logits) check_device(z, "logits");
+  if (target) check_device(*target, "target");
+  std::optional<Gradients> gradients;
+  if (keep) {
+    gradients.emplace(logits, static_cast<int64_t>(ce_weight.size()));
+    for (const Tensor& gradient : gradients->tensors) advised(gradient);
+  }
+  const Consistency problem =
+      consistency_of(logits, target, gradients ? &*gradients : nullptr, ce_weight, kl_weight,
+                     groups, temperature, teacher, detach, label_smoothing, ignore_index);
+  const auto heads = static_cast<int64_t>(problem.heads.size());
+  const auto mode = static_cast<Reduction>(reduction);
+  std::vector<double> per_sample(static_cast<std::size_t>(problem.batch));
+  std::vector<double> sums(static_cast<std::size_t>(2 * heads));
+  imcl::consistency(*chosen_kernels().consistency, problem, mode, per_sample.data(), sums.data(),
+                    parallel());
+
+  const std::vector<Tensor> kept = gradients ? gradients->tensors : std::vector<Tensor>{};
+  const ScalarType dtype = accumulation_type(logits[0]);
+  const Tensor terms = allocate({2, heads}, dtype, logits[0]);
+  for (int64_t i = 0; i < 2 * heads; ++i) write(terms, i, sums[static_cast<std::size_t>(i)]);
+  if (mode == Reduction::kNone) {
+    const Tensor loss = allocate({problem.batch}, dtype, logits[0]);
+    for (int64_t b = 0; b < problem.batch; ++b)
+      write(loss, b, per_sample[static_cast<std::size_t>(b)]);
+    return {loss, terms, kept};
+  }
+  double total = 0;
+  for (double each : per_sample) total += each;
+  const Tensor loss = allocate({}, dtype, logits[0]);
+  write(loss, 0, total);
+  return {loss, terms, kept};
+}
+
+}  // namespace imcl::cpu

@@ -1,0 +1,211 @@
+// Collaborative consistency, value and gradient, in one launch.
+//
+// loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h / T), and
+//
+// others   q_h = softmax(t_h), t_h = sum_{j != h} z_j / (T (n - 1))
+// mean     q_h = softmax(t),   t = sum_j z_j / (T n)
+// final    q_h = p_n, and no KL for head n itself
+// pairwise KL is the mean of KL(p_j || p_h) over j != h; with P = sum_j p_j and
+//          Q = sum_j p_j log p_j it is sum_k (Q - P log p_h) / (n - 1): O(n K)
+//
+// dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
+// T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
+//
+// A team of threads, a warp or a block, takes a sample at a time, and the groups of heads in
+// turn. It takes the classes in tiles of all heads of the group together, read once into
+// shared memory, where every thread sees only what it has read itself: no barrier stands
+// between reading and using them. Maxima and sums run along from tile to tile (online softmax).
+// Up to some thousand classes that is one tile, still there when the gradient is made of it;
+// beyond that a second pass reads the tiles again (a third with "pairwise" teachers).
+#include <algorithm>
+
+#include "consistency.h"
+#include "consistency_work.h"
+#include "numbers.h"
+#include "reduction.h"
+
+namespace imcl {
+namespace {
+
+// Bytes of shared memory: what a block may take at most, which every GPU from sm_80 on has;
+// what it takes where the classes don't fit into that; and what a launch has for the asking.
+constexpr std::size_t kOneTile = std::size_t{96} << 10, kManyTiles = std::size_t{32} << 10;
+constexpr std::size_t kGranted = std::size_t{47} << 10;
+constexpr int kMostThreads = 256;
+
+// Number of samples that count, for every thread of the block.
+__device__ double counted(const ConsistencyArguments& in) {
+  if (!in.target) return static_cast<double>(in.batch);
+  IMCL_SHARED(of_warps, double[kMostThreads / 32]);
+  double count = 0;
+  for (int64_t b = threadIdx.x; b < in.batch; b += blockDim.x)
+    count += in.target[b * in.target_stride] != in.ignore_index;
+  count = warp_sum(count);
+  if (threadIdx.x % warpSize == 0) of_warps[threadIdx.x / warpSize] = count;
+  __syncthreads();
+  count = 0;
+  for (unsigned w = 0; w < blockDim.x / warpSize; ++w) count += of_warps[w];
+  return count;
+}
+
+// Blocks that a multiprocessor is to hold at once: as many as need no register spilled.
+template <class T>
+constexpr int kBlocks =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    sizeof(T) == 2 ? 1 :
+#endif
+    sizeof(T) == 8 ? 1
+                   : 2;
+
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
+    consistency_kernel(IMCL_PARAMETER(ConsistencyArguments) in, bool warps) {
+  using A = Acc<T>;
+  IMCL_DYNAMIC_SHARED(memory, unsigned char);
+  const double mean = in.reduction == Reduction::kSum ? 1 : 1 / fmax(counted(in), 1.0);
+  const double loss_scale = in.reduction == Reduction::kMean ? mean : 1;
+
+  const Team team(warps);
+  Work<T> work(in, team, memory);
+  const int64_t teams = int64_t{gridDim.x} * team.count;
+  for (int64_t b = int64_t{blockIdx.x} * team.count + team.index; b < in.batch; b += teams)
+    work.sample(b, static_cast<A>(loss_scale));
+  __syncthreads();
+
+  const int terms = 2 * in.head_count;
+  const Layout<T> layout(in.head_count, in.largest_group, team.size, in.chunks);
+  for (int i = static_cast<int>(threadIdx.x); i < terms; i += static_cast<int>(blockDim.x)) {
+    double sum = 0;
+    for (int t = 0; t < team.count; ++t)
+      sum +=
+          reinterpret_cast<const double*>(memory + layout.bytes() * static_cast<std::size_t>(t))[i];
+    in.partials[int64_t{i} * gridDim.x + blockIdx.x] = sum;
+  }
+  if (!draws_last_ticket(in.ticket, gridDim.x)) return;
+  auto* totals = reinterpret_cast<double*>(memory);  // (2, heads), over the first team's terms
+  for (int i = static_cast<int>(threadIdx.x) / warpSize; i < terms;
+       i += static_cast<int>(blockDim.x) / warpSize) {
+    const double sum = total(in.partials + int64_t{i} * gridDim.x, gridDim.x);
+    if (threadIdx.x % warpSize == 0) {
+      totals[i] = sum;
+      static_cast<A*>(in.terms)[i] = static_cast<A>(sum * mean);
+    }
+  }
+  if (in.reduction == Reduction::kNone) return;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  double loss = 0;
+  for (int g = 0; g < in.group_count; ++g) {
+    const Group& group = in.groups[g];
+    for (int64_t h = group.first; h < group.first + group.size; ++h)
+      loss += in.heads[h].ce_weight * totals[h] + in.heads[h].kl_weight * totals[in.head_count + h];
+  }
+  *static_cast<A*>(in.loss) = static_cast<A>(loss * loss_scale);
+}
+
+template <class T>
+cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan& plan,
+                   cudaStream_t stream) {
+  const auto kernel = consistency_kernel<T>;
+  if (plan.shared_bytes > kGranted) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  IMCL_LAUNCH(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream)(arguments, plan.warps);
+  return cudaGetLastError();
+}
+
+template <class T>
+ConsistencyPlan plan_of(ConsistencyArguments& in, int processors) {
+  constexpr int kPack = Pack<T>::kSize;
+  const auto on_16 = [](const void* base, int64_t row, int64_t column, std::size_t size) {
+    return column == 1 && reinterpret_cast<std::uintptr_t>(base) % 16 == 0 &&
+           row * static_cast<int64_t>(size) % 16 == 0;
+  };
+  in.packed = in.classes % kPack == 0;
+  for (int h = 0; h < in.head_count; ++h) {
+    const Head& head = in.heads[h];
+    in.packed = in.packed && on_16(head.z, head.z_row, head.z_class, sizeof(T)) &&
+                (!in.gradient || on_16(head.dz, head.dz_row, head.dz_class, sizeof(Acc<T>)));
+  }
+
+  const auto bytes = [&](int threads, int64_t chunks) {
+    return Layout<T>(in.head_count, in.largest_group, threads, static_cast<int>(chunks)).bytes();
+  };
+  const auto chunks_of = [&](int threads) {
+    return std::max<int64_t>(1, (in.classes + threads * kPack - 1) / (threads * kPack));
+  };
+  // One pack for each thread, as far as that goes.
+  int threads = 32;
+  while (threads < kMostThreads && chunks_of(threads) > 1) threads *= 2;
+  while (threads > 32 && bytes(threads, 1) > kOneTile) threads /= 2;  // there are many heads
+  int64_t chunks = chunks_of(threads);
+  if (bytes(threads, chunks) > kOneTile)
+    for (chunks = 1; bytes(threads, chunks + 1) <= kManyTiles;) ++chunks;
+  in.chunks = static_cast<int>(chunks);
+  in.tiles =
+      static_cast<int>((in.classes + threads * kPack * chunks - 1) / (threads * kPack * chunks));
+
+  ConsistencyPlan plan{};
+  plan.warps = threads == 32;
+  int teams = 1;
+  if (plan.warps)  // several to a block, but not when that leaves processors idle
+    while (teams < 8 && in.batch > teams * int64_t{processors} &&
+           bytes(32, chunks) * static_cast<std::size_t>(2 * teams) <= kManyTiles)
+      teams *= 2;
+  plan.threads = threads * teams;
+  plan.shared_bytes = bytes(threads, chunks) * static_cast<std::size_t>(teams);
+  // As many blocks as run at once, each with its share of the samples.
+  const auto fit = static_cast<int64_t>(
+      std::min<std::size_t>((std::size_t{200} << 10) / (plan.shared_bytes + 1024),
+                            2048 / static_cast<std::size_t>(plan.threads)));
+  const int64_t wanted = (in.batch + teams - 1) / teams;
+  plan.blocks = static_cast<int>(
+      std::clamp<int64_t>(wanted, 1, processors * std::clamp<int64_t>(fit, 1, 16)));
+  return plan;
+}
+
+}  // namespace
+
+ConsistencyArguments consistency_arguments(const Consistency& problem, Reduction reduction) {
+  ConsistencyArguments arguments{};
+  std::copy(problem.heads.begin(), problem.heads.end(), arguments.heads);
+  std::copy(problem.groups.begin(), problem.groups.end(), arguments.groups);
+  arguments.head_count = static_cast<int>(problem.heads.size());
+  arguments.group_count = static_cast<int>(problem.groups.size());
+  for (const Group& group : problem.groups)
+    arguments.largest_group = std::max(arguments.largest_group, static_cast<int>(group.size));
+  arguments.batch = problem.batch;
+  arguments.classes = problem.classes;
+  arguments.target = problem.target;
+  arguments.target_stride = problem.target_stride;
+  arguments.label_smoothing = problem.label_smoothing;
+  arguments.ignore_index = problem.ignore_index;
+  arguments.reduction = reduction;
+  arguments.gradient = problem.heads.front().dz != nullptr;
+  return arguments;
+}
+
+ConsistencyPlan consistency_plan(DType dtype, ConsistencyArguments& arguments, int processors) {
+  switch (dtype) {
+    case DType::kFloat64: return plan_of<double>(arguments, processors);
+    case DType::kBFloat16: return plan_of<__nv_bfloat16>(arguments, processors);
+    case DType::kFloat16: return plan_of<__half>(arguments, processors);
+    default: return plan_of<float>(arguments, processors);
+  }
+}
+
+}  // namespace imcl
+
+extern "C" cudaError_t imcl_cuda_consistency(imcl::DType dtype,
+                                             const imcl::ConsistencyArguments* arguments,
+                                             const imcl::ConsistencyPlan* plan,
+                                             cudaStream_t stream) {
+  switch (dtype) {
+    case imcl::DType::kFloat64: return imcl::launch<double>(*arguments, *plan, stream);
+    case imcl::DType::kBFloat16: return imcl::launch<__nv_bfloat16>(*arguments, *plan, stream);
+    case imcl::DType::kFloat16: return imcl::launch<__half>(*arguments, *plan, stream);
+    default: return imcl::launch<float>(*arguments, *plan, stream);
+  }
+}

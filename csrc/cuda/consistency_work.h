@@ -1,0 +1,632 @@
+// What a team of threads does with one sample after the other; csrc/cuda/consistency.cu has
+// the formulas.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "consistency.h"
+#include "numbers.h"
+#include "reduction.h"
+
+namespace imcl {
+
+constexpr int kValues = 5;  // sums of a head that are reduced together
+
+// What is known of one head, in shared memory.
+template <class A>
+struct HeadState {
+  A max, max_shift;              // of z; and by how much the last tile raised it, as old - new
+  A teacher_max, teacher_shift;  // of t
+  A plain, tempered;             // sums of exp(z - max) and exp((z - max) / T)
+  A total;                       // sum of z
+  A teacher;                     // sum of exp(t - teacher_max)
+  A cross;                       // sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T)
+  A log_tempered, log_teacher;
+  A inverse_plain, inverse_tempered, inverse_teacher;
+  A kl;      // KL, without T^2
+  A toward;  // sum of p (W log p - V)
+  A value;   // this sample's part of the loss, without scale
+};
+
+// Bytes of a team's working memory, which lies in the order of these, each a multiple of 16.
+template <class T>
+struct Layout {
+  std::size_t terms, states, buffer, sums, logits;
+
+  __host__ __device__ Layout(int heads, int largest, int threads, int chunks) {
+    const auto round = [](std::size_t bytes) { return (bytes + 15) / 16 * 16; };
+    const std::size_t warps = static_cast<std::size_t>(threads) / 32;
+    const std::size_t packs = static_cast<std::size_t>(threads) * static_cast<std::size_t>(chunks);
+    const auto n = static_cast<std::size_t>(largest);
+    terms = round(sizeof(double) * 2 * static_cast<std::size_t>(heads));
+    states = round(sizeof(HeadState<Acc<T>>) * n);
+    buffer = round(sizeof(Acc<T>) * kValues * n * warps);
+    sums = sizeof(Acc<T>) * Pack<T>::kSize * packs * (n > 1 ? 3 : 0);
+    logits = sizeof(Pack<T>) * packs * n;
+  }
+  __host__ __device__ std::size_t bytes() const { return terms + states + buffer + sums + logits; }
+};
+
+// The threads that share a sample: a warp of a block, or all of it.
+struct Team {
+  bool warp;
+  int size, rank, index, count;  // index and count: of the teams of this block
+
+  __device__ explicit Team(bool warp)
+      : warp(warp),
+        size(warp ? warpSize : static_cast<int>(blockDim.x)),
+        rank(static_cast<int>(threadIdx.x) % size),
+        index(static_cast<int>(threadIdx.x) / size),
+        count(static_cast<int>(blockDim.x) / size) {}
+
+  __device__ int warps() const { return size / warpSize; }
+  __device__ void sync() const {
+    if (warp) __syncwarp();
+    else __syncthreads();
+  }
+};
+
+template <class T>
+class Work {
+  using A = Acc<T>;
+  // A pack is read at once, and worked on in parts: of half types two.
+  using Values = Pack<A>;
+  static constexpr int kPack = Pack<T>::kSize, kPart = Values::kSize, kParts = kPack / kPart;
+
+ public:
+  __device__ Work(const ConsistencyArguments& arguments, const Team& team, unsigned char* memory)
+      : in_(arguments), team_(team), size_(team.size), rank_(team.rank) {
+    const Layout<T> layout(in_.head_count, in_.largest_group, size_, in_.chunks);
+    memory += layout.bytes() * static_cast<std::size_t>(team.index);
+    terms_ = reinterpret_cast<double*>(memory);
+    states_ = reinterpret_cast<HeadState<A>*>(memory += layout.terms);
+    buffer_ = reinterpret_cast<A*>(memory += layout.states);
+    sums_ = reinterpret_cast<Values*>(memory += layout.buffer);
+    logits_ = reinterpret_cast<Pack<T>*>(memory + layout.sums);
+    for (int i = rank_; i < 2 * in_.head_count; i += size_) terms_[i] = 0;
+  }
+
+  __device__ void sample(int64_t index, A scale) {
+    sample_ = index;
+    const int64_t label = in_.target ? in_.target[index * in_.target_stride] : 0;
+    const bool counts = !in_.target || label != in_.ignore_index;
+    label_ = label >= 0 && label < in_.classes ? static_cast<int>(label) : -1;
+    scale_ = scale;
+    A value = 0;
+    for (int g = 0; g < in_.group_count; ++g) {
+      enter(in_.groups[g]);
+      if (!counts) {
+        clear();
+        continue;
+      }
+      team_.sync();  // nobody still reads what the last group left
+      statistics();
+      if (pairwise()) divergences();
+      terms_of_heads();
+      if (in_.reduction == Reduction::kNone && rank_ == 0)
+        for (int h = 0; h < n_; ++h) value += states_[h].value;
+      if (in_.gradient) {
+        for (int tile = 0; tile < in_.tiles; ++tile) {
+          if (in_.tiles > 1) read(tile);
+          gradient();
+        }
+      }
+    }
+    if (in_.reduction == Reduction::kNone && rank_ == 0) static_cast<A*>(in_.loss)[index] = value;
+  }
+
+ private:
+  __device__ void enter(const Group& group) {
+    first_ = static_cast<int>(group.first);
+    n_ = static_cast<int>(group.size);
+    teacher_ = group.teacher;
+    detach_ = group.detach;
+    kl_ = n_ > 1;
+    squares_ = group.temperature == 2;
+    t_ = static_cast<A>(group.temperature);
+    inverse_t_ = static_cast<A>(1 / group.temperature);
+    const bool without_own = teacher_ == Teacher::kOthers || teacher_ == Teacher::kPairwise;
+    const int averaged = teacher_ == Teacher::kFinal ? 1 : without_own ? n_ - 1 : n_;
+    average_ = static_cast<A>(1.0 / averaged);
+    share_ = static_cast<A>(1 / (group.temperature * averaged));
+    kl_weights_ = 0;
+    for (int h = 0; h < n_; ++h) kl_weights_ += static_cast<A>(head(h).kl_weight);
+  }
+
+  __device__ const Head& head(int h) const { return in_.heads[first_ + h]; }
+
+  // kl_h, 0 where the teacher is the head itself.
+  __device__ A kl_weight(int h) const {
+    const bool own = !kl_ || (teacher_ == Teacher::kFinal && h == n_ - 1);
+    return own ? A(0) : static_cast<A>(head(h).kl_weight);
+  }
+
+  // The group's teachers are averages, of which the sum of all heads is known.
+  __device__ bool averages() const {
+    return kl_ && (teacher_ == Teacher::kOthers || teacher_ == Teacher::kMean);
+  }
+  __device__ bool pairwise() const { return kl_ && teacher_ == Teacher::kPairwise; }
+  __device__ bool taught(int h) const {
+    return kl_ && teacher_ != Teacher::kPairwise && (teacher_ != Teacher::kFinal || h < n_ - 1);
+  }
+
+  // t_h from z_h and teacher_sum().
+  __device__ Values teacher_logits(const Values& z, const Values& sum) const {
+    Values t;
+    if (teacher_ == Teacher::kOthers)
+      each([&](int i) { t.at[i] = (sum.at[i] - z.at[i]) * share_; });
+    else each([&](int i) { t.at[i] = sum.at[i] * share_; });
+    return t;
+  }
+  __device__ A teacher_max(int h) const {
+    if (teacher_ == Teacher::kOthers) return states_[h].teacher_max;
+    return teacher_ == Teacher::kMean ? states_[0].teacher_max : states_[n_ - 1].max * inverse_t_;
+  }
+  __device__ A teacher_shift(int h) const {
+    if (teacher_ == Teacher::kOthers) return states_[h].teacher_shift;
+    return teacher_ == Teacher::kMean ? states_[0].teacher_shift
+                                      : states_[n_ - 1].max_shift * inverse_t_;
+  }
+
+  // ---- tiles ----
+
+  // Part of a pack of this thread: its columns are column + i * step, i < count.
+  struct Part {
+    int index, column, step, count;
+  };
+
+  // Calls body(part) for every part of the tile that isn't empty.
+  template <class Body>
+  __device__ __forceinline__ void each_part(const Body& body) const {
+    const int classes = static_cast<int>(in_.classes), step = in_.packed ? 1 : size_;
+    for (int index = 0; index < in_.chunks * kParts; ++index) {
+      const int column = first_column(index / kParts) + index % kParts * kPart * step;
+      if (column >= classes) return;
+      const int left = in_.packed ? kPart : (classes - column + size_ - 1) / size_;
+      body(Part{index, column, step, left < kPart ? left : kPart});
+    }
+  }
+
+  __device__ int first_column(int chunk) const {
+    return tile_ + chunk * size_ * kPack + rank_ * (in_.packed ? kPack : 1);
+  }
+
+  template <class Body>
+  __device__ static __forceinline__ void each(const Body& body) {
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) body(i);
+  }
+
+  __device__ Pack<T>& logits(int h, int chunk) const {
+    return logits_[(h * in_.chunks + chunk) * size_ + rank_];
+  }
+  __device__ Values& sums(int which, const Part& part) const {
+    return sums_[(which * in_.chunks * kParts + part.index) * size_ + rank_];
+  }
+
+  __device__ void read(int tile) {
+    const int classes = static_cast<int>(in_.classes);
+    tile_ = tile * in_.chunks * size_ * kPack;
+    for (int chunk = 0; chunk < in_.chunks && first_column(chunk) < classes; ++chunk) {
+      const int column = first_column(chunk);
+#pragma unroll 4
+      for (int h = 0; h < n_; ++h) {
+        const Head& from = head(h);
+        const T* row = static_cast<const T*>(from.z) + sample_ * from.z_row;
+        if (in_.packed) {
+          logits(h, chunk) = load_pack(row + column);  // [kPack]
+        } else {
+          Pack<T> pack;  // filled up with copies, which are harmless to maxima
+#pragma unroll
+          for (int i = 0; i < kPack; ++i) {
+            const int each = column + i * size_;
+            pack.at[i] = row[int64_t{each < classes ? each : column} * from.z_class];
+          }
+          logits(h, chunk) = pack;
+        }
+      }
+    }
+  }
+
+  __device__ Values z_of(int h, const Part& part) const {
+    struct alignas(sizeof(T) * kPart) Raw {
+      T at[kPart];
+    };
+    const Raw raw =
+        reinterpret_cast<const Raw*>(&logits(h, part.index / kParts))[part.index % kParts];
+    Values z;
+    each([&](int i) { z.at[i] = to_acc(raw.at[i]); });
+    return z;
+  }
+
+  // What the teachers' logits are made of: the sum of the group's heads, or the last one.
+  __device__ Values teacher_sum(const Part& part) const {
+    Values sum{};
+    for (int h = teacher_ == Teacher::kFinal ? n_ - 1 : 0; h < n_; ++h) {
+      const Values z = z_of(h, part);
+      each([&](int i) { sum.at[i] += z.at[i]; });
+    }
+    return sum;
+  }
+
+  // exp((z - max) / T), where that or the next needs it.
+  __device__ Values tempered(const Values& z, A max) const {
+    Values e{};
+    if (kl_ || squares_ || inverse_t_ == A(1))
+      each([&](int i) { e.at[i] = fast_exp((z.at[i] - max) * inverse_t_); });
+    return e;
+  }
+
+  // exp(z - max), from the former where that is quicker.
+  __device__ Values plain(const Values& tempered, const Values& z, A max) const {
+    if (inverse_t_ == A(1)) return tempered;
+    Values e;
+    if (squares_) each([&](int i) { e.at[i] = tempered.at[i] * tempered.at[i]; });
+    else each([&](int i) { e.at[i] = fast_exp(z.at[i] - max); });
+    return e;
+  }
+
+  __device__ static __forceinline__ void add(A& sum, const Values& values, const Part& part) {
+    if (part.count == kPart) each([&](int i) { sum += values.at[i]; });
+    else each([&](int i) { sum += i < part.count ? values.at[i] : A(0); });
+  }
+
+  // ---- reductions over the team: put() by all, sync, get() by one thread, sync ----
+
+  __device__ void put(int index, A of_warp) {
+    if (threadIdx.x % warpSize == 0) buffer_[index * team_.warps() + rank_ / warpSize] = of_warp;
+  }
+  __device__ A get_sum(int index) const {
+    A sum = 0;
+    for (int w = 0; w < team_.warps(); ++w) sum += buffer_[index * team_.warps() + w];
+    return sum;
+  }
+  __device__ A get_max(int index) const {
+    A max = -INFINITY;
+    for (int w = 0; w < team_.warps(); ++w) max = larger(max, buffer_[index * team_.warps() + w]);
+    return max;
+  }
+
+  // ---- statistics ----
+
+  __device__ void statistics() {
+    for (int h = rank_; h < n_; h += size_) {
+      states_[h] = HeadState<A>{};
+      states_[h].max = states_[h].teacher_max = -INFINITY;
+    }
+    for (int tile = 0; tile < in_.tiles; ++tile) {
+      read(tile);
+      maxima();
+      exponentials();
+    }
+    for (int h = rank_; h < n_; h += size_) {
+      HeadState<A>& state = states_[h];
+      state.log_tempered = log(state.tempered);
+      state.log_teacher = log(state.teacher);
+      state.inverse_plain = 1 / state.plain;
+      state.inverse_tempered = 1 / state.tempered;
+      state.inverse_teacher = 1 / state.teacher;
+      if (taught(h))
+        state.kl = state.cross * state.inverse_teacher - state.log_teacher + state.log_tempered;
+    }
+    team_.sync();
+  }
+
+  __device__ static void raise(A& max, A& shift, A to) {
+    const A old = max;
+    max = larger(old, to);
+    shift = old == -INFINITY ? A(0) : old - max;
+  }
+
+  __device__ void maxima() {
+    for (int h = 0; h < n_; ++h) {
+      A max = -INFINITY;
+      each_part([&](const Part& part) {
+        const Values z = z_of(h, part);
+        each([&](int i) { max = larger(max, z.at[i]); });
+      });
+      put(h, warp_max(max));
+    }
+    const int teachers = !averages() ? 0 : teacher_ == Teacher::kOthers ? n_ : 1;
+    if (teachers) each_part([&](const Part& part) { sums(0, part) = teacher_sum(part); });
+    for (int h = 0; h < teachers; ++h) {
+      A max = -INFINITY;
+      each_part([&](const Part& part) {
+        const Values t = teacher_logits(z_of(h, part), sums(0, part));
+        each([&](int i) { max = larger(max, t.at[i]); });
+      });
+      put(n_ + h, warp_max(max));
+    }
+    team_.sync();
+    for (int i = rank_; i < n_ + teachers; i += size_) {
+      HeadState<A>& state = states_[i < n_ ? i : i - n_];
+      if (i < n_) raise(state.max, state.max_shift, get_max(i));
+      else raise(state.teacher_max, state.teacher_shift, get_max(i));
+    }
+    team_.sync();
+  }
+
+  __device__ void exponentials() {
+    const bool labelled = in_.target, smoothed = labelled && in_.label_smoothing > 0;
+    for (int h = 0; h < n_; ++h) {
+      const A max = states_[h].max;
+      A tempered_sum = 0, plain_sum = 0, total = 0;
+      each_part([&](const Part& part) {
+        const Values z = z_of(h, part), e = tempered(z, max);
+        add(tempered_sum, e, part);
+        if (labelled) add(plain_sum, plain(e, z, max), part);
+        if (smoothed) add(total, z, part);
+      });
+      if (kl_) put(h * kValues, warp_sum(tempered_sum));
+      if (labelled) put(h * kValues + 1, warp_sum(plain_sum));
+      if (smoothed) put(h * kValues + 2, warp_sum(total));
+      if (!taught(h)) continue;
+      const A t_max = teacher_max(h);
+      A teacher = 0, cross = 0;
+      each_part([&](const Part& part) {
+        const Values z = z_of(h, part);
+        Values t =
+            teacher_logits(z, teacher_ == Teacher::kFinal ? z_of(n_ - 1, part) : sums(0, part));
+        Values q;
+        each([&](int i) {
+          t.at[i] -= t_max;
+          q.at[i] = fast_exp(t.at[i]);
+          t.at[i] = q.at[i] * (t.at[i] - (z.at[i] - max) * inverse_t_);
+        });
+        add(teacher, q, part);
+        add(cross, t, part);
+      });
+      put(h * kValues + 3, warp_sum(teacher));
+      put(h * kValues + 4, warp_sum(cross));
+    }
+    team_.sync();
+    for (int h = rank_; h < n_; h += size_) {
+      HeadState<A>& state = states_[h];
+      const A shift = state.max_shift, tempered_shift = shift * inverse_t_;
+      if (kl_) state.tempered = state.tempered * fast_exp(tempered_shift) + get_sum(h * kValues);
+      if (labelled) state.plain = state.plain * fast_exp(shift) + get_sum(h * kValues + 1);
+      if (smoothed) state.total += get_sum(h * kValues + 2);
+      if (taught(h)) {
+        const A t_shift = teacher_shift(h), factor = fast_exp(t_shift);
+        // The exponents of what was summed so far were relative to lower maxima.
+        state.cross = factor * (state.cross + state.teacher * (t_shift - tempered_shift)) +
+                      get_sum(h * kValues + 4);
+        state.teacher = factor * state.teacher + get_sum(h * kValues + 3);
+      }
+    }
+    team_.sync();
+  }
+
+  // p_h.
+  __device__ Values p_of(int h, const Values& z) const {
+    const HeadState<A>& state = states_[h];
+    Values p;
+    each([&](int i) {
+      p.at[i] = fast_exp((z.at[i] - state.max) * inverse_t_) * state.inverse_tempered;
+    });
+    return p;
+  }
+  __device__ Values log_p_of(int h, const Values& z) const {
+    const HeadState<A>& state = states_[h];
+    Values log_p;
+    each([&](int i) { log_p.at[i] = (z.at[i] - state.max) * inverse_t_ - state.log_tempered; });
+    return log_p;
+  }
+
+  // KL of pairwise teachers, and what their gradient needs; V = sum_j kl_j log p_j and W the
+  // sum of all kl_j.
+  __device__ void divergences() {
+    for (int tile = 0; tile < in_.tiles; ++tile) {
+      if (in_.tiles > 1) read(tile);
+      each_part([&](const Part& part) {
+        Values p_sum{}, p_log_p{}, weighted{};
+        for (int h = 0; h < n_; ++h) {
+          const A weight = static_cast<A>(head(h).kl_weight);
+          const Values z = z_of(h, part), p = p_of(h, z), log_p = log_p_of(h, z);
+          each([&](int i) {
+            p_sum.at[i] += p.at[i];
+            p_log_p.at[i] += p.at[i] * log_p.at[i];
+            weighted.at[i] += weight * log_p.at[i];
+          });
+        }
+        sums(0, part) = p_sum;
+        sums(1, part) = p_log_p;
+        sums(2, part) = weighted;
+      });
+      for (int h = 0; h < n_; ++h) {
+        A kl = 0, toward = 0;
+        each_part([&](const Part& part) {
+          const Values z = z_of(h, part), log_p = log_p_of(h, z);
+          Values of = sums(1, part);
+          const Values p_sum = sums(0, part);
+          each([&](int i) { of.at[i] -= p_sum.at[i] * log_p.at[i]; });
+          add(kl, of, part);
+          if (detach_) return;
+          const Values p = p_of(h, z), weighted = sums(2, part);
+          each([&](int i) { of.at[i] = p.at[i] * (kl_weights_ * log_p.at[i] - weighted.at[i]); });
+          add(toward, of, part);
+        });
+        put(h * kValues, warp_sum(kl));
+        if (!detach_) put(h * kValues + 1, warp_sum(toward));
+      }
+      team_.sync();
+      for (int h = rank_; h < n_; h += size_) {
+        states_[h].kl += get_sum(h * kValues) * average_;
+        if (!detach_) states_[h].toward += get_sum(h * kValues + 1);
+      }
+      team_.sync();
+    }
+  }
+
+  __device__ void terms_of_heads() {
+    for (int h = rank_; h < n_; h += size_) {
+      HeadState<A>& state = states_[h];
+      A ce = 0;
+      if (in_.target) {
+        const Head& from = head(h);
+        const auto smoothing = static_cast<A>(in_.label_smoothing);
+        if (label_ < 0) {
+          ce = NAN;
+        } else {
+          const T* row = static_cast<const T*>(from.z) + sample_ * from.z_row;
+          const A log_sum = log(state.plain);
+          ce = (1 - smoothing) * (log_sum - (to_acc(row[label_ * from.z_class]) - state.max));
+          if (smoothing > 0)
+            ce += smoothing * (log_sum - (state.total / static_cast<A>(in_.classes) - state.max));
+        }
+      }
+      const A kl = t_ * t_ * state.kl;
+      state.value = (static_cast<A>(head(h).ce_weight) * ce + kl_weight(h) * kl) * scale_;
+      terms_[first_ + h] += static_cast<double>(ce);
+      terms_[in_.head_count + first_ + h] += static_cast<double>(kl);
+    }
+    team_.sync();
+  }
+
+  // ---- the gradient ----
+
+  __device__ void gradient() const {
+    each_part([&](const Part& part) {
+      // What t is made of, and what all teachers pass on to it together; of pairwise teachers
+      // the sum of p, and V.
+      Values sum{}, passed{};
+      if (pairwise()) {
+        for (int h = 0; h < n_; ++h) {
+          const A weight = static_cast<A>(head(h).kl_weight);
+          const Values z = z_of(h, part), p = p_of(h, z), log_p = log_p_of(h, z);
+          each([&](int i) {
+            sum.at[i] += p.at[i];
+            passed.at[i] += weight * log_p.at[i];
+          });
+        }
+      } else if (kl_) {
+        sum = teacher_sum(part);
+        for (int h = 0; !detach_ && h < n_; ++h) {
+          if (!taught(h)) continue;
+          const Values own = taught_gradient(h, z_of(h, part), sum).passed;
+          each([&](int i) { passed.at[i] += own.at[i]; });
+        }
+      }
+      for (int h = 0; h < n_; ++h) {
+        const Values z = z_of(h, part), e = tempered(z, states_[h].max);
+        Values dz{};
+        if (in_.target) add_labels(h, part, z, e, dz);
+        if (kl_) {
+          const A factor = t_ * scale_ * kl_weight(h) * states_[h].inverse_tempered;
+          each([&](int i) { dz.at[i] += factor * e.at[i]; });
+        }
+        if (pairwise()) add_pairwise(h, z, e, sum, passed, dz);
+        else if (kl_) add_teacher(h, z, sum, passed, dz);
+        write(h, part, dz);
+      }
+    });
+  }
+
+  // ce_h (softmax(z_h) - y)
+  __device__ void add_labels(int h, const Part& part, const Values& z, const Values& e,
+                             Values& dz) const {
+    const HeadState<A>& state = states_[h];
+    const A weight = static_cast<A>(head(h).ce_weight) * scale_;
+    const A factor = weight * state.inverse_plain;
+    const A valid = label_ < 0 ? A(NAN) : A(1);
+    const A smooth =
+        valid * weight * static_cast<A>(in_.label_smoothing / static_cast<double>(in_.classes));
+    const A sharp = smooth + weight * static_cast<A>(1 - in_.label_smoothing);
+    const Values p = plain(e, z, state.max);
+    each([&](int i) {
+      const A y = part.column + i * part.step == label_ ? sharp : smooth;
+      dz.at[i] = factor * p.at[i] - y;
+    });
+  }
+
+  struct Taught {
+    Values gradient;  // -T kl_h q_h
+    Values passed;    // T kl_h q_h (log q_h - log p_h - KL_h)
+  };
+
+  __device__ Taught taught_gradient(int h, const Values& z, const Values& sum) const {
+    const HeadState<A>& state = states_[h];
+    const A t_max = teacher_max(h), factor = t_ * scale_ * kl_weight(h) * state.inverse_teacher;
+    const A rest = state.log_tempered - state.log_teacher - state.kl;
+    const Values t = teacher_logits(z, sum);
+    Taught result;
+    each([&](int i) {
+      const A q = factor * fast_exp(t.at[i] - t_max);
+      result.gradient.at[i] = -q;
+      result.passed.at[i] = q * ((t.at[i] - t_max) - (z.at[i] - state.max) * inverse_t_ + rest);
+    });
+    return result;
+  }
+
+  __device__ void add_teacher(int h, const Values& z, const Values& sum, const Values& passed,
+                              Values& dz) const {
+    if (taught(h)) {
+      const Taught by = taught_gradient(h, z, sum);
+      const A own = !detach_ && teacher_ == Teacher::kOthers ? average_ : A(0);
+      each([&](int i) { dz.at[i] += by.gradient.at[i]; });
+      if (own != 0) each([&](int i) { dz.at[i] -= own * by.passed.at[i]; });
+    }
+    if (detach_ || (teacher_ == Teacher::kFinal && h < n_ - 1)) return;
+    each([&](int i) { dz.at[i] += average_ * passed.at[i]; });
+  }
+
+  __device__ void add_pairwise(int h, const Values& z, const Values& e, const Values& p_sum,
+                               const Values& weighted, Values& dz) const {
+    const HeadState<A>& state = states_[h];
+    const A factor = t_ * scale_ * average_;
+    const A weight = factor * kl_weight(h);
+    each([&](int i) { dz.at[i] -= weight * (p_sum.at[i] - e.at[i] * state.inverse_tempered); });
+    if (detach_) return;
+    const Values log_p = log_p_of(h, z);
+    each([&](int i) {
+      dz.at[i] += factor * (e.at[i] * state.inverse_tempered) *
+                  (kl_weights_ * log_p.at[i] - weighted.at[i] - state.toward);
+    });
+  }
+
+  __device__ __forceinline__ void write(int h, const Part& part, const Values& dz) const {
+    const Head& to = head(h);
+    A* row = static_cast<A*>(to.dz) + sample_ * to.dz_row;
+    if (in_.packed) {
+      store_pack(row + part.column, dz);  // [kPart]
+    } else {
+      each([&](int i) {
+        if (i < part.count) row[(part.column + int64_t{i} * part.step) * to.dz_class] = dz.at[i];
+      });
+    }
+  }
+
+  // The gradient of a sample that doesn't count.
+  __device__ void clear() {
+    if (!in_.gradient) return;
+    for (int tile = 0; tile < in_.tiles; ++tile) {
+      tile_ = tile * in_.chunks * size_ * kPack;
+      each_part([&](const Part& part) {
+        for (int h = 0; h < n_; ++h) write(h, part, Values{});
+      });
+    }
+  }
+
+  const ConsistencyArguments& in_;
+  const Team team_;
+  const int size_, rank_;
+  double* terms_;         // (2, heads) sums over the samples so far
+  HeadState<A>* states_;  // (n)
+  A* buffer_;             // (values, warps)
+  Values* sums_;          // (3, chunks, threads)
+  Pack<T>* logits_;       // (n, chunks, threads)
+
+  int64_t sample_ = 0;
+  int label_ = 0;  // -1: out of range
+  A scale_ = 1;
+
+  int first_ = 0, n_ = 0;
+  Teacher teacher_ = Teacher::kOthers;
+  bool detach_ = true, kl_ = false, squares_ = false;  // squares_: T is 2
+  A t_ = 1, inverse_t_ = 1, average_ = 1, share_ = 1, kl_weights_ = 0;
+  int tile_ = 0;  // its first column
+};
+
+}  // namespace imcl

@@ -1,0 +1,106 @@
+// Tensors as the pairwise kernels take them: (batch, rows, columns) matrices whose columns,
+// if they lie in any regular way, collapse into one dimension.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../tensors.h"
+#include "pairwise.h"
+
+namespace imcl {
+
+// The layers of one dtype, in the order of the tensors.
+struct LayerGroup {
+  ScalarType dtype;
+  const Tensor* first;  // of its tensors
+  std::vector<Layer> layers;
+  std::vector<Dimension> dimensions;
+  int64_t state_size = 0, forward_programs = 0;
+};
+
+// A tensor (B, N, *) or (N, *), and its gradient where there is one, but for their data.
+//
+// The columns are taken in the order of their strides: nothing depends on their order, as long
+// as x and dx agree, and more dimensions then collapse.
+inline Layer layer_of(const Tensor& x, const Tensor* dx, bool batched,
+                      std::vector<Dimension>& dimensions) {
+  const int64_t row = batched ? 1 : 0;
+  STD_TORCH_CHECK(x.dim() > row, "xs: expected (B, N, *) or (N, *)");
+  const Tensor* const sides[] = {&x, dx ? dx : &x};
+  Layer layer{};
+  layer.batch = batched ? static_cast<int32_t>(x.size(0)) : 1;
+  layer.rows = static_cast<int32_t>(x.size(row));
+  std::vector<Dimension> all;
+  int64_t columns = 1;
+  for (int64_t d = row + 1; d < x.dim(); ++d) {
+    columns *= x.size(d);
+    if (x.size(d) != 1)
+      all.push_back({static_cast<int32_t>(x.size(d)), {sides[0]->stride(d), sides[1]->stride(d)}});
+  }
+  constexpr int64_t kMost = int64_t{1} << 30;  // indices of rows and columns are int32
+  STD_TORCH_CHECK(
+      layer.batch == (batched ? x.size(0) : 1) && x.size(row) <= kMost && columns <= kMost,
+      "xs: expected at most 2^30 rows and columns for the CUDA kernel, got ", x.size(row), " and ",
+      columns, "; pass impl=\"torch\"");
+  layer.columns = static_cast<int32_t>(columns);
+  std::stable_sort(all.begin(), all.end(), [](const Dimension& a, const Dimension& b) {
+    return a.stride[0] != b.stride[0] ? a.stride[0] > b.stride[0] : a.stride[1] > b.stride[1];
+  });
+  std::vector<Dimension> collapsed;
+  for (const Dimension& d : all) {
+    if (!collapsed.empty() && collapsed.back().stride[0] == d.size * d.stride[0] &&
+        collapsed.back().stride[1] == d.size * d.stride[1]) {
+      collapsed.back() = {collapsed.back().size * d.size, {d.stride[0], d.stride[1]}};
+    } else {
+      collapsed.push_back(d);
+    }
+  }
+  for (int side = 0; side < 2; ++side) {
+    layer.batch_stride[side] = layer.batch > 1 ? sides[side]->stride(0) : 0;
+    layer.row_stride[side] = sides[side]->stride(row);
+    layer.column_stride[side] = collapsed.empty() ? 0 : collapsed.back().stride[side];
+    layer.access[side] = access_of(sides[side]->const_data_ptr(), x.element_size(), layer, side,
+                                   collapsed.size() <= 1);
+  }
+  if (collapsed.size() > 1) {
+    layer.first_dimension = static_cast<int32_t>(dimensions.size());
+    layer.dimensions = static_cast<int16_t>(collapsed.size());
+    dimensions.insert(dimensions.end(), collapsed.begin(), collapsed.end());
+  }
+  return layer;
+}
+
+// All layers by dtype, in the order in which the dtypes first appear; dxs may be null.
+inline std::vector<LayerGroup> layer_groups(const std::vector<Tensor>& xs,
+                                            const std::vector<Tensor>* dxs,
+                                            const PairwiseSettings& settings, bool batched) {
+  std::vector<LayerGroup> groups;
+  for (std::size_t i = 0; i < xs.size(); ++i) {
+    const Tensor& x = xs[i];
+    auto group = std::find_if(groups.begin(), groups.end(), [&](const LayerGroup& each) {
+      return each.dtype == x.scalar_type();
+    });
+    if (group == groups.end()) {
+      groups.push_back({});
+      group = groups.end() - 1;
+      group->dtype = x.scalar_type();
+      group->first = &x;
+    }
+    Layer layer = layer_of(x, dxs ? &(*dxs)[i] : nullptr, batched, group->dimensions);
+    layer.x = x.const_data_ptr();
+    if (dxs) layer.dx = (*dxs)[i].mutable_data_ptr();
+    layer.form = form_of(settings.penalty, layer.rows, layer.columns);
+    layer.state = group->state_size;
+    group->state_size +=
+        layer.batch * state_size(layer.form, settings.center, layer.rows, layer.columns);
+    group->forward_programs += layer.batch * forward_programs(layer);
+    group->layers.push_back(layer);
+  }
+  return groups;
+}
+
+}  // namespace imcl

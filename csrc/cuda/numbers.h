@@ -1,0 +1,57 @@
+// The dtypes in device code: what they accumulate in, and 16 bytes of them at a time.
+#pragma once
+
+#include <cstring>
+
+#include "launch.h"
+
+namespace imcl {
+
+template <class T>
+struct Accumulated {
+  using Type = float;
+};
+template <>
+struct Accumulated<double> {
+  using Type = double;
+};
+template <class T>
+using Acc = typename Accumulated<T>::Type;
+
+__device__ __forceinline__ float to_acc(float x) { return x; }
+__device__ __forceinline__ double to_acc(double x) { return x; }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
+
+// The special function unit's exponential is good to 2 units in the last place near 0, and
+// what it loses further off is small beside the sums that these go into.
+__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+__device__ __forceinline__ double fast_exp(double x) { return exp(x); }
+
+__device__ __forceinline__ float larger(float x, float y) { return fmaxf(x, y); }
+__device__ __forceinline__ double larger(double x, double y) { return fmax(x, y); }
+
+// As many values as one load or store of a thread can take.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
+// `from` and `to` are aligned to 16 bytes.
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack(const T* from) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  Pack<T> pack;
+  memcpy(&pack, &raw, sizeof(raw));
+  return pack;
+}
+
+template <class T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack) {
+  uint4 raw;
+  memcpy(&raw, &pack, sizeof(raw));
+  *reinterpret_cast<uint4*>(to) = raw;
+}
+
+}  // namespace imcl

@@ -1,0 +1,203 @@
+// The CUDA implementations of torch.ops.imcl_fast.*: tensors become plain descriptions, and
+// kernels are launched on torch's current stream. Nothing here waits for the device.
+#include "../operators.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../tensors.h"
+#include "consistency.h"
+#include "launch.h"
+#include "layers.h"
+
+#if !defined(IMCL_CUDA_ON_CPU)
+// Weak: a torch without CUDA doesn't have it, and loads this library for its CPU kernels.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace imcl::cuda {
+namespace {
+
+// The device of a call's tensors, current for as long as this lives, and its current stream.
+// In the tests the device is the CPU (IMCL_CUDA_ON_CPU), without a stream.
+class Device {
+ public:
+  explicit Device(const Tensor& x) : index_(x.get_device_index()) {
+#if !defined(IMCL_CUDA_ON_CPU)
+    STD_TORCH_CHECK(x.is_cuda(), "expected CUDA tensors");
+    guard_.emplace(index_);
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+#endif
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  void check(const Tensor& x, const char* name) const {
+    STD_TORCH_CHECK(x.get_device_index() == index_, name, ": expected all tensors on one device");
+#if !defined(IMCL_CUDA_ON_CPU)
+    STD_TORCH_CHECK(x.is_cuda(), name, ": expected a CUDA tensor");
+#endif
+  }
+
+  int processors() const {
+    int device = 0, count = 0;
+    throw_if(cudaGetDevice(&device));
+    throw_if(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+  }
+
+  static void throw_if(cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "imcl_fast: CUDA: ", cudaGetErrorString(error));
+  }
+
+ private:
+  int32_t index_;
+  cudaStream_t stream_ = nullptr;
+#if !defined(IMCL_CUDA_ON_CPU)
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
+};
+
+// Working memory of a call: a ticket, 0 at first, and numbers behind it.
+struct Workspace {
+  Tensor memory;
+
+  Workspace(int64_t doubles, const Tensor& like, const Device& device)
+      : memory(allocate({doubles + 2}, ScalarType::Double, like)) {
+    Device::throw_if(cudaMemsetAsync(ticket(), 0, sizeof(unsigned), device.stream()));
+  }
+  unsigned* ticket() const { return static_cast<unsigned*>(memory.mutable_data_ptr()); }
+  double* doubles() const { return static_cast<double*>(memory.mutable_data_ptr()) + 2; }
+};
+
+}  // namespace
+
+// ---- the pairwise cosine penalty ----
+
+std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tensor>& xs,
+                                                         int64_t penalty, bool center, double eps,
+                                                         bool batched, int64_t precision,
+                                                         bool keep) {
+  STD_TORCH_CHECK(!xs.empty(), "xs: expected at least one tensor");
+  const Device device(xs[0]);
+  PairwiseCall call{};
+  for (const Tensor& x : xs) {
+    device.check(x, "xs");
+    call.is_double = call.is_double || x.scalar_type() == ScalarType::Double;
+  }
+  call.settings = settings_of(penalty, center, eps, precision);
+  call.layers = static_cast<int64_t>(xs.size());
+  const std::vector<LayerGroup> groups = layer_groups(xs, nullptr, call.settings, batched);
+  for (const LayerGroup& group : groups) call.programs += group.forward_programs;
+
+  const Tensor loss = allocate({}, call.is_double ? ScalarType::Double : ScalarType::Float, xs[0]);
+  call.loss = loss.mutable_data_ptr();
+  if (call.programs == 0)  // nobody will write it
+    Device::throw_if(cudaMemsetAsync(call.loss, 0, loss.element_size(), device.stream()));
+  const Workspace workspace(call.programs, xs[0], device);
+  call.partials = workspace.doubles();
+  call.ticket = workspace.ticket();
+  std::vector<Tensor> state;
+  for (const LayerGroup& group : groups) {
+    const Tensor& first = *group.first;
+    call.dtype = dtype_of(first, "xs");
+    if (keep)
+      call.state = state.emplace_back(allocate({group.state_size}, accumulation_type(first), first))
+                       .mutable_data_ptr();
+    Device::throw_if(imcl_cuda_pairwise_forward(&call, group.layers.data(),
+                                                static_cast<int64_t>(group.layers.size()),
+                                                group.dimensions.data(), device.stream()));
+    call.first_program += group.forward_programs;
+  }
+  return {loss, state};
+}
+
+std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tensor>& xs,
+                                      const std::vector<Tensor>& state, int64_t penalty,
+                                      bool center, double eps, bool batched, int64_t precision) {
+  STD_TORCH_CHECK(!xs.empty(), "xs: expected at least one tensor");
+  const Device device(xs[0]);
+  device.check(grad, "grad");
+  STD_TORCH_CHECK(grad.numel() == 1 && (grad.scalar_type() == ScalarType::Double ||
+                                        grad.scalar_type() == ScalarType::Float),
+                  "grad: expected one float32 or float64, as the loss is");
+  std::vector<Tensor> gradients;
+  for (const Tensor& x : xs) {
+    device.check(x, "xs");
+    gradients.push_back(torch::stable::empty_like(x));
+  }
+  PairwiseCall call{};
+  call.settings = settings_of(penalty, center, eps, precision);
+  call.layers = static_cast<int64_t>(xs.size());
+  call.is_double = grad.scalar_type() == ScalarType::Double;
+  call.grad = grad.const_data_ptr();
+  const std::vector<LayerGroup> groups = layer_groups(xs, &gradients, call.settings, batched);
+  STD_TORCH_CHECK(state.size() == groups.size(), "state: expected one tensor per dtype of xs");
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    const LayerGroup& group = groups[g];
+    const Tensor& first = *group.first;
+    device.check(state[g], "state");
+    STD_TORCH_CHECK(
+        state[g].numel() == group.state_size && state[g].scalar_type() == accumulation_type(first),
+        "state: expected the state that pairwise_forward returned");
+    call.dtype = dtype_of(first, "xs");
+    call.state = const_cast<void*>(state[g].const_data_ptr());  // read only
+    Device::throw_if(imcl_cuda_pairwise_backward(&call, group.layers.data(),
+                                                 static_cast<int64_t>(group.layers.size()),
+                                                 group.dimensions.data(), device.stream()));
+  }
+  return gradients;
+}
+
+// ---- collaborative consistency ----
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
+    const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
+    const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
+    const std::vector<int64_t>& groups, const std::vector<double>& temperature,
+    const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
+    int64_t ignore_index, int64_t reduction, bool keep) {
+  check_logits(logits);
+  const Device device(logits[0]);
+  for (const Tensor& z : logits) device.check(z, "logits");
+  if (target) device.check(*target, "target");
+  const auto heads = static_cast<int64_t>(ce_weight.size());
+  STD_TORCH_CHECK(heads <= kMostHeads, "logits: expected at most ", kMostHeads,
+                  " heads for the CUDA kernel, got ", heads,
+                  "; pass impl=\"triton\" or impl=\"torch\"");
+
+  std::optional<Gradients> gradients;
+  if (keep) gradients.emplace(logits, heads);
+  const Consistency problem =
+      consistency_of(logits, target, gradients ? &*gradients : nullptr, ce_weight, kl_weight,
+                     groups, temperature, teacher, detach, label_smoothing, ignore_index);
+  STD_TORCH_CHECK(problem.classes <= int64_t{1} << 30,
+                  "logits: expected at most 2^30 classes, got ", problem.classes);
+  ConsistencyArguments arguments =
+      consistency_arguments(problem, static_cast<Reduction>(reduction));
+  const ConsistencyPlan plan = consistency_plan(problem.dtype, arguments, device.processors());
+
+  const ScalarType dtype = accumulation_type(logits[0]);
+  const Tensor loss = arguments.reduction == Reduction::kNone
+                          ? allocate({problem.batch}, dtype, logits[0])
+                          : allocate({}, dtype, logits[0]);
+  const Tensor terms = allocate({2, heads}, dtype, logits[0]);
+  const Workspace workspace(2 * heads * plan.blocks, logits[0], device);
+  arguments.loss = loss.mutable_data_ptr();
+  arguments.terms = terms.mutable_data_ptr();
+  arguments.partials = workspace.doubles();
+  arguments.ticket = workspace.ticket();
+  Device::throw_if(imcl_cuda_consistency(problem.dtype, &arguments, &plan, device.stream()));
+  return {loss, terms, gradients ? gradients->tensors : std::vector<Tensor>{}};
+}
+
+}  // namespace imcl::cuda

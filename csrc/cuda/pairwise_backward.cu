@@ -1,0 +1,355 @@
+// The gradient of the pairwise cosine penalty, all matrices in one launch.
+//
+// primal  dX = A X;  A_ij lies in the state, and A_ii is minus the sum of what the tiles of
+//         row i left there
+//         one block for 64 rows by some tiles of 64 columns, one after the other
+// dual    dx_i = 4k/n_i^2 (y_i - <y_i, x_i>/n_i^2 x_i), y_i = x_i M
+// signed  dx_i = 2k/n_i (s - <s, x_i>/n_i^2 x_i)
+//         one block for some tiles of 64 rows, one after the other
+//
+// all times the incoming gradient, which is read where it lies. Row means are taken off while
+// loading; nothing else comes of centring, because A 1 = 0 for centred rows as well.
+//
+// Both products are Y^T = S Z for a symmetric S, of 64 p by 64 q: primal p are rows and q
+// columns, dual the other way round, and Z (k, q) is X with its axes named alike.
+#include "product.h"
+#include "reduction.h"
+
+namespace imcl {
+namespace {
+
+template <class T>
+struct Shared {
+  union {
+    uint4 block[2][2][kBlockUnits];         // two rounds of a block of S and one of Z
+    T tile[kTile][kTile + 16 / sizeof(T)];  // of dx, rows of 16 more bytes
+  };
+  Acc<T> diagonal[kTile];
+  Acc<T> along[2][kTile];  // <y, x> of the rows q, from the upper and the lower half of the p
+};
+
+// Carries blocks of S (rows of `stride` elements, a multiple of 4) like a BlockReader; what
+// it finds on S's diagonal is replaced.
+template <class Acc, class Operand>
+class SymmetricReader {
+ public:
+  IMCL_DEVICE void load(const Acc* s, int64_t stride, int edge, int first_p, int first_k) {
+    const int p = first_p + row(0), k = first_k + column();
+    int left = k < stride ? edge - p : 0;
+    const Acc* pack = s + p * stride + k;
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      packs_[j] = uint4{0, 0, 0, 0};
+      if (left > 0) packs_[j] = __ldg(reinterpret_cast<const uint4*>(pack));  // [kVector]
+      left -= kRowStep;
+      pack += kRowStep * stride;
+    }
+  }
+
+  IMCL_DEVICE void store(int first_p, int first_k, const Acc* diagonal, uint4* block) const {
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      struct Elements {
+        Acc element[kVector];
+      };
+      struct Piece {
+        typename Operand::Bits bits[kVector];
+      } piece;
+      const auto elements = bits_of<Elements>(packs_[j]);
+      const int k = column();
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) {
+        const bool replaced = diagonal && first_p + row(j) == first_k + k + e;
+        piece.bits[e] = Operand::encode(replaced ? diagonal[row(j)] : elements.element[e]);
+      }
+      auto* place = &number<Operand>(block, row(j), k);
+      if constexpr (sizeof(piece) == 8) *reinterpret_cast<uint2*>(place) = bits_of<uint2>(piece);
+      else *reinterpret_cast<uint4*>(place) = bits_of<uint4>(piece);
+    }
+  }
+
+ private:
+  static constexpr int kVector = 16 / static_cast<int>(sizeof(Acc));
+  static constexpr int kPacks = kTile * kDepth<Operand> / kVector / kThreads;
+  static constexpr int kHalf = kDepth<Operand> / kVector / 2;  // packs of half a row
+  static constexpr int kRowStep = kThreads / (2 * kHalf);
+  // As in BlockReader.
+  static IMCL_DEVICE int row(int j) {
+    return thread() / (4 * kHalf) * 2 + thread() / kHalf % 2 + j * kRowStep;
+  }
+  static IMCL_DEVICE int column() {
+    return (thread() % kHalf + thread() / (2 * kHalf) % 2 * kHalf) * kVector;
+  }
+
+  uint4 packs_[kPacks];
+};
+
+// Writes the staged tile to dx, from (major0, minor0) on. The minor axis, the rows of dx or
+// else its columns, is the one of stride 1 if either is.
+template <class T>
+IMCL_DEVICE void write_tile(const Shared<T>& shared, const Matrix<T>& dx, int major0, int minor0) {
+  const bool minor_is_row = dx.along_rows();
+  const int majors = (minor_is_row ? dx.columns() : dx.rows()) - major0;
+  const int minors = (minor_is_row ? dx.rows() : dx.columns()) - minor0;
+  if (dx.vectors()) {
+    constexpr int vector = 16 / static_cast<int>(sizeof(T)), packs = kTile / vector;
+    const int64_t stride = minor_is_row ? dx.column_stride() : dx.row_stride();
+    T* base = dx.data + major0 * stride + minor0;
+#pragma unroll 2
+    for (int i = thread(); i < kTile * packs; i += kThreads) {
+      const int major = i / packs, minor = i % packs * vector;
+      if (major < majors && minor < minors)
+        store_pack(base + major * stride + minor, load_pack(&shared.tile[major][minor]));
+    }
+  } else {
+#pragma unroll 2
+    for (int i = thread(); i < kTile * kTile; i += kThreads) {
+      const int major = i / kTile, minor = i % kTile;
+      if (major >= majors || minor >= minors) continue;
+      const int row = minor_is_row ? minor0 + minor : major0 + major;
+      const int column = minor_is_row ? major0 + major : minor0 + minor;
+      dx.at(row, column) = shared.tile[major][minor];
+    }
+  }
+}
+
+// The sum over the lanes that hold the same columns.
+template <class Product>
+IMCL_DEVICE typename Product::Acc column_sum(typename Product::Acc x) {
+  for (int other = 16; other >= Product::kColumnLanes; other /= 2)
+    x += __shfl_xor_sync(kAllLanes, x, other);
+  return x;
+}
+
+// Where a block is in its work: tile q, pass over the p, tile p, and k, the last fastest.
+struct Position {
+  int q, pass, p, k;
+};
+
+// A block's work on one matrix, but for the loop over its products.
+template <class T, class Product, bool kPrimal>
+struct Work {
+  using Acc = imcl::Acc<T>;
+  static constexpr int kRows = Product::kRows, kColumns = Product::kColumns;
+
+  const Problem& problem;
+  const Layer& layer;
+  int matrix;
+  Acc grad;
+  Shared<T>& shared;
+
+  IMCL_DEVICE State<Acc> state() const { return {problem, layer, matrix}; }
+  // Z has the q for lanes.
+  IMCL_DEVICE View<T> z() const {
+    const auto x = static_cast<const T*>(layer.x);
+    return {Matrix<const T>(problem, layer, kInput, x, matrix), !kPrimal};
+  }
+
+  // Leaves dx of the tile where it belongs.
+  template <class Value>
+  IMCL_DEVICE void write(int p0, int q0, const Value& value) const {
+    const Matrix<T> dx(problem, layer, kGradient, static_cast<T*>(layer.dx), matrix);
+    const bool p_is_minor = dx.along_rows() == kPrimal;
+    __syncthreads();  // the blocks under the tile have been read
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        const int p = Product::row(i), q = Product::column(j);
+        const T v = from_acc<T>(value(i, j));
+        if (p_is_minor) shared.tile[q][p] = v;
+        else shared.tile[p][q] = v;
+      }
+    __syncthreads();
+    write_tile(shared, dx, p_is_minor ? q0 : p0, p_is_minor ? p0 : q0);
+    __syncthreads();
+  }
+
+  // dual and signed: y of a tile is there. `along` is the thread's part of <y, x>.
+  IMCL_DEVICE void finish(const Position& at, int passes, bool last_p, Product& product,
+                          Acc (&along)[kColumns]) const {
+    const View<T> view = z();
+    const auto own = state();
+    const bool is_signed = layer.form == Form::kSigned;
+    const int p0 = at.p * kTile, q0 = at.q * kTile;
+    auto& y = product.sum;   // [p, q]
+    Acc x[kRows][kColumns];  // [p, q]
+    Acc inverse[kColumns];
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int q = q0 + Product::column(j);
+      const bool inside = q < layer.rows;
+      inverse[j] = inside ? own.inverse[q] : Acc(0);
+      const Acc mean = inside && problem.call.settings.center ? own.means[q] : Acc(0);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int p = p0 + Product::row(i);
+        const bool exists = inside && p < layer.columns;
+        x[i][j] = exists ? to_acc(view.at(q, p)) - mean : Acc(0);
+        if (is_signed) y[i][j] = exists ? own.core[p] : Acc(0);
+      }
+    }
+    if (at.pass == 0) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) along[j] += y[i][j] * x[i][j];
+      if (last_p) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const Acc sum = column_sum<Product>(along[j]);
+          if (lane() < Product::kColumnLanes)
+            shared.along[warp_row() / 32][Product::column(j)] = sum;
+          along[j] = 0;
+        }
+        __syncthreads();
+      }
+    }
+    if (at.pass + 1 < passes) return;
+    const Acc factor = static_cast<Acc>((is_signed ? 2 : 4) * scale_of(problem, layer)) * grad;
+    write(p0, q0, [&](int i, int j) {
+      const int q = Product::column(j);
+      const Acc over_square = inverse[j] * inverse[j];
+      const Acc along_q = (shared.along[0][q] + shared.along[1][q]) * over_square;
+      return factor * (is_signed ? inverse[j] : over_square) * (y[i][j] - along_q * x[i][j]);
+    });
+  }
+};
+
+template <class T, class Product, bool kPrimal>
+IMCL_DEVICE void run(const Work<T, Product, kPrimal>& work, int local) {
+  using Acc = imcl::Acc<T>;
+  using Operand = typename Product::Operand;
+  constexpr int depth = kDepth<Operand>;
+  const Layer& layer = work.layer;
+  const bool is_signed = !kPrimal && layer.form == Form::kSigned;
+  const bool center = work.problem.call.settings.center;
+  const View<T> z = work.z();
+  const int edge = z.depth();  // of S
+  const int tiles_p = static_cast<int>(divide_up(edge, kTile));
+  const int tiles_q = static_cast<int>(divide_up(z.lanes(), kTile));
+  const int in_turn = static_cast<int>(tiles_in_turn(layer));
+  const int first_p = kPrimal ? local % tiles_p : 0, last_p = kPrimal ? first_p : tiles_p - 1;
+  const int first_q = (kPrimal ? local / tiles_p : local) * in_turn;
+  const int end_q = first_q + in_turn < tiles_q ? first_q + in_turn : tiles_q;
+  // Rows of more than one tile of columns need <y, x> of all of them before any is written.
+  const int passes = !kPrimal && tiles_p > 1 ? 2 : 1;
+
+  if (kPrimal && thread() < kTile) {
+    const auto state = work.state();
+    const int row = first_p * kTile + thread();
+    Acc sum = 0;
+#pragma unroll 4
+    for (int t = 0; t < tiles_p && row < edge; ++t) sum -= state.sums[t * state.stride + row];
+    work.shared.diagonal[thread()] = sum;
+  }
+  __syncthreads();  // the diagonal is there for whoever stores S
+
+  SymmetricReader<Acc, Operand> reader_s;
+  BlockReader<T, Operand> reader_z;
+  Product product;
+  Acc along[Product::kColumns] = {};
+  Position next{first_q, 0, first_p, 0};
+  // One round before the first there is nothing but to load.
+  for (int round = -1; true; ++round) {
+    const Position at = next;
+    if (at.q == end_q) break;
+    const int p0 = at.p * kTile, q0 = at.q * kTile;
+    uint4(&block)[2][kBlockUnits] = work.shared.block[round & 1];
+    if (round >= 0) {
+      next.k += depth;
+      if (is_signed || next.k >= edge) {
+        next.k = 0;
+        if (next.p++ == last_p) {
+          next.p = first_p;
+          if (++next.pass == passes) {
+            next.pass = 0;
+            ++next.q;
+          }
+        }
+      }
+      if (!is_signed) {
+        reader_s.store(p0, at.k, kPrimal ? work.shared.diagonal : nullptr, block[0]);
+        reader_z.store(z, q0, at.k, center, block[1]);
+        __syncthreads();
+      }
+    }
+    if (!is_signed && next.q < end_q) {
+      const auto state = work.state();
+      reader_s.load(state.core, state.stride, edge, next.p * kTile, next.k);
+      reader_z.load(z, next.q * kTile, next.k);
+    }
+    if (round < 0) continue;
+    if (!is_signed) {
+      if (center) {
+        const Acc* means = work.state().means;
+        change_block<Operand, Operand>(block[1], [&](Acc x, int lane, int k) {
+          const int row = kPrimal ? at.k + k : q0 + lane;
+          return row < layer.rows ? x - means[row] : x;
+        });
+        __syncthreads();
+      }
+      if (at.k == 0) clear(product);
+      product.add(block[0], block[1]);
+      if (at.k + depth < edge) continue;
+    }
+    if constexpr (kPrimal)
+      work.write(p0, q0, [&](int i, int j) { return product.sum[i][j] * work.grad; });
+    else work.finish(at, passes, at.p == last_p, product, along);
+  }
+}
+
+template <class T, class Product, class FormProduct>
+__global__ void __launch_bounds__(kThreads, kBlocks<T, Product>)
+    backward(IMCL_PARAMETER(Problem) problem) {
+  using Acc = imcl::Acc<T>;
+  IMCL_SHARED(shared, Shared<T>);
+  const int program = static_cast<int>(blockIdx.x);
+  const Layer& layer = layer_of(problem, program);
+  const int each = static_cast<int>(backward_programs(layer));
+  const int local = program - layer.first_program, matrix = local / each;
+  const Acc grad =
+      static_cast<Acc>(problem.call.is_double ? *static_cast<const double*>(problem.call.grad)
+                                              : *static_cast<const float*>(problem.call.grad));
+  if (layer.form == Form::kPrimal)
+    run(Work<T, Product, true>{problem, layer, matrix, grad, shared}, local % each);
+  else run(Work<T, FormProduct, false>{problem, layer, matrix, grad, shared}, local % each);
+}
+
+template <class T, class Product, class FormProduct>
+cudaError_t launch(const PairwiseCall& call, const Layer* layers, int64_t count,
+                   const Dimension* dimensions, cudaStream_t stream) {
+  return for_launches(call, layers, count, dimensions, backward_programs,
+                      [stream](const Problem& problem, unsigned programs) {
+                        const auto kernel = backward<T, Product, FormProduct>;
+                        IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(problem);
+                      });
+}
+
+}  // namespace
+}  // namespace imcl
+
+extern "C" cudaError_t imcl_cuda_pairwise_backward(const imcl::PairwiseCall* call,
+                                                   const imcl::Layer* layers, int64_t count,
+                                                   const imcl::Dimension* dimensions,
+                                                   cudaStream_t stream) {
+  using namespace imcl;
+  const auto run = [&](auto launcher) {
+    return launcher(*call, layers, count, dimensions, stream);
+  };
+  using BFloat = TensorCore<Plain<__nv_bfloat16>>;
+  // The dual and signed forms subtract nearly equal numbers: nothing coarser than float32 will do.
+  using Split = TensorCore<SplitTf32>;
+  switch (call->dtype) {
+    case DType::kFloat64: return run(launch<double, Simt<double>, Simt<double>>);
+    case DType::kBFloat16: return run(launch<__nv_bfloat16, BFloat, Split>);
+    case DType::kFloat16:  // A would underflow in float16
+      return run(launch<__half, TensorCore<Tf32>, Split>);
+    default: break;
+  }
+  switch (precision_of(call->settings)) {
+    case Precision::kMedium: return run(launch<float, BFloat, Simt<float>>);
+    case Precision::kHigh: return run(launch<float, TensorCore<Tf32>, Simt<float>>);
+    default: return run(launch<float, Simt<float>, Simt<float>>);
+  }
+}

@@ -1,0 +1,111 @@
+"""Pinned launch configurations, chosen by rule from shape, dtype and device."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+_MOST_WARPS = 8  # of a program: more would leave a thread fewer than 255 registers
+_WARPS_PER_PROCESSOR = 16  # leaves each thread 128 registers
+
+
+class PairwiseConfig(NamedTuple):
+    """Columns a program takes at a time, rows a product sums at a time, stages of loads."""
+
+    forward_block: int
+    forward_stages: int
+    backward_block: int
+    backward_depth: int
+    backward_stages: int
+    num_warps: int
+
+
+class ConsistencyConfig(NamedTuple):
+    """Samples and classes a program takes at a time, programs, warps, a thread's registers."""
+
+    samples: int
+    block: int
+    programs: int
+    num_warps: int
+    registers: int
+
+
+def pairwise_config(dtype: torch.dtype) -> PairwiseConfig:
+    """What needs no register spilled on sm_80, sm_90 and sm_100 (test_offline_compile.py).
+
+    Eight warps, so that a tile of 64 x 64 takes 16 registers of each thread: its epilogue
+    holds half a dozen of them. Products of float32 without tensor cores keep their
+    operands in registers too, and take them in thinner slices.
+    """
+    if dtype.itemsize == 2:
+        return PairwiseConfig(64, 3, 64, 64, 3, 8)
+    return PairwiseConfig(16, 3, 64, 32, 3, 8)
+
+
+@functools.lru_cache(maxsize=256)
+def consistency_config(
+    heads: int, heavy: bool, batch: int, classes: int, device: torch.device
+) -> ConsistencyConfig:
+    """All classes of a sample, of the heads of the largest group, or else chunks of them.
+
+    What a thread holds of each head follows from its registers, and is half as much where
+    the gradient is ``heavy``: a teacher is not detached, or is a sum over pairs. Samples
+    are taken several at a time only where every processor has two programs to run anyhow.
+    """
+    processors = processors_of(device)
+    block = power_of_2(classes)
+    # What fits without spilling, as compiled for sm_80 to sm_100: scalars of each head need
+    # registers too.
+    each = min(16, _power_of_2_below((43 / heads if heavy else 120 / heads) - (3 if heavy else 5)))
+    if block <= 32 * _MOST_WARPS * each:
+        if block < 256:
+            each = min(each, _power_of_2_below((12 if heavy else 24) / heads), 4)
+        samples = max(32 // block, _power_of_2_below(batch / (2 * processors)))
+        samples = max(1, min(samples, 128 * each // block))
+        warps = max(1, samples * block // (32 * max(each, 1)))
+    else:
+        each = max(1, _power_of_2_below((14 if heavy else 24) / heads))
+        samples, warps, block = 1, _MOST_WARPS, 32 * _MOST_WARPS * each
+    programs = processors * max(1, _WARPS_PER_PROCESSOR // warps)
+    if device.type == "cpu":  # interpreted: as few steps as show every loop turning
+        samples = min(power_of_2((batch + 2) // 3), max(2**16 // block, 1))
+        programs = 2
+    programs = min(programs, (batch + samples - 1) // samples)
+    # Where that needs no spilling, twelve warps to a processor instead of eight.
+    registers = 168 if heads <= 5 and not heavy else 255
+    return ConsistencyConfig(samples, block, programs, warps, registers)
+
+
+def consistency_candidates(pinned: ConsistencyConfig, batch: int) -> list[ConsistencyConfig]:
+    """What autotuning tries: the pinned configuration, half and twice its warps, twice its
+    programs. Always in this order, which is what the cache remembers."""
+    steps = (batch + pinned.samples - 1) // pinned.samples
+    return [
+        pinned,
+        pinned._replace(num_warps=max(1, pinned.num_warps // 2)),
+        pinned._replace(num_warps=min(2 * _MOST_WARPS, 2 * pinned.num_warps)),
+        pinned._replace(programs=min(steps, 2 * pinned.programs)),
+    ]
+
+
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """Streaming multiprocessors, compute units or Xe cores; 2 of the interpreter."""
+    if device.type == "cpu":
+        return 2
+    properties = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "xpu":
+        return properties.gpu_subslice_count
+    return properties.multi_processor_count
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _power_of_2_below(x: float) -> int:
+    """The largest power of 2 that is at most x, or 0."""
+    return 1 << (int(x).bit_length() - 1) if x >= 1 else 0

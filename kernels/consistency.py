@@ -1,0 +1,173 @@
+"""Launcher of the collaborative consistency in Triton: value and gradient in one launch.
+
+The signature is that of ``algebra.consistency``; the formulas stand in the kernel's file.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..algebra.consistency import PAIRWISE, REDUCE_NONE
+from . import autotune
+from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
+from .consistency_kernel import consistency_kernel
+from .launch import launch
+
+_POWERS = (1.0, 2.0, 3.0, 4.0)  # temperatures T at which exp(x) is a power of exp(x/T)
+_UNIT = 16  # elements
+
+
+def forward(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    ce_weight: Sequence[float],
+    kl_weight: Sequence[float],
+    groups: Sequence[int],
+    temperature: Sequence[float],
+    teacher: Sequence[int],
+    detach: Sequence[bool],
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss () or (B,), terms (2, H), and with ``keep`` the gradients, scaled completely:
+    one (H, B, K) if all logits are contiguous, else one like each block of logits.
+    """
+    device, dtype = logits[0].device, logits[0].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    heads, (batch, classes) = len(ce_weight), logits[0].shape[-2:]
+    ranges = _ranges(groups)
+    geometry = _geometry(tuple((z.shape, z.stride()) for z in logits))
+    gradients: list[Tensor] = []
+    if keep and geometry.packed:
+        gradients = [torch.empty((heads, batch, classes), dtype=wide, device=device)]
+    elif keep:
+        gradients = [torch.empty_like(z, dtype=wide) for z in logits]
+    per_sample = reduction == REDUCE_NONE
+    if batch == 0:
+        loss = torch.zeros((0,) if per_sample else (), dtype=wide, device=device)
+        return loss, torch.zeros((2, heads), dtype=wide, device=device), gradients
+
+    numbers = tuple(map(float, (*ce_weight, *kl_weight, *temperature, label_smoothing)))
+    rests = _rests(numbers) if wide == torch.float64 else ()
+    loss = torch.empty((batch,) if per_sample else (), dtype=wide, device=device)
+    terms = torch.empty((2, heads), dtype=wide, device=device)
+
+    def run(config: ConsistencyConfig) -> None:
+        launch(
+            consistency_kernel,
+            config.programs,
+            device,
+            tuple(logits),
+            geometry.strides,
+            target,
+            0 if target is None else target.stride(0),
+            ignore_index,
+            numbers,
+            rests,
+            tuple(gradients),
+            geometry.gradient_strides,
+            torch.empty((2 * heads + 2, config.programs), dtype=wide, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
+            loss,
+            terms,
+            batch,
+            HEADS=geometry.heads,
+            GRADIENT_HEADS=geometry.gradient_heads,
+            UNIT=geometry.unit,
+            GROUPS=ranges,
+            TEACHERS=tuple(teacher),
+            DETACH=tuple(detach),
+            POWERS=tuple(int(t) if t in _POWERS else 0 for t in temperature),
+            REDUCTION=reduction,
+            HAS_TARGET=target is not None,
+            SMOOTH=label_smoothing > 0,
+            KEEP=keep,
+            K=classes,
+            SAMPLES=config.samples,
+            BLOCK=config.block,
+            COLUMNS=triton.next_power_of_2(2 * heads + 2),
+            ACC=tl.float64 if wide == torch.float64 else tl.float32,
+            num_warps=config.num_warps,
+            maxnreg=config.registers,
+        )
+
+    heavy = any(
+        size > 1 and (kind == PAIRWISE or not fixed)
+        for size, kind, fixed in zip(groups, teacher, detach, strict=True)
+    )
+    config = consistency_config(max(groups), heavy and keep, batch, classes, device)
+    if autotune.wanted(device):
+        candidates = consistency_candidates(config, batch)
+        bucket = (heads, heavy and keep, power_of_2(batch), power_of_2(classes))
+        config = autotune.best("consistency", bucket, dtype, device, candidates, run)
+    run(config)
+    return loss, terms, gradients
+
+
+class _Geometry(NamedTuple):
+    """Where heads lie: of each its block and its index in that, and the blocks' strides.
+
+    Strides are (head, sample, class), the first two in units of ``unit`` elements.
+    """
+
+    heads: tuple[tuple[int, int], ...]
+    strides: tuple[tuple[int, int, int], ...]
+    gradient_heads: tuple[tuple[int, int], ...]
+    gradient_strides: tuple[tuple[int, int, int], ...]
+    unit: int
+    packed: bool  # whether the gradients are one (H, B, K)
+
+
+@functools.lru_cache(maxsize=256)
+def _geometry(layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...]) -> _Geometry:
+    """The geometry of blocks of logits of some shapes and strides."""
+    blocks = [torch.empty_strided(shape, stride, device="meta") for shape, stride in layouts]
+    heads = tuple(
+        (b, i) for b, z in enumerate(blocks) for i in range(len(z) if z.dim() == 3 else 1)
+    )
+    strides = [_strides(z) for z in blocks]
+    packed = all(z.is_contiguous() for z in blocks)
+    if packed:
+        batch, classes = blocks[0].shape[-2:]
+        gradient_heads = tuple((0, h) for h in range(len(heads)))
+        gradient_strides = [(batch * classes, classes, 1)]
+    else:
+        gradient_heads = heads
+        gradient_strides = [_strides(torch.empty_like(z)) for z in blocks]
+    unit = math.gcd(_UNIT, *(n for s in (*strides, *gradient_strides) for n in s[:2]))
+    return _Geometry(
+        heads,
+        tuple((head // unit, sample // unit, step) for head, sample, step in strides),
+        gradient_heads,
+        tuple((head // unit, sample // unit, step) for head, sample, step in gradient_strides),
+        unit,
+        packed,
+    )
+
+
+def _strides(block: Tensor) -> tuple[int, int, int]:
+    head = block.stride(0) if block.dim() == 3 else 0
+    return head, block.stride(-2), block.stride(-1)
+
+
+def _ranges(groups: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """First head of each group, and the one after its last."""
+    ends = list(itertools.accumulate(groups))
+    return tuple(zip([0, *ends], ends, strict=False))
+
+
+def _rests(numbers: Sequence[float]) -> tuple[float, ...]:
+    """What is lost of the numbers when Triton takes them as float32."""
+    exact = torch.tensor(numbers, dtype=torch.float64)
+    return tuple((exact - exact.float()).tolist())

@@ -1,0 +1,292 @@
+"""Device functions of the collaborative consistency, on tiles of logits.
+
+A tile is [S, K]: samples, classes; what is known of a head is [S]. Past the last class,
+and of samples that aren't counted, logits are 0; ``inside`` (1, K) tells the classes.
+
+Exponents are in units of log 2, so that an exponential is one instruction on top of the
+multiplication by 1/T: ``inverse_t`` is log2(e)/T. The logits of a teacher are u ``share``,
+u [S, K] and share a number, so that its maximum needs no multiplications. The state of a
+head, over the classes seen so far:
+
+(max z, sum exp(z - max z), sum 2^x, sum z, max u, sum 2^y, sum 2^y (y - x)),
+x = (z - max z) inverse_t, y = (u - max u) share
+
+Both x and y are small where 2^y (y - x) weighs most: nothing large cancels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from ..algebra import consistency as algebra
+
+OTHERS, MEAN = tl.constexpr(algebra.OTHERS), tl.constexpr(algebra.MEAN)
+FINAL, PAIRWISE = tl.constexpr(algebra.FINAL), tl.constexpr(algebra.PAIRWISE)
+LOG2_E, _LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
+
+
+@triton.jit
+def sum_of(tiles):
+    total = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        total += tiles[i]
+    return total
+
+
+@triton.jit
+def _maxima(a, b):
+    """The maxima [S] of two tiles. Joined, they wait for the other warps once."""
+    return tl.split(tl.max(tl.join(a, b), 1))
+
+
+@triton.jit
+def _sums(tiles):
+    """The sums [S] of two or four tiles, as ``_maxima``."""
+    if len(tiles) == 2:
+        return tl.split(tl.sum(tl.join(tiles[0], tiles[1]), 1))
+    else:
+        joined = tl.join(tl.join(tiles[0], tiles[1]), tl.join(tiles[2], tiles[3]))
+        even, odd = tl.split(tl.sum(joined, 1))
+        a, b = tl.split(even)
+        c, d = tl.split(odd)
+        return a, b, c, d
+
+
+@triton.jit
+def _padded(z, inside):
+    return tl.where(inside, z, float("-inf"))
+
+
+@triton.jit
+def _exponent(z, top, factor):
+    """(z - top) factor, in one instruction."""
+    return tl.fma(z, factor, -(top * factor)[:, None])
+
+
+@triton.jit
+def _plain(z, x, top, POWER: tl.constexpr):
+    """exp(z - top): where T = POWER, a power of 2^x, which is needed too."""
+    if POWER > 0:
+        root = tl.exp2(x)
+        power = root
+        for _ in tl.static_range(POWER - 1):
+            power *= root
+        return power
+    else:
+        return tl.exp2(_exponent(z, top, tl.full((), LOG2_E, z.dtype)))
+
+
+@triton.jit
+def _risen(old, new):
+    """By how much a maximum rose, negated; 0 if there was none."""
+    return tl.where(old == float("-inf"), 0.0, old - new)
+
+
+@triton.jit
+def initial(N: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr):
+    """The states of N heads before their first class."""
+    low = tl.full([S], float("-inf"), ACC)
+    zero = tl.zeros([S], ACC)
+    states = ()
+    for _ in tl.static_range(N):
+        states += ((low, zero, zero, zero, low, zero, zero),)
+    return states
+
+
+@triton.jit
+def teacher_share(inverse_t, N: tl.constexpr, TEACHER: tl.constexpr):
+    if TEACHER == OTHERS:
+        return inverse_t * (1.0 / (N - 1))
+    elif TEACHER == MEAN:
+        return inverse_t * (1.0 / N)
+    else:
+        return inverse_t
+
+
+@triton.jit
+def teacher_of(z, total, H: tl.constexpr, TEACHER: tl.constexpr):
+    """u [S, K] of head H; total is the sum of all heads' logits."""
+    if TEACHER == OTHERS:
+        return total - z[H]
+    elif TEACHER == MEAN:
+        return total
+    else:
+        return z[len(z) - 1]
+
+
+@triton.jit
+def absorb_alone(z, inside, state, PLAIN: tl.constexpr):
+    """The state of a head without KL after its next classes z."""
+    top, plain, raw = state[0], state[1], state[3]
+    if PLAIN:
+        z_low = _padded(z, inside)
+        # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
+        top = tl.maximum(top, tl.max(z_low, 1))
+        more, more_raw = _sums((_plain(z_low, z_low, top, 0), z))
+        plain = plain * tl.exp2(_risen(state[0], top) * LOG2_E) + more
+        raw += more_raw
+    return (top, plain, state[2], raw, state[4], state[5], state[6])
+
+
+@triton.jit
+def absorb(
+    z, u, inside, inverse_t, share, state, shared, risen, OWN: tl.constexpr,
+    TAUGHT: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """The state of a head after its next classes z, taught u if TAUGHT.
+
+    A teacher that is not its OWN was absorbed by a head before: ``shared`` is the state
+    of that head after it, ``risen`` what this function returned of it.
+    """
+    z_low = _padded(z, inside)
+    u_low = _padded(u, inside)
+    raw, teacher_top, teacher, gap = state[3], state[4], state[5], state[6]
+    if TAUGHT and OWN:
+        top, teacher_top = _maxima(z_low, u_low)
+        teacher_top = tl.maximum(state[4], teacher_top)
+    else:
+        top = tl.max(z_low, 1)
+    # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
+    top = tl.maximum(state[0], top)
+    drop = _risen(state[0], top)
+    x = _exponent(z_low, top, inverse_t)
+    root = tl.exp2(x)
+    power = root
+    if PLAIN:
+        power = _plain(z_low, x, top, POWER)
+    if TAUGHT:
+        if OWN:
+            risen = (_risen(state[4], teacher_top) * share, teacher)
+        else:
+            teacher_top = shared[4]
+        y = _exponent(u_low, teacher_top, share)
+        q = tl.exp2(y)
+        more, more_plain, more_teacher, more_gap = _sums(
+            (root, power, q, tl.where(inside, q * (y - x), 0.0))
+        )
+        shrunk = tl.exp2(risen[0])
+        gap = (gap + (risen[0] - drop * inverse_t) * risen[1]) * shrunk + more_gap
+        teacher = teacher * shrunk + more_teacher
+    else:
+        more, more_plain = _sums((root, power))
+    tempered = state[2] * tl.exp2(drop * inverse_t) + more
+    plain = state[1] * tl.exp2(drop * LOG2_E) + more_plain
+    if PLAIN and SMOOTH:
+        raw += tl.sum(z, 1)
+    return (top, plain, tempered, raw, teacher_top, teacher, gap), risen
+
+
+@triton.jit
+def cross_entropy(z_y, state, smoothing, K: tl.constexpr, RAW: tl.constexpr):
+    """CE [S], from the logit of the target [S]; with RAW, which needs sum z, smoothed."""
+    log_sum = tl.log(state[1])
+    ce = log_sum - (z_y - state[0])
+    if RAW:
+        uniform = log_sum - (state[3] * (1.0 / K) - state[0])
+        ce = (1 - smoothing) * ce + smoothing * uniform
+    return ce
+
+
+@triton.jit
+def _divergence(state):
+    return state[6] / state[5] + tl.log2(state[2] / state[5])
+
+
+@triton.jit
+def divergence(state):
+    """KL(q || p) [S] of a head that has one teacher."""
+    return _divergence(state) * _LN_2
+
+
+@triton.jit
+def plain_gradient(
+    z, k, inside, inverse_t, label, state, ce, smoothing, K: tl.constexpr,
+    SMOOTH: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """ce (softmax(z) - y), [S, K], of weights ce [S]."""
+    z_low = _padded(z, inside)
+    x = _exponent(z_low, state[0], inverse_t)
+    dz = _plain(z_low, x, state[0], POWER) * (ce / state[1])[:, None]
+    if SMOOTH:
+        dz -= (ce * smoothing * (1.0 / K))[:, None]
+    return dz - tl.where(k[None, :] == label[:, None], (ce * (1 - smoothing))[:, None], 0.0)
+
+
+@triton.jit
+def taught_gradient(z, u, inside, inverse_t, share, state, kl):
+    """kl (p - q), [S, K], of weights kl [S]."""
+    p = tl.exp2(_exponent(_padded(z, inside), state[0], inverse_t))
+    q = tl.exp2(_exponent(_padded(u, inside), state[4], share))
+    return p * (kl / state[2])[:, None] - q * (kl / state[5])[:, None]
+
+
+@triton.jit
+def _log_p(z, inside, inverse_t, state):
+    return _exponent(_padded(z, inside), state[0], inverse_t) - tl.log2(state[2])[:, None]
+
+
+@triton.jit
+def into_teacher(z, u, inside, inverse_t, share, state, kl):
+    """kl q (log q - log p - KL), [S, K]: the gradient of the teacher's logits."""
+    y = _exponent(_padded(u, inside), state[4], share)
+    gap = y - (tl.log2(state[5]) + _divergence(state))[:, None]
+    gap -= _log_p(z, inside, inverse_t, state)
+    return tl.exp2(y) * (kl / state[5] * _LN_2)[:, None] * gap
+
+
+@triton.jit
+def _pairwise_sums(z, inside, inverse_t, states, weights):
+    """sum_j p_j, sum_j p_j log p_j and sum_j w_j log p_j, each [S, K]."""
+    total = tl.zeros_like(z[0])
+    entropy = tl.zeros_like(z[0])
+    weighted = tl.zeros_like(z[0])
+    for i in tl.static_range(len(z)):
+        log_p = _log_p(z[i], inside, inverse_t, states[i])
+        p = tl.exp2(log_p)
+        total += p
+        entropy += p * log_p
+        weighted += log_p * weights[i]
+    return total, entropy, weighted
+
+
+@triton.jit
+def add_toward(z, inside, inverse_t, states, weights, toward):
+    """Add sum_k p_h (W log p_h - sum_j w_j log p_j), W = sum_j w_j, to every head's [S]."""
+    _, _, weighted = _pairwise_sums(z, inside, inverse_t, states, weights)
+    weight = sum_of(weights)
+    new = ()
+    for i in tl.static_range(len(z)):
+        log_p = _log_p(z[i], inside, inverse_t, states[i])
+        pull = tl.where(inside, tl.exp2(log_p) * (log_p * weight - weighted), 0.0)
+        new += (toward[i] + tl.sum(pull, 1),)
+    return new
+
+
+@triton.jit
+def add_pairwise(z, inside, inverse_t, states, weights, divergences):
+    """Add sum_k (Q - P log p_h)/(n - 1) to every head's [S]."""
+    total, entropy, _ = _pairwise_sums(z, inside, inverse_t, states, weights)
+    new = ()
+    for i in tl.static_range(len(z)):
+        log_p = _log_p(z[i], inside, inverse_t, states[i])
+        kl = tl.where(inside, entropy - total * log_p, 0.0)
+        new += (divergences[i] + tl.sum(kl, 1) * (_LN_2 / (len(z) - 1)),)
+    return new
+
+
+@triton.jit
+def pairwise_gradient(
+    z, inside, inverse_t, states, weights, toward, scale, H: tl.constexpr, DETACH: tl.constexpr
+):  # fmt: skip
+    """w (p_h - sum_{j != h} p_j/(n - 1)) of head H, and what it gets as a teacher, scaled."""
+    total, _, weighted = _pairwise_sums(z, inside, inverse_t, states, weights)
+    log_p = _log_p(z[H], inside, inverse_t, states[H])
+    p = tl.exp2(log_p)
+    dz = (p - (total - p) * (1.0 / (len(z) - 1))) * weights[H]
+    if not DETACH:
+        pull = log_p * sum_of(weights) - weighted - toward[H][:, None]
+        dz += p * pull * (_LN_2 / (len(z) - 1))
+    return dz * scale[:, None]

@@ -1,0 +1,45 @@
+"""Device functions for dtypes: products on the right units, and rounding.
+
+Triton's interpreter computes bfloat16 wrongly and truncates to it, hence ``INTERPRETED``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# How a product of two tiles is made. TF32 holds float16 exactly, with float32's exponents;
+# TF32X3 sums three products of it, and is nearly as good as float32.
+IEEE, TF32, TF32X3, BFLOAT16, FLOAT16 = (tl.constexpr(i) for i in range(5))
+
+
+@triton.jit
+def dot(a, b, sums, PRODUCT: tl.constexpr):
+    """sums + a @ b, accumulated in the dtype of sums."""
+    if _INTERPRETED:
+        return sums + tl.dot(a.to(sums.dtype), b.to(sums.dtype), out_dtype=sums.dtype)
+    elif PRODUCT == BFLOAT16:
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
+    elif PRODUCT == FLOAT16:
+        return tl.dot(a.to(tl.float16), b.to(tl.float16), sums)
+    elif PRODUCT == TF32:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32")
+    elif PRODUCT == TF32X3:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x in DTYPE, rounded to nearest."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)

@@ -1,0 +1,183 @@
+"""Launchers of the pairwise cosine penalty in Triton: all layers in one launch each way.
+
+The signatures are those of ``algebra.pairwise``; the formulas stand in the kernels' files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import numerics
+from .config import PairwiseConfig, pairwise_config
+from .launch import launch
+from .pairwise_backward import backward_kernel
+from .pairwise_forward import forward_kernel
+from .plan import Plan, layer_of, plan
+
+
+class _Group(NamedTuple):
+    """The layers of one dtype, which share a launch."""
+
+    dtype: torch.dtype
+    indices: list[int]
+    xs: tuple[Tensor, ...]
+    plan: Plan
+    config: PairwiseConfig
+
+
+def forward(
+    xs: Sequence[Tensor],
+    penalty: int,
+    center: bool,
+    eps: float,
+    batched: bool,
+    precision: int,
+    keep: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The penalty (), and per dtype of the layers what the backward needs."""
+    groups = _groups(xs, penalty, center, batched)
+    wide = any(g.dtype == torch.float64 for g in groups)
+    loss_type = torch.float64 if wide else torch.float32
+    device = xs[0].device
+    programs = sum(g.plan.forward for g in groups)
+    if programs == 0:
+        loss = torch.zeros((), dtype=loss_type, device=device)
+    else:
+        loss = torch.empty((), dtype=loss_type, device=device)
+    partials = torch.empty(programs, dtype=loss_type, device=device)
+    tickets = torch.zeros((), dtype=torch.int32, device=device)
+    state, first = [], 0
+    for g in groups:
+        accumulation = _accumulation(g.dtype)
+        kept = torch.empty(g.plan.state if keep else 0, dtype=accumulation, device=device)
+        state.append(kept)
+        if g.plan.forward:
+            launch(
+                forward_kernel,
+                g.plan.forward,
+                device,
+                g.xs,
+                g.plan.table,
+                kept if keep else partials,
+                partials,
+                tickets,
+                loss,
+                eps,
+                first,
+                programs,
+                len(xs),
+                LAYERS=len(g.xs),
+                PADDED=triton.next_power_of_2(len(g.xs)),
+                PENALTY=penalty,
+                CENTER=center,
+                KEEP=keep,
+                ROWS_UNIT=g.plan.rows_unit,
+                VECTOR=16 // g.dtype.itemsize,
+                BLOCK=g.config.forward_block,
+                PRODUCT=_gram_product(g.dtype, center, precision),
+                FORM_PRODUCT=_form_product(g.dtype),
+                ACC=_TRITON[accumulation],
+                LOSS=_TRITON[loss_type],
+                num_warps=g.config.num_warps,
+                num_stages=g.config.forward_stages,
+                # Left alone, ptxas spills to get to 128, for a second block at a time.
+                maxnreg=255,
+            )
+        first += g.plan.forward
+    return loss, state if keep else []
+
+
+def backward(
+    grad: Tensor,
+    xs: Sequence[Tensor],
+    state: Sequence[Tensor],
+    penalty: int,
+    center: bool,
+    eps: float,
+    batched: bool,
+    precision: int,
+) -> list[Tensor]:
+    """The gradient of every layer, scaled by ``grad`` () on its device."""
+    gradients = [torch.empty_like(x) for x in xs]
+    for g, kept in zip(_groups(xs, penalty, center, batched), state, strict=True):
+        if not g.plan.backward:
+            continue
+        launch(
+            backward_kernel,
+            g.plan.backward,
+            xs[0].device,
+            g.xs,
+            tuple(gradients[i] for i in g.indices),
+            g.plan.table,
+            kept,
+            grad,
+            len(xs),
+            LAYERS=len(g.xs),
+            PADDED=triton.next_power_of_2(len(g.xs)),
+            PENALTY=penalty,
+            CENTER=center,
+            ROWS_UNIT=g.plan.rows_unit,
+            VECTOR=16 // g.dtype.itemsize,
+            BLOCK=g.config.backward_block,
+            DEPTH=g.config.backward_depth,
+            PRODUCT=_gradient_product(g.dtype, precision),
+            FORM_PRODUCT=_form_product(g.dtype),
+            ACC=_TRITON[_accumulation(g.dtype)],
+            num_warps=g.config.num_warps,
+            num_stages=g.config.backward_stages,
+        )
+    return gradients
+
+
+_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _groups(xs: Sequence[Tensor], penalty: int, center: bool, batched: bool) -> list[_Group]:
+    indices: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(xs):
+        indices.setdefault(x.dtype, []).append(i)
+    groups = []
+    for dtype, members in indices.items():
+        mine = tuple(xs[i] for i in members)
+        config = pairwise_config(dtype)
+        layers = tuple(layer_of(x) for x in mine)
+        geometry = plan(
+            layers, dtype.itemsize, penalty, center, batched, config.backward_block,
+            mine[0].device,
+        )
+        groups.append(_Group(dtype, members, mine, geometry, config))
+    return groups
+
+
+# The primal products follow the dtype and, for float32, torch's precision switch.
+_FLOAT32 = (numerics.IEEE, numerics.TF32, numerics.BFLOAT16)  # highest, high, medium
+
+
+def _gram_product(dtype: torch.dtype, center: bool, precision: int) -> tl.constexpr:
+    if dtype == torch.float16:
+        # A centred float16 may lie beyond float16's range.
+        return numerics.TF32 if center else numerics.FLOAT16
+    return _gradient_product(dtype, precision)
+
+
+def _gradient_product(dtype: torch.dtype, precision: int) -> tl.constexpr:
+    if dtype == torch.float32:
+        return _FLOAT32[precision]
+    if dtype == torch.float16:
+        return numerics.TF32  # A would underflow in float16
+    return numerics.BFLOAT16 if dtype == torch.bfloat16 else numerics.IEEE
+
+
+def _form_product(dtype: torch.dtype) -> tl.constexpr:
+    """Of the dual form, which subtracts nearly equal numbers: nothing much coarser than float32."""
+    return numerics.TF32X3 if dtype.itemsize == 2 else numerics.IEEE

@@ -1,0 +1,224 @@
+"""How the GPU kernels of the pairwise penalty see their matrices: tiles, state, geometry.
+
+Needs no Triton: the fake kernels of both GPU backends ask here for the size of the state.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..algebra.pairwise import SIGNED, is_dual
+
+TILE = 64  # edge of a tile of the Gram matrix, in both GPU backends
+ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on whole rows
+
+# The record of a layer in the geometry table, int64 each.
+(
+    BATCH,  # number of matrices
+    ROWS,
+    COLUMNS,
+    DUAL,
+    FAST,  # unit stride and aligned: no offset table
+    X_BATCH,  # strides of x
+    X_ROW,
+    X_COLUMN,
+    X_OFFSETS,  # where in the table the offsets of x's columns begin, unless FAST
+    DX_BATCH,  # the same of its gradient
+    DX_ROW,
+    DX_COLUMN,
+    DX_OFFSETS,
+    STATE,  # where in the state the first matrix begins
+    STATE_SIZE,
+    FORWARD,  # programs of a matrix
+    BACKWARD,
+    FIELDS,
+) = range(18)
+
+
+def divide_up(a, b):
+    return (a + b - 1) // b
+
+
+def state_size(penalty: int, center: bool, n: int, d: int) -> int:
+    """Elements that the forward saves of one matrix of n rows and d columns.
+
+    primal  A (n, n), its diagonal 0 | what each column tile adds to -A_ii (tiles, n)
+    dual    M (d, d) | 1/n (n)
+    signed  s (d) | 1/n (n)
+    then the row means (n) if centred. Every row is padded to a multiple of 4 elements, those
+    of A and M with zeros, so that 16 bytes can be read at a time.
+    """
+    rows, columns = divide_up(n, 4) * 4, divide_up(d, 4) * 4
+    if penalty == SIGNED:
+        size = columns + rows
+    elif is_dual(penalty, n, d):
+        size = d * columns + rows
+    else:
+        size = n * rows + divide_up(n, TILE) * rows
+    return size + (rows if center else 0)
+
+
+class Layer(NamedTuple):
+    """What of a tensor decides how it is read; hashable, the key of a plan."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    aligned: bool  # starts at a multiple of 16 bytes
+
+
+class Plan(NamedTuple):
+    """Geometry of the layers of one dtype."""
+
+    table: Tensor  # first programs forward (L), backward (L), records (L, FIELDS), offsets
+    rows_unit: bool  # whether the fast layers have unit stride in their rows (channels_last)
+    state: int  # elements of the state
+    forward: int  # programs in all
+    backward: int
+
+
+def layer_of(x: Tensor) -> Layer:
+    return Layer(tuple(x.shape), x.stride(), x.data_ptr() % 16 == 0)
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    layers: tuple[Layer, ...],
+    itemsize: int,
+    penalty: int,
+    center: bool,
+    batched: bool,
+    block_columns: int,
+    device: torch.device,
+) -> Plan:
+    """The plan of layers of one dtype; kept, so that a step uploads nothing after the first.
+
+    It knows no addresses: the tensors themselves are arguments of the kernels.
+    """
+    vector = 16 // itemsize
+    views = [_view(layer, batched) for layer in layers]
+    by_rows = sum(math.prod(v.layer.shape) for v in views if _is_fast(v, vector, True))
+    by_columns = sum(math.prod(v.layer.shape) for v in views if _is_fast(v, vector, False))
+    rows_unit = by_rows > by_columns
+
+    records: list[list[int]] = []
+    offsets: list[int] = []
+    first_offset = len(layers) * (2 + FIELDS)
+    starts: tuple[list[int], list[int]] = ([], [])
+    state = forward = backward = 0
+    for v in views:
+        record = [0] * FIELDS
+        dual = is_dual(penalty, v.n, v.d)
+        record[BATCH], record[ROWS], record[COLUMNS] = v.batch, v.n, v.d
+        record[DUAL], record[FAST] = dual, _is_fast(v, vector, rows_unit)
+        record[X_BATCH], record[X_ROW] = v.x_batch, v.x_row
+        record[DX_BATCH], record[DX_ROW] = v.dx_batch, v.dx_row
+        if record[FAST]:
+            record[X_COLUMN] = record[DX_COLUMN] = v.columns[0].x if v.columns else 1
+        else:
+            record[X_OFFSETS] = first_offset + len(offsets)
+            offsets += _offsets([(c.size, c.x) for c in v.columns])
+            record[DX_OFFSETS] = first_offset + len(offsets)
+            offsets += _offsets([(c.size, c.dx) for c in v.columns])
+        record[STATE], record[STATE_SIZE] = state, state_size(penalty, center, v.n, v.d)
+        row_tiles, column_tiles = divide_up(v.n, TILE), divide_up(v.d, TILE)
+        row_blocks = divide_up(v.n, ROW_BLOCK)
+        if penalty == SIGNED:
+            record[FORWARD], record[BACKWARD] = column_tiles, row_blocks
+        elif dual:
+            record[FORWARD] = column_tiles * (column_tiles + 1) // 2
+            record[BACKWARD] = row_blocks
+        else:
+            record[FORWARD] = row_tiles * (row_tiles + 1) // 2
+            record[BACKWARD] = row_tiles * divide_up(v.d, block_columns)
+        if v.d == 0:
+            record[FORWARD] = record[BACKWARD] = 0
+        starts[0].append(forward)
+        starts[1].append(backward)
+        state += v.batch * record[STATE_SIZE]
+        forward += v.batch * record[FORWARD]
+        backward += v.batch * record[BACKWARD]
+        records.append(record)
+    flat = [*starts[0], *starts[1], *(f for record in records for f in record), *offsets]
+    table = torch.tensor(flat, dtype=torch.int64).to(device)
+    return Plan(table, rows_unit, state, forward, backward)
+
+
+class _Column(NamedTuple):
+    """A column dimension: size, stride in x, stride in its gradient."""
+
+    size: int
+    x: int
+    dx: int
+
+
+class _View(NamedTuple):
+    layer: Layer
+    batch: int
+    n: int
+    d: int
+    x_batch: int
+    x_row: int
+    dx_batch: int
+    dx_row: int
+    columns: list[_Column]  # slowest first, as few as can be
+
+
+def _view(layer: Layer, batched: bool) -> _View:
+    """A tensor as (batch, rows, columns) matrices.
+
+    The columns are taken in the order of their strides: a permutation of them changes
+    nothing, if the gradient's are permuted alike, and more dimensions then collapse.
+    """
+    shape, stride = layer.shape, layer.stride
+    gradient = torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
+    row = 1 if batched else 0
+    dims = [
+        _Column(shape[i], stride[i], gradient[i])
+        for i in range(row + 1, len(shape))
+        if shape[i] != 1
+    ]
+    columns: list[_Column] = []
+    for dim in sorted(dims, key=lambda c: (-c.x, -c.dx)):
+        outer = columns[-1] if columns else None
+        if outer and outer.x == dim.size * dim.x and outer.dx == dim.size * dim.dx:
+            columns[-1] = _Column(outer.size * dim.size, dim.x, dim.dx)
+        else:
+            columns.append(dim)
+    return _View(
+        layer,
+        shape[0] if batched else 1,
+        shape[row],
+        math.prod(shape[row + 1 :]),
+        stride[0] if batched else 0,
+        stride[row],
+        gradient[0] if batched else 0,
+        gradient[row],
+        columns,
+    )
+
+
+def _is_fast(v: _View, vector: int, rows_unit: bool) -> bool:
+    """Whether 16 bytes at a time can be read, and written, along the axis of unit stride."""
+    if len(v.columns) > 1 or not v.layer.aligned:
+        return False
+    column = v.columns[0] if v.columns else _Column(1, 1, 1)
+    if column.x != column.dx or (v.x_row, v.x_batch) != (v.dx_row, v.dx_batch):
+        return False
+    unit, other, length = (
+        (v.x_row, column.x, v.n) if rows_unit else (column.x, v.x_row, v.d)
+    )
+    return unit == 1 and all(i % vector == 0 for i in (other, length, v.x_batch))
+
+
+def _offsets(columns: Sequence[tuple[int, int]]) -> list[int]:
+    """Offset of every column of dimensions (size, stride), the last running fastest."""
+    offsets = [0]
+    for size, stride in columns:
+        offsets = [offset + i * stride for offset in offsets for i in range(size)]
+    return offsets

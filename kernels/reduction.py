@@ -1,0 +1,50 @@
+"""The second stage of every sum over programs, within the same launch.
+
+Each program stores what it has and draws a ticket. Whoever draws the last one finds
+everything stored, and adds it up in a fixed order: one launch, the same bits every time,
+no float atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+BLOCK = 1024  # elements added at a time
+
+
+@triton.jit
+def draws_last_ticket(tickets, programs):
+    """Whether all ``programs`` programs have stored; tickets () int32 was 0 before the first."""
+    tl.debug_barrier()  # all threads of this program have stored
+    return tl.atomic_add(tickets, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
+def total(partials, count, stride, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of partials[i * stride], i < count, in an order that depends on count alone."""
+    sums = tl.zeros([BLOCK], ACC)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        # Past the first-level cache: other processors wrote them.
+        sums += tl.load(
+            partials + i.to(tl.int64) * stride, mask=i < count, other=0.0, cache_modifier=".cg"
+        ).to(ACC)
+    return tl.sum(sums)
+
+
+@triton.jit
+def totals(
+    partials, count, COLUMNS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums [PADDED] over i < count of partials (COLUMNS, count), in an order as above."""
+    column = tl.arange(0, PADDED)[:, None]
+    sums = tl.zeros([PADDED, BLOCK], ACC)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)[None, :]
+        mask = (column < COLUMNS) & (i < count)
+        sums += tl.load(
+            partials + column * count + i, mask=mask, other=0.0, cache_modifier=".cg"
+        )  # [COLUMNS, count]
+    return tl.sum(sums, 1)

@@ -1,0 +1,320 @@
+// Runs the CUDA kernels on the CPU (cuda_on_cpu.h) over a fixed sweep of problems, without
+// torch: what the sanitizers watch, and a test by itself. The cases, and the plain loops in
+// double that judge the results, are those of cases.h.
+//
+// Usage: cuda_kernels [every n-th case]
+#include <utility>
+
+#include "../../csrc/cuda/consistency.h"
+#include "../../csrc/cuda/pairwise.h"
+#include "cases.h"
+
+namespace {
+
+// Working memory of a call: numbers and a ticket, each an allocation of its own.
+struct Workspace {
+  Buffer numbers;
+  std::unique_ptr<unsigned> ticket = std::make_unique<unsigned>(0);
+
+  explicit Workspace(int64_t doubles) : numbers(DType::kFloat64, doubles) {}
+  double* doubles() const { return static_cast<double*>(numbers.data()); }
+};
+
+// One after the other, or on several threads at once; a block of each launch starts at another
+// end than in the last.
+void set_threads(int way) { setenv("IMCL_EMULATED_THREADS", way ? "3" : "1", 1); }
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) fail("%s", cudaGetErrorString(error));
+}
+
+// Calls launch(), which must launch so many kernels.
+template <class Launch>
+void expect_launches(uint64_t expected, const Launch& launch) {
+  const uint64_t before = emulated::launches;
+  check(launch());
+  const uint64_t launched = emulated::launches - before;
+  if (launched != expected)
+    fail("%llu launches, where %llu are enough", static_cast<unsigned long long>(launched),
+         static_cast<unsigned long long>(expected));
+}
+
+void run_consistency(const imcl::Consistency& problem, Reduction reduction, Buffer& losses,
+                     Buffer& terms, int way) {
+  constexpr int kProcessors = 3;  // few, so that every team has several samples
+  const auto heads = static_cast<int64_t>(problem.heads.size());
+  imcl::ConsistencyArguments arguments = imcl::consistency_arguments(problem, reduction);
+  const imcl::ConsistencyPlan plan = imcl::consistency_plan(problem.dtype, arguments, kProcessors);
+  losses = Buffer(acc_of(problem.dtype), reduction == Reduction::kNone ? problem.batch : 1);
+  terms = Buffer(acc_of(problem.dtype), 2 * heads);
+  const Workspace workspace(2 * heads * plan.blocks);
+  arguments.loss = losses.data();
+  arguments.terms = terms.data();
+  arguments.partials = workspace.doubles();
+  arguments.ticket = workspace.ticket.get();
+  set_threads(way);
+  expect_launches(1,
+                  [&] { return imcl_cuda_consistency(problem.dtype, &arguments, &plan, nullptr); });
+}
+
+// What only these kernels tell apart: rows on 16 bytes, of one tile and of several; as many
+// heads as there may be.
+template <class One>
+void more_consistency(const One& one) {
+  const Teacher teachers[] = {Teacher::kOthers, Teacher::kMean, Teacher::kFinal,
+                              Teacher::kPairwise};
+  for (const DType dtype : kDTypes)
+    for (const Teacher teacher : teachers)
+      for (const bool detach : {false, true}) {
+        for (const int64_t classes : {8, 264, 6408})
+          one(ConsistencySpec{dtype,
+                              classes > 1000 ? 2 : 19,
+                              classes,
+                              {{4, 1.5, teacher, detach}},
+                              true,
+                              true,
+                              false,
+                              detach ? 0.1 : 0.0,
+                              1,
+                              1,
+                              Reduction::kMean});
+        one(ConsistencySpec{dtype,
+                            2,
+                            100,
+                            {{imcl::kMostHeads, 2.0, teacher, detach}},
+                            true,
+                            false,
+                            false,
+                            0.0,
+                            1,
+                            1,
+                            Reduction::kNone});
+      }
+}
+
+// ---- The pairwise penalty --------------------------------------------------------------
+
+// How an input and its gradient lie. The first two are read 16 bytes at a time where the sizes
+// allow; in blocks, the columns are of two dimensions that don't collapse.
+enum Lie { kColumnsUnit, kRowsUnit, kColumnsApart, kRowsApart, kInBlocks, kRepeated, kLies };
+const char* const kLieNames[] = {"NCHW",           "channels last", "NCHW with gaps",
+                                 "rows with gaps", "in blocks",     "repeated"};
+
+Strides strides_of(Lie lie, const Shape& s) {
+  const int64_t n = s.rows, d = s.columns;
+  switch (lie) {
+    case kColumnsUnit: return {n * d, d, {{d, 1}}};
+    case kRowsUnit: return {n * d, 1, {{d, n}}};
+    case kColumnsApart: return {n * (2 * d + 3) + 6, 2 * d + 3, {{d, 2}}};
+    case kRowsApart: return {d * (2 * n + 1) + 5, 2, {{d, 2 * n + 1}}};
+    case kInBlocks:
+      if (d % 5 == 0) return {n * (d / 5) * 7, d / 5 * 7, {{d / 5, 7}, {5, 1}}};
+      return {n * d + 3, d, {{d, 1}}};  // rows that 16 bytes don't divide
+    default: return {1, 0, {{d, 1}}};   // one row stands for all: inputs only
+  }
+}
+
+// One run over the tensors of a case, forward and backward.
+struct Run {
+  std::vector<imcl::Layer> layers;
+  std::vector<imcl::Dimension> dimensions;
+  std::vector<Buffer> dx;
+  Buffer state, kept, loss;
+
+  Run(DType dtype, const std::vector<std::unique_ptr<Tensor> >& tensors,
+      const std::vector<std::pair<Strides, Strides> >& strides,
+      const imcl::PairwiseSettings& settings, double grad, bool keep) {
+    imcl::PairwiseCall call{};
+    call.dtype = dtype;
+    call.settings = settings;
+    call.layers = static_cast<int64_t>(tensors.size());
+    call.is_double = dtype == DType::kFloat64;
+    int64_t states = 0;
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const Tensor& t = *tensors[i];
+      dx.emplace_back(dtype, t.out.reach);
+      add(dtype, t, strides[i].first, strides[i].second, settings, states);
+      call.programs += layers.back().batch * imcl::forward_programs(layers.back());
+    }
+    state = Buffer(acc_of(dtype), keep ? states : 0);
+    loss = Buffer(acc_of(dtype), 1);
+    if (call.programs == 0) loss.set(0, 0);  // whoever launches nothing does that
+    const Workspace workspace(call.programs);
+    call.state = keep ? state.data() : nullptr;
+    call.loss = loss.data();
+    call.partials = workspace.doubles();
+    call.ticket = workspace.ticket.get();
+    const auto count = static_cast<int64_t>(layers.size());
+    expect_launches(call.programs > 0, [&] {
+      return imcl_cuda_pairwise_forward(&call, layers.data(), count, dimensions.data(), nullptr);
+    });
+    if (!keep) return;
+    kept = state.copy();
+    Buffer incoming(acc_of(dtype), 1);
+    incoming.set(0, grad);
+    call.grad = incoming.data();
+    expect_launches(call.programs > 0, [&] {
+      return imcl_cuda_pairwise_backward(&call, layers.data(), count, dimensions.data(), nullptr);
+    });
+  }
+
+ private:
+  void add(DType dtype, const Tensor& t, const Strides& in, const Strides& out,
+           const imcl::PairwiseSettings& settings, int64_t& states) {
+    const Shape& s = t.shape;
+    const Strides* const sides[] = {&in, &out};
+    imcl::Layer layer{};
+    layer.x = t.x.data();
+    layer.dx = dx.back().data();
+    layer.batch = static_cast<int32_t>(s.batch);
+    layer.rows = static_cast<int32_t>(s.rows);
+    layer.columns = static_cast<int32_t>(s.columns);
+    layer.form = imcl::form_of(settings.penalty, s.rows, s.columns);
+    layer.state = states;
+    states += s.batch * imcl::state_size(layer.form, settings.center, s.rows, s.columns);
+    // Both sides must be cut into the same dimensions.
+    const bool collapsed = in.columns.size() == 1 && out.columns.size() == 1;
+    for (int side = 0; side < 2; ++side) {
+      layer.batch_stride[side] = sides[side]->batch;
+      layer.row_stride[side] = sides[side]->row;
+      layer.column_stride[side] = sides[side]->columns.back().stride;
+      const void* data = side ? layer.dx : layer.x;
+      layer.access[side] = imcl::access_of(data, bytes_of(dtype), layer, side, collapsed);
+    }
+    if (!collapsed) {
+      layer.first_dimension = static_cast<int32_t>(dimensions.size());
+      layer.dimensions = 2;
+      for (std::size_t d = 0; d < 2; ++d) {
+        const auto stride = [&](const Strides& side) {
+          if (side.columns.size() == 2) return side.columns[d].stride;
+          return side.columns[0].stride * (d ? 1 : s.columns / (s.columns / 5));
+        };
+        const int64_t size = d ? 5 : s.columns / 5;
+        dimensions.push_back({static_cast<int32_t>(size), {stride(in), stride(out)}});
+      }
+    }
+    layers.push_back(layer);
+  }
+};
+
+struct PairwiseSweep {
+  int64_t every;
+  Tally tally;
+  int64_t number = 0;
+
+  void all(DType dtype, Precision precision, const std::vector<Shape>& shapes, Lie in, Lie out) {
+    for (const Penalty penalty : {Penalty::kSquare, Penalty::kAbs, Penalty::kSigned})
+      for (const bool center : {false, true})
+        if (number++ % every == 0) one(dtype, precision, shapes, in, out, penalty, center);
+  }
+
+ private:
+  void one(DType dtype, Precision precision, const std::vector<Shape>& shapes, Lie in, Lie out,
+           Penalty penalty, bool center) {
+    constexpr double eps = 1e-12, grad = 0.75;
+    doing = std::string("pairwise ") + name_of(dtype) + " precision " +
+            std::to_string(static_cast<int>(precision)) + " penalty " +
+            std::to_string(static_cast<int>(penalty)) + (center ? " centred" : "");
+    // What rounds its factors may err that much more, in gradients and in losses.
+    double unit = unit_of(acc_of(dtype));
+    if (dtype == DType::kFloat16 || precision == Precision::kHigh) unit = 0x1p-11;
+    if (dtype == DType::kBFloat16 || precision == Precision::kMedium) unit = 0x1p-8;
+    const double sign_unsure = dtype == DType::kFloat64 ? 1e-13 : unit > 1e-5 ? 0x1p-8 : 1e-5;
+    Random random{static_cast<uint64_t>(number)};
+    std::vector<std::unique_ptr<Tensor> > tensors;
+    std::vector<std::pair<Strides, Strides> > strides;
+    for (const Shape& s : shapes) {
+      const double pairs = static_cast<double>(s.rows * (s.rows - 1));
+      const double scale = 1 / (static_cast<double>(shapes.size()) *
+                                static_cast<double>(std::max<int64_t>(s.batch, 1)) * pairs);
+      strides.emplace_back(strides_of(in, s), strides_of(out, s));
+      tensors.push_back(std::make_unique<Tensor>(dtype, s, strides.back().first,
+                                                 strides.back().second, scale, random));
+      tensors.back()->expect(penalty, center, eps, grad, sign_unsure);
+      doing += " (" + std::to_string(s.batch) + ", " + std::to_string(s.rows) + ", " +
+               std::to_string(s.columns) + ")";
+    }
+    doing += std::string(" ") + kLieNames[in] + " to " + kLieNames[out];
+
+    const imcl::PairwiseSettings settings{penalty, center, eps, precision};
+    set_threads(0);
+    const Run serial(dtype, tensors, strides, settings, grad, true);
+    double loss = 0, bound = 0;
+    if (!serial.state.same_bits(serial.kept)) fail("the backward wrote the state");
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      loss += tensors[i]->loss;
+      bound += tensors[i]->loss_bound;
+      tensors[i]->check(tally, serial.dx[i], dtype, unit);
+    }
+    compare(tally, "loss", 0, serial.loss.get(0), loss, 16 * unit * bound);
+    set_threads(1);
+    const Run other(dtype, tensors, strides, settings, grad, true);
+    const Run stateless(dtype, tensors, strides, settings, grad, false);
+    if (!other.loss.same_bits(serial.loss) || !stateless.loss.same_bits(serial.loss))
+      fail("the loss depends on the order of the blocks, or on what is kept");
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      if (!other.dx[i].same_bits(serial.dx[i])) fail("a gradient depends on the order of blocks");
+    ++tally.cases;
+  }
+};
+
+void pairwise_sweep(PairwiseSweep& sweep) {
+  // Beside a tile's edge (64), and the depth of a block (16 to 64): primal and dual; with sizes
+  // that 16 bytes divide, and others. The layouts take turns.
+  const Shape shapes[] = {{3, 2, 1},    {1, 8, 16},  {2, 9, 33},   {1, 65, 40},  {1, 64, 128},
+                          {1, 130, 65}, {1, 34, 15}, {1, 136, 64}, {1, 131, 65}, {1, 200, 72}};
+  struct Kind {
+    DType dtype;
+    Precision precision;
+  };
+  const Kind kinds[] = {
+      {DType::kFloat32, Precision::kHighest}, {DType::kBFloat16, Precision::kHighest},
+      {DType::kFloat16, Precision::kHighest}, {DType::kFloat64, Precision::kHighest},
+      {DType::kFloat32, Precision::kHigh},    {DType::kFloat32, Precision::kMedium}};
+  int64_t turn = 0;
+  for (const Kind& kind : kinds) {
+    for (const Shape& s : shapes) {
+      const auto in = static_cast<Lie>(turn % kLies);
+      // The gradient lies as the input does, or otherwise, each in turn.
+      const bool same = in != kRepeated && turn % 2;
+      sweep.all(kind.dtype, kind.precision, {s}, in,
+                same ? in : static_cast<Lie>(turn / kLies % kRepeated));
+      ++turn;
+    }
+    sweep.all(kind.dtype, kind.precision, {{2, 12, 9}, {3, 7, 30}, {1, 70, 5}, {1, 66, 8}},
+              kInBlocks, kInBlocks);
+    sweep.all(kind.dtype, kind.precision, {{0, 4, 4}, {2, 37, 0}}, kColumnsUnit, kColumnsUnit);
+  }
+  std::vector<Shape> twenty;  // as many convolutions as a ResNet-18 has, in one launch each way
+  for (int64_t i = 0; i < 20; ++i) twenty.push_back({1, 8 + i, 3 * (3 + i % 4)});
+  sweep.all(DType::kFloat32, Precision::kHighest, twenty, kColumnsUnit, kColumnsUnit);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int every = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
+  Tally consistency;
+  int64_t number = 0;
+  const auto one = [&](const ConsistencySpec& spec) {
+    if (number++ % every != 0) return;
+    Random random{static_cast<uint64_t>(number)};
+    const ConsistencyCase one(spec, random);
+    doing = name_of(spec);
+    one.run(consistency, 2, run_consistency);
+  };
+  PairwiseSweep pairwise{every, {}};
+  try {
+    pairwise_sweep(pairwise);
+    consistency_sweep(one);
+    more_consistency(one);
+  } catch (const std::exception& error) {
+    fail("%s", error.what());
+  }
+  const Tally* const tallies[] = {&pairwise.tally, &consistency};
+  for (const Tally* tally : tallies)
+    std::printf("%s %lld cases; errors up to %.2g of what is allowed\n",
+                tally == &consistency ? "consistency" : "pairwise",
+                static_cast<long long>(tally->cases), tally->worst);
+  return 0;
+}

@@ -1,0 +1,11 @@
+// The CUDA operators, whose kernels run on the CPU here, as torch.ops.imcl_fast_emulated.*;
+// tests/cuda_emulation.py has copied the schemas.
+#include <torch/csrc/stable/library.h>
+
+#include "operators.h"
+
+STABLE_TORCH_LIBRARY_IMPL(imcl_fast_emulated, CPU, m) {
+  m.impl("pairwise_forward", TORCH_BOX(&imcl::cuda::pairwise_forward));
+  m.impl("pairwise_backward", TORCH_BOX(&imcl::cuda::pairwise_backward));
+  m.impl("consistency", TORCH_BOX(&imcl::cuda::consistency));
+}

@@ -1,0 +1,173 @@
+"""Compiles every Triton kernel for GPUs that aren't there, and prints what became of it.
+
+Run by test_triton.py in a process without TRITON_INTERPRET: the real launchers are called
+on CPU tensors, their launches are caught, and each kernel is compiled with the very
+arguments and options it would have been launched with. One JSON object per line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from imcl_fast.kernels import consistency, launch, pairwise
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int64: "i64", torch.int32: "i32",
+}  # fmt: skip
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def describe(value):
+    """Type, constant if specialised, and attributes of one argument, as the JIT sees it."""
+    aligned = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}", None, aligned
+    if value is None or isinstance(value, bool) or (isinstance(value, int) and value == 1):
+        return "constexpr", value, []
+    if isinstance(value, int):
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        return kind, None, aligned if value % 16 == 0 else []
+    return "fp32", None, []
+
+
+def source(kernel, args, options) -> ASTSource:
+    signature, constants, attributes = {}, {}, {}
+
+    def add(path, value):
+        if isinstance(value, tuple):
+            return tuple(add((*path, i), v) for i, v in enumerate(value))
+        kind, constant, attrs = describe(value)
+        if kind == "constexpr":
+            constants[path] = constant
+        if attrs:
+            attributes[path] = attrs
+        return kind
+
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+    for i, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = values[parameter.name]
+        else:
+            signature[parameter.name] = add((i,), values[parameter.name])
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_launch(case: str, targets, kernel, args, options) -> None:
+    for name in targets:
+        wanted = launch.for_amd(options) if TARGETS[name].backend == "hip" else dict(options)
+        build = {k: wanted.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in wanted}
+        compiled = triton.compile(source(kernel, args, wanted), target=TARGETS[name], options=build)
+        row = {"case": case, "kernel": kernel.__name__, "target": name,
+               "shared": compiled.metadata.shared}  # fmt: skip
+        if "ptx" in compiled.asm:
+            row |= resources(compiled.asm["ptx"])
+            row["tensor_cores"] = tensor_cores(compiled.asm["cubin"])
+        print(json.dumps(row), flush=True)
+
+
+def resources(ptx: str) -> dict[str, int]:
+    """Registers and bytes spilled, as ptxas reports them."""
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.ptx")
+        file.write_text(ptx)
+        said = subprocess.run(
+            [tool("ptxas", target[1]), "-v", f"--gpu-name={target[1]}", file, "-o", f"{file}.o"],
+            check=True, capture_output=True, text=True,
+        ).stderr  # fmt: skip
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = re.findall(r"(\d+) bytes spill", said)
+    assert registers and spills, said
+    return {"registers": int(registers[1]), "spills": sum(map(int, spills))}
+
+
+def tool(name: str, target: str) -> Path:
+    newer = TOOLS / f"{name}-blackwell"
+    return newer if int(re.sub(r"\D", "", target)) >= 100 and newer.exists() else TOOLS / name
+
+
+def tensor_cores(cubin: bytes) -> bool:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.run(
+            [TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True
+        ).stdout
+    return re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass) is not None
+
+
+def cases():
+    """Name and call of what users run: the layers of a ResNet-18, and heads of a network."""
+    shapes = [(2, 64, 8, 8), (2, 128, 8, 8), (2, 256, 8, 8), (2, 512, 4, 4)]
+    layers = [(64, 3, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (10, 64)]
+    grad = torch.ones(())
+    for dtype, precision in (
+        (torch.bfloat16, 0), (torch.float16, 0), (torch.float32, 0), (torch.float32, 1),
+    ):  # fmt: skip
+        name = TYPES[dtype] + ("", " high", " medium")[precision]
+        for layout in (torch.contiguous_format, torch.channels_last):
+            xs = [torch.empty(s, dtype=dtype).contiguous(memory_format=layout) for s in shapes]
+            lies = "NHWC" if layout == torch.channels_last else "NCHW"
+            for center in (False, True):
+                options = (0, center, 1e-12, True, precision)
+                case = f"representation {name} {lies}{' centred' if center else ''}"
+                yield case, lambda xs=xs, o=options: pairwise_both(xs, o, grad)
+        ws = [torch.empty(s, dtype=dtype) for s in layers]
+        for penalty in (0, 1, 2):
+            options = (penalty, False, 1e-12, False, precision)
+            case = f"kernel {name} {('square', 'abs', 'signed')[penalty]}"
+            yield case, lambda ws=ws, o=options: pairwise_both(ws, o, grad)
+    for dtype in (torch.bfloat16, torch.float32):
+        for heads, classes in ((2, 10), (7, 10), (7, 1000), (5, 4096), (5, 50257)):
+            for teacher in (0, 3):
+                logits = [torch.empty(2, classes, dtype=dtype) for _ in range(heads)]
+                target = torch.zeros(2, dtype=torch.int64)
+                options = ([1.0] * heads, [1.0] * heads, [heads], [2.0], [teacher], [True], 0.0,
+                           -100, 0, True)  # fmt: skip
+                case = f"consistency {TYPES[dtype]} {heads} x {classes} teacher {teacher}"
+                yield case, lambda z=logits, t=target, o=options: consistency.forward(z, t, *o)
+
+
+def pairwise_both(xs, options, grad) -> None:
+    _, state = pairwise.forward(xs, *options, True)
+    pairwise.backward(grad, xs, state, *options)
+
+
+def main() -> None:
+    targets, wanted = sys.argv[1].split(","), re.compile(sys.argv[2])
+    for case, call in cases():
+        if not wanted.search(case):
+            continue
+        caught = []
+
+        def catch(kernel, programs, device, *args, caught=caught, **options):
+            caught.append((kernel, args, options))
+
+        for module in (pairwise, consistency):
+            module.launch = catch
+        call()
+        for kernel, args, options in caught:
+            compile_launch(case, targets, kernel, args, dict(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The Triton kernels compiled for GPUs that aren't there: registers, spills, tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# What differs in code: dtypes with their products, both layouts, centring, every penalty.
+CASES = (
+    "representation bf16 NCHW centred$",
+    "representation fp32 NHWC centred$",
+    "representation fp32 high NCHW$",
+    "kernel bf16 square",
+    "kernel fp16 abs",
+    "kernel fp32 signed",
+    "kernel fp32 square",
+    "consistency bf16 7 x 10 teacher 0",
+    "consistency fp32 7 x 1000 teacher 3",
+)
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """What became of every case on every target, compiled two at a time."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, HERE / "offline_compile.py", ",".join(TARGETS), "|".join(half)],
+            env=environment, stdout=subprocess.PIPE, text=True,
+        )
+        for half in (CASES[0::2], CASES[1::2])
+    ]  # fmt: skip
+    rows = []
+    for run in runs:
+        said, _ = run.communicate()
+        assert run.returncode == 0
+        rows += [json.loads(line) for line in said.splitlines()]
+    return rows
+
+
+def test_every_kernel_compiles_for_every_target_without_spilling(compiled: list[dict]) -> None:
+    print(f"\n{'case':40s}{'kernel':20s}{'target':8s}{'registers':>10s}{'spills':>8s}{'shared':>8s}")
+    for row in sorted(compiled, key=lambda r: (r["case"], r["kernel"])):
+        print(
+            f"{row['case']:40s}{row['kernel']:20s}{row['target']:8s}"
+            f"{row.get('registers', '')!s:>10s}{row.get('spills', '')!s:>8s}{row['shared']:>8d}"
+        )
+    kernels = {"forward_kernel", "backward_kernel", "consistency_kernel"}
+    assert {(row["kernel"], row["target"]) for row in compiled} == {
+        (kernel, target) for kernel in kernels for target in TARGETS
+    }
+    assert len({row["case"] for row in compiled}) == len(CASES)
+    spilled = [row for row in compiled if row.get("spills")]
+    assert not spilled
+    # What every GPU from sm_80 on gives a block without being asked for more.
+    assert all(row["shared"] <= 99 * 1024 for row in compiled)
+
+
+def test_products_of_halves_use_the_tensor_cores(compiled: list[dict]) -> None:
+    rows = [r for r in compiled if "tensor_cores" in r]
+    halves = [r for r in rows if "bf16 NCHW" in r["case"] or r["case"].startswith("kernel bf16")]
+    assert len(halves) == 12  # 2 cases, forward and backward, on 3 targets
+    assert all(r["tensor_cores"] for r in halves)
+    # TensorFloat-32 where torch's precision switch allows it, full float32 where not.
+    assert all(r["tensor_cores"] for r in rows if "fp32 high" in r["case"])
+    full = [r for r in rows if r["case"] == "kernel fp32 square"]
+    assert len(full) == 6 and not any(r["tensor_cores"] for r in full)

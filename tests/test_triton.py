@@ -1,0 +1,108 @@
+"""How the Triton kernels are launched: how often, and what with.
+
+Their values are tested with those of the other implementations, where they can run: on a
+GPU, or on the CPU under TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TESTED
+
+from imcl_fast import functional as F
+
+if "triton" not in TESTED:
+    pytest.skip("Triton runs on a GPU or under TRITON_INTERPRET=1", allow_module_level=True)
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched."""
+    from imcl_fast.kernels import consistency, launch, pairwise
+
+    names: list[str] = []
+
+    def counted(kernel, *args, **options):
+        names.append(kernel.__name__)
+        launch.launch(kernel, *args, **options)
+
+    for module in (pairwise, consistency):
+        monkeypatch.setattr(module, "launch", counted)
+    return names
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_four_layers_take_one_launch_each_way(launches: list[str], center: bool) -> None:
+    shapes = [(2, 6, 4, 4), (2, 12, 3, 3), (2, 70, 2, 2), (2, 33, 1, 1)]  # primal and dual
+    features = [torch.randn(s, device=DEVICE, requires_grad=True) for s in shapes]
+    loss = F.representation_similarity(features, center=center, impl="triton")
+    assert launches == ["forward_kernel"]
+    loss.backward()
+    assert launches == ["forward_kernel", "backward_kernel"]
+
+
+def test_twenty_layers_take_one_launch_each_way(launches: list[str]) -> None:
+    weights = [
+        torch.randn(8 + i, 3 + i % 4, *((3, 3) if i % 3 else (1, 1)), device=DEVICE)
+        for i in range(20)
+    ]
+    # Odd sizes, permuted and misaligned ones: none of them takes a launch of its own.
+    weights[3] = weights[3].contiguous(memory_format=torch.channels_last)
+    weights[5] = torch.randn(weights[5].numel() + 1, device=DEVICE)[1:].view(weights[5].shape)
+    weights = [w.requires_grad_() for w in weights]
+    F.kernel_similarity(weights, impl="triton").backward()
+    assert launches == ["forward_kernel", "backward_kernel"]
+
+
+def test_the_consistency_takes_one_launch(launches: list[str]) -> None:
+    heads = [torch.randn(4, 10, device=DEVICE, requires_grad=True) for _ in range(5)]
+    target = torch.tensor([1, 2, 3, -100], device=DEVICE)
+    loss = F.collaborative_consistency(
+        heads, target, groups=[3, 2], teacher=["others", "pairwise"], impl="triton"
+    )
+    loss.backward()
+    assert launches == ["consistency_kernel"]
+
+
+def test_geometry_is_made_once() -> None:
+    """A second step with other tensors of the same shapes uploads nothing."""
+    from imcl_fast.kernels.plan import plan
+
+    for _ in range(2):
+        x = torch.randn(2, 5, 4, 4, device=DEVICE, requires_grad=True)
+        F.representation_similarity(x, impl="triton").backward()
+        before = plan.cache_info().misses
+    x = torch.randn(2, 5, 4, 4, device=DEVICE, requires_grad=True)
+    F.representation_similarity(x, impl="triton").backward()
+    assert plan.cache_info().misses == before
+    # Another stride is another plan.
+    y = torch.randn(2, 4, 4, 5, device=DEVICE).movedim(-1, 1).requires_grad_()
+    F.representation_similarity(y, impl="triton").backward()
+    assert plan.cache_info().misses == before + 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_fast_path_is_taken(layout: str) -> None:
+    """Dense aligned layers are read 16 bytes at a time, in the order they lie in."""
+    from imcl_fast.kernels import plan as plans
+
+    x = torch.empty(2, 8, 4, 4)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    made = plans.plan(
+        (plans.layer_of(x),), 4, 0, False, True, 64, torch.device("cpu")
+    )
+    record = made.table[2 : 2 + plans.FIELDS].tolist()
+    assert record[plans.FAST] == 1
+    assert made.rows_unit == (layout == "channels_last")
+
+
+def test_float64_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from imcl_fast import implementations
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = implementations.why_not("triton", "cuda", [torch.float64])
+    assert reason is not None and "float64" in reason
