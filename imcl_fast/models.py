@@ -3,48 +3,132 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
+from . import validation
+
 # Kept alive: the operators a library defines go with it.
 _stand_ins: list[torch.library.Library] = []
 
+RESNETS = {
+    "resnet18": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet34": ("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3)),
+}
+VGG16 = ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8))  # channels over width, by stage
+NAMES = (*RESNETS, "vgg16_bn")
 
-def resnet18(classes: int, *, width: int = 64, channels: int = 3) -> nn.Module:
-    """torchvision's ResNet-18 for small images, at any width.
+SMALL = 64  # images below this many pixels get a stem that keeps their resolution
+SMALLEST = 8
 
-    Its stem is that of the CIFAR networks of arXiv 1512.03385 (a 3x3 convolution, no
-    pooling); the stages ``layer1`` to ``layer4`` have ``width`` times 1, 2, 4 and 8
-    channels, and halve the resolution from ``layer2`` on.
+
+def build(
+    name: str,
+    classes: int,
+    *,
+    channels: int = 3,
+    image_size: int = 32,
+    width: int | None = None,
+) -> nn.Module:
+    """A network of torchvision's for images of a size, at any width.
 
     Args:
-        classes: outputs of the classifier ``fc``, at least 1.
-        width: channels of ``layer1``; torchvision's own is 64.
+        name: one of ``NAMES``.
+        classes: outputs of the classifier, at least 1.
         channels: of the input images.
+        image_size: height and width of the images that it is for, at least 8 pixels.
+        width: channels of the first stage; None is torchvision's own, 64. The stages
+            after it have 2, 4 and 8 times as many.
+
+    ResNets have four stages, ``layer1`` to ``layer4``, and halve the resolution from
+    ``layer2`` on. Below 64 pixels their stem is that of the CIFAR networks of
+    arXiv 1512.03385 (a 3x3 convolution, no pooling); from 64 on torchvision's own, which
+    divides it by four.
+
+    VGG-16 has batch normalisation, and one linear layer on globally pooled features in
+    place of the three that torchvision has for 224 pixels. It halves the resolution five
+    times, but for the halvings that would leave a stage less than 2 pixels.
 
     Raises:
         ImportError: torchvision isn't installed.
-        ValueError: a number is less than 1.
+        TypeError, ValueError: an argument is outside its range.
     """
-    for name, value in (("classes", classes), ("width", width), ("channels", channels)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
-    resnet = import_torchvision().models.resnet
-    network = resnet.resnet18()
-    network.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-    network.bn1 = nn.BatchNorm2d(width)
-    network.maxpool = nn.Identity()
-    network.inplanes = width  # what _make_layer takes as the channels that come in
-    for stage in range(4):
-        layer = network._make_layer(
-            resnet.BasicBlock, width * 2**stage, blocks=2, stride=1 if stage == 0 else 2
-        )
-        setattr(network, f"layer{stage + 1}", layer)
-    network.fc = nn.Linear(8 * width, classes)
+    validation.choice("name", name, NAMES)
+    width = 64 if width is None else width
+    numbers = (("classes", classes, 1), ("channels", channels, 1), ("width", width, 1),
+               ("image_size", image_size, SMALLEST))  # fmt: skip
+    for argument, value, low in numbers:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{argument}: expected an int of at least {low}, got {value!r}")
+    if name in RESNETS:
+        network = _resnet(*RESNETS[name], classes, channels, width, image_size < SMALL)
+    else:
+        network = _vgg(classes, channels, width, image_size)
     for module in network.modules():  # torchvision's own initialisation, of the new layers too
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network
+
+
+def resnet18(classes: int, *, width: int = 64, channels: int = 3) -> nn.Module:
+    """``build("resnet18", ...)`` for small images.
+
+    Raises:
+        ImportError, ValueError: as ``build``.
+    """
+    return build("resnet18", classes, width=width, channels=channels)
+
+
+def _resnet(
+    block_name: str, blocks: tuple[int, ...], classes: int, channels: int, width: int, small: bool
+) -> nn.Module:
+    resnet: Any = import_torchvision().models.resnet
+    block = getattr(resnet, block_name)
+    with torch.device("meta"):  # every layer with weights is made anew below
+        network = resnet.ResNet(block, blocks)
+    if small:
+        network.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    else:
+        network.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
+    network.bn1 = nn.BatchNorm2d(width)
+    network.inplanes = width  # what _make_layer takes as the channels that come in
+    for stage, count in enumerate(blocks):
+        layer = network._make_layer(
+            block, width * 2**stage, blocks=count, stride=1 if stage == 0 else 2
+        )
+        setattr(network, f"layer{stage + 1}", layer)
+    network.fc = nn.Linear(8 * width * block.expansion, classes)
+    return network
+
+
+def _vgg(classes: int, channels: int, width: int, image_size: int) -> nn.Module:
+    vgg: Any = import_torchvision().models.vgg
+    plan: list[int | str] = []
+    for stage in VGG16:
+        plan += [*(width * factor for factor in stage), "M"]
+    with torch.device("meta"):  # its classifier has 120 million weights, and doesn't stay
+        network = vgg.VGG(nn.Identity(), init_weights=False)
+    network.features = vgg.make_layers(plan, batch_norm=True)
+    network.features[0] = nn.Conv2d(channels, width, 3, padding=1)
+    pools = [i for i, layer in enumerate(network.features) if isinstance(layer, nn.MaxPool2d)]
+    pixels = image_size
+    for i in pools:
+        least = 1 if i == pools[-1] else 2  # no stage follows the last
+        if pixels // 2 >= least:
+            pixels //= 2
+        else:
+            # The other layers keep their names, so that weights fit either size.
+            network.features[i] = nn.Identity()
+    network.avgpool = nn.AdaptiveAvgPool2d(1)
+    network.classifier = nn.Linear(8 * width, classes)
+    nn.init.normal_(network.classifier.weight, std=0.01)
+    nn.init.zeros_(network.classifier.bias)
     return network
 
 
@@ -52,7 +136,7 @@ def import_torchvision() -> ModuleType:
     """torchvision, also where its compiled operators don't match the torch installed.
 
     A torchvision from the package index beside a CPU-only torch fails to import because
-    it describes operators that weren't loaded. Its networks need none of them.
+    it describes operators that weren't loaded. What is used of it here needs none of them.
     """
     try:
         import torchvision
@@ -66,8 +150,8 @@ def import_torchvision() -> ModuleType:
         import torchvision
     except ImportError as error:
         raise ImportError(
-            "the ResNet comes with torchvision, which isn't installed: install the version "
-            "that belongs to your torch, for example pip install torchvision==0.28.0 beside "
-            "torch 2.13.0"
+            "the networks, and the reading of most data sets, come with torchvision, which isn't "
+            "installed: install the version that belongs to your torch, for example "
+            "pip install torchvision==0.28.0 beside torch 2.13.0"
         ) from error
     return torchvision

@@ -1,0 +1,125 @@
+"""What training images go through at random.
+
+Every augmentation is drawn and applied in two steps: ``draw`` takes all randomness from
+one generator, a row of numbers per sample, and applying it to a sample needs no more than
+its row. So a batch comes out the same wherever, and on however many processes, it is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import validation
+from ..models import import_torchvision
+
+FILLS = ("black", "edge")
+
+
+@dataclass(frozen=True)
+class PaddedCrop:
+    """Shifts by up to ``pad`` pixels each way, and mirrors; for batches in memory.
+
+    The same as a crop, at the images' own size, of the images padded on every side.
+
+    Args:
+        pad: in pixels, at least 0.
+        flip: mirror every other image, left to right.
+        fill: of what comes in from outside: ``"black"``, or ``"edge"`` to repeat the edge.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these.
+    """
+
+    pad: int
+    flip: bool = False
+    fill: str = "black"
+
+    def __post_init__(self) -> None:
+        if validation.integer("pad", self.pad) < 0:
+            raise ValueError(f"pad: expected at least 0 pixels, got {self.pad}")
+        validation.boolean("flip", self.flip)
+        validation.choice("fill", self.fill, FILLS)
+
+    def scaled(self, factor: float) -> PaddedCrop:
+        """The same for images ``factor`` times as large; some shift always remains."""
+        return replace(self, pad=max(1, round(self.pad * factor)) if self.pad else 0)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, 3) int64: rows and columns to shift by, and whether to mirror."""
+        shifts = torch.randint(-self.pad, self.pad + 1, (count, 2), generator=generator)
+        flips = torch.randint(0, 1 + self.flip, (count, 1), generator=generator)
+        return torch.cat([shifts, flips], 1)
+
+    def __call__(self, images: Tensor, draw: Tensor) -> Tensor:
+        """(B, C, H, W) of any dtype, by a ``draw`` (B, 3) on the same device; a new Tensor."""
+        count, channels, height, width = images.shape
+        shift_rows, shift_columns, flips = draw.view(count, 3, 1).unbind(1)
+        rows = torch.arange(height, device=images.device) + shift_rows  # [B, H]
+        columns = torch.arange(width, device=images.device)
+        columns = torch.where(flips == 1, width - 1 - columns, columns) + shift_columns  # [B, W]
+        inside_rows, inside_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        pixels = inside_rows.unsqueeze(2) * width + inside_columns.unsqueeze(1)  # [B, H, W]
+        pixels = pixels.view(count, 1, height * width).expand(count, channels, height * width)
+        result = images.reshape(count, channels, height * width).gather(2, pixels)
+        result = result.view(images.shape)
+        if self.fill == "black":
+            inside = (rows == inside_rows).unsqueeze(2) & (columns == inside_columns).unsqueeze(1)
+            result = result.mul_(inside.unsqueeze(1))
+        return result
+
+
+@dataclass(frozen=True)
+class ResizedCrop:
+    """torchvision's RandomResizedCrop (arXiv 1409.4842) and a mirror; for single PIL images.
+
+    Args:
+        size: height and width of the result in pixels.
+    """
+
+    size: int
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, 1) int64: a seed per sample."""
+        return torch.randint(0, 2**63 - 1, (count, 1), generator=generator)
+
+    def __call__(self, image: Any, draw: Tensor) -> Tensor:
+        """(3, size, size) uint8, by the ``draw`` (1,) of this sample."""
+        # torchvision draws from the CPU's global generator only. torch.manual_seed would set
+        # those of other devices too, which dropout draws from.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(draw))
+            return _random_crop(self.size)(image)
+
+    def center(self, image: Any) -> Tensor:
+        """The image without augmentation: its central 7/8, as (3, size, size) uint8."""
+        return _central_crop(self.size)(image)
+
+
+Augmentation = PaddedCrop | ResizedCrop
+
+
+# Made where they are used, so that a worker process imports torchvision by import_torchvision.
+@cache
+def _random_crop(size: int) -> Any:
+    v2 = _transforms()
+    return v2.Compose(
+        [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    )
+
+
+@cache
+def _central_crop(size: int) -> Any:
+    v2 = _transforms()
+    return v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def _transforms() -> Any:
+    import_torchvision()
+    from torchvision.transforms import v2
+
+    return v2

@@ -1,0 +1,296 @@
+"""Batches of a split. All randomness is a function of the seed, the epoch and the step, so
+that a run which was resumed, or shared out to several processes, sees the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .. import validation
+from .augmentation import Augmentation, ResizedCrop
+from .dataset import DataError, DataSet, Split
+
+# Sets up to this size lie on the device; a larger one stays in host memory.
+RESIDENT_BYTES = 2**30
+
+
+class Order(NamedTuple):
+    """One process's part of a batch, still to be made.
+
+    Attributes:
+        places: (b,) int64, of the samples in the split.
+        draw: (b, k) int64, what the augmentation drew for them; None for none.
+    """
+
+    places: Tensor
+    draw: Tensor | None
+
+
+class TrainLoader:
+    """Batches for training: every epoch in another random order, augmented.
+
+    Args:
+        split: what to train on, of ``data_set``.
+        data_set: whose normalisation and augmentation is used.
+        batch_size: of all processes together; a multiple of ``world``.
+        augment: whether to augment.
+        seed: of the order and the augmentation.
+        device: where batches, and sets of up to 1 GiB as a whole, are put.
+        rank, world: this process, and how many there are.
+        workers: processes that decode image files; 0 decodes in this one. Sets in memory
+            need none.
+
+    The last batch of an epoch is left out if it would be smaller, unless it is the only
+    one; that one leaves out what can't be shared out evenly.
+
+    Raises:
+        TypeError, ValueError: a number is outside its range, or there is less than one
+            image for each process.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        data_set: DataSet,
+        *,
+        batch_size: int,
+        augment: bool,
+        seed: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        _check(batch_size, rank, world, workers)
+        if batch_size % world:
+            raise ValueError(
+                f"batch_size: expected a multiple of the {world} processes (world) that share it, "
+                f"got {batch_size}"
+            )
+        size = min(batch_size, len(split))
+        self._batch = size - size % world
+        if self._batch == 0:
+            raise ValueError(
+                f"split: expected at least one image for each of {world} processes, "
+                f"got {len(split)}"
+            )
+        self._split = split
+        self._seed = validation.integer("seed", seed)
+        self._augmentation = data_set.augmentation if augment else None
+        share = self._batch // world
+        self._mine = slice(rank * share, (rank + 1) * share)
+        self._source = _source(split, data_set, torch.device(device), workers)
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return len(self._split) // self._batch
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from ``first_step`` (counted from 0) on.
+
+        Returns:
+            Iterator over images (batch_size / world, C, H, W), float32 and normalised, and
+            labels (batch_size / world,) int64.
+
+        Raises:
+            ValueError: the epoch has no such step.
+            DataError: an image file can't be read.
+        """
+        if not 0 <= validation.integer("first_step", first_step) <= len(self):
+            raise ValueError(f"first_step: expected 0 to {len(self)}, got {first_step}")
+        return self._source.batches(self._orders(epoch, first_step), self._augmentation)
+
+    def _orders(self, epoch: int, first_step: int) -> Iterator[Order]:
+        permutation = torch.randperm(len(self._split), generator=stream(self._seed, epoch))
+        for step in range(first_step, len(self)):
+            places = permutation[step * self._batch : (step + 1) * self._batch][self._mine]
+            draw = None
+            if self._augmentation is not None:
+                # Drawn for all processes: who does which sample must not matter.
+                generator = stream(self._seed, epoch, step)
+                draw = self._augmentation.draw(self._batch, generator)[self._mine]
+            yield Order(places, draw)
+
+
+class TestLoader:
+    """Batches for evaluation: each image once, in order, as it is.
+
+    Every process gets a part of the split of its own; together they have all of it. The
+    parts differ by one image at most, and so may the last batches.
+
+    Args:
+        split, data_set, device, rank, world, workers: as for ``TrainLoader``.
+        batch_size: of one process.
+    """
+
+    __test__ = False  # no test class, whatever pytest makes of the name
+
+    def __init__(
+        self,
+        split: Split,
+        data_set: DataSet,
+        *,
+        batch_size: int,
+        device: torch.device | str,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        _check(batch_size, rank, world, workers)
+        self._mine = range(len(split) * rank // world, len(split) * (rank + 1) // world)
+        self._batch = batch_size
+        self._source = _source(split, data_set, torch.device(device), workers)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self._mine) // self._batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (b, C, H, W), float32 and normalised, and labels (b,) int64."""
+        starts = range(0, len(self._mine), self._batch)
+        parts = (self._mine[start : start + self._batch] for start in starts)
+        return self._source.batches((Order(torch.tensor(part), None) for part in parts), None)
+
+
+def stream(*parts: int) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on ``parts``, and on nothing else."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+class _Normalise:
+    """uint8 images to float32 of mean 0 and deviation 1, on the device."""
+
+    def __init__(self, data_set: DataSet, device: torch.device) -> None:
+        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (data_set.mean, data_set.std))
+        self._scale, self._shift = (
+            x.float().to(device).view(-1, 1, 1) for x in (1 / (255 * std), -mean / std)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float().mul_(self._scale).add_(self._shift)
+
+
+class _Memory:
+    """Batches of images in memory, augmented where they lie."""
+
+    def __init__(self, split: Split, data_set: DataSet, device: torch.device) -> None:
+        assert isinstance(split.images, Tensor)
+        resident = split.images.numel() <= RESIDENT_BYTES
+        self._images = split.images.to(device) if resident else split.images
+        self._labels = split.labels.to(self._images.device)
+        self._normalise = _Normalise(data_set, device)
+        self._device = device
+
+    def batches(
+        self, orders: Iterator[Order], augmentation: Augmentation | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        home = self._images.device
+        for places, draw in orders:
+            places = _send(places, home)
+            images = self._images[places]
+            if augmentation is not None and draw is not None:
+                images = augmentation(images, _send(draw, home))
+            labels = self._labels[places]
+            yield self._normalise(_send(images, self._device)), _send(labels, self._device)
+
+
+class _Files:
+    """Batches of image files, decoded and augmented by worker processes."""
+
+    def __init__(
+        self, split: Split, data_set: DataSet, device: torch.device, workers: int
+    ) -> None:
+        assert not isinstance(split.images, Tensor)
+        self._images = split.images
+        self._center = ResizedCrop(data_set.shape[-1])
+        self._labels = split.labels
+        self._normalise = _Normalise(data_set, device)
+        self._device = device
+        self._workers = workers
+
+    def batches(
+        self, orders: Iterator[Order], augmentation: Augmentation | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        loader: DataLoader = DataLoader(
+            _Samples(self._images, augmentation or self._center),
+            batch_sampler=_Samplewise(orders),
+            num_workers=self._workers,
+            collate_fn=_collate,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from torch's global one
+        )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            images, places = batch
+            labels = self._labels[places]
+            yield self._normalise(_send(images, self._device)), _send(labels, self._device)
+
+
+class _Samplewise:
+    """Orders as a DataLoader takes them: a list of (place, draw) for each batch."""
+
+    def __init__(self, orders: Iterator[Order]) -> None:
+        self._orders = orders
+
+    def __iter__(self) -> Iterator[list[tuple[int, Tensor | None]]]:
+        for places, draw in self._orders:
+            draws = [None] * len(places) if draw is None else list(draw)
+            yield list(zip(places.tolist(), draws, strict=True))
+
+
+class _Samples(Dataset):
+    """Decodes and augments one image. An error is returned: raised in a worker, it would
+    reach the user wrapped in that worker's traceback."""
+
+    def __init__(self, images: Dataset, augmentation: Any) -> None:
+        self._images = images
+        self._augmentation = augmentation
+
+    def __getitem__(self, order: tuple[int, Tensor | None]) -> tuple[Tensor, int] | DataError:
+        place, draw = order
+        try:
+            image = self._images[place]
+        except DataError as error:
+            return error
+        if draw is None:
+            return self._augmentation.center(image), place
+        return self._augmentation(image, draw), place
+
+
+def _collate(samples: list[tuple[Tensor, int] | DataError]) -> Any:
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    images, places = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(places)
+
+
+def _source(
+    split: Split, data_set: DataSet, device: torch.device, workers: int
+) -> _Memory | _Files:
+    if isinstance(split.images, Tensor):
+        return _Memory(split, data_set, device)
+    return _Files(split, data_set, device, workers)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``, without waiting for what the device is doing."""
+    if tensor.device == device or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _check(batch_size: int, rank: int, world: int, workers: int) -> None:
+    for name, value, low in (("batch_size", batch_size, 1), ("world", world, 1),
+                             ("workers", workers, 0)):  # fmt: skip
+        if validation.integer(name, value) < low:
+            raise ValueError(f"{name}: expected at least {low}, got {value}")
+    if not 0 <= validation.integer("rank", rank) < world:
+        raise ValueError(f"rank: expected 0 to {world - 1}, got {rank}")
