@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, validation
+from . import functional, sharding, validation
 from . import layers as find
 from .implementations import IMPLEMENTATIONS
+from .sharding import KernelShare
+from .taps import Step, Tap, Tape
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
 
@@ -76,9 +78,12 @@ class IMCL(nn.Module):
         model: maps x to logits (B, K). It may be on any device, in any floating dtype.
         example_input: a batch as ``model`` takes it; its first sample is run once, in eval
             mode and without gradients.
-        layers: paths of the modules whose outputs (B, C, \*spatial) take part in
-            multi-layer consistency and representation similarity; choose them after
-            their activation. None takes the last block of each spatial resolution.
+        layers: paths of the modules whose outputs (B, C, \*spatial), or tokens (B, T, C),
+            take part in multi-layer consistency and representation similarity; choose them
+            after their activation. None takes the last block of each spatial resolution, or,
+            where all blocks have one (vision transformers), those at 1/4, 2/4, 3/4 and the
+            end of the depth. Tokens stand for pixels: they are what a channel's similarity
+            runs over and what an auxiliary head averages.
         output_weight, multilayer_weight, representation_weight, kernel_weight: of the four
             ways. 0 leaves a way out: no hook, no head, no call. The others may be
             changed between steps.
@@ -93,11 +98,25 @@ class IMCL(nn.Module):
         representation_penalty, kernel_penalty: ``"square"``, ``"abs"`` or ``"signed"``.
         center: compare the channels by Pearson's correlation instead of the cosine.
         label_smoothing: in [0, 1), of every cross entropy.
+        shard_kernels: under DistributedDataParallel let each process compute the kernel
+            similarity of a share of the layers only, times the number of processes: the
+            mean of the gradients is the same. ``terms["kernel_similarity"]`` is then that
+            of the process, 0 if it has no layer; the mean over processes is the value.
+            ``torch.distributed`` must be initialised, and all of it train together.
         impl: see ``functional``.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or what it leaves to be found in
             ``model`` isn't there; the message names the argument.
+        RuntimeError: ``shard_kernels`` without ``torch.distributed``.
+
+    Every term is a mean over the batch, or does not depend on it. So the losses of k equal
+    parts of a batch, each divided by k, accumulate to the gradient of the whole, but for what
+    the network's batch normalisation does.
+
+    Under gradient checkpointing the work on a layer is done once, not again when its segment
+    is run again. A layer inside a segment, other than at its end, needs
+    ``use_reentrant=False``; ``torch.compile`` then can't have ``fullgraph=True``.
 
     The objective reconstructs arXiv 2105.09590 from its abstract, with published relatives:
     output consistency SD-Dropout (2208.05642) and R-Drop (2106.14448), multi-layer
@@ -131,6 +150,7 @@ class IMCL(nn.Module):
         center: bool = True,
         kernel_penalty: str = "square",
         label_smoothing: float = 0.0,
+        shard_kernels: bool = False,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -146,8 +166,8 @@ class IMCL(nn.Module):
         validation.choice("representation_penalty", representation_penalty, functional.PENALTIES)
         validation.choice("kernel_penalty", kernel_penalty, functional.PENALTIES)
         validation.choice("impl", impl, IMPLEMENTATIONS)
-        if not isinstance(center, bool):
-            raise TypeError(f"center: expected a bool, got {type(center).__name__}")
+        validation.boolean("center", center)
+        validation.boolean("shard_kernels", shard_kernels)
         self.views = views
         self.dropout = validation.number("dropout", dropout, low=0, high=1)
         self.output_temperature = validation.number(
@@ -180,8 +200,9 @@ class IMCL(nn.Module):
             )
         if self.kernel_weight:
             self.kernels = _kernels(model, kernels)
-        self._tape = _Tape()
-        self._handles = self._register_hooks()
+        self._kernel_share = KernelShare.of(self.kernels, model, shard_kernels)
+        self._tape = Tape()
+        self._handles = self._register_hooks(trace.channels_last)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | IMCLOutput:
         """The network's logits (B, K); with ``target``, class indices (B,), an ``IMCLOutput``.
@@ -198,22 +219,22 @@ class IMCL(nn.Module):
                     f"{name}: this way was switched off (0) when IMCL was built and has no "
                     "hooks; build a new IMCL with a weight above 0"
                 )
-        # Kernel similarity comes first because autograd runs backward what ran forward
-        # last: its gradient, as large as the weights', is then made at the very end, when
-        # the activations have been freed, and does not raise the peak.
-        kernel = None
-        if self.kernel_weight:
-            # Not get_parameter: a parametrized weight is computed, not stored.
-            weights = [cast(Tensor, self.model.get_submodule(k).weight) for k in self.kernels]
-            kernel = functional.kernel_similarity(
-                weights, penalty=self.kernel_penalty, impl=self.impl
-            )
+        # Autograd runs backward what ran forward last. Alone, kernel similarity comes first:
+        # its gradient, as large as the weights', is made at the very end, when the
+        # activations have been freed, and does not raise the peak. Among several processes
+        # it would hold every convolution's gradient back to the end, and with it all of
+        # DistributedDataParallel's communication, which is to run beside the backward pass.
+        processes = sharding.world_size()
+        kernel = self._kernel_similarity() if processes == 1 else None
         step = _Step(self)
         self._tape.step = step
         try:
             logits = self.model(x)
         finally:
             self._tape.step = None
+        step.finish()
+        if processes > 1:
+            kernel = self._kernel_similarity()
         if step.calls != len(self._handles):
             raise RuntimeError(
                 f"model: expected the layers {self.layers} and the classifier "
@@ -249,17 +270,30 @@ class IMCL(nn.Module):
             f"kernels={len(self.kernels)}, impl={self.impl!r}"
         )
 
-    def _register_hooks(self) -> list[RemovableHandle]:
+    def _register_hooks(self, channels_last: frozenset[str]) -> list[RemovableHandle]:
         handles = []
         for index, name in enumerate(self.layers):
             if self.representation_weight or index < len(self.heads):
-                tap = _Tap(self._tape, index)
+                tap = Tap(self._tape, index, name in channels_last)
                 handles.append(self.model.get_submodule(name).register_forward_hook(tap))
         if self.classifier is not None:
-            tap = _Tap(self._tape, None)
+            tap = Tap(self._tape, None)
             classifier = self.model.get_submodule(self.classifier)
             handles.append(classifier.register_forward_hook(tap))
         return handles
+
+    def _kernel_similarity(self) -> Tensor | None:
+        if not self.kernel_weight:
+            return None
+        share = self._kernel_share
+        if not share.kernels:
+            return next(self.model.parameters()).new_zeros(())
+        # Not get_parameter: a parametrized weight is computed, not stored.
+        weights = [cast(Tensor, self.model.get_submodule(k).weight) for k in share.kernels]
+        similarity = functional.kernel_similarity(
+            weights, penalty=self.kernel_penalty, impl=self.impl
+        )
+        return similarity if share.scale == 1 else similarity * share.scale
 
     def _consistency(
         self, step: _Step, logits: Tensor, target: Tensor
@@ -305,17 +339,23 @@ class AuxiliaryHead(nn.Module):
         return self.linear(features.mean(dim=tuple(range(2, features.dim()))))
 
 
-class _Step:
+class _Step(Step):
     """What one training call of an ``IMCL`` collects while its network runs."""
 
     def __init__(self, imcl: IMCL) -> None:
+        super().__init__()
         self.imcl = imcl
-        self.calls = 0
         self.similarities: list[Tensor] = []
         self.head_logits: dict[int, Tensor] = {}
         self.views: Tensor | None = None
 
-    def layer_finished(self, index: int, features: Tensor) -> None:
+    def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
+        if layer is None:
+            self._classifier_finished(module, features)
+        else:
+            self._layer_finished(layer, features)
+
+    def _layer_finished(self, index: int, features: Tensor) -> None:
         """The penalty and the auxiliary head of a layer, as soon as its features exist.
 
         They are in cache now; and since autograd runs backward in reverse order, the
@@ -323,7 +363,6 @@ class _Step:
         the layer's own is due, and not all layers' at once at the start.
         """
         imcl = self.imcl
-        self.calls += 1
         if imcl.representation_weight:
             self.similarities.append(
                 functional.representation_similarity(
@@ -336,10 +375,9 @@ class _Step:
         if index < len(imcl.heads):
             self.head_logits[index] = imcl.heads[index](features)
 
-    def classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
+    def _classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
         """The dropout views, (V, B, K), by one more run of the classifier."""
         imcl = self.imcl
-        self.calls += 1
         if imcl.output_weight:
             views = features.expand(imcl.views, *features.shape)  # [V, B, F]
             views = torch.dropout(views, imcl.dropout, imcl.training)
@@ -348,45 +386,14 @@ class _Step:
             self.views = logits.unflatten(0, (imcl.views, len(features)))
 
 
-class _Tape:
-    """Where the hooks find the step to report to: none, outside a training call.
-
-    The hooks know this object only. So a copy of the network alone copies idle hooks,
-    and a copy of the whole ``IMCL`` has hooks that report to the copy.
-    """
-
-    def __init__(self) -> None:
-        self.step: _Step | None = None
-
-
-class _Tap:
-    """A forward hook that hands its module's result to the step under way, if any.
-
-    It stays registered: ``torch.compile`` traces hooks that are there beforehand, but
-    neither follows a registration nor notices one.
-    """
-
-    def __init__(self, tape: _Tape, layer: int | None) -> None:
-        self.tape = tape
-        self.layer = layer  # None: the classifier
-
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        step = self.tape.step
-        if step is None:
-            return
-        if self.layer is None:
-            step.classifier_finished(module, args[0])
-        else:
-            step.layer_finished(self.layer, output)
-
-
 def _head(trace: find.Trace, layer: str) -> AuxiliaryHead:
     features = trace.calls[layer][0].output
     assert features is not None  # or it would be none of the layers
+    channels = features.shape[-1 if layer in trace.channels_last else 1]
     # The parameters' dtype: that of the features is autocast's where that is on.
     dtypes = (p.dtype for p in trace.model.parameters() if p.is_floating_point())
     return AuxiliaryHead(
-        features.shape[1],
+        channels,
         trace.output.shape[1],
         device=features.device,
         dtype=next(dtypes, features.dtype),

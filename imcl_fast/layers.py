@@ -7,13 +7,19 @@ what follows are choices over that record.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+# Modules that settle where their output has its channels. Not subclasses of LayerNorm:
+# there are those for (B, C, H, W).
+CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
+CHANNELS_LAST = (nn.Linear, nn.Embedding)
 # Modules that only pass on, shrink or mask what the layer before them computed.
 PASSIVE = ("torch.nn.modules.pooling", "torch.nn.modules.dropout", "torch.nn.modules.padding")
 
@@ -26,31 +32,40 @@ class Call(NamedTuple):
     version: int  # of the output when the call ended
 
     @property
-    def resolution(self) -> tuple[int, ...]:
-        """Spatial size of the output; () where it has none."""
-        return () if self.output is None else tuple(self.output.shape[2:])
-
-    @property
     def overwritten(self) -> bool:
         """Whether something later in the network changed the output in place."""
         return self.output is not None and self.output._version != self.version
 
 
 class Trace(NamedTuple):
-    """What one run of a network showed: the calls by module path, in order of completion."""
+    """What one run of a network showed.
+
+    Attributes:
+        calls: by module path, in order of completion.
+        output: the logits.
+        channels_last: paths of the modules whose output is (B, *positions, C), as the tokens
+            of a transformer are, and not (B, C, *spatial). This is about the order of the
+            dimensions, not the strides.
+    """
 
     model: nn.Module
     calls: dict[str, list[Call]]
     output: Tensor
+    channels_last: frozenset[str]
+
+    def resolution(self, name: str) -> tuple[int, ...]:
+        """Spatial size of a module's output, or number of tokens; () where it has none."""
+        output = self.calls[name][-1].output
+        return () if output is None else self.positions(name, output)
+
+    def positions(self, name: str, x: Tensor) -> tuple[int, ...]:
+        """The dimensions of ``x``, laid out as the module's output, without batch and channels."""
+        return tuple(x.shape[1:-1] if name in self.channels_last else x.shape[2:])
 
     @property
     def spatial_ranks(self) -> set[int]:
         """Number of spatial dimensions of the network's convolutions; empty if it has none."""
-        return {
-            len(module.kernel_size)
-            for module in self.model.modules()
-            if isinstance(module, _ConvNd)
-        }
+        return _spatial_ranks(self.model)
 
 
 def trace(model: nn.Module, example_input: Tensor) -> Trace:
@@ -92,7 +107,7 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
     if not isinstance(output, Tensor) or output.dim() != 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"model: expected its output to be logits (B, K), got {got}")
-    return Trace(model, calls, output)
+    return Trace(model, calls, output, _channels_last(model, calls))
 
 
 def find_layers(trace: Trace) -> list[str]:
@@ -103,15 +118,24 @@ def find_layers(trace: Trace) -> list[str]:
     don't count; where there are none (the ``features`` of a VGG), the last layer that
     follows a convolution before each change of resolution does. Outputs of one pixel,
     and those that the network overwrites in place, are left out.
+
+    Where that finds no two, as in a vision transformer, whose blocks all have one
+    resolution, it is the blocks at 1/4, 2/4, 3/4 and the end of the longest row of them.
     """
+    layers = _last_of_each_resolution(trace)
+    return max(layers, _quarters_of_longest_row(trace), key=len) if len(layers) < 2 else layers
+
+
+def _last_of_each_resolution(trace: Trace) -> list[str]:
     blocks: dict[tuple[int, ...], str] = {}
     single: dict[tuple[int, ...], str] = {}
     convolved: set[tuple[int, ...]] = set()
     ranks = trace.spatial_ranks
     for name in sorted(_units(trace, "", trace.model), key=list(trace.calls).index):
         module, call = trace.model.get_submodule(name), trace.calls[name][-1]
-        size = call.resolution
-        if len(size) not in ranks or set(size) == {1}:
+        size = trace.resolution(name)
+        known_rank = name in trace.channels_last or len(size) in ranks
+        if not size or not known_rank or set(size) == {1}:
             continue
         if isinstance(module, _ConvNd):
             convolved.add(size)
@@ -124,12 +148,28 @@ def find_layers(trace: Trace) -> list[str]:
     return sorted((blocks or single).values(), key=list(trace.calls).index)
 
 
+def _quarters_of_longest_row(trace: Trace) -> list[str]:
+    """Up to four of the most blocks of one class and shape that one container holds."""
+    rows: dict[tuple, list[str]] = {}
+    for name, calls in trace.calls.items():
+        module, call = trace.model.get_submodule(name), calls[0]
+        if call.output is None or call.overwritten or len(calls) > 1:
+            continue
+        if _has_children(module) and trace.resolution(name):
+            row = (name.rpartition(".")[0], type(module), call.output.shape)
+            rows.setdefault(row, []).append(name)
+    longest = max(rows.values(), key=len, default=[])
+    ends = {math.ceil(quarter * len(longest) / 4) for quarter in range(1, 5)}
+    return [longest[end - 1] for end in sorted(ends) if longest]
+
+
 def check_layers(trace: Trace, layers: Sequence[str]) -> list[str]:
     """``layers`` in the order the network runs them.
 
     Raises:
         TypeError, ValueError: one is not the path of a module that runs once and returns
-            features (B, C, *spatial), C >= 2, that stay as they are.
+            features (B, C, *spatial) or tokens (B, *positions, C), C >= 2, that stay as
+            they are.
     """
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise TypeError(
@@ -139,11 +179,13 @@ def check_layers(trace: Trace, layers: Sequence[str]) -> list[str]:
     for name in layers:
         call = _only_call(trace, "layers", name)
         shape = None if call.output is None else tuple(call.output.shape)
-        rank = len(call.resolution)
-        if shape is None or rank < 1 or shape[1] < 2 or (ranks and rank not in ranks):
+        rank, tokens = len(trace.resolution(name)), name in trace.channels_last
+        known_rank = tokens or not ranks or rank in ranks
+        if shape is None or rank < 1 or shape[-1 if tokens else 1] < 2 or not known_rank:
             raise ValueError(
                 f"layers: expected modules that return features (B, C, *spatial) with C >= 2, "
-                f"as the network's convolutions do; {name!r} returns {shape or 'no Tensor'}"
+                f"as the network's convolutions do, or tokens (B, T, C); {name!r} returns "
+                f"{shape or 'no Tensor'}"
             )
         if call.overwritten:
             raise ValueError(
@@ -236,18 +278,56 @@ def _units(trace: Trace, prefix: str, module: nn.Module) -> Iterator[str]:
 
 
 def _is_block(trace: Trace, name: str) -> bool:
-    """Whether a container's convolutions all work at its input's or its output's resolution."""
+    """Whether what a container computes is all at its input's or its output's resolution."""
     calls = trace.calls.get(name, [])
     if len(calls) != 1 or calls[0].output is None or calls[0].input is None:
         return False
-    ends = {tuple(calls[0].input.shape[2:]), calls[0].resolution}
+    ends = {trace.positions(name, calls[0].input), trace.resolution(name)}
     sizes = [
-        trace.calls[path][-1].resolution
+        trace.resolution(path)
         for path in trace.calls
-        if path.startswith(f"{name}.") and isinstance(trace.model.get_submodule(path), _ConvNd)
+        if path.startswith(f"{name}.")
+        and isinstance(trace.model.get_submodule(path), (_ConvNd, nn.Linear))
     ]
+    sizes = [size for size in sizes if size]  # a linear layer after pooling has none
     # One-pixel convolutions inside a block are gates (squeeze and excitation).
     return bool(sizes) and all(size in ends or set(size) == {1} for size in sizes)
+
+
+def _channels_last(model: nn.Module, calls: dict[str, list[Call]]) -> frozenset[str]:
+    """Paths of the modules whose output is (B, *positions, C): see ``Trace.channels_last``.
+
+    Convolutions and linear layers say it for themselves. Any other module's output is laid
+    out like that of the convolutions inside it, or else of the last module before it, that
+    gave one of the same shape.
+    """
+    modules = dict(model.named_modules())
+    ranks = _spatial_ranks(model)
+    last: set[str] = set()
+    seen: dict[torch.Size, bool] = {}
+    for name, (*_, call) in calls.items():
+        if call.output is None:
+            continue
+        module, shape = modules[name], call.output.shape
+        if isinstance(module, CHANNELS_FIRST) or any(
+            isinstance(modules[path], CHANNELS_FIRST) and _shape(calls[path]) == shape
+            for path in calls
+            if path.startswith(f"{name}.")
+        ):
+            seen[shape] = False
+        elif isinstance(module, CHANNELS_LAST) or type(module) is nn.LayerNorm:
+            seen[shape] = True
+        if seen.setdefault(shape, len(shape) == 3 and 1 not in ranks):
+            last.add(name)
+    return frozenset(last)
+
+
+def _shape(calls: list[Call]) -> torch.Size | None:
+    return None if calls[-1].output is None else calls[-1].output.shape
+
+
+def _spatial_ranks(model: nn.Module) -> set[int]:
+    return {len(m.kernel_size) for m in model.modules() if isinstance(m, _ConvNd)}
 
 
 def _has_children(module: nn.Module) -> bool:

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
-from imcl_fast import IMCL, functional, reference
-from imcl_fast.data import load_digits
+from imcl_fast import IMCL, data, functional, reference
 from imcl_fast.models import import_torchvision, resnet18
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
@@ -56,7 +57,7 @@ class FlatCNN(nn.Module):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_digits()
+    return data.load("digits")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +71,7 @@ def one_thread():
 
 @pytest.fixture
 def batch(digits):
-    return digits.train_images[:24], digits.train_labels[:24]
+    return digits.train.images[:24] / 255, digits.train.labels[:24]
 
 
 @pytest.fixture
@@ -357,6 +358,25 @@ def test_building_under_autocast_keeps_float32_heads(network, batch):
     assert {p.dtype for p in imcl.parameters()} == {torch.float32}
 
 
+def test_grad_scaler_scales_what_it_takes_back(network, batch):
+    x, y = batch
+    imcl = build(network, x, dropout=0.0)
+    _, expected = step(imcl, x, y)
+    imcl.zero_grad()
+    optimizer = torch.optim.SGD(imcl.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(imcl(x, y).loss).backward()
+    weight = network.features[0].weight
+    # A power of two changes no digit.
+    assert torch.equal(weight.grad, expected["model.features.0.weight"] * 2**12)
+    scaler.unscale_(optimizer)
+    for name, p in imcl.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=name)
+    before = weight.detach().clone()
+    scaler.step(optimizer)
+    assert not torch.equal(weight, before)
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(batch):
     x, y = batch[0].double(), batch[1]
     imcl = build(FlatCNN(norm=lambda width: nn.GroupNorm(2, width)).double(), x, dropout=0.0)
@@ -366,6 +386,64 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(batch):
         (imcl(x[part::3], y[part::3]).loss / 3).backward()
     for name, p in imcl.named_parameters():
         torch.testing.assert_close(p.grad, whole[name], msg=name)
+
+
+class Checkpointed(FlatCNN):
+    """Its stages are segments under gradient checkpointing, cut at the layers or elsewhere."""
+
+    def __init__(self, use_reentrant=False, segment=4, on=True):
+        # Without running statistics, which the second run would update again, and
+        # without writing to what a segment is to be run again from.
+        super().__init__(norm=lambda width: nn.GroupNorm(2, width), inplace=False)
+        self.use_reentrant, self.segment, self.on = use_reentrant, segment, on
+        self.runs = 0
+        self.features[4].register_forward_pre_hook(self.count)
+
+    def count(self, *_):
+        self.runs += 1
+
+    def forward(self, x):
+        for i in range(0, len(self.features), self.segment):
+            stage = self.features[i : i + self.segment]
+            x = checkpoint(stage, x, use_reentrant=self.use_reentrant) if self.on else stage(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("segment", [4, 3, 12])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradient_checkpointing_changes_nothing(batch, segment, steps):
+    x, y = batch
+    found = {}
+    for on in (False, True):
+        torch.manual_seed(0)
+        imcl = build(Checkpointed(segment=segment, on=on), x)
+        imcl.model.runs = 0
+        torch.manual_seed(3)
+        # With two steps, the first is run again when the second's features are there too.
+        outs = [imcl(x[i::steps], y[i::steps]) for i in range(steps)]
+        sum(out.loss for out in outs).backward()
+        assert imcl.model.runs == (2 if on else 1) * steps
+        found[on] = [outs[0].terms, {name: p.grad for name, p in imcl.named_parameters()}]
+    torch.testing.assert_close(found[True], found[False])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_of_a_layer_works_and_within_one_is_an_error(batch):
+    x, y = batch
+    x = x.clone().requires_grad_()  # or reentrant checkpointing has no gradient at all
+    found = {}
+    for on in (False, True):
+        torch.manual_seed(0)
+        network = Checkpointed(use_reentrant=True, segment=3, on=on)
+        # The first segment ends with this layer; the third begins with the next.
+        imcl = build(network, x, layers=["features.2"], multilayer_weight=0.0)
+        found[on] = step(imcl, x, y)[1]
+    torch.testing.assert_close(found[True], found[False])
+    imcl = build(network, x, layers=["features.2", "features.6"])
+    with pytest.raises(RuntimeError, match="of a ReLU .* use_reentrant=False"):
+        imcl(x, y)
+    with torch.no_grad():
+        assert imcl(x, y).loss.isfinite()  # there is no gradient to lose
 
 
 def test_copies_are_independent(network, batch):
@@ -382,6 +460,25 @@ def test_copies_are_independent(network, batch):
     assert torch.equal(step(imcl, x, y)[0].loss, ours.loss)
     alone = copy.deepcopy(imcl.model).eval()  # as an exponential moving average is kept
     assert torch.equal(alone(x), imcl.eval()(x))
+
+
+def test_moving_averages_of_the_whole_and_of_the_network(network, batch):
+    x, y = batch
+    imcl = build(network, x, dropout=0.0)
+    average = get_ema_multi_avg_fn(0.5)
+    whole = AveragedModel(imcl, multi_avg_fn=average, use_buffers=True)
+    alone = AveragedModel(imcl.model, multi_avg_fn=average, use_buffers=True)
+    optimizer = torch.optim.SGD(imcl.parameters(), lr=0.1)
+    for _ in range(2):
+        step(imcl, x, y)
+        optimizer.step()
+        whole.update_parameters(imcl)
+        alone.update_parameters(imcl.model)
+    assert list(alone.module.state_dict()) == list(network.state_dict())
+    assert torch.equal(whole.eval()(x), alone.eval()(x))
+    assert not torch.equal(alone(x), imcl.eval()(x))
+    assert whole(x, y).terms.keys() == imcl(x, y).terms.keys()
+    assert not torch.equal(whole(x, y).loss, imcl(x, y).loss)
 
 
 def test_state_dict_and_whole_module_round_trip(network, batch):
@@ -484,18 +581,6 @@ def test_layers_and_classifier_are_found(make, size, layers, classifier):
     assert len(widths) == len(layers) - 1 and all(widths)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
-def test_torchvision_networks_train(name):
-    network = getattr(import_torchvision().models, name)(num_classes=7)
-    x, y = torch.rand(2, 3, 64, 64), torch.tensor([1, 6])
-    imcl = IMCL(network, x, impl="torch")
-    out, gradients = step(imcl, x, y)
-    assert out.loss.isfinite() and len(out.terms) == 5
-    assert len(gradients) == len(list(imcl.parameters()))  # every parameter reached the loss
-    kernels = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
-    assert len(imcl.kernels) == len(kernels)
-
-
 def test_layers_by_path_run_in_the_networks_order(network, batch):
     x, y = batch
     imcl = build(network, x, layers=["features.10", "features.3"], kernels=["features.4", "fc"])
@@ -570,6 +655,8 @@ def without_linear(network):
         (dict(kernel_penalty="cube"), ValueError, "kernel_penalty: .*square"),
         (dict(center=1), TypeError, "center: "),
         (dict(label_smoothing=1), ValueError, "label_smoothing: "),
+        (dict(shard_kernels=1), TypeError, "shard_kernels: "),
+        (dict(shard_kernels=True), RuntimeError, "shard_kernels: .*init_process_group"),
         (dict(impl="fortran"), ValueError, "impl: .*auto"),
     ],
 )

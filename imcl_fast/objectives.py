@@ -1,0 +1,147 @@
+"""What a trainer trains: a network in the objective of a method, the baselines among them.
+
+An objective is an nn.Module ``o`` with ``o(x)`` the plain network's logits (B, K),
+``o(x, target)`` a step's ``.loss``, ``.logits`` and ``.terms`` (detached scalars by name),
+and ``o.model`` the plain network to deploy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import validation
+from .ilr import MultiHead
+from .imcl import IMCL
+
+METHODS = ("imcl", "song-chai-2", "song-chai-4", "mutual-exits")
+WAYS = ("output", "multilayer", "representation", "kernel")
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What a training step of ``CrossEntropy`` returns.
+
+    Attributes:
+        loss: a scalar to call ``backward()`` on.
+        logits: (B, K).
+        terms: ``cross_entropy``, the detached loss.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    terms: dict[str, Tensor]
+
+
+class CrossEntropy(nn.Module):
+    """The baseline: a network trained with cross entropy, by torch's own function.
+
+    Args:
+        model: maps x to logits (B, K).
+        label_smoothing: in [0, 1).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        self.model = model
+        self.label_smoothing = validation.number("label_smoothing", label_smoothing, low=0, high=1)
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | CrossEntropyOutput:
+        """The network's logits (B, K); with ``target``, class indices (B,), a step's output."""
+        logits = self.model(x)
+        if target is None:
+            return logits
+        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        return CrossEntropyOutput(loss, logits, {"cross_entropy": loss.detach()})
+
+    def extra_repr(self) -> str:
+        return f"label_smoothing={self.label_smoothing:g}"
+
+
+def build(
+    method: str,
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    ways: Sequence[str] = WAYS,
+    weights: Mapping[str, float] | None = None,
+    label_smoothing: float = 0.0,
+    shard_kernels: bool = False,
+    impl: str = "auto",
+    **options: Any,
+) -> nn.Module:
+    """A network in the objective of a method.
+
+    Args:
+        method: ``"imcl"``, the chosen ways of ``IMCL``, or ``CrossEntropy`` if there are none;
+            ``"song-chai-2"`` and ``"song-chai-4"``, ``MultiHead`` with as many heads;
+            ``"mutual-exits"``, auxiliary classifiers and the network's own that all teach
+            each other (after arXiv 1906.00675): ``IMCL`` with multi-layer consistency only
+            and pairwise teachers.
+        model: maps x to logits (B, K).
+        example_input: a batch as ``model`` takes it.
+        ways: those of ``"imcl"`` that are on, of ``WAYS``; other methods have none to choose.
+        weights: by way; the others keep the defaults of ``IMCL``. 0 leaves a way out.
+        label_smoothing: in [0, 1), of every cross entropy.
+        shard_kernels: see ``IMCL``; without kernel similarity it does nothing.
+        impl: see ``functional``.
+        options: other arguments of ``IMCL`` or ``MultiHead``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is wrong; the message names it.
+    """
+    validation.choice("method", method, METHODS)
+    if method.startswith("song-chai"):
+        if weights:
+            raise ValueError(
+                f"weights: expected None for {method!r}, which has no ways, got {dict(weights)}; "
+                "its weight is beta"
+            )
+        heads = int(method.rpartition("-")[2])
+        return MultiHead(
+            model, heads=heads, label_smoothing=label_smoothing, impl=impl, **options
+        )
+    if method == "mutual-exits":
+        ways = ("multilayer",)
+        options.setdefault("multilayer_teacher", "pairwise")
+    chosen = _weights(ways, weights or {})
+    if all(chosen.get(way) == 0 for way in WAYS):
+        if options:
+            raise TypeError(
+                f"{next(iter(options))}: expected no further arguments for cross entropy alone, "
+                f"got {sorted(options)}"
+            )
+        return CrossEntropy(model, label_smoothing)
+    options.update({f"{way}_weight": weight for way, weight in chosen.items()})
+    return IMCL(
+        model,
+        example_input,
+        label_smoothing=label_smoothing,
+        shard_kernels=shard_kernels,
+        impl=impl,
+        **options,
+    )
+
+
+def _weights(ways: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights to set by way: 0 for those that are off; the rest keep their defaults."""
+    if isinstance(ways, str) or not isinstance(ways, Sequence):
+        raise TypeError(
+            f"ways: expected a sequence of {', '.join(WAYS)}, got {type(ways).__name__}"
+        )
+    for way in ways:
+        validation.choice("ways", way, WAYS)
+    for way in weights:
+        validation.choice("weights", way, WAYS)
+        if way not in ways:
+            raise ValueError(
+                f"weights: expected ways that are on ({', '.join(ways) or 'none'}), got {way!r}"
+            )
+    return {**{way: 0.0 for way in WAYS if way not in ways}, **weights}

@@ -1,0 +1,97 @@
+"""Forward hooks through which a step sees what happens inside a network.
+
+They stay registered and idle: ``torch.compile`` traces hooks that are there beforehand,
+but neither follows a registration nor notices one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Tape:
+    """Where the hooks find the step to report to: none, outside a training call.
+
+    The hooks know this object only. So a copy of the network alone copies idle hooks,
+    and a copy of the whole ``IMCL`` has hooks that report to the copy. And when gradient
+    checkpointing runs a part of the network again, in the backward pass, the step is over
+    and the hooks do nothing.
+    """
+
+    def __init__(self) -> None:
+        self.step: Step | None = None
+
+
+class Tap:
+    """A forward hook that hands a tensor of its module to the step under way, if any.
+
+    Args:
+        tape: where to look for the step.
+        layer: index of the layer whose output to hand over, or None for the classifier,
+            of which it is the input.
+        channels_last: the output is (B, *positions, C), and a view (B, C, *positions) is
+            handed over.
+    """
+
+    def __init__(self, tape: Tape, layer: int | None, channels_last: bool = False) -> None:
+        self.tape = tape
+        self.layer = layer
+        self.channels_last = channels_last
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        step = self.tape.step
+        if step is None:
+            return
+        features = args[0] if self.layer is None else output
+        step.report(self.layer, module, features.movedim(-1, 1) if self.channels_last else features)
+
+
+class Step:
+    """A training call that collects what taps report; a subclass says what becomes of it.
+
+    That is done at once, when the features are in cache, unless the module runs in a
+    segment under gradient checkpointing. What autograd saves in there is thrown away and
+    expected again of the second run, in which the taps are idle; so it waits for ``finish``.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.waiting: list[tuple[int | None, nn.Module, Tensor]] = []
+        self.context = _autograd_context()
+
+    def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
+        """What to do with the features of a layer, or of the classifier (None)."""
+        raise NotImplementedError
+
+    def report(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
+        self.calls += 1
+        if _autograd_context() == self.context:
+            self.take(layer, module, features)
+        else:
+            self.waiting.append((layer, module, features))
+
+    def finish(self) -> None:
+        """Do, outside all checkpointed segments, what had to wait.
+
+        Raises:
+            RuntimeError: features have lost their gradient, as they do inside a segment
+                that runs under ``no_grad``.
+        """
+        for layer, module, features in self.waiting:
+            if torch.is_grad_enabled() and not features.requires_grad:
+                raise RuntimeError(
+                    f"model: the output of a {type(module).__name__} that takes part in "
+                    "collaborative learning is computed under torch.no_grad, so nothing can "
+                    "be learnt from it; for gradient checkpointing pass use_reentrant=False "
+                    "to torch.utils.checkpoint, or name as layers modules outside"
+                )
+            self.take(layer, module, features)
+        self.waiting.clear()
+
+
+def _autograd_context() -> object:
+    """What distinguishes the inside of a checkpointed segment: its hooks, or ``no_grad``."""
+    if torch.compiler.is_compiling():
+        return None
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)

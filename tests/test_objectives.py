@@ -1,0 +1,126 @@
+"""What a trainer trains: every method by its name, and the plain baseline."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
+
+from imcl_fast import IMCL, data, objectives
+from imcl_fast.ilr import MultiHead
+from imcl_fast.models import resnet18
+from imcl_fast.objectives import METHODS, WAYS, CrossEntropy, build
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    digits = data.load("digits")
+    return digits.train.images[:32] / 255, digits.train.labels[:32]
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return resnet18(10, width=4, channels=1)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "cross entropy"])
+def test_every_objective_keeps_the_contract_and_learns(network, batch, method):
+    x, y = batch
+    plain = copy.deepcopy(network)
+    ways = () if method == "cross entropy" else WAYS
+    o = build("imcl" if method == "cross entropy" else method, network, x, ways=ways)
+    assert o.model is network
+    assert list(o.model.state_dict()) == list(plain.state_dict())
+    assert torch.equal(o.eval()(x), plain.eval()(x))
+    o.train()
+    optimizer = torch.optim.SGD(o.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        out = o(x, y)
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.terms["cross_entropy"].item())
+    assert out.loss.shape == () and out.logits.shape == (32, 10)
+    assert all(v.shape == () and not v.requires_grad for v in out.terms.values())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(o.eval()(x), o.model(x))
+
+
+def test_methods_by_name(network, batch):
+    x, _ = batch
+    assert isinstance(build("imcl", network, x), IMCL)
+    for heads in (2, 4):
+        o = build(f"song-chai-{heads}", copy.deepcopy(network), x, beta=0.25, label_smoothing=0.1)
+        assert isinstance(o, MultiHead)
+        assert (o.heads, o.beta, o.label_smoothing) == (heads, 0.25, 0.1)
+    exits = build("mutual-exits", network, x, weights={"multilayer": 0.5})
+    assert exits.multilayer_teacher == "pairwise" and exits.multilayer_weight == 0.5
+    assert exits.output_weight == exits.representation_weight == exits.kernel_weight == 0
+    plain = build("imcl", network, x, ways=(), label_smoothing=0.1)
+    assert isinstance(plain, CrossEntropy) and plain.label_smoothing == 0.1
+    off = {way: 0.0 for way in WAYS}
+    assert isinstance(build("imcl", network, x, weights=off), CrossEntropy)
+
+
+def test_ways_and_weights(network, batch):
+    x, _ = batch
+    default = IMCL(copy.deepcopy(network), x)
+    o = build("imcl", network, x, ways=["kernel", "output"], weights={"output": 0.5}, views=3)
+    assert (o.output_weight, o.views) == (0.5, 3)
+    assert o.kernel_weight == default.kernel_weight
+    assert o.multilayer_weight == o.representation_weight == 0
+
+
+def test_cross_entropy_is_torchs(network, batch):
+    x, y = batch
+    o = CrossEntropy(network, label_smoothing=0.2)
+    plain = copy.deepcopy(network)
+    out = o(x, y)
+    out.loss.backward()
+    expected = F.cross_entropy(plain(x), y, label_smoothing=0.2)
+    expected.backward()
+    assert torch.equal(out.loss, expected)
+    assert out.terms == {"cross_entropy": out.loss.detach()}
+    gradients = [parameters_to_vector([p.grad for p in m.parameters()]) for m in (o, plain)]
+    assert torch.equal(*gradients)
+
+
+def test_sharding_needs_no_processes_where_there_are_no_kernels(network, batch):
+    x, _ = batch
+    build("mutual-exits", network, x, shard_kernels=True)
+    build("imcl", network, x, weights={"kernel": 0}, shard_kernels=True)
+    with pytest.raises(RuntimeError, match="shard_kernels: "):
+        build("imcl", network, x, shard_kernels=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error", "message"),
+    [
+        ("song-chai", {}, ValueError, "method: expected one of imcl, song-chai-2"),
+        ("imcl", dict(ways="output"), TypeError, "ways: expected a sequence"),
+        ("imcl", dict(ways=["outputs"]), ValueError, "ways: expected one of output, "),
+        ("imcl", dict(weights={"kernels": 1}), ValueError, "weights: expected one of output, "),
+        ("imcl", dict(ways=["output"], weights={"kernel": 1}), ValueError, "weights: .*'kernel'"),
+        ("imcl", dict(weights={"kernel": -1}), ValueError, "kernel_weight: "),
+        ("imcl", dict(ways=(), views=3), TypeError, "views: .*cross entropy alone"),
+        ("mutual-exits", dict(weights={"output": 1}), ValueError, "weights: .*'output'"),
+        ("song-chai-2", dict(weights={"output": 1}), ValueError, "weights: .*'song-chai-2'"),
+        ("imcl", dict(ways=(), label_smoothing=1), ValueError, "label_smoothing: "),
+    ],
+)
+def test_bad_arguments_are_named(network, batch, method, options, error, message):
+    with pytest.raises(error, match=message):
+        objectives.build(method, network, batch[0], **options)
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got list"):
+        CrossEntropy([])
