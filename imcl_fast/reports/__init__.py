@@ -1,0 +1,1 @@
+"""What a training run did: redundancy profiles, HTML reports, comparisons of runs."""

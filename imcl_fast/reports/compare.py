@@ -1,0 +1,229 @@
+"""``imcl-compare``: several runs side by side, paired by their seeds."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..training import files
+from ..training.flags import Parser
+from . import charts
+from .groups import Group, NotComparable, group
+from .page import heading, page, paragraph, table
+from .paired import deviation
+from .run import Run, UnreadableRun, read_run
+from .table import number, text_table
+
+NOTE = (
+    "Accuracies are of the last epoch unless it says best: mean +- standard deviation over "
+    "seeds, in percent. Differences are in points, paired by seed, in brackets Student's 95 % "
+    "interval of their mean, which says nothing of other data or settings. Times and memory "
+    "are medians."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, 2 for runs that can't be compared."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _compare(options)
+    except (UnreadableRun, NotComparable, charts.MissingMatplotlib, OSError) as error:
+        print(f"imcl-compare: {error}", file=sys.stderr)
+        return 2
+
+
+def _compare(options: argparse.Namespace) -> int:
+    if options.html is not None:
+        charts.check_matplotlib()
+    runs = []
+    for folder in dict.fromkeys(path.resolve() for path in options.runs):
+        run = read_run(folder)
+        accuracy = run.accuracy
+        if not run.finished:
+            why = f"not finished, {run.epochs} of {run.setting('epochs', '?')} epochs"
+        elif accuracy is None or not math.isfinite(accuracy):
+            why = "no accuracy"
+        else:
+            runs.append(run)
+            continue
+        print(f"imcl-compare: left out {folder}: {why}", file=sys.stderr)
+    if not runs:
+        raise NotComparable("expected at least one finished run, got none")
+    groups = group(runs, options.baseline)
+    head, lines = summary_table(groups)
+    print(text_table(head, lines))
+    for path, content in (
+        (options.csv, lambda: as_csv(groups)),
+        (options.html, lambda: as_html(groups)),
+    ):
+        if path is not None:
+            files.write(path, content().encode())
+    return 0
+
+
+def summary_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """A line per group; columns that no group has a value for are left out."""
+    where = "/".join(
+        sorted({run.held_out for each in groups for run in each.runs.values()}, reverse=True)
+    )
+    head = ["method", "seeds", f"{where} accuracy", "best epoch", "difference", "pairs",
+            "wrong fitted %", "ms/step", "time", "MiB"]  # fmt: skip
+    lines = []
+    for each in groups:
+        difference, slowdown = each.difference(), each.slowdown()
+        spread = "-"
+        if difference is not None:
+            spread = f"{100 * difference.mean:+.2f}"
+            if difference.low is not None and difference.high is not None:
+                spread += f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+        fitted = _fitted(each)
+        lines.append(
+            [
+                each.name,
+                str(len(each.runs)),
+                _mean_and_deviation(each.accuracies()),
+                _mean_and_deviation(each.accuracies(best=True)),
+                "baseline" if each.baseline is each else spread,
+                "-" if difference is None else str(difference.values),
+                number(statistics.fmean(fitted) if fitted else None, ".1f", 100),
+                number(each.median_of("seconds_per_step"), ".2f", 1e3),
+                "-" if slowdown is None else f"x {slowdown:.3f}",
+                number(each.median_of("peak_memory_bytes"), ".0f", 2**-20),
+            ]
+        )
+    kept = [i for i in range(len(head)) if any(line[i] != "-" for line in lines)]
+    return [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
+
+
+def as_csv(groups: Sequence[Group]) -> str:
+    """The same as numbers, shares and seconds, a line per group."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["method", "seeds", "accuracy_mean", "accuracy_sd", "best_accuracy_mean",
+         "best_accuracy_sd", "baseline", "pairs", "difference_mean", "difference_low",
+         "difference_high", "fit_noisy_mean", "seconds_per_step", "peak_memory_bytes"]
+    )  # fmt: skip
+    for each in groups:
+        last, best, fitted = each.accuracies(), each.accuracies(best=True), _fitted(each)
+        difference = each.difference()
+        mean, low, high, pairs = difference or (None, None, None, 0)
+        writer.writerow(
+            [
+                each.name,
+                len(each.runs),
+                statistics.fmean(last),
+                deviation(last),
+                statistics.fmean(best),
+                deviation(best),
+                None if each.baseline is None else each.baseline.name,
+                pairs,
+                mean,
+                low,
+                high,
+                statistics.fmean(fitted) if fitted else None,
+                each.median_of("seconds_per_step"),
+                each.median_of("peak_memory_bytes"),
+            ]
+        )
+    return text.getvalue()
+
+
+def as_html(groups: Sequence[Group]) -> str:
+    """The same as a page with charts."""
+    head, lines = summary_table(groups)
+    count = sum(len(each.runs) for each in groups)
+    runs = [run for each in groups for run in each.runs.values()]
+    sets = sorted({str(run.setting("dataset", "-")) for run in runs})
+    body = [
+        heading(f"{count} runs on {', '.join(sets)}", 1),
+        paragraph(NOTE, faint=True),
+        table(head, lines),
+        heading("Accuracy, last epoch"),
+        charts.means(
+            [each.name for each in groups],
+            [[100 * value for value in each.accuracies()] for each in groups],
+            "%; small strokes are runs, bars one standard deviation",
+        ),
+    ]
+    epochs = max(run.epochs for run in runs)
+    panels = [
+        (
+            title,
+            {each.name: _mean_curve(list(each.runs.values()), column, epochs) for each in groups},
+        )
+        for title, column in (
+            ("accuracy by epoch, %", "test_accuracy"),
+            ("wrong labels fitted, %", "fit_noisy"),
+        )
+        if any(run.last(column) is not None for run in runs)
+    ]
+    body += [
+        heading("Curves, means over seeds"),
+        charts.curves(panels, range(1, epochs + 1), columns=2),
+        heading("Runs"),
+        table(
+            ["run", "method", "seed", "accuracy %", "best %", "ms/step"],
+            [
+                [
+                    str(run.folder),
+                    each.name,
+                    str(seed),
+                    number(run.accuracy, ".2f", 100),
+                    number(run.best_accuracy, ".2f", 100),
+                    number(run.summary.get("seconds_per_step"), ".2f", 1e3),
+                ]
+                for each in groups
+                for seed, run in each.runs.items()
+            ],
+            left=2,
+        ),
+    ]
+    return page("Comparison of runs", body)
+
+
+def _mean_curve(runs: Sequence[Run], column: str, epochs: int) -> list[float | None]:
+    """The mean over those runs that have the epoch, in percent."""
+    curve: list[float | None] = []
+    for epoch in range(epochs):
+        values = [run.metrics.get(column, [])[epoch : epoch + 1] for run in runs]
+        known = [value[0] for value in values if value and value[0] is not None]
+        curve.append(100 * statistics.fmean(known) if known else None)
+    return curve
+
+
+def _fitted(each: Group) -> list[float]:
+    values = [run.last("fit_noisy") for run in each.runs.values()]
+    return [value for value in values if value is not None]
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    spread = deviation(values)
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return mean if spread is None else f"{mean} +- {100 * spread:.2f}"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="imcl-compare", description=f"Runs side by side. {NOTE}")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--baseline",
+        metavar="METHOD|RUN",
+        help="what differences are to: a name of the table's first column, or a run of it; "
+        "ce, plain cross entropy, by default",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with charts")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the numbers")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

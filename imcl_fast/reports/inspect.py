@@ -1,0 +1,174 @@
+"""``imcl-inspect``: how redundant the layers of a network are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .. import data
+from ..data.loader import TestLoader
+from ..data.split import take
+from ..training import files
+from ..training.flags import Parser
+from . import charts
+from .networks import Found, UnknownNetwork, find
+from .redundancy import profile
+from .table import number, text_table
+
+HEAD = ["layer", "kind", "N x D", "mean |cos|", "mean cos^2", "Welch", "dead %", "eff. rank"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, 2 where there is no such network."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _inspect(options)
+    except (UnknownNetwork, charts.MissingMatplotlib, ImportError, OSError, ValueError) as error:
+        print(f"imcl-inspect: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    if options.plot is not None:
+        charts.check_matplotlib()
+    torch.manual_seed(options.seed)
+    found = find(options.name, options.model, options.classes)
+    images = _images(found, options)
+    try:
+        layers = profile(found.network, images, center=options.center)
+    except RuntimeError as error:
+        raise UnknownNetwork(
+            f"{options.name}: can't run on images {tuple(images.shape[1:])}; try another "
+            f"--image-size ({str(error).splitlines()[0]})"
+        ) from error
+    print(text_table(HEAD, [_line(layer) for layer in layers], left=2))
+    if options.json is not None:
+        files.write_json(options.json, layers)
+    if options.plot is not None:
+        names = [f"{layer['name']} ({layer['kind'][0]})" for layer in layers]
+        series = {
+            "mean |cos|": [layer["mean_abs_cos"] for layer in layers],
+            "effective rank / full rank": [_share_of_rank(layer) for layer in layers],
+            "share of dead rows": [layer["dead_share"] for layer in layers],
+        }
+        files.write(options.plot, charts.save(names, series, options.plot.suffix[1:].lower()))
+    return 0
+
+
+def _share_of_rank(layer: dict[str, Any]) -> float | None:
+    rank = layer["effective_rank"]
+    return None if rank is None else rank / min(layer["rows"], layer["columns"])
+
+
+def _line(layer: dict[str, Any]) -> list[str]:
+    return [
+        layer["name"],
+        layer["kind"],
+        f"{layer['rows']} x {layer['columns']}",
+        number(layer["mean_abs_cos"]),
+        number(layer["mean_square_cos"]),
+        number(layer["welch_bound"]),
+        number(layer["dead_share"], ".1f", 100),
+        number(layer["effective_rank"], ".1f"),
+    ]
+
+
+def _images(found: Found, options: argparse.Namespace) -> Tensor:
+    """A batch for the network: (N, C, H, W) float32."""
+    data_set = found.data_set
+    if data_set is not None and options.data is None and options.image_size is None:
+        return _of(data_set, options.images)
+    channels = _channels(found.network)
+    size = options.image_size
+    if options.data == "digits":
+        digits = _of(data.load("digits", None, image_size=size), options.images)
+        return digits.expand(-1, channels, -1, -1)
+    if size is None:
+        size = 224 if data_set is None else data_set.shape[-1]
+    return torch.randn(options.images, channels, size, size)
+
+
+def _of(data_set: data.DataSet, count: int) -> Tensor:
+    some = take(data_set.test, torch.arange(min(count, len(data_set.test))))
+    loader = TestLoader(some, data_set, batch_size=count, device=torch.device("cpu"))
+    return torch.cat([images for images, _ in loader])
+
+
+def _channels(network: nn.Module) -> int:
+    """Of the images that the network's first convolution takes."""
+    for module in network.modules():
+        if isinstance(module, _ConvNd):
+            return module.in_channels
+    return 3
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="imcl-inspect",
+        description="How alike the kernels and the channels of a network's layers are. Welch is "
+        "what the mean cos^2 of as many live rows can't be below.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "name",
+        metavar="MODEL|CHECKPOINT",
+        help="a network of torchvision's or package.module:factory, with random weights; or a run "
+        "folder of imcl-train, a checkpoint of one, or a file with a state_dict",
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="the network of a state_dict that lies in no run folder"
+    )
+    parser.add_argument(
+        "--classes", type=_at_least(1), metavar="N", help="outputs of torchvision's network"
+    )
+    parser.add_argument(
+        "--data",
+        choices=("digits", "random"),
+        help="images to run it on (the run's own test images, or else random)",
+    )
+    parser.add_argument(
+        "--image-size", type=_at_least(8), metavar="PIXELS", help="height and width (224)"
+    )
+    parser.add_argument(
+        "--images", type=_at_least(1), default=16, metavar="N", help="how many (16)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and images (0)")
+    parser.add_argument(
+        "--center",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare channels by correlation, not cosine (yes)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers")
+    parser.add_argument(
+        "--plot", type=_picture, metavar="FILE", help="also draw them: FILE.svg or FILE.png"
+    )
+    return parser
+
+
+def _at_least(low: int):
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"expected at least {low}, got {value}")
+        return value
+
+    return integer
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"expected FILE.svg or FILE.png, got {text}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Reads a run folder, as ``imcl-train`` writes it, also while the run is going on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..objectives import WAYS
+
+# The columns of metrics.csv that are no terms of the objective.
+MEASURES = (
+    "epoch",
+    "train_loss",
+    "test_loss",
+    "test_accuracy",
+    "train_accuracy",
+    "seconds",
+    "images_per_second",
+    "data_seconds",
+    "lr",
+    "fit_noisy",
+)
+# What the columns of a series are called in text.
+LABELS = {
+    "cross_entropy": "cross entropy",
+    "output_consistency": "output consistency",
+    "multilayer_consistency": "multi-layer consistency",
+    "representation_similarity": "representation similarity",
+    "kernel_similarity": "kernel similarity",
+    "fit_noisy": "wrong labels fitted",
+    "output": "output consistency",
+    "multilayer": "multi-layer consistency",
+    "representation": "representation similarity",
+    "kernel": "kernel similarity",
+}
+
+
+class UnreadableRun(ValueError):
+    """A folder is no run folder, or a file of it is broken; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds.
+
+    Attributes:
+        folder: where it lies.
+        config: the settings, ``versions`` and ``machine`` among them.
+        metrics: columns of metrics.csv, a number per epoch; None where there is none.
+        summary: results of the whole run; empty while it is going on.
+        before, after: redundancy profiles; empty where there are none.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    metrics: dict[str, list[float | None]]
+    summary: dict[str, Any]
+    before: list[dict[str, Any]]
+    after: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary)
+
+    @property
+    def epochs(self) -> int:
+        """How many are done."""
+        return len(self.metrics.get("epoch", []))
+
+    @property
+    def terms(self) -> list[str]:
+        """The columns of ``metrics`` that are terms of the objective."""
+        return [name for name in self.metrics if name not in MEASURES]
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A setting of the configuration, or else of the summary."""
+        value = self.config.get(name)
+        return self.summary.get(name, default) if value is None else value
+
+    @property
+    def label(self) -> str:
+        """What was trained, in a word: ``ce``, ``imcl``, ``output+kernel``, another method."""
+        method = str(self.setting("method", "imcl"))
+        ways = self.setting("ways") or ()
+        ways = ways.split(",") if isinstance(ways, str) else [str(way) for way in ways]
+        if method != "imcl" or "all" in ways:
+            return method
+        if not ways or "none" in ways:
+            return "ce"
+        return "imcl" if set(ways) == set(WAYS) else "+".join(ways)
+
+    @property
+    def held_out(self) -> str:
+        """What the accuracies were measured on: ``test`` or ``validation`` images."""
+        return "validation" if self.setting("validation_images") else "test"
+
+    @property
+    def accuracy(self) -> float | None:
+        """Test accuracy after the last epoch, a share."""
+        return self.last("test_accuracy")
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """The highest test accuracy of any epoch."""
+        known = self.metrics.get("test_accuracy", [])
+        return max((x for x in known if x is not None and not math.isnan(x)), default=None)
+
+    def last(self, column: str) -> float | None:
+        """What the last epoch measured."""
+        values = self.metrics.get(column, [])
+        return values[-1] if values else None
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder.
+
+    A run that is going on has no summary.json yet, and its metrics.csv may be missing or end
+    in a line that isn't complete. Of an epoch that was repeated the last line counts.
+
+    Raises:
+        UnreadableRun: ``folder`` or its config.json is missing, or a file can't be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UnreadableRun(f"{folder}: expected a run folder, as imcl-train writes it")
+    if not (folder / "config.json").is_file():
+        raise UnreadableRun(f"{folder}: expected a run folder, it has no config.json")
+    return Run(
+        folder=folder,
+        config=_read_json(folder / "config.json", dict),
+        metrics=_read_metrics(folder / "metrics.csv"),
+        summary=_read_json(folder / "summary.json", dict),
+        before=_read_profile(folder / "redundancy_before.json"),
+        after=_read_profile(folder / "redundancy_after.json"),
+    )
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    """The content of a file; that of a missing one is empty."""
+    if not path.exists():
+        return kind()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnreadableRun(f"{path}: expected JSON, {_one_line(error)}") from error
+    if not isinstance(value, kind):
+        expected = "an object" if kind is dict else "a list"
+        raise UnreadableRun(f"{path}: expected {expected}, got {type(value).__name__}")
+    return value
+
+
+def _read_profile(path: Path) -> list[dict[str, Any]]:
+    layers = _read_json(path, list)
+    for layer in layers:
+        missing = {"name", "kind", "rows", "columns"} - set(
+            layer if isinstance(layer, dict) else ()
+        )
+        if missing:
+            raise UnreadableRun(f"{path}: expected layers with {', '.join(sorted(missing))}")
+    return layers
+
+
+def _read_metrics(path: Path) -> dict[str, list[float | None]]:
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *lines = list(csv.reader(file)) or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UnreadableRun(f"{path}: expected CSV, {_one_line(error)}") from error
+    if lines and len(lines[-1]) < len(header):  # being written
+        lines.pop()
+    epochs: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, start=2):
+        if len(line) != len(header):
+            raise UnreadableRun(
+                f"{path}, line {number}: expected {len(header)} columns, got {len(line)}"
+            )
+        epochs[line[0]] = line
+    columns: dict[str, list[float | None]] = {}
+    for name, cells in zip(header, zip(*epochs.values(), strict=True), strict=False):
+        try:
+            columns[name] = [float(cell) if cell else None for cell in cells]
+        except ValueError as error:
+            raise UnreadableRun(f"{path}, column {name}: {_one_line(error)}") from error
+    return columns
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

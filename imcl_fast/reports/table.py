@@ -1,0 +1,25 @@
+"""Tables as text: names to the left, numbers to the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """``lines`` under ``head``; the first ``left`` columns are names."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [head, *lines]
+    ]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def number(value: object, form: str = ".4f", scale: float = 1.0) -> str:
+    """``value`` times ``scale`` in a format; ``-`` for what isn't a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "-"
+    return format(scale * value, form)

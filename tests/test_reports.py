@@ -1,0 +1,308 @@
+"""Run folders as they are read, and the HTML report as a browser would get it."""
+
+import html.parser
+import importlib.util
+import json
+import os
+import re
+import sys
+import xml.etree.ElementTree
+
+import pytest
+from run_folders import WAYS, profiles, write_run
+
+from imcl_fast import train
+from imcl_fast.reports import compare, inspect
+from imcl_fast.reports.html import write_report
+from imcl_fast.reports.run import UnreadableRun, read_run
+
+drawn = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None,
+    reason="matplotlib, which draws the charts, isn't installed",
+)
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(html.parser.HTMLParser):
+    """What a page refers to and says; it asserts that its elements are nested well."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.references, self.handlers = [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self._look(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self._look(attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def _look(self, attributes):
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+        self.references += [
+            value
+            for name, value in attributes
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset")
+        ]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def report(folder):
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
+
+
+# Reading
+
+
+def test_a_run_is_read(tmp_path):
+    run = read_run(write_run(tmp_path / "run", accuracy=0.75, best=0.9))
+    assert run.finished and run.epochs == 4 and run.label == "imcl"
+    assert run.accuracy == 0.75 and run.best_accuracy == 0.9
+    assert run.terms == ["cross_entropy", "output_consistency", "multilayer_consistency",
+                         "representation_similarity", "kernel_similarity"]  # fmt: skip
+    assert run.setting("dataset") == "digits" and run.setting("nothing", 3) == 3
+    assert run.before and run.after and run.held_out == "test"
+
+
+@pytest.mark.parametrize(
+    "settings, label",
+    [
+        ({"ways": []}, "ce"),
+        ({"ways": WAYS[::-1]}, "imcl"),
+        ({"ways": ["output", "kernel"]}, "output+kernel"),
+        ({"method": "song-chai-2"}, "song-chai-2"),
+    ],
+)
+def test_labels(settings, label, tmp_path):
+    assert read_run(write_run(tmp_path / "run", **settings)).label == label
+
+
+def test_a_run_that_is_going_on_is_read(tmp_path):
+    folder = write_run(tmp_path / "run", running=True)
+    assert not read_run(folder).finished and read_run(folder).epochs == 3
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("4,0.3")  # the rest isn't written yet
+    assert read_run(folder).epochs == 3
+    (folder / "metrics.csv").write_text("epoch,test_accuracy\n")
+    assert read_run(folder).epochs == 0 and read_run(folder).accuracy is None
+    for name in ("metrics.csv", "redundancy_before.json"):
+        (folder / name).unlink()
+    run = read_run(folder)
+    assert (run.epochs, run.accuracy, run.best_accuracy, run.before) == (0, None, None, [])
+
+
+def test_the_last_row_of_a_repeated_epoch_counts(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.csv").write_text("epoch,test_accuracy\n1,0.1\n2,0.2\n2,0.3\n3,nan\n")
+    run = read_run(folder)
+    assert run.metrics["epoch"] == [1, 2, 3] and run.metrics["test_accuracy"][:2] == [0.1, 0.3]
+    assert run.best_accuracy == 0.3
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", None, "it has no config.json"),
+        ("config.json", "{", "config.json: expected JSON"),
+        ("config.json", "[]", "config.json: expected an object, got list"),
+        ("summary.json", '"x"', "summary.json: expected an object, got str"),
+        ("metrics.csv", "epoch,a\n1,2,3\n2,2\n", "line 2: expected 2 columns, got 3"),
+        ("metrics.csv", "epoch,a\n1,x\n2,2\n", "column a: could not convert string to float"),
+        ("metrics.csv", b"\xff\xfe\x00", "metrics.csv: expected CSV"),
+        ("redundancy_after.json", '[{"name": "a"}]', "expected layers with columns, kind, rows"),
+        ("redundancy_after.json", "{}", "expected a list, got dict"),
+    ],
+)
+def test_broken_files_are_named(file, content, message, tmp_path):
+    folder = write_run(tmp_path / "run")
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UnreadableRun) as error:
+        read_run(folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(UnreadableRun, match="nowhere: expected a run folder"):
+        read_run(tmp_path / "nowhere")
+
+
+# The report
+
+
+@drawn
+def test_the_report_says_what_the_run_did(tmp_path):
+    folder = write_run(tmp_path / "run-7", accuracy=0.8123, best=0.9, seed=7, lr=0.0625)
+    page, text = report(folder)
+    for words in (
+        "digits · resnet18 · imcl",
+        "Run run-7, seed 7; 4 of 4 epochs, finished.",
+        "test accuracy, last epoch 81.23 %",
+        "test accuracy, best epoch 90.00 % (epoch 3)",
+        "time per step 50.00 ms",
+        "peak memory 300 MiB",
+        "representation similarity 6.00 12.0",  # of the step's 50 ms
+        "network and cross entropy 30.00 60.0",
+        "lr 0.0625",
+        "ways output, multilayer, representation, kernel",
+        "torch 2.13.0",
+        "a processor",
+        "accelerator -",
+    ):
+        assert words in page.text
+    before, after = profiles()
+    for old, new in zip(before, after, strict=True):
+        cosines = f"{old['mean_abs_cos']:.3f} {new['mean_abs_cos']:.3f}"
+        assert old["name"] in page.text and cosines in page.text
+        assert f"after {new['mean_abs_cos']:.3f}" in page.text
+    # Two heat maps and a histogram per layer, and the scale of the colours.
+    assert sum(tag == "img" for tag in page.tags) == 2 * len(before) + 1
+    assert text.count('class="histogram"') == len(before)
+
+
+@drawn
+def test_the_report_needs_nothing_beside_it(tmp_path):
+    page, text = report(write_run(tmp_path / "run"))
+    assert page.references
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in page.references)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags) and page.handlers == []
+    assert "@import" not in text and "url(http" not in text
+    assert set(re.findall(r"https?://[^\"' ]*", text)) <= {
+        "http://www.w3.org/2000/svg",  # names, which no browser fetches
+        "http://www.w3.org/1999/xlink",
+    }
+    # What is referred to inside a chart is there, once.
+    names = re.findall(r'\bid="([^"]*)"', text)
+    assert len(names) == len(set(names))
+    for name in re.findall(r'(?:url\(|xlink:href=")#([^)"]*)', text):
+        assert name in names
+
+
+@drawn
+def test_the_report_s_charts_take_the_page_s_colours(tmp_path):
+    _, text = report(write_run(tmp_path / "run"))
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    charts = re.findall(r'<svg [^>]*class="chart".*?</svg>', text, re.DOTALL)
+    assert len(charts) == 4  # curves, terms, layers, step time
+    for chart in charts:
+        xml.etree.ElementTree.fromstring(chart)
+        assert "currentColor" in chart and "#010203" not in chart
+        assert not re.search(r"(fill|stroke): (#000000|#ffffff|black|white)", chart)
+
+
+@drawn
+def test_what_users_write_is_text(tmp_path):
+    nasty = '<script>alert("&x")</script>'
+    folder = write_run(tmp_path / "<b>run", dataset=nasty, model="$a_b$ & <i>", layers=[nasty])
+    after = json.loads((folder / "redundancy_after.json").read_text())
+    before = json.loads((folder / "redundancy_before.json").read_text())
+    after[0]["name"] = before[0]["name"] = nasty
+    (folder / "redundancy_after.json").write_text(json.dumps(after))
+    (folder / "redundancy_before.json").write_text(json.dumps(before))
+    metrics = (folder / "metrics.csv").read_text().replace("kernel_similarity", "<u>$x^2$")
+    (folder / "metrics.csv").write_text(metrics)
+    page, _ = report(folder)
+    assert not {"script", "b", "i", "u"} & set(page.tags)
+    assert page.text.count(nasty) >= 5  # title, heading, configuration, card, table
+    assert "<u>$x^2$" in page.text and "$a_b$ & <i>" in page.text and "Run <b>run" in page.text
+
+
+@drawn
+def test_the_report_of_an_unfinished_run(tmp_path):
+    folder = write_run(tmp_path / "run", running=True)
+    page, text = report(folder)
+    assert report(folder)[1] == text  # nothing in it depends on when it is made
+    assert "3 of 4 epochs, not finished" in page.text
+    assert "before training" in page.text and "after training" not in page.text
+    assert "Time of a step" not in page.text
+    (folder / "metrics.csv").unlink()
+    (folder / "redundancy_before.json").unlink()
+    page, _ = report(folder)
+    assert "No epoch has been finished yet." in page.text and "Redundancy" not in page.text
+
+
+@drawn
+def test_the_report_of_a_diverged_run(tmp_path):
+    folder = write_run(tmp_path / "run", ways=[], label_noise=0.0, validation_images=100)
+    after = json.loads((folder / "redundancy_after.json").read_text())
+    for key in ("mean_abs_cos", "mean_square_cos", "effective_rank", "histogram", "heatmap",
+                "dead_share"):  # fmt: skip
+        after[0][key] = None
+    (folder / "redundancy_after.json").write_text(json.dumps(after))
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    rows[-1] = ",".join(["4", *["nan"] * (rows[0].count(","))])
+    (folder / "metrics.csv").write_text("\n".join(rows))
+    page, _ = report(folder)
+    assert "digits · resnet18 · ce" in page.text
+    assert "validation accuracy, last epoch nan %" in page.text
+
+
+@drawn
+def test_the_report_takes_the_old_one_s_place_only_when_it_is_whole(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run")
+    (folder / "report.html").write_text("old")
+    monkeypatch.setattr(os, "replace", _no_room)
+    with pytest.raises(OSError):
+        write_report(folder)
+    assert (folder / "report.html").read_text() == "old"
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def _no_room(*_):
+    raise OSError("no room")
+
+
+def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'imcl_fast\[train\]'"):
+        write_report(write_run(tmp_path / "run"))
+
+
+# A real run
+
+
+@drawn
+@pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel")
+def test_imcl_train_s_run_is_reported_inspected_and_compared(tmp_path, capsys):
+    folder = tmp_path / "run"
+    flags = ["--width", "2", "--epochs", "1", "--image-size", "8", "--label-noise", "0.5"]
+    flags += ["--ema", "0.9", "--threads", "1", "--no-measure-ways", "--no-tensorboard"]
+    assert train.main([*flags, "--run-dir", str(folder)]) == 0
+    run = read_run(folder)
+    assert run.finished and run.label == "imcl" and len(run.terms) == 5
+    assert len(run.before) == len(run.after) > 30
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert f"test accuracy, last epoch {100 * run.accuracy:.2f} %" in page.text
+    capsys.readouterr()
+    tables = []
+    for path in (folder, folder / "network.pt", folder / "checkpoints" / "best.pt"):
+        assert inspect.main([str(path), "--images", "64"]) == 0
+        tables.append(capsys.readouterr().out)
+    # All three are the moving average, which is what was measured.
+    assert tables[0] == tables[1] == tables[2]
+    kernel = next(layer for layer in run.after if layer["name"] == "layer4.1.conv2")
+    line = next(line for line in tables[0].splitlines() if line.startswith("layer4.1.conv2"))
+    assert f"{kernel['mean_abs_cos']:.4f}" in line.split()
+    assert compare.main([str(folder)]) == 0
+    assert f"{100 * run.accuracy:.2f}" in capsys.readouterr().out
