@@ -8,7 +8,7 @@ TRITON ?= triton==3.7.1
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu \
     csrc/cuda/*.cpp csrc/cuda/*.h)
 SOURCES := setup.py pyproject.toml $(CSRC)
-CXX_FILES := $(CSRC) $(wildcard tests/driver/*.cpp tests/driver/*.h)
+CXX_FILES := $(CSRC) $(wildcard tests/driver/*.cpp tests/driver/*.h bench/driver/*.cpp)
 
 ifeq ($(shell $(PYTHON) -c 'import torch; print("yes")' 2>/dev/null),yes)
 RUN := $(PYTHON)
@@ -25,7 +25,7 @@ ON_EVERY_DEVICE := tests/test_triton.py tests/test_pairwise.py tests/test_consis
     tests/test_autograd.py
 AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
 
-.PHONY: demo test lint bench gpu format clean
+.PHONY: demo test lint bench bench-quick bench-check gpu format clean
 
 demo: $(READY)
 	$(RUN) -m imcl_fast.demo
@@ -47,7 +47,14 @@ lint: $(READY)
 	$(CLANG_FORMAT) --dry-run --Werror $(CXX_FILES)
 
 bench: $(READY)
-	$(RUN) bench/targets.py
+	$(RUN) -m bench
+
+bench-quick: $(READY)
+	$(RUN) -m bench --quick
+
+# Instruction counts of the C++ kernels against bench/baseline.json; needs valgrind.
+bench-check: $(READY)
+	$(RUN) -m bench --check
 
 # For a machine with a GPU and its own torch: tests there, then measurements, into $OUT.
 gpu: $(READY)

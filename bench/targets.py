@@ -184,7 +184,7 @@ def main() -> None:
         return
 
     torch.manual_seed(0)
-    if choose("auto", torch.device("cpu")) != "cpp":
+    if choose("auto", "pairwise", torch.device("cpu")) != "cpp":
         sys.exit("The compiled extension isn't there; see python -m imcl_fast.env")
     from imcl_fast.env import report
 

@@ -109,6 +109,14 @@ def impl(request: pytest.FixtureRequest) -> Impl:
     return usable(Impl(request.param, _gpu_or_cpu(request.param)))
 
 
+def cases(impl: Impl, among: Sequence, turn: int) -> list:
+    """All cases of a test; one of them, each in its turn, where it is interpreted: Triton's
+    interpreter and the emulator take seconds for what a GPU does in microseconds."""
+    among = list(among)
+    interpreted = impl.name in ("triton", "cuda") and impl.device == "cpu"
+    return [among[turn % len(among)]] if interpreted else among
+
+
 def usable(impl: Impl) -> Impl:
     reason = implementations.why_not(impl.name, impl.device)
     if reason is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conftest import (
     Impl,
     assert_same_bits,
     bits,
+    cases,
     check_pairwise,
     dtype_name,
     leaf,
@@ -118,19 +120,20 @@ def test_layers_of_different_dtypes(impl: Impl, specs, dtypes) -> None:
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("shape", FEATURE_SHAPES, ids=str)
 def test_feature_shapes(impl: Impl, shape, center: bool, penalty: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        for layout in ("contiguous", "channels_last"):
-            spec = Matrices(shape, True, layout, dead=0.1, offset=0.3, seed=len(shape))
-            check_pairwise(
-                impl, [spec.build(dtype, impl.device)], batched=True, penalty=penalty,
-                center=center,
-            )
+    among = product((torch.float32, torch.bfloat16), ("contiguous", "channels_last"))
+    turn = FEATURE_SHAPES.index(shape) + PENALTIES.index(penalty) + 3 * center
+    for dtype, layout in cases(impl, among, turn):
+        spec = Matrices(shape, True, layout, dead=0.1, offset=0.3, seed=len(shape))
+        check_pairwise(
+            impl, [spec.build(dtype, impl.device)], batched=True, penalty=penalty, center=center
+        )
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("shape", WEIGHT_SHAPES, ids=str)
 def test_weight_shapes(impl: Impl, shape, penalty: str) -> None:
-    for dtype in DTYPES:
+    turn = WEIGHT_SHAPES.index(shape) + PENALTIES.index(penalty)
+    for dtype in cases(impl, DTYPES, turn):
         spec = Matrices(shape, False, dead=0.05, seed=len(shape))
         check_pairwise(impl, [spec.build(dtype, impl.device)], batched=False, penalty=penalty)
 
@@ -145,7 +148,7 @@ def test_all_weights_of_a_network_at_once(impl: Impl) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_layouts(impl: Impl, layout: str, dtype: torch.dtype) -> None:
     for shape in ((3, 20, 6, 5), (2, 40, 3, 3), (2, 19, 70), (2, 6, 3, 2, 5)):
-        for center in (False, True):
+        for center in cases(impl, (False, True), len(shape) + DTYPES.index(dtype)):
             spec = Matrices(shape, True, layout, offset=0.5, seed=3)
             check_pairwise(impl, [spec.build(dtype, impl.device)], batched=True, center=center)
     for shape in ((20, 6, 3, 3), (41, 17), (64, 1, 3, 3)):

@@ -1,0 +1,141 @@
+"""``python -m bench``: measure everything, write bench/results/<machine>.json and the plot, and
+fill the tables of README.md and docs/performance.md.
+
+A full run takes under 15 minutes on two cores. ``--quick`` takes under 3, prints its tables and
+writes to build/bench only: too few rounds to be quoted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from imcl_fast.training.files import write_json
+
+from . import facts, instructions, operations, render, roofline, rows, scaling, step
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs/performance.md")
+PLOT = ROOT / "docs/scaling.svg"
+RESULTS = ROOT / "bench/results"
+QUICK = ROOT / "build/bench"
+
+# Seconds to spend on a row, a training step and a point of the scaling, warm-up not included.
+FULL_SECONDS = {"row": 2.0, "step": 20.0, "point": 0.4}
+QUICK_SECONDS = {"row": 1.5, "step": 10.0, "point": 0.1}
+
+
+def run(device: torch.device, quick: bool) -> dict:
+    """All measurements, as written to the results file."""
+    seconds = QUICK_SECONDS if quick else FULL_SECONDS
+    start = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - start:6.0f} s  {what}", flush=True)
+
+    found: dict = {"facts": facts.facts(device), "quick": quick, "operations": {}, "steps": {}}
+    say("copy and multiply rates")
+    found["rates"] = rates = roofline.measure_rates(device)
+    for row in rows.rows(quick):
+        say(row.name)
+        work = roofline.work(row)
+        found["operations"][row.name] = {
+            "operation": row.operation,
+            "work": work._asdict(),
+            "floors": roofline.floors(row, rates),
+            **operations.measure(row, device, seconds["row"]).as_json(),
+        }
+    for one in step.steps(quick):
+        say(one.name)
+        found["steps"][one.name] = step.measure(one, device, seconds["step"])
+    say("scaling")
+    found["scaling"] = scaling.cost(device, quick, seconds["point"])
+    say("memory")
+    found["memory"] = scaling.memory(device, quick)
+    say("instructions")
+    found["instructions"] = counted()
+    say("done")
+    return found
+
+
+def counted() -> dict:
+    """Instruction counts, or the reason why there are none."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return instructions.count(Path(folder))
+    except instructions.CantCount as reason:
+        return {"reason": str(reason)}
+
+
+def publish(results: dict) -> None:
+    """The plot and the tables of the documents, from results."""
+    scaling.plot(results["scaling"], PLOT)
+    for document in DOCUMENTS:
+        names = render.fill(document, results)
+        print(f"{document.relative_to(ROOT)}: {', '.join(names) or 'has no place for a table'}")
+
+
+def check() -> int:
+    """Compare instruction counts with the baseline; the exit status."""
+    found = counted()
+    if "reason" in found:
+        print(f"bench: {found['reason']}")
+        return 1
+    lines, good = instructions.compare(found, instructions.read_baseline())
+    print("\n".join(lines))
+    return 0 if good else 1
+
+
+def update_baseline() -> int:
+    """Count instructions and make them the baseline; the exit status."""
+    found = counted()
+    if "reason" in found:
+        print(f"bench: {found['reason']}")
+        return 1
+    instructions.write_baseline(found)
+    print(f"wrote {instructions.BASELINE.relative_to(ROOT)}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n\n")[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--quick", action="store_true", help="a few rows, nothing published")
+    what.add_argument("--render", type=Path, metavar="RESULTS",
+                      help="measure nothing, fill the documents from these results")  # fmt: skip
+    what.add_argument("--check", action="store_true",
+                      help="compare instruction counts with bench/baseline.json")  # fmt: skip
+    what.add_argument("--update-baseline", action="store_true",
+                      help="make the present instruction counts the baseline")  # fmt: skip
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.check:
+        return check()
+    if args.update_baseline:
+        return update_baseline()
+    if args.render:
+        publish(json.loads(args.render.read_text()))
+        return 0
+    device = torch.device(args.device)
+    results = run(device, args.quick)
+    folder = QUICK if args.quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{facts.machine(device)}.json"
+    write_json(path, results)
+    print(f"wrote {path.relative_to(ROOT)}")
+    if args.quick:
+        for name, renderer in render.TABLES.items():
+            print(f"\n{name}\n\n{renderer(results)}")
+    else:
+        publish(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What a figure belongs to: machine, versions, commit."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import imcl_fast
+from imcl_fast import operators
+
+from .timing import cache_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("triton", "numpy", "torchvision", "torchdistill", "liger-kernel")
+
+
+def cpu() -> str:
+    """The CPU's model with its family and number, for the model is at times a brand only."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(.+?)\s*: (.*)$", info.read_text(), re.MULTILINE))
+    name = found.get("model name", platform.machine())
+    if "cpu family" in found:
+        name += f" (family {found['cpu family']}, model {found['model']})"
+    return name
+
+
+def machine(device: torch.device) -> str:
+    """Name of the machine in file names: the processor and, of a CPU, the threads used."""
+    if device.type == "cuda":
+        return _slug(torch.cuda.get_device_name(device))
+    return f"{_slug(cpu())}-{torch.get_num_threads()}-threads"
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """What is written beside every figure."""
+    found = {
+        "cpu": cpu(),
+        "threads": str(torch.get_num_threads()),
+        "last-level cache": f"{cache_bytes(torch.device('cpu')) / 2**20:.0f} MiB",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = str(torch.version.cuda or torch.version.hip)
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["imcl_fast"] = imcl_fast.__version__
+    if operators.build_info is not None:
+        found["compiler"] = operators.build_info.compiler()
+        found["ISA"] = operators.build_info.isa_chosen()
+    found["commit"] = commit()
+    found["date"] = datetime.date.today().isoformat()
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout, with -dirty where files differ from it."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _slug(name: str) -> str:
+    plain = re.sub(r"\((r|tm)\)", "", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

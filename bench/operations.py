@@ -1,0 +1,119 @@
+"""One row measured: the gate, the times, the peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .competitors import Competitor, competitors
+from .memory import peak_bytes
+from .rows import Loss, Row
+from .timing import Sample, interleaved_losses, quartiles, sets_needed
+
+# Of the largest gradient, against the reference in float64. A kernel of the wrong formula is
+# off by far more; what a dtype allows is what the tests look into.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+MEDIUM_TOLERANCE = 5e-2  # factors of float32 rounded to bfloat16
+
+
+class Measured(NamedTuple):
+    """What became of a row: samples and peak bytes by competitor, and who was left out, why."""
+
+    samples: dict[str, list[Sample]]
+    peaks: dict[str, int | None]
+    left_out: dict[str, str]
+    comparable: tuple[str, ...]  # of the samples' names: those that compute something else
+
+    def as_json(self) -> dict:
+        return {
+            "competitors": {
+                name: {
+                    "forward": quartiles([s.forward for s in samples]),
+                    "backward": quartiles([s.backward for s in samples]),
+                    "both": quartiles([s.both for s in samples]),
+                    "rounds": len(samples),
+                    "peak_bytes": self.peaks[name],
+                    "same": name not in self.comparable,
+                }
+                for name, samples in self.samples.items()
+            },
+            "left_out": self.left_out,
+        }
+
+
+def step(loss: Loss, xs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    value = loss(xs)
+    return value, torch.autograd.grad(value, xs)
+
+
+def truth_of(row: Row, xs: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The loss and the gradients of the reference in float64."""
+    doubles = [x.detach().double().requires_grad_() for x in xs]
+    value, gradients = step(row.loss("reference", device), doubles)
+    return [value.detach(), *gradients]
+
+
+def fault(
+    competitor: Competitor, xs: Sequence[Tensor], truth: Sequence[Tensor], row: Row
+) -> str | None:
+    """What is wrong with a competitor, or None; whoever has a fault is not timed."""
+    try:
+        value, gradients = step(competitor.loss, xs)
+    except Exception as error:  # whatever foreign code raises is its reason
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    got = [value.detach(), *gradients]
+    if not all(bool(g.isfinite().all()) for g in got):
+        return "its loss or gradients are not finite"
+    if not competitor.same:
+        return None
+    allowed = TOLERANCE[row.dtype]
+    if row.precision == "medium":
+        allowed = max(allowed, MEDIUM_TOLERANCE)
+    for index, (g, t) in enumerate(zip(got, truth, strict=True)):
+        error = float((g.double() - t).abs().max() / t.abs().max())
+        if not error <= allowed:
+            what = f"the gradient of input {index - 1}" if index else "the loss"
+            return f"{what} is off by {error:.1e} of its largest value, {allowed:.0e} is allowed"
+    return None
+
+
+def measure(
+    row: Row,
+    device: torch.device,
+    seconds: float,
+    *,
+    only: Sequence[str] | None = None,
+    fewest: int = 5,
+    most: int = 200,
+) -> Measured:
+    """Check all competitors of a row, or those named, and time whoever is right."""
+    if row.compiled:
+        torch._dynamo.reset()
+    found, left_out = competitors(row, device)
+    if only is not None:
+        found = [one for one in found if one.name in only]
+        left_out = {name: why for name, why in left_out.items() if name in only}
+    with row.settings():
+        sets = [row.inputs(seed, device)
+                for seed in range(sets_needed(row.bytes, len(found), device))]  # fmt: skip
+        truth = truth_of(row, sets[0], device)
+        right = []
+        for one in found:
+            wrong = fault(one, sets[0], truth, row)
+            if wrong is None:
+                right.append(one)
+            else:
+                left_out[one.name] = wrong
+        del truth
+        if not right:
+            return Measured({}, {}, left_out, ())
+        peaks = {
+            one.name: peak_bytes(lambda one=one: step(one.loss, sets[0]), device) for one in right
+        }
+        samples = interleaved_losses(
+            {one.name: one.loss for one in right}, sets, seconds, device, fewest=fewest, most=most
+        )
+    return Measured(samples, peaks, left_out, tuple(one.name for one in right if not one.same))

@@ -1,0 +1,285 @@
+"""From the results of a run to tables in Markdown, and those into the documents that have a
+place for them: between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from imcl_fast.training.files import write
+
+from .rows import OPERATIONS
+
+FUSED = ("cpp", "triton", "cuda")
+SHOWN = ("cpp", "triton", "cuda", "torch", "reference", "torch.compile(torch)",
+         "torch.compile(reference)")  # fmt: skip
+MARKED = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+HEADLINES = (
+    "representation R18 float32",
+    "representation R18 float32 centred",
+    "kernel R18 float32",
+    "consistency 5 x 128 x 1000 float32",
+)
+
+Results = Mapping
+
+
+class MarkerError(ValueError):
+    """A document's markers don't fit the tables that there are."""
+
+
+def fill(path: Path, results: Results) -> list[str]:
+    """Put the tables into a document; the names of those that it has places for.
+
+    Raises:
+        MarkerError: a place has a name that no table has, or does not end.
+    """
+    text = path.read_text(encoding="utf-8")
+    opened = re.findall(r"<!-- bench:([a-z-]+) -->", text)
+    closed = [match[2] for match in MARKED.finditer(text)]
+    if opened != closed:
+        raise MarkerError(f"{path.name}: expected <!-- /bench:NAME --> after each of {opened}, "
+                          f"found it after {closed}")  # fmt: skip
+    for name in opened:
+        if name not in TABLES:
+            raise MarkerError(f"{path.name}: expected one of {', '.join(TABLES)}, got {name!r}")
+    filled = MARKED.sub(lambda m: m[1] + TABLES[m[2]](results).rstrip("\n") + "\n" + m[4], text)
+    if filled != text:
+        write(path, filled.encode())
+    return opened
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, all columns but the first to the right."""
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def milliseconds(seconds: float) -> str:
+    ms = 1e3 * seconds
+    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
+
+
+def mebibytes(count: int | None) -> str:
+    if count is None:
+        return "?"
+    return f"{count / 2**20:.0f}" if count >= 2**20 else "<1"
+
+
+def percent(share: float | None) -> str:
+    return "?" if share is None else f"{100 * share:+.1f} %"
+
+
+def machine(results: Results) -> str:
+    """One sentence that says whose figures these are."""
+    facts = results["facts"]
+    what = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+    more = f", ISA level {facts['ISA']}" if "ISA" in facts and "gpu" not in facts else ""
+    rates = results.get("rates")
+    speed = ""
+    if rates:
+        speed = (
+            f" In the same run it copied {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and "
+            f"write) and multiplied {rates['float32_flops_per_s'] / 1e9:.0f} GFLOP/s in float32, "
+            f"{rates['bfloat16_flops_per_s'] / 1e9:.0f} in bfloat16."
+        )
+    quick = " A quick run: few rounds." if results.get("quick") else ""
+    return (
+        f"Measured on {what}{more}; torch {facts['torch']}, Python {facts['python']}, commit "
+        f"{facts['commit']}, {facts['date']}.{speed}{quick}\n"
+    )
+
+
+def summary(results: Results) -> str:
+    """The headline rows: forward and backward of whoever computes the same."""
+    chosen = {name: results["operations"][name] for name in HEADLINES
+              if name in results["operations"]}  # fmt: skip
+    names = [n for n in SHOWN if any(n in row["competitors"] for row in chosen.values())]
+    lines = []
+    for title, row in chosen.items():
+        cells = [_cell(row["competitors"].get(name), "both") for name in names]
+        lines.append([title, *cells, milliseconds(row["floors"]["both"])])
+    head = ["forward and backward, ms", *(f"`{name}`" for name in names), "floor"]
+    return table(head, lines)
+
+
+def operation(name: str) -> Callable[[Results], str]:
+    """The renderer of all rows of one operation."""
+
+    def render(results: Results) -> str:
+        lines = []
+        for title, row in results["operations"].items():
+            if row["operation"] != name:
+                continue
+            fused = fused_of(row)
+            best = row["competitors"][fused]["both"]["median"] if fused else None
+            for who, times in sorted(
+                row["competitors"].items(), key=lambda item: item[1]["both"]["median"]
+            ):
+                both = times["both"]
+                ratio = f"{both['median'] / best:.2f}" if best and who != fused else ""
+                lines.append([
+                    title.removeprefix(f"{name} "),
+                    who if times["same"] else f"{who} (another quantity)",
+                    milliseconds(times["forward"]["median"]),
+                    milliseconds(times["backward"]["median"]),
+                    milliseconds(both["median"]),
+                    f"{milliseconds(both['q1'])} - {milliseconds(both['q3'])}",
+                    ratio,
+                    f"{row['floors']['both'] / both['median']:.0%}" if times["same"] else "",
+                    mebibytes(times["peak_bytes"]),
+                ])  # fmt: skip
+        return table(
+            [f"{name} similarity" if name != "consistency" else name, "who", "forward ms",
+             "backward ms", "both ms", "quartiles", "over fused", "of floor", "peak MiB"],
+            lines,
+        )  # fmt: skip
+
+    return render
+
+
+def step(results: Results) -> str:
+    """All whole training steps."""
+    lines = []
+    for title, found in results["steps"].items():
+        for name, one in found["methods"].items():
+            if name.startswith("fused, without "):
+                continue
+            spent = one["seconds"]
+            plain = name == found["base"]
+            lines.append([
+                title,
+                name,
+                milliseconds(spent["median"]),
+                f"{milliseconds(spent['q1'])} - {milliseconds(spent['q3'])}",
+                f"{one['images_per_second']:.0f}",
+                "" if plain else percent(one["overhead"]),
+                mebibytes(one["peak_bytes"]),
+                "" if plain else percent(one["extra_memory"]),
+            ])  # fmt: skip
+    head = ["training step", "objective", "ms", "quartiles", "images/s", "over plain",
+            "peak MiB", "extra"]  # fmt: skip
+    return table(head, lines)
+
+
+def step_summary(results: Results) -> str:
+    """The first training step alone, without quartiles."""
+    for title, found in results["steps"].items():
+        lines = [
+            [name, milliseconds(one["seconds"]["median"]), f"{one['images_per_second']:.0f}",
+             "" if name == found["base"] else percent(one["overhead"]),
+             "" if name == found["base"] else percent(one["extra_memory"])]
+            for name, one in found["methods"].items()
+            if not name.startswith("fused, without ")
+        ]  # fmt: skip
+        return table([title, "ms", "images/s", "slower", "more memory"], lines)
+    return ""
+
+
+def shares(results: Results) -> str:
+    """What each way adds to a step, by leaving it out."""
+    lines = [
+        [title, *(percent(share) for share in found["shares"].values())]
+        for title, found in results["steps"].items()
+        if found["shares"]
+    ]
+    ways = next((list(f["shares"]) for f in results["steps"].values() if f["shares"]), [])
+    return table(["of the plain step", *ways], lines)
+
+
+def scaling(results: Results) -> str:
+    """Fitted exponents of the cost."""
+    found = results["scaling"]
+    names = list(dict.fromkeys(name for impls in found.values() for name in impls))
+    lines = []
+    for quantity, impls in found.items():
+        points = next(iter(impls.values()))["points"]
+        cells = [f"{impls[name]['slope']:.2f}" if name in impls else "" for name in names]
+        lines.append([quantity, f"{points[0][0]} to {points[-1][0]}", *cells])
+    return table(["exponent of the cost in", "from", *(f"`{name}`" for name in names)], lines)
+
+
+def memory(results: Results) -> str:
+    """Peak memory of kernel similarity over the number of kernels."""
+    found = {name: dict(points) for name, points in results["memory"].items()}
+    sizes = sorted({n for points in found.values() for n in points})
+    lines = [
+        [str(n), f"{4 * n * n / 2**20:.0f}",
+         *(mebibytes(points[n]) if n in points else "not run" for points in found.values())]
+        for n in sizes
+    ]  # fmt: skip
+    head = ["kernels N", "N x N float32, MiB", *(f"`{name}`, peak MiB" for name in found)]
+    return table(head, lines)
+
+
+def instructions(results: Results) -> str:
+    """Instruction counts, or why there are none."""
+    found = results["instructions"]
+    if "reason" in found:
+        return f"Not counted: {found['reason']}\n"
+    lines = [[case, f"{count:,d}"] for case, count in found["instructions"].items()]
+    return (
+        f"Compiled by {found['compiler']} at level {found['isa']}, counted by "
+        f"{found['valgrind']}.\n\n" + table(["kernel call", "instructions"], lines)
+    )
+
+
+def losing(results: Results) -> str:
+    """Every row, pass and competitor of the same quantity that the fused kernels lose to."""
+    lines = []
+    for title, row in results["operations"].items():
+        fused = fused_of(row)
+        if fused is None:
+            lines.append([title, "", "", "the fused kernels did not run", ""])
+            continue
+        mine = row["competitors"][fused]
+        for what in ("forward", "backward", "both"):
+            for who, times in row["competitors"].items():
+                ratio = mine[what]["median"] / times[what]["median"]
+                if who not in FUSED and times["same"] and ratio > 1:
+                    lines.append([title, what, milliseconds(mine[what]["median"]),
+                                  f"{who}: {milliseconds(times[what]['median'])}",
+                                  f"{ratio:.2f}"])  # fmt: skip
+    if not lines:
+        return "None in this run.\n"
+    return table(["row", "pass", "fused ms", "faster, ms", "times slower"], lines)
+
+
+def left_out(results: Results) -> str:
+    """Who was not timed, and why; the same reason for many rows is told once."""
+    rows_of: dict[tuple[str, str], list[str]] = {}
+    for group in ("operations", "steps"):
+        for title, row in results[group].items():
+            for who, reason in row["left_out"].items():
+                rows_of.setdefault((who, reason), []).append(title)
+    lines = []
+    for (who, reason), rows in rows_of.items():
+        many = f"{len(rows)} rows" if len(rows) > 3 else "; ".join(rows)
+        lines.append([who, many, reason.replace("|", "\\|")])
+    return table(["who", "where", "why"], lines) if lines else "Nobody.\n"
+
+
+def fused_of(row: Mapping) -> str | None:
+    """The fastest of the fused kernels that ran."""
+    ran = [name for name in FUSED if name in row["competitors"]]
+    return min(ran, key=lambda n: row["competitors"][n]["both"]["median"], default=None)
+
+
+def _cell(times: Mapping | None, what: str) -> str:
+    return milliseconds(times[what]["median"]) if times else ""
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "machine": machine,
+    "summary": summary,
+    **{name: operation(name) for name in OPERATIONS},
+    "step": step,
+    "step-summary": step_summary,
+    "shares": shares,
+    "scaling": scaling,
+    "memory": memory,
+    "instructions": instructions,
+    "losing": losing,
+    "left-out": left_out,
+}

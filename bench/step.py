@@ -1,0 +1,158 @@
+"""Whole training steps: what the four ways cost a network that is being trained."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from imcl_fast import models, objectives
+
+from .memory import peak_bytes
+from .timing import interleaved, quartiles
+
+PLAIN, FUSED = "plain cross entropy", "four ways, fused"
+PLAIN_COMPILED = "plain cross entropy, compiled"
+BATCHES = 3  # of images, taken in turn
+CLASSES = 10
+WITHOUT = "fused, without "
+OUT_OF_WAYS = {way: tuple(w for w in objectives.WAYS if w != way) for way in objectives.WAYS}
+
+# Method, and arguments of objectives.build. "compiled" ones are compared among themselves.
+MAIN: dict[str, dict] = {
+    PLAIN: {"method": "imcl", "ways": ()},
+    "four ways, naive": {"method": "imcl", "impl": "reference"},
+    "four ways, torch": {"method": "imcl", "impl": "torch"},
+    FUSED: {"method": "imcl"},
+}
+ANCESTORS: dict[str, dict] = {
+    "Song & Chai, 2 heads": {"method": "song-chai-2"},
+    "Song & Chai, 4 heads": {"method": "song-chai-4"},
+}
+SHARES: dict[str, dict] = {
+    f"{WITHOUT}{way}": {"method": "imcl", "ways": ways} for way, ways in OUT_OF_WAYS.items()
+}
+COMPILED: dict[str, dict] = {
+    PLAIN_COMPILED: {"method": "imcl", "ways": ()},
+    "four ways, naive, compiled": {"method": "imcl", "impl": "reference"},
+    "four ways, fused, compiled": {"method": "imcl"},
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A network, its batch, and whom to compare."""
+
+    network: str
+    batch: int
+    width: int = 64
+    size: int = 32
+    bfloat16: bool = False  # autocast
+    methods: tuple[str, ...] = tuple(MAIN)
+
+    @property
+    def name(self) -> str:
+        dtype = "bfloat16 autocast" if self.bfloat16 else "float32"
+        return (
+            f"{self.network}, width {self.width}, {self.size}x{self.size}, "
+            f"batch {self.batch}, {dtype}"
+        )
+
+
+def steps(quick: bool) -> list[Step]:
+    if quick:
+        return [Step("resnet18", 32, width=32)]
+    few = (PLAIN, "four ways, torch", FUSED)
+    return [
+        Step("resnet18", 128, methods=(*MAIN, *SHARES)),
+        Step("resnet18", 64, width=32, methods=(*few, *ANCESTORS)),
+        Step("resnet18", 64, width=32, methods=tuple(COMPILED)),
+        Step("resnet18", 128, bfloat16=True, methods=few),
+        Step("vgg16_bn", 64, methods=(*few, *ANCESTORS)),
+        Step("resnet50", 32, methods=(*few, *ANCESTORS)),
+        Step("resnet50", 32, bfloat16=True, methods=few),
+    ]
+
+
+def measure(step: Step, device: torch.device, seconds: float, *, fewest: int = 3) -> dict:
+    """Per method: seconds, images per second, and what it adds to the plain step.
+
+    ``overhead`` is the median over rounds of the method's time over the plain one's in the
+    same round, less 1: the machine drifts by more than what is measured. ``extra_memory``
+    compares peaks above what the idle networks take. ``share`` is what one way adds, by
+    leaving it out, of the plain step.
+    """
+    if PLAIN_COMPILED in step.methods:
+        torch._dynamo.reset()
+    runs: dict[str, Callable[[int], float]] = {}
+    left_out: dict[str, str] = {}
+    for name in step.methods:
+        try:
+            runs[name] = _run(step, name, device)
+        except Exception as error:  # the reason goes into the report
+            left_out[name] = f"{type(error).__name__}: {error}"
+    times = interleaved(runs, seconds, fewest=fewest, most=30, warm_up=1)
+    base = PLAIN_COMPILED if PLAIN_COMPILED in runs else PLAIN
+    peaks = {name: peak_bytes(lambda run=run: run(0), device) for name, run in runs.items()}
+    methods = {}
+    for name, spent in times.items():
+        ratio = statistics.median(a / b for a, b in zip(spent, times[base], strict=True))
+        peak, least = peaks[name], peaks[base]
+        methods[name] = {
+            "seconds": quartiles(spent),
+            "rounds": len(spent),
+            "images_per_second": step.batch / statistics.median(spent),
+            "overhead": ratio - 1,
+            "peak_bytes": peak,
+            "extra_memory": peak / least - 1 if peak is not None and least else None,
+        }
+    shares = {
+        name.removeprefix(WITHOUT): methods[FUSED]["overhead"] - found["overhead"]
+        for name, found in methods.items()
+        if name.startswith(WITHOUT)
+    }
+    return {"base": base, "methods": methods, "shares": shares, "left_out": left_out}
+
+
+def _run(step: Step, method: str, device: torch.device) -> Callable[[int], float]:
+    """A training step of one method on the i-th batch, which returns its seconds."""
+    options = {**MAIN, **ANCESTORS, **SHARES, **COMPILED}[method]
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCHES, step.batch, 3, step.size, step.size, generator=generator)
+    labels = torch.randint(CLASSES, (BATCHES, step.batch), generator=generator)
+    images, labels = images.to(device), labels.to(device)
+    network: nn.Module = models.build(
+        step.network, CLASSES, width=step.width, image_size=step.size
+    ).to(device)
+    layout = torch.channels_last if step.bfloat16 else torch.contiguous_format
+    network = network.to(memory_format=layout)
+    objective = objectives.build(model=network, example_input=images[0, :2], **options).to(device)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.01, momentum=0.9)
+
+    def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=step.bfloat16):
+            return objective(x, y).loss
+
+    loss = torch.compile(loss_of) if method in COMPILED else loss_of
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def run(index: int) -> float:
+        x = images[index % BATCHES].contiguous(memory_format=layout)
+        y = labels[index % BATCHES]
+        wait()
+        start = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        loss(x, y).backward()
+        optimizer.step()
+        wait()
+        return time.perf_counter() - start
+
+    return run

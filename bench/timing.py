@@ -1,0 +1,142 @@
+"""The one way times are taken here: all competitors in turn, round by round.
+
+A machine drifts by more than what is compared, so that each round takes every competitor once,
+beginning with another one each time, and ratios hold where absolute times don't. In a round no
+two competitors share inputs, and there are as many sets of inputs as fill twice the last-level
+cache: nobody finds in it what the one before left there. Very small inputs are the exception
+(``MOST_SETS``), and a backward finds what its forward has read, as in training.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WARM_UP = 2  # rounds that aren't counted
+FEWEST, MOST = 5, 200  # rounds that are
+MOST_SETS, MOST_SET_BYTES = 256, 2**30
+UNKNOWN_CACHE = 32 * 2**20
+
+Loss = Callable[[Sequence[Tensor]], Tensor]
+
+
+class Sample(NamedTuple):
+    """Seconds of one forward and of the backward after it."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache; a guess where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    units = {"K": 2**10, "M": 2**20}
+    found = [path.read_text().strip() for path in sizes]
+    return max((int(size[:-1]) * units[size[-1]] for size in found if size[-1:] in units),
+               default=UNKNOWN_CACHE)  # fmt: skip
+
+
+def sets_needed(bytes_of_one: int, competitors: int, device: torch.device) -> int:
+    """Sets of inputs to rotate: twice the cache, within memory, one per competitor at least."""
+    wanted = math.ceil(2 * cache_bytes(device) / max(bytes_of_one, 1))
+    affordable = min(MOST_SETS, MOST_SET_BYTES // max(bytes_of_one, 1))
+    return max(competitors, 2, min(wanted, affordable))
+
+
+def sample(loss: Loss, xs: Sequence[Tensor], device: torch.device) -> Sample:
+    """One forward and backward. On a GPU the marks are events, and the host waits before and
+    after but not in between: launches of the backward may overlap with the forward."""
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        torch.cuda.synchronize(device)
+        marks[0].record()
+        value = loss(xs)
+        marks[1].record()
+        torch.autograd.grad(value, xs)
+        marks[2].record()
+        torch.cuda.synchronize(device)
+        forward, backward = (a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:]))  # noqa: B905
+        return Sample(forward, backward)
+    start = time.perf_counter()
+    value = loss(xs)
+    middle = time.perf_counter()
+    torch.autograd.grad(value, xs)
+    return Sample(middle - start, time.perf_counter() - middle)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[int], object]],
+    seconds: float,
+    *,
+    fewest: int = FEWEST,
+    most: int = MOST,
+    warm_up: int = WARM_UP,
+) -> dict[str, list]:
+    """What every run returned in each round; run(i) is given the number of its turn.
+
+    Args:
+        runs: by name; run(i) measures itself, on the i-th of rotating inputs.
+        seconds: about how long to go on, within ``fewest`` and ``most`` rounds.
+        warm_up: rounds before that, whose last says how long a round takes.
+    """
+    names = list(runs)
+    found: dict[str, list] = {name: [] for name in names}
+
+    def one_round(index: int, keep: bool) -> float:
+        start = time.perf_counter()
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            result = runs[name](index)
+            if keep:
+                found[name].append(result)
+        return time.perf_counter() - start
+
+    spent = math.inf
+    for index in range(warm_up):
+        spent = one_round(index, keep=False)
+    rounds = min(max(int(seconds / spent), fewest), most)
+    for index in range(rounds):
+        one_round(warm_up + index, keep=True)
+    return found
+
+
+def interleaved_losses(
+    losses: Mapping[str, Loss],
+    sets: Sequence[Sequence[Tensor]],
+    seconds: float,
+    device: torch.device,
+    *,
+    fewest: int = FEWEST,
+    most: int = MOST,
+) -> dict[str, list[Sample]]:
+    """Samples of every loss; in a round each takes another set, as far apart as can be."""
+    runs = {}
+    for position, (name, loss) in enumerate(losses.items()):
+        offset = position * len(sets) // len(losses)
+
+        def run(index: int, loss: Loss = loss, offset: int = offset) -> Sample:
+            return sample(loss, sets[(index + offset) % len(sets)], device)
+
+        runs[name] = run
+    return interleaved(runs, seconds, fewest=fewest, most=most)
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(values) == 1:
+        return {"median": values[0], "q1": values[0], "q3": values[0]}
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3}

@@ -1,0 +1,74 @@
+"""``imcl-train``, or ``python -m imcl_fast.train``: train a network from the command line."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .training import flags
+from .training.config import TrainConfig
+from .training.errors import DiskFullError, Interrupted, NonFiniteError, TrainingError
+from .training.progress import summary_table
+from .training.trainer import Trainer
+
+DESCRIPTION = (
+    "Train a network with intra-model collaborative learning, or with what it is compared to. "
+    "Everything the run writes goes to one folder. Several processes: torchrun "
+    "--nproc-per-node N -m imcl_fast.train ..."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    0: the run is complete; 1: the loss is not finite, or a file can't be written; 2: the flags, the
+    data or the checkpoints don't allow the run; 130, 143: interrupted and saved.
+    """
+    config = flags.parse(arguments, "imcl-train", DESCRIPTION)
+    if config.run_dir is None:
+        config = replace(config, run_dir=default_folder(config))
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        summary = Trainer(config).fit()
+    except TrainingError as error:
+        # What stops the first process stops all; only a batch is one process's own.
+        if speaks or isinstance(error, NonFiniteError):
+            print(f"imcl-train: {_one_line(error)}", file=sys.stderr)
+        if speaks and isinstance(error, (Interrupted, DiskFullError)):
+            print(f"imcl-train: go on with: {resume_command(config)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:  # while reports are written, when everything is saved
+        print("imcl-train: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"imcl-train: {_one_line(error)}", file=sys.stderr)
+        return 1
+    if speaks:
+        print(f"\n{summary_table(summary)}\nrun folder{'':11s}{config.run_dir}")
+    return 0
+
+
+def default_folder(config: TrainConfig) -> Path:
+    """Where a run goes whose user named no folder."""
+    return Path("runs", f"{config.dataset}-{config.model}-{config.label}-s{config.seed}")
+
+
+def resume_command(config: TrainConfig) -> str:
+    """The command that goes on with an interrupted run, for a shell."""
+    world = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    start = ["imcl-train"]
+    if world != "1":
+        start = ["torchrun", "--nproc-per-node", world, "-m", "imcl_fast.train"]
+    return shlex.join([*start, *flags.command(replace(config, resume="auto"))])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

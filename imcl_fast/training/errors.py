@@ -1,0 +1,40 @@
+"""What ends a training run early, each with the exit code of the command line."""
+
+from __future__ import annotations
+
+import signal
+
+
+class TrainingError(Exception):
+    """A run can't start or go on; the message is one line that says what to do."""
+
+    exit_code = 1
+
+
+class UsageError(TrainingError):
+    """The configuration, the data or the run folder don't allow the run."""
+
+    exit_code = 2
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint can't be read, or isn't one."""
+
+    exit_code = 2
+
+
+class NonFiniteError(TrainingError):
+    """The loss or the weights are no longer numbers."""
+
+
+class DiskFullError(TrainingError):
+    """There is no room left for a checkpoint or a record of the run."""
+
+
+class Interrupted(TrainingError):
+    """A signal asked the run to stop, which it did after a whole step."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal.Signals(number)
+        self.exit_code = 128 + number  # as shells report it

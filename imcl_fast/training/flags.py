@@ -1,0 +1,181 @@
+"""``TrainConfig`` as command line flags, and a ``TrainConfig`` as the command for it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..imcl import IMCL
+from .config import SETTINGS, Setting, TrainConfig
+
+WORDS = {"all": SETTINGS["ways"].choices or (), "none": ()}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+    def add_number(
+        self,
+        flag: str,
+        kind: type[int] | type[float],
+        default: float,
+        help: str,
+        *,
+        low: float = -math.inf,
+        high: float = math.inf,
+    ) -> None:
+        """A flag whose value is a number from ``low`` to ``high``."""
+
+        def read(text: str) -> float:
+            value = kind(text)
+            if not low <= value <= high:
+                at_most = "" if math.isinf(high) else f" and at most {high:g}"
+                raise argparse.ArgumentTypeError(f"expected at least {low:g}{at_most}, got {text}")
+            return value
+
+        read.__name__ = kind.__name__  # what an error calls it
+        metavar = "N" if kind is int else "X"
+        self.add_argument(
+            flag, type=read, default=default, metavar=metavar, help=f"{help} (default: {default})"
+        )
+
+
+def parse(arguments: Sequence[str] | None, prog: str, description: str) -> TrainConfig:
+    """The configuration that command line ``arguments`` describe.
+
+    Exits with code 2 and one line on standard error if they describe none.
+    """
+    parser = build_parser(prog, description)
+    namespace = parser.parse_args(arguments)
+    try:
+        return TrainConfig(**vars(namespace))
+    except (TypeError, ValueError) as error:
+        name, _, rest = str(error).partition(": ")
+        parser.error(f"argument {_flag(name)}: {rest}")
+
+
+def build_parser(prog: str, description: str) -> Parser:
+    """A parser with a flag for every field of ``TrainConfig``, in its groups."""
+    # Without abbreviations: a flag added later must not change what a script means.
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    groups: dict[str, Any] = {}
+    kinds = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        setting = SETTINGS[field.name]
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        options: dict[str, Any] = {
+            "default": _default(field),
+            "help": setting.help + _default_text(field, setting),
+        }
+        kind = _plain(kinds[field.name])
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = _reader(kind, field.name)
+            if setting.choices is not None and kind is str:
+                options["choices"] = setting.choices
+            if setting.metavar is not None:
+                options["metavar"] = setting.metavar
+            elif kind in (int, float):
+                options["metavar"] = "N" if kind is int else "X"
+        groups[setting.group].add_argument(_flag(field.name), **options)
+    return parser
+
+
+def command(config: TrainConfig) -> list[str]:
+    """The flags that describe ``config``: those that differ from the defaults."""
+    words = []
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(config, field.name)
+        if value == _default(field):
+            continue
+        if isinstance(value, bool):
+            words.append(_flag(field.name) if value else _flag(f"no_{field.name}"))
+        else:
+            words += [_flag(field.name), _text(value)]
+    return words
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a field's value, whether or not it may be None."""
+    if isinstance(kind, types.UnionType):
+        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+    return typing.get_origin(kind) or kind
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _default_text(field: dataclasses.Field, setting: Setting) -> str:
+    """What a help text says of the default, if it doesn't say so itself."""
+    value = _default(field)
+    if setting.option is not None:
+        own = inspect.signature(IMCL).parameters[setting.option].default
+        text = "all that are found" if own is None else _text(own)
+        return f" (default: the method's own, {text} in IMCL)"
+    if "by default" in setting.help:
+        return ""
+    return f" (default: {'none' if value in (None, {}) else _text(value)})"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number}" for name, number in value.items())
+    if isinstance(value, tuple):
+        names = [word for word, meaning in WORDS.items() if meaning == value]
+        return names[0] if names else ",".join(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def _reader(kind: Any, name: str) -> Callable[[str], Any]:
+    if kind is tuple:
+        return _words if name == "ways" else lambda text: tuple(text.split(","))
+    if kind is dict:
+        return _weights
+    if kind is Path:
+        return Path
+    return typing.cast(Callable[[str], Any], kind)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    if text in WORDS:
+        return WORDS[text]
+    chosen = text.split(",")
+    # In the order of the method, so that the same ways are the same configuration.
+    ordered = [way for way in WORDS["all"] if way in chosen]
+    return tuple([*ordered, *(way for way in chosen if way not in WORDS["all"])])
+
+
+def _weights(text: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        way, separator, number = part.partition("=")
+        try:
+            if not separator or way in weights:
+                raise ValueError(part)
+            weights[way] = float(number)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(
+                f"expected way=number,..., each way once, got {text!r}"
+            ) from error
+    return weights

@@ -1,0 +1,371 @@
+"""The training loop: steps, epochs, measurements, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..data.dataset import Split
+from ..data.split import take
+from . import non_finite
+from .checkpoint import CheckpointStore
+from .config import TrainConfig
+from .distributed import Processes
+from .errors import CheckpointError, Interrupted, NonFiniteError
+from .evaluation import predict
+from .interruption import Interruption
+from .optimization import build_optimizer, build_schedule
+from .preparation import Material, build_objective
+from .progress import Observer
+from .records import CHECKPOINTS, Records
+from .state import EpochSums, TrainingState
+
+PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Loop:
+    """Trains ``network`` on ``material``, from the beginning or from a checkpoint.
+
+    Args:
+        records: of the run folder; None writes neither tables nor checkpoints.
+
+    Attributes:
+        state: where the run stands.
+        last_batch: images and labels of the latest step; None before the first.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        processes: Processes,
+        material: Material,
+        network: nn.Module,
+        records: Records | None,
+        observer: Observer,
+    ) -> None:
+        self.config, self.processes, self.material = config, processes, material
+        self.records, self.observer = records, observer
+        device = processes.device
+        network = network.to(device).train()
+        if config.channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Before the objective hooks onto its layers, for some of them are replaced.
+        network = processes.synchronised(network)
+        objective = build_objective(config, network, material, processes).train()
+        trained = torch.compile(objective) if config.compile else objective
+        self.parallel = processes.wrap(cast(nn.Module, trained))
+        self.loader = material.train_loader(config, processes)
+        self.steps_per_epoch = math.ceil(len(self.loader) / config.accumulate)
+        optimizer = build_optimizer(objective, config)
+        averaged = None
+        if config.ema is not None:
+            averaged = AveragedModel(
+                cast(nn.Module, objective.model),
+                multi_avg_fn=get_ema_multi_avg_fn(config.ema),
+                use_buffers=True,
+            )
+        self.state = TrainingState(
+            objective=objective,
+            optimizer=optimizer,
+            schedule=build_schedule(optimizer, config, self.steps_per_epoch),
+            scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"),
+            averaged=averaged,
+        )
+        self.store = None
+        if config.run_dir is not None:
+            self.store = CheckpointStore(config.run_dir / CHECKPOINTS, config.keep)
+        self.last_batch: tuple[Tensor, Tensor] | None = None
+        self._save_steps, self._save_seconds = _interval(config.checkpoint_every)
+        self._saved = time.monotonic()
+
+    @property
+    def plain(self) -> nn.Module:
+        """The network without its objective."""
+        return cast(nn.Module, self.state.objective.model)
+
+    @property
+    def measured(self) -> nn.Module:
+        """The network that is measured and handed out: the averaged one, if there is one."""
+        return self.plain if self.state.averaged is None else self.state.averaged.module
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def resume(self) -> bool:
+        """Go on from the newest good checkpoint, if the run should and there is one.
+
+        Raises:
+            CheckpointError: there are some, and none can be read.
+        """
+        store, processes, state = self.store, self.processes, self.state
+        if store is None or self.config.resume != "auto":
+            return False
+        stored = processes.on_first(lambda: store.load_newest(self.observer.said))
+        if stored is None:
+            return False
+        if not all(map(torch.equal, stored["labels"], self._labels())):
+            raise CheckpointError(
+                f"{store.folder}: its checkpoints are of other training labels; the data set has "
+                "changed since"
+            )
+        try:
+            same = state.load_state_dict(stored, processes)
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[-1].strip()
+            raise CheckpointError(
+                f"{store.folder}: its checkpoints don't fit this network and objective ({reason})"
+            ) from error
+        if not same:
+            self.observer.said(
+                "another device or number of processes than before: random numbers will differ "
+                "from those of an uninterrupted run"
+            )
+        self.observer.said(
+            f"resumed after step {state.step} of {self.steps}, in epoch "
+            f"{min(state.epoch + 1, self.config.epochs)} of {self.config.epochs}"
+        )
+        return True
+
+    def train(self, interruption: Interruption) -> None:
+        """Take all steps that are left.
+
+        Raises:
+            NonFiniteError, DiskFullError, Interrupted: see ``Trainer.fit``.
+        """
+        state, accumulate = self.state, self.config.accumulate
+        self.observer.started(state.step, self.steps)
+        while state.epoch < self.config.epochs:
+            # The epoch's last step may have been on fewer batches.
+            done = min(state.step_in_epoch * accumulate, len(self.loader))
+            batches = self.loader.epoch(state.epoch, done)
+            while state.step_in_epoch < self.steps_per_epoch:
+                self._step(list(self._timed(batches, accumulate)))
+                self._heed(interruption)
+            self._finish_epoch()
+        self.processes.settle()
+
+    def forward_backward(
+        self, objective: nn.Module, images: Tensor, labels: Tensor, share: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Add the gradients of ``share`` times the loss; the loss and its terms, detached."""
+        images = self._laid_out(images)
+        with self._autocast():
+            output = objective(images, labels)
+        values = {"loss": output.loss.detach(), **output.terms}
+        if images.device.type == "cpu" and not values["loss"].isfinite():
+            # Before it spoils the weights; on a GPU, looking at every step would cost time.
+            self._fail({name: float(value) for name, value in values.items()}, images)
+        self.state.scaler.scale(output.loss * share).backward()
+        return values
+
+    def _step(self, group: list[tuple[Tensor, Tensor]]) -> None:
+        """One optimizer step, on as many batches as are accumulated."""
+        state, start = self.state, time.perf_counter()
+        lr = state.optimizer.param_groups[0]["lr"]
+        state.optimizer.zero_grad(set_to_none=True)
+        logged = (state.step + 1) % self.config.log_every == 0 or state.step == 0
+        own = EpochSums()
+        for i, (images, labels) in enumerate(group):
+            with contextlib.ExitStack() as stack:
+                if i + 1 < len(group) and self.processes.world > 1:
+                    stack.enter_context(self.parallel.no_sync())  # type: ignore[operator]
+                values = self.forward_backward(self.parallel, images, labels, 1 / len(group))
+            if logged:
+                own.add(values)
+            state.sums.add(values)
+        self.last_batch = group[-1]
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        with warnings.catch_warnings():
+            # In half precision the first steps may be left out, until the scale fits.
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+            state.schedule.step()
+        if state.averaged is not None:
+            state.averaged.update_parameters(self.plain)
+        state.step += 1
+        state.step_in_epoch += 1
+        known = None
+        if logged:
+            known = self._read(own)
+            if self.records is not None and self.processes.first:
+                row = {"step": state.step, "epoch": state.epoch + 1, **known, "lr": lr}
+                self.records.step(row)
+        sums = state.sums
+        sums.seconds += time.perf_counter() - start
+        if known is not None:
+            known["images_per_second"] = self._images(sums.batches) / sums.seconds
+            known["data_share"] = sums.data_seconds / sums.seconds
+        self.observer.stepped(known)
+
+    def _timed(
+        self, batches: Iterator[tuple[Tensor, Tensor]], count: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The next ``count`` batches, the time it takes to get them added up."""
+        sums, start = self.state.sums, time.perf_counter()
+        for batch in islice(batches, count):
+            waited = time.perf_counter() - start
+            sums.data_seconds += waited
+            sums.seconds += waited
+            yield batch
+            start = time.perf_counter()
+
+    def _heed(self, interruption: Interruption) -> None:
+        """Save if it is time, and stop if a signal came, to this process or another."""
+        due = time.monotonic() - self._saved >= self._save_seconds
+        if due:
+            self._saved = time.monotonic()
+        stop, save = self.processes.agree(interruption.signal, int(due))
+        state = self.state
+        if state.step_in_epoch < self.steps_per_epoch:  # or the end of the epoch will save
+            save = save or state.step % self._save_steps == 0
+        if stop or save:
+            self._save()
+        if stop:
+            kept = "nothing is saved" if self.store is None else f"saved in {self.store.folder}"
+            raise Interrupted(stop, f"stopped after step {state.step} of {self.steps}, {kept}")
+
+    def _finish_epoch(self) -> None:
+        """Measure, complete the epoch's row, save."""
+        state, start = self.state, time.perf_counter()
+        if self.processes.device.type != "cpu":
+            torch.accelerator.synchronize(self.processes.device)
+        sums = state.sums
+        sums.seconds += time.perf_counter() - start
+        means = self._read(sums)
+        self.processes.agree_on_buffers(self.measured)
+        memorised = self._memorised()
+        row: dict[str, float] = {
+            "epoch": state.epoch + 1,
+            "train_loss": means.pop("loss"),
+            **self._measure(),
+            "train_accuracy": memorised.pop("train_accuracy"),
+            "seconds": sums.seconds,
+            "images_per_second": self._images(sums.batches) / sums.seconds,
+            "data_seconds": sums.data_seconds,
+            "lr": state.optimizer.param_groups[0]["lr"],
+            **means,
+            **memorised,
+        }
+        best = row["test_accuracy"] > max((r["test_accuracy"] for r in state.rows), default=-1.0)
+        state.rows.append(row)
+        state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, EpochSums()
+        self._save(best=best)
+        if self.records is not None and self.processes.first:
+            self.records.metrics(state.rows, state.step)
+        self.observer.epoch_finished(row, self.config.epochs)
+
+    def _measure(self) -> dict[str, float]:
+        """Loss and accuracy on the test images."""
+        test = self.material.test
+        predicted, loss = self._predict(test)
+        return {
+            "test_loss": loss / len(test),
+            "test_accuracy": _share(predicted == test.labels),
+        }
+
+    def _memorised(self) -> dict[str, float]:
+        """How many of the labels trained on are predicted, and how many of the wrong ones."""
+        material = self.material
+        some = take(material.train, material.measured)
+        learnt = self._predict(some)[0] == some.labels
+        result = {"train_accuracy": _share(learnt)}
+        if material.noisy:
+            wrong = some.labels != material.true_labels[material.measured]
+            result["fit_noisy"] = _share(learnt[wrong])
+        return result
+
+    def _predict(self, split: Split) -> tuple[Tensor, float]:
+        """Predictions (N,) on the CPU for a whole split, and its summed cross entropy."""
+        batches = self.material.test_loader(split, self.config, self.processes)
+        with self._autocast():
+            predictions, loss = predict(
+                self.measured, ((self._laid_out(images), labels) for images, labels in batches)
+            )
+        everyones = self.processes.gather(predictions.cpu())
+        return torch.cat(everyones), self.processes.sum(loss.to(self.processes.device)).item()
+
+    def _save(self, *, best: bool = False) -> None:
+        """Write a checkpoint, unless what it would hold is spoilt."""
+        self._saved = time.monotonic()
+        store, records, state = self.store, self.records, self.state
+        if store is None:
+            return
+        if state.sums.batches:
+            self._read(state.sums)
+        if (name := non_finite.spoilt(state.objective)) is not None:
+            raise NonFiniteError(
+                f"after step {state.step} the weights {name} are not finite; the checkpoints "
+                "there are were saved before"
+            )
+        content = {
+            **state.state_dict(self.processes),
+            "config": self.config.as_json(),
+            "labels": self._labels(),
+        }
+
+        def write() -> None:
+            if records is not None:
+                records.sync()
+            store.save(state.step, content, best=best)
+
+        self.processes.on_first(write)
+
+    def _labels(self) -> list[Tensor]:
+        """The labels trained on, and where some are wrong the true ones too."""
+        material = self.material
+        labels = [material.train.labels] + [material.true_labels] * material.noisy
+        return [x.to(torch.int16) for x in labels]
+
+    def _read(self, sums: EpochSums) -> dict[str, float]:
+        """The means of ``sums`` over all processes, if they are numbers.
+
+        Raises:
+            NonFiniteError: they aren't.
+        """
+        values = sums.means(self.processes)
+        if not all(map(math.isfinite, values.values())):
+            assert self.last_batch is not None
+            self._fail(values, self._laid_out(self.last_batch[0]))
+        return values
+
+    def _fail(self, values: Mapping[str, float], images: Tensor) -> NoReturn:
+        reason = non_finite.describe(self.state.objective, images, values)
+        saved = "" if self.store is None else "; the checkpoints there are were saved before"
+        raise NonFiniteError(f"step {self.state.step + 1}: {reason}{saved}")
+
+    def _images(self, batches: int) -> int:
+        """Images in ``batches`` batches of all processes."""
+        return batches * min(self.config.batch_size, len(self.material.train))
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        if self.config.channels_last:
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def _autocast(self) -> torch.autocast:
+        amp = self.config.amp
+        return torch.autocast(
+            self.processes.device.type, dtype=PRECISIONS[amp], enabled=amp != "off"
+        )
+
+
+def _interval(text: str) -> tuple[int, float]:
+    """Steps and seconds between checkpoints; the one that isn't given is out of reach."""
+    if text.endswith("m"):
+        return 1 << 62, 60 * float(text[:-1])
+    return int(text), math.inf
+
+
+def _share(hits: Tensor) -> float:
+    return hits.double().mean().item() if len(hits) else 0.0

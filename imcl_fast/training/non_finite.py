@@ -1,0 +1,58 @@
+"""Where a training run stopped being numbers, in a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def describe(objective: nn.Module, images: Tensor, values: Mapping[str, float]) -> str:
+    """Which terms of the loss are not finite, and the first layer that makes such features.
+
+    Args:
+        images: the batch at which it was noticed; the network is run on it once.
+        values: the loss and its terms.
+    """
+    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    weights = spoilt(objective)
+    layer = _first_bad_layer(objective.model, images)  # type: ignore[arg-type]
+    where = []
+    if weights is not None:
+        where.append(f"weights that are not finite: {weights}")
+    if layer is not None:
+        where.append(f"first layer with features that are not: {layer}")
+    return "; ".join([", ".join(bad), *where])
+
+
+def spoilt(module: nn.Module) -> str | None:
+    """Name of the first parameter or buffer with an element that is not finite."""
+    for name, value in module.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            return name
+    return None
+
+
+def _first_bad_layer(network: nn.Module, images: Tensor) -> str | None:
+    found: list[str] = []
+    handles = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    for name, module in network.named_modules():
+        if next(module.children(), None) is None:
+            handles.append(module.register_forward_hook(watch(name)))
+    try:
+        with torch.no_grad():
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

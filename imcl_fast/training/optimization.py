@@ -1,0 +1,62 @@
+"""The optimizer and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from .config import TrainConfig
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: weights with decay; biases and normalisation parameters without."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW (arXiv 1711.05101)."""
+    groups = parameter_groups(network, config.weight_decay)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+    )
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+) -> lr_scheduler.LRScheduler:
+    """The schedule, to be stepped after every optimizer step.
+
+    "onecycle" is that of arXiv 1708.07120 and moves the momentum too; the others multiply
+    ``config.lr`` by a factor of the step alone.
+    """
+    steps = config.epochs * steps_per_epoch
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "onecycle":
+        return lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=config.lr,
+            total_steps=max(steps, 2),  # it divides by the number of steps between
+            pct_start=warmup / steps if warmup else 0.3,
+            cycle_momentum=config.momentum > 0,
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(steps - warmup, 1)
+        if config.schedule == "cosine":
+            return (1 + math.cos(math.pi * min(done, 1))) / 2
+        if config.schedule == "step":
+            return 0.01 if done >= 0.75 else 0.1 if done >= 0.5 else 1.0
+        return 1.0
+
+    return lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,203 @@
+"""From a configuration to what is trained: the data with its wrong labels, and the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import data, models, objectives
+from ..data import DataSet, Split
+from ..data.loader import TestLoader, TrainLoader
+from ..data.noise import label_noise
+from ..data.split import subset, validation_split
+from .config import TrainConfig
+from .distributed import Processes
+from .errors import UsageError
+
+# Enough to tell a percent of memorised labels, few enough to cost little per epoch.
+TRAIN_MEASURED = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a run trains and measures on.
+
+    Attributes:
+        data_set: names, normalisation and augmentation.
+        train: the training images with the labels to train on.
+        true_labels: (N,) int64, theirs before label noise.
+        test: what is measured on: the test split, or the held-out images.
+        held_out: whether ``test`` is a part of the training split set aside.
+        measured: (n,) int64, places in ``train`` of the images that show how much of the
+            training labels has been learnt; n is at most ``TRAIN_MEASURED``.
+    """
+
+    data_set: DataSet
+    train: Split
+    true_labels: Tensor
+    test: Split
+    held_out: bool
+    measured: Tensor
+
+    @property
+    def noisy(self) -> bool:
+        """Whether any training label is wrong on purpose."""
+        return not torch.equal(self.train.labels, self.true_labels)
+
+    def train_loader(self, config: TrainConfig, processes: Processes) -> TrainLoader:
+        """Batches to train on, this process's share of them.
+
+        Raises:
+            UsageError: the processes can't share a batch out evenly.
+        """
+        try:
+            return TrainLoader(
+                self.train,
+                self.data_set,
+                batch_size=config.batch_size,
+                augment=config.augment,
+                seed=config.seed,
+                device=processes.device,
+                rank=processes.rank,
+                world=processes.world,
+                workers=config.workers,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def test_loader(self, split: Split, config: TrainConfig, processes: Processes) -> TestLoader:
+        """Batches of ``split`` as they are, this process's share of them."""
+        return TestLoader(
+            split,
+            self.data_set,
+            batch_size=max(config.batch_size // processes.world, 1),
+            device=processes.device,
+            rank=processes.rank,
+            world=processes.world,
+            workers=config.workers,
+        )
+
+
+def prepare_data(config: TrainConfig, data_set: DataSet | None = None) -> Material:
+    """Load, set aside, cut down, and make labels wrong: in this order.
+
+    Raises:
+        UsageError: the data isn't there, is damaged, or has too few images.
+    """
+    try:
+        if data_set is None:
+            data_set = data.load(
+                config.dataset,
+                config.data_root,
+                download=config.download,
+                image_size=config.image_size,
+            )
+        train, test = data_set.train, data_set.test
+        if config.validation_images:
+            train, test = _named(
+                "validation_images", validation_split, train, config.validation_images,
+                config.split_seed,
+            )  # fmt: skip
+        if config.train_images is not None:
+            train = _named(
+                "train_images", subset, train, config.train_images, config.split_seed
+            )
+        labels = label_noise(
+            train.labels,
+            len(data_set.classes),
+            config.label_noise,
+            config.noise_type,
+            config.seed,
+            data_set.noise_pairs,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.split_seed))
+    return Material(
+        data_set=data_set,
+        train=Split(train.images, labels),
+        true_labels=train.labels,
+        test=test,
+        held_out=config.validation_images > 0,
+        measured=order[:TRAIN_MEASURED].sort().values,
+    )
+
+
+def build_network(config: TrainConfig, data_set: DataSet) -> nn.Module:
+    """The network that the configuration names, for the data's channels and classes."""
+    try:
+        return models.build(
+            config.model,
+            len(data_set.classes),
+            channels=data_set.shape[0],
+            image_size=data_set.shape[-1],
+            width=config.width,
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+
+
+def build_objective(
+    config: TrainConfig,
+    network: nn.Module,
+    material: Material,
+    processes: Processes,
+    *,
+    without: str | None = None,
+) -> nn.Module:
+    """``network``, on its device, in what it is trained with.
+
+    Args:
+        without: a way to leave out.
+
+    Raises:
+        UsageError: the network doesn't fit the data or the objective, or an option the
+            method.
+    """
+    shape = material.data_set.shape
+    example = torch.zeros(2, *shape, device=processes.device)
+    if config.channels_last:
+        example = example.contiguous(memory_format=torch.channels_last)
+    options = config.objective_options
+    try:
+        _check_classes(network, example, len(material.data_set.classes))
+        return objectives.build(
+            config.method,
+            network,
+            example,
+            ways=[way for way in config.ways if way != without],
+            weights={way: w for way, w in config.weights.items() if way != without},
+            label_smoothing=config.label_smoothing,
+            shard_kernels=processes.world > 1,
+            impl=config.impl,
+            **options,
+        ).to(processes.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        message = str(error).split("\n")[0]
+        for option in options:
+            if f"unexpected keyword argument '{option}'" in message:
+                message = f"{option}: method {config.method} has no such setting"
+        raise UsageError(message) from error
+
+
+def _check_classes(network: nn.Module, example: Tensor, classes: int) -> None:
+    training = network.training
+    network.eval()
+    with torch.no_grad():
+        shape = tuple(network(example).shape)
+    network.train(training)
+    if shape != (len(example), classes):
+        raise ValueError(
+            f"model: expected logits of the data's {classes} classes, its output for "
+            f"{len(example)} images has shape {shape}"
+        )
+
+
+def _named(setting: str, function, *args):
+    try:
+        return function(*args)
+    except ValueError as error:
+        # They speak of their own argument n.
+        raise ValueError(f"{setting}: {str(error).removeprefix('n: ')}") from error

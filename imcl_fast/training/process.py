@@ -1,0 +1,48 @@
+"""Settings of the whole Python process, for as long as a run lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from .config import TrainConfig
+
+
+@contextlib.contextmanager
+def settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Threads, determinism and torch's generators as the run needs them; then as before."""
+    threads = torch.get_num_threads()
+    benchmark = torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            if config.threads is not None:
+                torch.set_num_threads(config.threads)
+            torch.backends.cudnn.benchmark = not config.deterministic
+            if config.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.backends.cudnn.benchmark = benchmark
+            torch.use_deterministic_algorithms(deterministic)
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """The most memory so far in bytes, and of what that is.
+
+    Of a GPU it is that of this run, otherwise that of all the process has done.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "tensors on the GPU"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the whole process"

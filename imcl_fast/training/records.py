@@ -1,0 +1,230 @@
+"""What a run writes into its folder beside checkpoints: configuration, tables, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from .. import __version__
+from . import files
+from .config import TrainConfig
+from .errors import UsageError
+
+CONFIG, METRICS, STEPS, SUMMARY = "config.json", "metrics.csv", "steps.csv", "summary.json"
+NOISE, WEIGHTS, LOG = "noise.pt", "network.pt", "log.txt"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tb"
+
+
+class Records:
+    """The files of a run folder, written by one process.
+
+    Args:
+        folder: of the run, which ``claim`` has made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._steps: TextIO | None = None
+        self._board: Any = None
+
+    @staticmethod
+    def claim(folder: Path, config: TrainConfig) -> None:
+        """Make ``folder`` if it isn't there, and see that it has no other run in it.
+
+        Raises:
+            UsageError: it can't be made, or holds a run that ``config`` doesn't go on with.
+        """
+        try:
+            with files.disk_full_named(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / CONFIG).exists():
+                if any((folder / CHECKPOINTS).glob("*.pt")):
+                    raise UsageError(
+                        f"run_dir: {folder} has checkpoints but no {CONFIG}; name another folder"
+                    )
+                return
+            existing = TrainConfig.read(folder / CONFIG)
+        except OSError as error:
+            raise UsageError(f"run_dir: can't use {folder}: {error.strerror or error}") from error
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"run_dir: {folder} holds a run of another kind ({error})") from error
+        if config.resume != "auto":
+            raise UsageError(
+                f"run_dir: {folder} already holds a run; --resume auto goes on with it, or name "
+                "another folder"
+            )
+        if names := existing.differences(config):
+            changed = ", ".join(
+                f"{name} (was {getattr(existing, name)}, is {getattr(config, name)})"
+                for name in names
+            )
+            raise UsageError(f"resume: {folder} was run with other settings: {changed}")
+
+    def begin(self, config: TrainConfig, noise: Mapping[str, torch.Tensor] | None) -> None:
+        """Write what is known before the first step, and leave nothing of an earlier start."""
+        files.remove_temporaries(self.folder)
+        for name in (METRICS, STEPS, SUMMARY, NOISE):
+            (self.folder / name).unlink(missing_ok=True)
+        files.write_json(
+            self.folder / CONFIG,
+            {**config.as_json(), "versions": versions(), "machine": machine()},
+        )
+        if noise is not None:
+            self._tensors(NOISE, noise)
+
+    def go_on(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make the tables what they were after ``step``, when ``rows`` were complete."""
+        files.remove_temporaries(self.folder)
+        self._keep_steps_until(step)
+        if rows:
+            self._write_metrics(rows)
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Write the rows of all epochs, the last of which ended with ``step``."""
+        self._write_metrics(rows)
+        self._show("epoch", rows[-1], step)
+
+    def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        # The whole file, so that it never has half a row, or one twice.
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        files.write(self.folder / METRICS, text.getvalue().encode())
+
+    def _keep_steps_until(self, step: int) -> None:
+        """Drop the rows of ``steps.csv`` that come after ``step``: they will come again."""
+        path = self.folder / STEPS
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [
+            line
+            for i, line in enumerate(lines)
+            # The last line may be half of one.
+            if line.endswith("\n") and (i == 0 or int(line.split(",")[0]) <= step)
+        ]
+        files.write(path, "".join(kept).encode())
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Append a row to ``steps.csv``."""
+        path = self.folder / STEPS
+        with files.disk_full_named(path):
+            if self._steps is None:
+                new = not path.exists() or path.stat().st_size == 0
+                self._steps = open(path, "a", encoding="utf-8")  # noqa: SIM115
+                if new:
+                    self._steps.write(",".join(row) + "\n")
+            self._steps.write(",".join(map(repr, row.values())) + "\n")
+            self._steps.flush()
+        values = {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        self._show("step", values, row["step"])
+
+    def sync(self) -> None:
+        """Have ``steps.csv`` reach the disk, before the checkpoint that it must not lag."""
+        if self._steps is not None:
+            with files.disk_full_named(self.folder / STEPS):
+                os.fsync(self._steps.fileno())
+
+    def weights(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Write the state_dict of the network to deploy, for ``torch.load``."""
+        self._tensors(WEIGHTS, state)
+
+    def summary(self, content: Mapping[str, Any]) -> None:
+        """Write the results of the run, which is what tells that it has ended."""
+        files.write_json(self.folder / SUMMARY, content)
+
+    def json(self, name: str, content: Any) -> None:
+        """Write ``content`` to the file called ``name``."""
+        files.write_json(self.folder / name, content)
+
+    def open_board(self, purge_step: int) -> bool:
+        """Start TensorBoard's files, from which what came after ``purge_step`` is taken out.
+
+        Returns:
+            False, with nothing done, if TensorBoard isn't installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return False
+        self._board = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=purge_step + 1)
+        return True
+
+    def _show(self, group: str, values: Mapping[str, Any], step: int) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def _tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        buffer = io.BytesIO()
+        torch.save({key: value.cpu() for key, value in tensors.items()}, buffer)
+        files.write(self.folder / name, buffer.getvalue())
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+
+def versions() -> dict[str, str | None]:
+    """What a result was made with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "imcl_fast": __version__,
+        "commit": _commit(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a result was made on."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    name = None
+    if accelerator is not None and accelerator.type == "cuda":
+        name = torch.cuda.get_device_name()
+    elif accelerator is not None:
+        name = accelerator.type
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "accelerator": name,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit this package was checked out at; None if it is not in its repository."""
+    package = Path(__file__).parents[1]
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        result = subprocess.run(
+            command, cwd=package, capture_output=True, text=True, timeout=10, check=True
+        )
+        top, commit = result.stdout.split("\n")[:2]
+        # Installed into an environment inside another repository, its commit says nothing.
+        return commit if (Path(top) / package.name).samefile(package) else None
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None

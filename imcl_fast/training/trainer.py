@@ -1,0 +1,230 @@
+"""``Trainer``: one run from its configuration to its results."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import DataError, DataSet
+from ..data.split import take
+from .config import TrainConfig
+from .distributed import Processes, joined
+from .errors import UsageError
+from .interruption import Interruption
+from .loop import Loop
+from .preparation import Material, build_network, build_objective, prepare_data
+from .process import peak_memory, settings
+from .progress import Console, Observer
+from .records import LOG, Records
+from .way_costs import way_seconds
+
+PROFILED_IMAGES = 32
+# What measuring the ways after training may take: a share of the training time, and seconds.
+WAYS_SHARE, WAYS_SECONDS = 0.05, 2.0
+
+
+class Trainer:
+    """A training run, also one process of several if torchrun started it.
+
+    Args:
+        config: every setting of the run. Without ``run_dir`` nothing is written.
+        data_set: to train on instead of the one that ``config`` names.
+        network: to train instead of the one that ``config`` names: any classifier of the
+            data's images. It is trained in place and moved to the run's device.
+        observer: told what happens; by default a ``Console``.
+
+    Attributes:
+        network: after ``fit`` the plain network to deploy, in eval mode; the averaged one if
+            there is a moving average.
+        rows: after ``fit`` those of metrics.csv.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        data_set: DataSet | None = None,
+        network: nn.Module | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.config = config
+        self.network = network
+        self.rows: list[dict[str, float]] = []
+        self._data_set = data_set
+        self._observer = observer
+
+    def fit(self) -> dict[str, Any]:
+        """Train from the beginning, or from where the run folder's checkpoints allow.
+
+        torch's generators, threads and determinism are afterwards as they were.
+
+        Returns:
+            The results, as summary.json holds them.
+
+        Raises:
+            UsageError: the settings, the data or the run folder don't allow the run.
+            CheckpointError: there are checkpoints to resume from, and none can be read.
+            NonFiniteError: the loss or the weights are no longer numbers.
+            DiskFullError: a file of the run folder can't be written.
+            Interrupted: SIGINT or SIGTERM came; the state was saved if there is a run folder.
+        """
+        config, folder = self.config, self.config.run_dir
+        with joined(config.device) as processes, settings(config, processes.device):
+            observer = Observer()
+            if processes.first:
+                observer = self._observer or Console()
+            material = prepare_data(config, self._data_set)
+            records = None
+            if folder is not None:
+                processes.on_first(lambda: Records.claim(folder, config))
+                records = Records(folder) if processes.first else None
+                observer.logs_to(folder / LOG)
+            torch.manual_seed(config.seed)
+            network = self.network or build_network(config, material.data_set)
+            loop = Loop(config, processes, material, network, records, observer)
+            # From here on, what is random in a step: each process drops out other features.
+            torch.manual_seed(config.seed + 7919 * processes.rank)
+            try:
+                with Interruption() as interruption:
+                    _begin(loop)
+                    loop.train(interruption)
+                observer.finished()
+                summary = _finish(loop)
+            except DataError as error:  # an image file can't be read
+                raise UsageError(str(error)) from error
+            finally:
+                observer.finished()
+                if records is not None:
+                    records.close()
+            self.network, self.rows = loop.measured.eval(), loop.state.rows
+        return summary
+
+
+def _begin(loop: Loop) -> None:
+    """Take up what there is of the run, or write down what it starts from."""
+    config, material, records = loop.config, loop.material, loop.records
+    resumed = loop.resume()
+    if records is not None:
+        if resumed:
+            records.go_on(loop.state.step, loop.state.rows)
+        else:
+            noise = None
+            if material.noisy:
+                noise = {"original": material.true_labels, "noisy": material.train.labels}
+            records.begin(config, noise)
+            if config.report:
+                _profile(loop, records, "redundancy_before.json")
+        if config.tensorboard and not records.open_board(loop.state.step):
+            loop.observer.said("TensorBoard isn't installed: its files are left out")
+    if not resumed:
+        loop.observer.said(_description(config, material, loop))
+
+
+def _description(config: TrainConfig, material: Material, loop: Loop) -> str:
+    wrong = int((material.train.labels != material.true_labels).sum())
+    where = "held-out training images, NOT test images" if material.held_out else "test images"
+    processes = loop.processes
+    return (
+        f"{config.label} on {material.data_set.name}: {len(material.train)} training images"
+        + (f" ({wrong} with a wrong label)" if wrong else "")
+        + f", measured on {len(material.test)} {where}; train accuracy is that of "
+        f"{len(material.measured)} training images without augmentation; "
+        f"{loop.steps_per_epoch} steps per epoch on {processes.device}"
+        + (f", {processes.world} processes" if processes.world > 1 else "")
+    )
+
+
+def _finish(loop: Loop) -> dict[str, Any]:
+    """The results, written down with all that is made of them."""
+    summary = _summary(loop)
+    config, records = loop.config, loop.records
+    if records is None:
+        return summary
+    records.weights(loop.measured.state_dict())
+    if config.measure_ways and loop.processes.world == 1 and loop.last_batch is not None:
+        costs = _way_seconds(loop, summary["seconds"])
+        if costs is not None:
+            summary["way_seconds"] = costs
+    if config.report:
+        _profile(loop, records, "redundancy_after.json")
+    records.summary(summary)
+    records.close()
+    if config.report:
+        _report(loop, records)
+    return summary
+
+
+def _report(loop: Loop, records: Records) -> None:
+    from ..reports.charts import MissingMatplotlib
+    from ..reports.html import write_report  # slow to import, and used once
+
+    try:
+        loop.observer.said(f"report: {write_report(records.folder)}")
+    except MissingMatplotlib as error:
+        loop.observer.said(f"no report: {error}")
+
+
+def _summary(loop: Loop) -> dict[str, Any]:
+    config, rows, material = loop.config, loop.state.rows, loop.material
+    best = max(rows, key=lambda row: row["test_accuracy"])
+    peak, of = peak_memory(loop.processes.device)
+    per_step = [row["seconds"] / loop.steps_per_epoch for row in rows]
+    summary = {
+        "method": config.method,
+        "ways": list(config.ways) if config.method == "imcl" else [],
+        "dataset": material.data_set.name,
+        "model": config.model,
+        "seed": config.seed,
+        "label_noise": config.label_noise,
+        "noise_type": config.noise_type,
+        "measured_on": "validation" if material.held_out else "test",
+        "last_test_accuracy": rows[-1]["test_accuracy"],
+        "best_test_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "train_accuracy": rows[-1]["train_accuracy"],
+        "train_images": len(material.train),
+        "train_images_measured": len(material.measured),
+        "epochs": len(rows),
+        "steps": loop.state.step,
+        "processes": loop.processes.world,
+        "seconds": sum(row["seconds"] for row in rows),
+        "images_per_second": statistics.median(row["images_per_second"] for row in rows),
+        "seconds_per_step": statistics.median(per_step),
+        "peak_memory_bytes": peak,
+        "peak_memory_of": of,
+    }
+    if "fit_noisy" in rows[-1]:
+        summary["fit_noisy"] = rows[-1]["fit_noisy"]
+    return summary
+
+
+def _profile(loop: Loop, records: Records, name: str) -> None:
+    from ..reports.redundancy import profile  # training itself needs none of the reports
+
+    some = take(loop.material.test, torch.arange(min(PROFILED_IMAGES, len(loop.material.test))))
+    alone = Processes(0, 1, loop.processes.device)
+    batches = loop.material.test_loader(some, loop.config, alone)
+    images = torch.cat([images for images, _ in batches])
+    records.json(name, profile(loop.measured, images))
+
+
+def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
+    """What each way costs per step; None if there was too little time to tell."""
+    config = loop.config
+    if config.method != "imcl" or not config.ways or loop.last_batch is None:
+        return None
+
+    def build(network: nn.Module, without: str | None) -> nn.Module:
+        return build_objective(config, network, loop.material, loop.processes, without=without)
+
+    return way_seconds(
+        loop.plain,
+        build,
+        config.ways,
+        loop.forward_backward,
+        *loop.last_batch,
+        allowed=max(WAYS_SECONDS, WAYS_SHARE * trained),
+    )

@@ -1,0 +1,365 @@
+"""The benchmarks report what they should, and time nobody who is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import competitors, instructions, memory, operations, render, roofline, scaling, shapes
+from bench.rows import Row, consistency
+from bench.timing import interleaved, quartiles, sets_needed
+
+CPU = torch.device("cpu")
+TINY = Row("representation", "tiny", ((2, 8, 4, 4), (2, 6, 3, 3)))
+RATES = {"copy_bytes_per_s": 1e9, "float32_flops_per_s": 1e9, "bfloat16_flops_per_s": 4e9}
+
+
+# ---- the gate --------------------------------------------------------------------------
+
+
+def twice(row: Row) -> competitors.Competitor:
+    loss = row.loss("reference", CPU)
+    return competitors.Competitor("twice", lambda xs: 2 * loss(xs))
+
+
+def wrong_gradient(row: Row) -> competitors.Competitor:
+    loss = row.loss("reference", CPU)
+
+    def right_value(xs: Sequence[Tensor]) -> Tensor:
+        value = loss(xs)
+        other = xs[0].square().sum()
+        return value + other - other.detach()
+
+    return competitors.Competitor("wrong gradient", right_value)
+
+
+def not_finite(row: Row) -> competitors.Competitor:
+    return competitors.Competitor("nan", lambda xs: sum(x.sum() * math.nan for x in xs), same=False)
+
+
+def raising(row: Row) -> competitors.Competitor:
+    def loss(xs: Sequence[Tensor]) -> Tensor:
+        raise RuntimeError("no kernel for that")
+
+    return competitors.Competitor("raising", loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (twice, "the loss is off by 1.0e+00"),
+        (wrong_gradient, "the gradient of input 0 is off"),
+        (not_finite, "not finite"),
+        (raising, "RuntimeError: no kernel for that"),
+    ],
+)
+def test_who_is_wrong_is_not_timed(make, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = competitors.Competitor("good", TINY.loss("reference", CPU))
+    bad = make(TINY)
+    monkeypatch.setattr(operations, "competitors", lambda row, device: ([good, bad], {}))
+    found = operations.measure(TINY, CPU, 0, fewest=1)
+    assert set(found.samples) == set(found.peaks) == {"good"}
+    assert reason in found.left_out[bad.name]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        TINY,
+        Row("representation", "tiny", ((2, 8, 4, 4),), torch.bfloat16, True, True),
+        Row("kernel", "tiny", ((8, 4, 3, 3), (5, 8, 1, 1)), precision="medium"),
+        Row("kernel", "tiny", ((8, 4),), penalty="abs"),
+        consistency(3, 4, 10),
+        consistency(3, 4, 10, dtype=torch.bfloat16),
+    ],
+    ids=lambda row: row.name,
+)
+def test_a_row_is_measured(row: Row) -> None:
+    before = torch.get_float32_matmul_precision()
+    found = operations.measure(row, CPU, 0, fewest=2, most=2)
+    assert torch.get_float32_matmul_precision() == before
+    assert {"torch", "reference"} <= set(found.samples)
+    summary = found.as_json()
+    assert json.loads(json.dumps(summary)) == summary
+    for one in summary["competitors"].values():
+        assert one["rounds"] == 2
+        assert 0 < one["both"]["q1"] <= one["both"]["median"] <= one["both"]["q3"]
+        assert one["both"]["median"] >= max(one["forward"]["median"], one["backward"]["median"])
+    assert all(reason for reason in found.left_out.values())
+    names = set(found.samples) | set(found.left_out)
+    assert {"cpp", "triton", "cuda", "torch.compile(torch)"} <= names
+    published = {name for name, operation, _ in competitors.THIRD_PARTY
+                 if operation == row.operation}  # fmt: skip
+    assert published <= names
+
+
+# ---- how it is timed -------------------------------------------------------------------
+
+
+def test_rounds_take_everybody_in_turn_and_begin_with_another() -> None:
+    calls: list[tuple[str, int]] = []
+    runs = {name: (lambda i, n=name: calls.append((n, i)) or i) for name in "abc"}
+    found = interleaved(runs, 0, fewest=4, most=4, warm_up=1)
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 5
+    assert [sorted(name for name, _ in one) for one in rounds] == 5 * [["a", "b", "c"]]
+    assert [one[0][0] for one in rounds] == ["a", "b", "c", "a", "b"]
+    assert all(len({index for _, index in one}) == 1 for one in rounds)
+    assert found == dict.fromkeys("abc", [1, 2, 3, 4])  # the warm-up isn't among them
+
+
+def test_competitors_of_a_round_have_inputs_of_their_own() -> None:
+    sets = [[torch.tensor(float(i), requires_grad=True)] for i in range(7)]
+    seen: dict[str, list[float]] = {"a": [], "b": [], "c": []}
+
+    def loss_of(name: str):
+        def loss(xs: Sequence[Tensor]) -> Tensor:
+            seen[name].append(float(xs[0].detach()))
+            return xs[0] * 2
+
+        return loss
+
+    losses = {name: loss_of(name) for name in seen}
+    operations.interleaved_losses(losses, sets, 0, CPU, fewest=12, most=12)
+    assert all(len(set(one)) == 3 for one in zip(*seen.values(), strict=True))
+    assert all(len(set(values)) == len(sets) for values in seen.values())
+
+
+def test_inputs_rotate_beyond_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.timing.cache_bytes", lambda device: 2**20)
+    assert sets_needed(2**18, 3, CPU) == 8
+    assert sets_needed(2**24, 5, CPU) == 5  # as many as compete
+    assert sets_needed(1, 3, CPU) == 256  # no more than that
+    assert sets_needed(2**40, 3, CPU) == 3
+
+
+def test_quartiles() -> None:
+    assert quartiles([5.0, 1.0, 2.0, 3.0, 4.0]) == {"q1": 2.0, "median": 3.0, "q3": 4.0}
+    assert quartiles([2.5]) == {"q1": 2.5, "median": 2.5, "q3": 2.5}
+
+
+def test_peak_memory_counts_what_a_call_takes_and_gives_back() -> None:
+    size = 64 * 2**20
+
+    def run() -> None:
+        torch.ones(size, dtype=torch.uint8)
+
+    peak = memory.peak_bytes(run, CPU)
+    if peak is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    assert size * 0.98 < peak < size * 1.1
+    small = memory.peak_bytes(lambda: None, CPU)
+    assert small is not None and small < 2**20
+
+
+# ---- what is counted -------------------------------------------------------------------
+
+
+def test_networks_have_the_weights_that_they_are_known_for() -> None:
+    def parameters(weights: shapes.Shapes) -> int:
+        return sum(math.prod(shape) for shape in weights)
+
+    # The convolutions' own, from the published totals less norms, biases and classifiers.
+    assert (len(shapes.resnet18_weights()), parameters(shapes.resnet18_weights())) == (
+        20, 11_159_232,
+    )  # fmt: skip
+    assert (len(shapes.vgg16_weights()), parameters(shapes.vgg16_weights())) == (13, 14_710_464)
+    assert (len(shapes.resnet50_weights()), parameters(shapes.resnet50_weights())) == (
+        53, 23_454_912,
+    )  # fmt: skip
+    assert len(shapes.convnext_weights()) == 22
+
+
+def test_bytes_and_flops() -> None:
+    # (2, 3, 4): X is read, read again, its gradient written; the Gram has 6 entries to make.
+    primal = roofline.work(Row("representation", "", ((2, 3, 2, 2),)))
+    assert primal == (96, 192, 2 * 6 * 2 * 4, 2 * 9 * 2 * 4)
+    # Six kernels of two weights: the 2 x 2 form.
+    dual = roofline.work(Row("kernel", "", ((6, 2),), torch.bfloat16))
+    assert dual == (24, 48, 3 * 2 * 6, 4 * 2 * 6)
+    assert roofline.work(Row("kernel", "", ((6, 2),), penalty="abs")) == (48, 96, 84, 144)
+    assert roofline.work(consistency(3, 4, 5)) == (240, 240, 0, 0)
+
+
+def test_a_floor_is_the_larger_of_moving_and_computing() -> None:
+    moving = roofline.floors(consistency(3, 4, 5), RATES)
+    assert moving == pytest.approx({"forward": 240e-9, "backward": 240e-9, "both": 480e-9})
+    wide = Row("kernel", "", ((64, 128),))
+    computing = roofline.floors(wide, RATES)
+    assert computing["both"] == pytest.approx((64 * 65 * 128 + 2 * 64 * 64 * 128) / 1e9)
+    medium = roofline.floors(Row("kernel", "", ((64, 128),), precision="medium"), RATES)
+    assert medium["both"] == pytest.approx(computing["both"] / 4)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.5])
+def test_the_slope_of_a_power_law_is_its_exponent(exponent: float) -> None:
+    assert scaling.slope([(x, 3.0 * x**exponent) for x in (1, 2, 4, 8)]) == pytest.approx(exponent)
+
+
+def test_the_plot_repeats(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    found = {
+        axis.quantity: {"cpp": {"points": [(1, 1e-3), (2, 2e-3)], "slope": 1.0}}
+        for axis in scaling.AXES
+    }
+    for name in ("a.svg", "b.svg"):
+        scaling.plot(found, tmp_path / name)
+    assert (tmp_path / "a.svg").read_text().count('id="axes_') == len(scaling.AXES)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+# ---- tables ----------------------------------------------------------------------------
+
+
+def times(forward: float, backward: float, *, same: bool = True) -> dict:
+    return {
+        "forward": quartiles([forward]),
+        "backward": quartiles([backward]),
+        "both": quartiles([forward + backward]),
+        "rounds": 5, "peak_bytes": 3 * 2**20, "same": same,
+    }  # fmt: skip
+
+
+def method(seconds: float, overhead: float, extra: float) -> dict:
+    return {
+        "seconds": quartiles([seconds]), "rounds": 3, "images_per_second": 1 / seconds,
+        "overhead": overhead, "peak_bytes": 2**30, "extra_memory": extra,
+    }  # fmt: skip
+
+
+RESULTS = {
+    "facts": {"cpu": "A CPU", "threads": "2", "torch": "2.13", "python": "3.11", "commit": "abc",
+              "date": "2000-01-01", "ISA": "avx2"},
+    "rates": RATES,
+    "operations": {
+        "kernel R18 float32": {
+            "operation": "kernel",
+            "floors": {"forward": 0.01, "backward": 0.02, "both": 0.03},
+            "competitors": {
+                "reference": times(0.1, 0.2), "cpp": times(0.03, 0.03),
+                "torch": times(0.02, 0.05), "foreign": times(0.001, 0.001, same=False),
+            },
+            "left_out": {"cuda": "no | GPU"},
+        },
+    },
+    "steps": {
+        "a step": {
+            "base": "plain cross entropy",
+            "methods": {
+                "plain cross entropy": method(1.0, 0.0, 0.0),
+                "four ways, fused": method(1.1, 0.08, 0.02),
+                "fused, without kernel": method(1.05, 0.05, 0.01),
+            },
+            "shares": {"kernel": 0.03},
+            "left_out": {},
+        },
+    },
+    "scaling": {"batch": {"cpp": {"points": [(8, 1e-3), (16, 2e-3)], "slope": 1.0}}},
+    "memory": {"auto": [(1024, 2**22)], "reference": []},
+    "instructions": {"reason": "valgrind is not installed"},
+}  # fmt: skip
+
+
+def test_every_table_is_a_table_or_says_why_not() -> None:
+    for name, renderer in render.TABLES.items():
+        text = renderer(RESULTS)
+        assert text.endswith("\n"), name
+        lines = text.splitlines()
+        if lines[0].startswith("|"):
+            assert len({line.replace("\\|", "").count("|") for line in lines}) == 1, name
+
+
+def test_tables_say_what_was_measured() -> None:
+    kernel = render.TABLES["kernel"](RESULTS)
+    assert "| R18 float32 | cpp | 30.0 | 30.0 | 60.0 | 60.0 - 60.0 |  | 50% | 3 |" in kernel
+    assert "| R18 float32 | reference | 100 | 200 | 300 | 300 - 300 | 5.00 | 10% | 3 |" in kernel
+    assert "foreign (another quantity)" in kernel
+    assert "| four ways, fused | 1100 | 1 | +8.0 % | +2.0 % |" in render.TABLES["step-summary"](
+        RESULTS
+    )
+    assert "without kernel" not in render.TABLES["step"](RESULTS)
+    assert "| a step | +3.0 % |" in render.TABLES["shares"](RESULTS)
+    assert "A CPU, 2 threads" in render.TABLES["machine"](RESULTS)
+
+
+def test_losing_passes_are_listed_and_only_those() -> None:
+    losing = render.TABLES["losing"](RESULTS).splitlines()[2:]
+    # torch's forward is faster; what computes another quantity does not count.
+    assert losing == ["| kernel R18 float32 | forward | 30.0 | torch: 20.0 | 1.50 |"]
+
+
+def test_tables_are_filled_in_between_their_markers_only(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("before\n<!-- bench:shares -->\nold\n<!-- /bench:shares -->\nafter\n")
+    assert render.fill(document, RESULTS) == ["shares"]
+    once = document.read_text()
+    assert once.startswith("before\n<!-- bench:shares -->\n| of the plain step |")
+    assert once.endswith("|\n<!-- /bench:shares -->\nafter\n")
+    assert "old" not in once
+    render.fill(document, RESULTS)
+    assert document.read_text() == once
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- bench:nonsense -->\n<!-- /bench:nonsense -->\n",
+        "<!-- bench:shares -->\nno end\n",
+        "<!-- bench:shares -->\n<!-- bench:step -->\n<!-- /bench:shares -->\n",
+    ],
+)
+def test_a_document_of_wrong_markers_is_left_alone(text: str, tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text(text)
+    with pytest.raises(render.MarkerError, match=r"README.md: expected"):
+        render.fill(document, RESULTS)
+    assert document.read_text() == text
+
+
+def test_the_documents_have_places_for_tables_that_exist() -> None:
+    root = Path(__file__).resolve().parents[1]
+    for document in ("README.md", "docs/performance.md"):
+        marked = render.MARKED.findall((root / document).read_text())
+        assert all(name in render.TABLES for _, name, _, _ in marked)
+    assert len(marked) == len(render.TABLES) - len(("summary", "step-summary"))
+
+
+# ---- instruction counts ----------------------------------------------------------------
+
+COUNTS = {"compiler": "g++ 12", "isa": "avx2", "instructions": {"a": 1000, "b": 1000}}
+
+
+@pytest.mark.parametrize(
+    ("instructions_now", "good", "says"),
+    [
+        ({"a": 1029, "b": 1000}, True, "+2.90%"),
+        ({"a": 1031, "b": 1000}, False, "too many"),
+        ({"a": 900, "b": 1000}, True, "fewer"),
+        ({"a": 1000}, False, "only in the baseline"),
+        ({"a": 1000, "b": 1000, "c": 1}, False, "only in the driver"),
+    ],
+)
+def test_counts_may_grow_by_three_per_cent(instructions_now, good: bool, says: str) -> None:
+    lines, verdict = instructions.compare({**COUNTS, "instructions": instructions_now}, COUNTS)
+    assert verdict is good
+    assert any(says in line for line in lines)
+
+
+def test_counts_of_another_compiler_are_not_compared() -> None:
+    lines, good = instructions.compare({**COUNTS, "compiler": "clang 19"}, COUNTS)
+    assert good
+    assert lines == ["not compared: the baseline's compiler is g++ 12, this one's clang 19"]
+
+
+def test_the_baseline_has_every_case_of_the_driver() -> None:
+    baseline = instructions.read_baseline()
+    assert {"compiler", "isa", "valgrind"} < set(baseline)
+    driver = instructions.DRIVER.read_text()
+    for case in baseline["instructions"]:
+        assert f'"{case.removesuffix(", forward").removesuffix(", backward")}"' in driver
