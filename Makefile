@@ -20,7 +20,8 @@ endif
 
 CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()'
 
-# The tests that every implementation runs, two at a time: the interpreter uses one core.
+# Two tests at a time where pytest-xdist is there, for most of them use one core only; their
+# files are kept whole in the first run, and shared out in those of the GPU kernels.
 ON_EVERY_DEVICE := tests/test_triton.py tests/test_pairwise.py tests/test_consistency.py \
     tests/test_autograd.py
 AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
@@ -36,7 +37,7 @@ test: $(READY)
 	else \
 	    echo "lint is skipped: $(RUN) has no clang-format, mypy or ruff"; \
 	fi
-	$(RUN) -m pytest
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest $(AT_ONCE) $(if $(AT_ONCE),--dist loadfile)
 	@echo "the GPU kernels on the CPU: Triton's under its interpreter, then the CUDA kernels as C++"
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k triton $(AT_ONCE)
 	CUDA_ON_CPU=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k cuda $(AT_ONCE)
