@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import (
     Impl,
     assert_same_bits,
     bits,
+    cases,
     check_consistency,
     dtype_name,
     leaf,
@@ -95,7 +97,7 @@ def test_reference_is_the_definition(teacher: str, reduction: str) -> None:
 # --- drawn
 
 
-@settings(max_examples=60)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(drawn=heads(), dtype=st.sampled_from(DTYPES))
 def test_drawn(impl: Impl, drawn: Heads, dtype: torch.dtype) -> None:
     logits, target = drawn.build(dtype, impl.device)
@@ -116,29 +118,28 @@ def test_blocks_of_different_dtypes(impl: Impl, drawn: Heads, dtypes) -> None:
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_teachers(impl: Impl, teacher: str, detach: bool, reduction: str) -> None:
-    for dtype in DTYPES:
-        for ignored in (0.0, 0.4, None):
-            logits, target = spec(4, 11, 21, seed=3, ignored=ignored).build(dtype, impl.device)
-            check_consistency(
-                impl, logits, target, teacher=teacher, detach_teacher=detach, reduction=reduction,
-                ce_weight=[1.0, 0.0, 2.0, 0.5], kl_weight=[0.5, 1.0, 0.0, 3.0],
-                label_smoothing=0.1, temperature=3.0,
-            )
+    turn = TEACHERS.index(teacher) + 4 * detach + 8 * REDUCTIONS.index(reduction)
+    for dtype, ignored in cases(impl, product(DTYPES, (0.0, 0.4, None)), turn):
+        logits, target = spec(4, 11, 21, seed=3, ignored=ignored).build(dtype, impl.device)
+        check_consistency(
+            impl, logits, target, teacher=teacher, detach_teacher=detach, reduction=reduction,
+            ce_weight=[1.0, 0.0, 2.0, 0.5], kl_weight=[0.5, 1.0, 0.0, 3.0],
+            label_smoothing=0.1, temperature=3.0,
+        )
 
 
 @pytest.mark.parametrize("count", range(1, 9))
 def test_head_counts(impl: Impl, count: int) -> None:
-    for teacher in TEACHERS:
-        for stacked in (False, True):
+    for i, teacher in enumerate(TEACHERS):
+        for stacked, detach in cases(impl, product((False, True), (True, False)), count + i):
             logits, target = spec(count, 6, 19, stacked=stacked).build(torch.float32, impl.device)
-            for detach in (True, False):
-                check_consistency(impl, logits, target, teacher=teacher, detach_teacher=detach)
+            check_consistency(impl, logits, target, teacher=teacher, detach_teacher=detach)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 10, 31, 33, 100, 127, 1000, 1003])
 def test_class_counts(impl: Impl, classes: int) -> None:
-    for dtype in DTYPES:
-        for teacher in TEACHERS:
+    for i, teacher in enumerate(TEACHERS):
+        for dtype in cases(impl, DTYPES, classes + i):
             logits, target = spec(3, 5, classes).build(dtype, impl.device)
             check_consistency(impl, logits, target, teacher=teacher, label_smoothing=0.05)
 
@@ -187,9 +188,11 @@ def test_groups(impl: Impl) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_layouts(impl: Impl, dtype: torch.dtype) -> None:
     """The heads one tensor, separate, in blocks, and with a stride between classes."""
-    for layout in ("contiguous", "transposed", "reversed", "sliced", "misaligned",
-                   "expanded_first", "expanded_last"):
-        for blocks in ((0, 0, 0, 0), (4,), (1, 3), (0, 2, 0), (2, 0, 1)):
+    layouts = ("contiguous", "transposed", "reversed", "sliced", "misaligned",
+               "expanded_first", "expanded_last")  # fmt: skip
+    shared = ((0, 0, 0, 0), (4,), (1, 3), (0, 2, 0), (2, 0, 1))
+    for i, layout in enumerate(layouts):
+        for blocks in cases(impl, shared, DTYPES.index(dtype) + i):
             drawn = spec(4, 10, 23)._replace(blocks=blocks, layouts=(layout,) * len(blocks))
             logits, target = drawn.build(dtype, impl.device)
             check_consistency(impl, logits, target)
@@ -325,16 +328,16 @@ def test_shifted_logits(impl: Impl, teacher: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_non_finite_input_gives_non_finite_loss(impl: Impl, teacher: str, bad: float) -> None:
-    for dtype in (torch.float32, *HALVES):
-        for head in range(3):
-            for labelled in (True, False):
-                for classes, place in ((7, 0), (40, 39)):
-                    logits, target = spec(3, 4, classes).build(dtype, impl.device)
-                    logits[head][1, place] = bad
-                    loss = F.collaborative_consistency(
-                        logits, target if labelled else None, teacher=teacher, impl=impl.name
-                    )
-                    assert not torch.isfinite(loss), (dtype, head, labelled)
+    among = product((torch.float32, *HALVES), range(3), (True, False))
+    turn = TEACHERS.index(teacher) + 5 * (math.isnan(bad) + 2 * (bad > 0))
+    for dtype, head, labelled in cases(impl, among, turn):
+        for classes, place in ((7, 0), (40, 39)):
+            logits, target = spec(3, 4, classes).build(dtype, impl.device)
+            logits[head][1, place] = bad
+            loss = F.collaborative_consistency(
+                logits, target if labelled else None, teacher=teacher, impl=impl.name
+            )
+            assert not torch.isfinite(loss), (dtype, head, labelled)
 
 
 # --- determinism

@@ -209,7 +209,8 @@ def test_penalty_does_not_depend_on_the_scale(impl: Impl, penalty: str, scale: f
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_dead_rows(impl: Impl, dtype: torch.dtype, center: bool, penalty: str) -> None:
-    for shape in ((2, 9, 20), (2, 20, 9), (2, 20, 3)):
+    turn = DTYPES.index(dtype) + PENALTIES.index(penalty) + center
+    for shape in cases(impl, ((2, 9, 20), (2, 20, 9), (2, 20, 3)), turn):
         x = Matrices(shape, True, seed=7).build(dtype, impl.device)
         x[0, 2] = 0
         x[1, ::2] = 0
@@ -237,8 +238,8 @@ def test_all_rows_dead(impl: Impl, center: bool, penalty: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_few_live_rows(impl: Impl, dtype: torch.dtype, penalty: str) -> None:
     """So few that the dual form's subtraction has no Welch bound to keep it safe."""
-    for shape in ((6, 20), (20, 6), (64, 16)):
-        for live in (1, 2, 3):
+    for i, shape in enumerate(((6, 20), (20, 6), (64, 16))):
+        for live in cases(impl, (2, 3, 1), DTYPES.index(dtype) + i):
             x = torch.zeros(shape, dtype=dtype, device=impl.device)
             x[2 : 2 + live] = Matrices((live, shape[1]), False, seed=live).build(dtype, impl.device)
             check_pairwise(impl, [x], batched=False, penalty=penalty)
@@ -349,8 +350,8 @@ def test_half_precision_accumulates_in_float32(impl: Impl, dtype: torch.dtype) -
 def test_non_finite_input_gives_non_finite_loss(
     impl: Impl, center: bool, penalty: str, bad: float
 ) -> None:
-    for shape in ((2, 5, 19), (2, 19, 5), (2, 2, 1), (1, 40, 40)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for i, shape in enumerate(((2, 5, 19), (2, 19, 5), (2, 2, 1), (1, 40, 40))):
+        for dtype in cases(impl, (torch.float32, *HALVES), PENALTIES.index(penalty) + i):
             x = Matrices(shape, True, seed=1).build(dtype, impl.device)
             x[-1, 1, -1] = bad
             loss = F.representation_similarity(x, penalty=penalty, center=center, impl=impl.name)
