@@ -84,7 +84,7 @@ def curves(
                 )  # fmt: skip
             axis.set_title(title)
             axis.set_xlabel("epoch")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             if 1 < len(series) < 4:
                 axis.legend()
         if len(panels[0][1]) >= 4:  # they would cover the curves, and are the same in all panels
