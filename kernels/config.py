@@ -41,7 +41,7 @@ def pairwise_config(dtype: torch.dtype) -> PairwiseConfig:
     """
     if dtype.itemsize == 2:
         return PairwiseConfig(64, 3, 64, 64, 3, 8)
-    return PairwiseConfig(16, 3, 64, 32, 3, 8)
+    return PairwiseConfig(16, 2, 64, 32, 3, 8)
 
 
 @functools.lru_cache(maxsize=256)

@@ -32,7 +32,7 @@ def dot(a, b, sums, PRODUCT: tl.constexpr):
     elif PRODUCT == TF32X3:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32x3")
     else:
-        return tl.dot(a, b, sums, input_precision="ieee")
+        return tl.dot(a.to(sums.dtype), b.to(sums.dtype), sums, input_precision="ieee")
 
 
 @triton.jit
