@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from targets import R18_FEATURES, resnet18_weights
+from shapes import R18_FEATURES, resnet18_weights
 from torch import Tensor
 
 import imcl_fast
