@@ -19,29 +19,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from shapes import R18_FEATURES, resnet18_weights
 from torch import Tensor
 
 import imcl_fast
 from imcl_fast import functional as F
 from imcl_fast.implementations import choose
 
-R18_FEATURES = [(128, 64, 32, 32), (128, 128, 16, 16), (128, 256, 8, 8), (128, 512, 4, 4)]
 ROTATED = 3  # input sets a row alternates between
 
 Run = Callable[[], tuple[Tensor, Sequence[Tensor]]]
-
-
-def resnet18_weights() -> list[tuple[int, ...]]:
-    """Shapes of the 20 convolutions of a ResNet-18 with the CIFAR stem."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 3, 3)]
-    channels = 64
-    for width in (64, 128, 256, 512):
-        for block in range(2):
-            shapes += [(width, channels, 3, 3), (width, width, 3, 3)]
-            if block == 0 and width != channels:
-                shapes.append((width, channels, 1, 1))
-            channels = width
-    return shapes
 
 
 def interleaved(runs: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:

@@ -68,6 +68,11 @@ class Impl(NamedTuple):
     name: str
     device: str
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether a GPU's kernels run on the CPU, very slowly."""
+        return self.name in ("triton", "cuda") and self.device == "cpu"
+
 
 if os.environ.get("CUDA_ON_CPU") == "1":
     # impl="cuda" takes CPU tensors then: its kernels, compiled by g++.
@@ -113,8 +118,7 @@ def cases(impl: Impl, among: Sequence, turn: int) -> list:
     """All cases of a test; one of them, each in its turn, where it is interpreted: Triton's
     interpreter and the emulator take seconds for what a GPU does in microseconds."""
     among = list(among)
-    interpreted = impl.name in ("triton", "cuda") and impl.device == "cpu"
-    return [among[turn % len(among)]] if interpreted else among
+    return [among[turn % len(among)]] if impl.interpreted else among
 
 
 def usable(impl: Impl) -> Impl:

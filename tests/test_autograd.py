@@ -55,10 +55,6 @@ def case(kind: str, name: str, impl: Impl, dtype: torch.dtype = torch.float32):
 # --- gradcheck
 
 
-def interpreted(impl: Impl) -> bool:
-    return impl.name in ("triton", "cuda") and impl.device == "cpu"
-
-
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 6, 3), (1, 6, 2)], ids=str)
@@ -71,7 +67,7 @@ def test_gradcheck_pairwise(impl: Impl, shape, center: bool, penalty: str) -> No
         ),
         xs,
         # One random projection of the Jacobian where every element would take a minute.
-        fast_mode=interpreted(impl),
+        fast_mode=impl.interpreted,
     )
 
 
@@ -92,7 +88,7 @@ def test_gradcheck_consistency(impl: Impl, teacher: str, reduction: str) -> None
         )
 
     assert torch.autograd.gradcheck(
-        function, [leaf(x) for x in xs], fast_mode=interpreted(impl)
+        function, [leaf(x) for x in xs], fast_mode=impl.interpreted
     )
 
 
