@@ -20,12 +20,19 @@ struct Matrices {
   double scale;  // 1 / (layers * batch * rows * (rows - 1))
 };
 
-// State of one matrix: A (rows^2) | M (columns^2), 1/n | s (columns), 1/n; then the row
-// means if centred.
+// Whether the primal form makes A again in the backward, tile by tile, instead of keeping it:
+// where the dual form would be taken if the penalty had one. So no state is larger than twice
+// X, and the tall matrices are quicker for it, for A would not stay in cache.
+IMCL_INLINE bool in_tiles(const PairwiseSettings& settings, int64_t rows, int64_t columns) {
+  return settings.penalty == Penalty::kAbs && 2 * columns <= rows;
+}
+
+// State of one matrix: A (rows^2), or in tiles 1/n | M (columns^2), 1/n | s (columns), 1/n;
+// then the row means if centred.
 IMCL_INLINE int64_t state_size(const PairwiseSettings& settings, int64_t rows, int64_t columns) {
   const int64_t means = settings.center ? rows : 0;
   switch (form_of(settings.penalty, rows, columns)) {
-    case Form::kPrimal: return rows * rows + means;
+    case Form::kPrimal: return (in_tiles(settings, rows, columns) ? rows : rows * rows) + means;
     case Form::kDual: return columns * columns + rows + means;
     default: return columns + rows + means;
   }

@@ -1,0 +1,80 @@
+// Packed panels of one matrix, and the symmetric product that is made of them.
+#pragma once
+
+#include "gemm.h"
+#include "scratch.h"
+
+namespace imcl {
+inline namespace IMCL_ISA {
+
+inline constexpr int64_t kDepthBlock = 256;  // k packed at a time by a Gram: panels stay in L2
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Asks for the next `depth` k of the lanes that were just packed.
+template <class T>
+void prefetch(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k,
+              int64_t depth) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  if (!x.k.is_unit()) return;
+  for (int64_t lane = first_lane; lane < first_lane + lanes; ++lane)
+    for (int64_t k = 0; k < depth; k += kLine)
+      __builtin_prefetch(x.data + x.lane[lane] + first_k + k, 0, 2);
+}
+
+// pack_panel into elements of E; an odd depth is completed with zeros.
+template <class E, class T>
+void pack(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k, int64_t depth,
+          E* out) {
+  if constexpr (std::is_same_v<E, AccOf<T>>) {
+    pack_panel(x, first_lane, lanes, first_k, depth, out);
+  } else {
+    constexpr int panel = kPanel<float>;
+    Scratch scratch;
+    float* panel_out = scratch.get<float>((depth + 1) * panel);
+    pack_panel(x, first_lane, lanes, first_k, depth, panel_out);
+    std::fill_n(panel_out + depth * panel, panel, 0.0f);
+    pair_panel(panel_out, depth + 1, out);
+  }
+}
+
+// g (panels, panels) tiles of X X^T, x seen as `lanes` rows by `depth`: the upper ones, and
+// of the diagonal tiles at least the upper triangle. Lanes beyond `lanes` come out 0.
+template <class E, class T>
+void gram(const Source<T>& x, int64_t lanes, int64_t depth, AccOf<T>* g, int64_t stride,
+          const Parallel& parallel) {
+  using Acc = AccOf<T>;
+  constexpr int64_t panel = kPanel<Acc>, width = kLanes<Acc>, packing = Packed<E>::kDepth;
+  const int64_t panels = divide_up(lanes, panel);
+  const int64_t panel_size = panel * divide_up(kDepthBlock, packing);
+  Scratch scratch;
+  E* packed = scratch.get<E>(panels * panel_size);
+  if (depth == 0) std::fill_n(g, panels * panel * stride, Acc(0));
+  for (int64_t k = 0; k < depth; k += kDepthBlock) {
+    const int64_t block = std::min(kDepthBlock, depth - k);
+    const int64_t next = std::min(kDepthBlock, depth - k - block);
+    parallel(panels, [&](int64_t p) {
+      const int64_t present = std::min(panel, lanes - p * panel);
+      pack(x, p * panel, present, k, block, packed + p * panel_size);
+      prefetch(x, p * panel, present, k + block, next);
+    });
+    parallel(panels * (panels + 1) / 2, [&](int64_t tile) {
+      int64_t i = 0;
+      for (; tile >= panels - i; ++i) tile -= panels - i;
+      const int64_t j = i + tile;
+      const E *a = packed + i * panel_size, *b = packed + j * panel_size;
+      for (int64_t r = 0; r < panel; r += kStrip) {
+        Acc* out = g + (i * panel + r) * stride + j * panel;
+        if (i == j && r >= width) {  // left of the diagonal in its first vector
+          micro_kernel<1>(a + r, 1, panel, b + width, divide_up(block, packing), out + width,
+                          stride, k > 0);
+        } else {
+          micro_kernel<2>(a + r, 1, panel, b, divide_up(block, packing), out, stride, k > 0);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace IMCL_ISA
+}  // namespace imcl

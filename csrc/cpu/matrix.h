@@ -1,0 +1,115 @@
+// One matrix as the pairwise penalty sees it: its rows' means and norms, and where its state
+// lies.
+#pragma once
+
+#include <algorithm>
+
+#include "pairwise.h"
+#include "simd.h"
+
+namespace imcl {
+inline namespace IMCL_ISA {
+
+inline constexpr double kCenteredDeadRatio = 1e-5;  // imcl_fast/reference.py
+
+template <class T>
+struct Matrix {
+  const T* x;
+  Axis row, column;
+  int64_t rows, columns;
+};
+
+// What the forward keeps of one matrix; see state_size(). Without a core all are null.
+template <class Acc>
+struct State {
+  Acc *core, *inverse_norm, *mean;
+};
+
+template <class Acc>
+State<Acc> state_of(Acc* state, Form form, bool tiled, const Matrices& m) {
+  if (form == Form::kPrimal && !tiled) {
+    Acc* means = state + m.rows * m.rows;
+    return {state, nullptr, means};
+  }
+  const int64_t core = tiled ? 0 : form == Form::kDual ? m.columns * m.columns : m.columns;
+  return {state, state + core, state + core + m.rows};
+}
+
+// out[i] = sum over the columns j of term(x_ij, mean[i]); mean may be null.
+template <class T, class Term>
+void sum_columns(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* out, Term term) {
+  using Acc = AccOf<T>;
+  constexpr int width = kLanes<Acc>;
+  int64_t i = 0;
+  if (x.row.is_unit()) {
+    for (; i + width <= x.rows; i += width) {
+      Vec<Acc> sum = {};
+      const Vec<Acc> centre = mean ? load(mean + i) : Vec<Acc>{};
+      for (int64_t j = 0; j < x.columns; ++j) sum += term(load_acc(x.x + i + x.column[j]), centre);
+      store(out + i, sum);
+    }
+  }
+  for (; i < x.rows; ++i) {
+    const T* row = x.x + x.row[i];
+    const Acc centre = mean ? mean[i] : Acc(0);
+    Vec<Acc> sum[4] = {};
+    Acc tail = 0;
+    int64_t j = 0;
+    if (x.column.is_unit()) {
+      for (; j + 4 * width <= x.columns; j += 4 * width)
+        for (int u = 0; u < 4; ++u) sum[u] += term(load_acc(row + j + u * width), splat(centre));
+    }
+    for (; j < x.columns; ++j) tail += term(to_acc(row[x.column[j]]), centre);
+    out[i] = sum_lanes<Acc>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+  }
+}
+
+template <class T>
+void row_means(const Matrix<T>& x, AccOf<T>* mean) {
+  sum_columns(x, nullptr, mean, [](auto v, auto) { return v; });
+  for (int64_t i = 0; i < x.rows; ++i) mean[i] /= static_cast<AccOf<T>>(x.columns);
+}
+
+// 1/n of a row from n^2, or 0 where the row is dead; `mean` is 0 where not centred.
+template <class Acc>
+Acc inverse_norm(Acc square, Acc mean, int64_t columns, const PairwiseSettings& settings) {
+  const Acc norm = std::sqrt(square);
+  Acc limit = static_cast<Acc>(settings.eps);
+  if (settings.center) {
+    const Acc raw = std::sqrt(square + static_cast<Acc>(columns) * mean * mean);
+    limit = std::max(limit, static_cast<Acc>(kCenteredDeadRatio) * raw);
+  }
+  return norm <= limit ? Acc(0) : 1 / norm;  // a NaN norm stays NaN
+}
+
+// Asks for x in the order it lies in, where it is dense and fits the second-level cache: the
+// packs that follow read it in strips that the hardware doesn't foresee.
+template <class T>
+void prefetch(const Matrix<T>& x) {
+  constexpr int64_t kLine = 64, kCache = 512 * 1024;
+  const int64_t bytes = x.rows * x.columns * static_cast<int64_t>(sizeof(T));
+  const bool dense = (x.column.is_unit() && x.row[1] == x.columns) ||
+                     (x.row.is_unit() && !x.column.table && x.column[1] == x.rows);
+  if (!dense || bytes > kCache) return;
+  const char* data = reinterpret_cast<const char*>(x.x);
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i, 0, 2);
+}
+
+// Row means and 1/n of the forms that need them before their product; returns N_live.
+template <class T>
+int64_t row_norms(const Matrix<T>& x, const PairwiseSettings& settings, AccOf<T>* mean,
+                  AccOf<T>* inverse) {
+  using Acc = AccOf<T>;
+  if (settings.center) row_means(x, mean);
+  sum_columns(x, settings.center ? mean : nullptr, inverse,
+              [](auto v, auto centre) { return (v - centre) * (v - centre); });
+  int64_t live = 0;
+  for (int64_t i = 0; i < x.rows; ++i) {
+    inverse[i] = inverse_norm(inverse[i], settings.center ? mean[i] : Acc(0), x.columns, settings);
+    live += inverse[i] != 0;
+  }
+  return live;
+}
+
+}  // namespace IMCL_ISA
+}  // namespace imcl

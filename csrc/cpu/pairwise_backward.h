@@ -1,0 +1,181 @@
+// The backward of one matrix in each of the three forms of pairwise_kernels.cpp.
+#pragma once
+
+#include "gram.h"
+#include "matrix.h"
+
+namespace imcl {
+inline namespace IMCL_ISA {
+
+// x[first + i], i < n, to an axis of a tensor.
+template <class T>
+void store_axis(T* base, const Axis& axis, int64_t first, const AccOf<T>* x, int64_t n) {
+  if (!axis.table) return store_strided(base + first * axis.stride, axis.stride, x, n);
+  for (int64_t i = 0; i < n; ++i) base[axis.table[first + i]] = from_acc<T>(x[i]);
+}
+
+// Everything a backward of one matrix shares among its tasks.
+template <class E, class T>
+struct Backward {
+  using Acc = AccOf<T>;
+  static constexpr int64_t panel = kPanel<Acc>, width = kLanes<Acc>;
+
+  Source<T> x;  // lanes: the free axis; k: the axis S contracts
+  T* dx;
+  Axis dx_free, dx_k;
+  int64_t free_count, k_count;
+  const E* symmetric;  // S in panels, or null: then every y_i is s
+  const Acc* s;
+  const Acc* inverse_norm;  // of the free axis; null in the primal form: dX = Y
+  double factor, grad;      // f_i = factor * (1/n_i)^power
+  int power;
+
+  int64_t depth() const { return divide_up(k_count, Packed<E>::kDepth); }
+  const E* symmetric_panel(int64_t p) const { return symmetric + p * panel * depth(); }
+
+  // f_i of one index of the free axis, times the incoming gradient.
+  Acc scale_of(int64_t i) const {
+    if (!inverse_norm) return static_cast<Acc>(grad);
+    const Acc inverse = inverse_norm[i];
+    return static_cast<Acc>(grad * factor) * (power == 2 ? inverse * inverse : inverse);
+  }
+
+  // Y^T (k, lanes) = S X, the lanes being one panel of the free axis.
+  void free_lanes(int64_t p) const {
+    const int64_t first = p * panel, lanes = std::min(panel, free_count - first);
+    Scratch scratch;
+    prefetch_panel(first + panel);
+    E* packed = scratch.get<E>(depth() * panel);
+    pack(x, first, lanes, 0, k_count, packed);
+    alignas(kVectorBytes) Acc scale[panel] = {};
+    for (int64_t i = 0; i < lanes; ++i) scale[i] = scale_of(first + i);
+    if (!inverse_norm) {
+      alignas(kVectorBytes) Acc y[kStrip * panel];
+      for (int64_t k = 0; k < k_count; k += kStrip) {
+        micro_kernel<2>(symmetric_panel(k / panel) + k % panel, 1, panel, packed, depth(), y, panel,
+                        false);
+        emit(y, k, std::min<int64_t>(kStrip, k_count - k), first, lanes, scale);
+      }
+      return;
+    }
+    // The other forms come with unrounded elements only: the panel holds x itself.
+    if constexpr (std::is_same_v<E, Acc>) correct(packed, first, lanes, scale);
+  }
+
+  // Y^T of the dual and signed forms and what they subtract, x being one packed panel.
+  void correct(const Acc* values, int64_t first, int64_t lanes, const Acc* scale) const {
+    const int64_t padded = divide_up(k_count, kStrip) * kStrip;
+    Scratch scratch;
+    Acc* y = scratch.get<Acc>(padded * panel);
+    for (int64_t k = 0; k < k_count; k += kStrip) {
+      if (symmetric) {
+        micro_kernel<2>(symmetric_panel(k / panel) + k % panel, 1, panel, values, depth(),
+                        y + k * panel, panel, false);
+      } else {
+        for (int64_t j = k; j < std::min(k + kStrip, k_count); ++j)
+          std::fill_n(y + j * panel, panel, s[j]);
+      }
+    }
+    alignas(kVectorBytes) Acc along[panel] = {};  // <y_i, x_i>/n_i^2
+    for (int64_t k = 0; k < k_count; ++k)
+      for (int64_t v = 0; v < panel; v += width)
+        store(along + v, load(along + v) + load(y + k * panel + v) * load(values + k * panel + v));
+    for (int64_t i = 0; i < lanes; ++i)
+      along[i] *= inverse_norm[first + i] * inverse_norm[first + i];
+    for (int64_t k = 0; k < k_count; ++k)
+      for (int64_t v = 0; v < panel; v += width) {
+        Acc* at = y + k * panel + v;
+        store(at, load(at) - load(along + v) * load(values + k * panel + v));
+      }
+    emit(y, 0, k_count, first, lanes, scale);
+  }
+
+  // Asks for the panel after the one being worked on: a few bytes of each of many distant
+  // rows, which the hardware doesn't foresee. Small matrices are in cache already.
+  void prefetch_panel(int64_t first) const {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T)), kCache = 512 * 1024;
+    const int64_t bytes = k_count * free_count * static_cast<int64_t>(sizeof(T));
+    if (!x.lane.is_unit() || bytes <= kCache || first >= free_count) return;
+    const int64_t lanes = std::min(panel, free_count - first);
+    for (int64_t k = 0; k < k_count; ++k)
+      for (int64_t i = 0; i < lanes; i += kLine)
+        __builtin_prefetch(x.data + x.k[k] + first + i, 0, 2);
+  }
+
+  void emit(Acc* y, int64_t first_k, int64_t count, int64_t first, int64_t lanes,
+            const Acc* scale) const {
+    for (int64_t k = 0; k < count; ++k) {
+      Acc* row = y + k * panel;
+      for (int64_t v = 0; v < panel; v += width) store(row + v, load(row + v) * load(scale + v));
+      store_axis(dx + dx_k[first_k + k], dx_free, first, row, lanes);
+    }
+  }
+
+  // Y (free, k) = X S, one strip of the free axis; the lanes are the k axis.
+  void k_lanes(int64_t strip) const {
+    const int64_t first = strip * kStrip;
+    const int64_t rows = std::min<int64_t>(kStrip, free_count - first);
+    const int64_t panels = divide_up(k_count, panel), stride = panels * panel;
+    Scratch scratch;
+    Acc* values = scratch.get<Acc>(kStrip * stride);
+    Acc* y = scratch.get<Acc>(kStrip * stride);
+    pack_strip(x, first, rows, k_count, values, stride);
+    if (symmetric) {
+      const E* lhs;
+      int64_t lhs_stride = stride;
+      if constexpr (std::is_same_v<E, Acc>) {
+        lhs = values;
+      } else {
+        // Pairs of consecutive k; the strip's padding up to its stride must be finite.
+        for (int64_t r = 0; r < kStrip; ++r)
+          std::fill(values + r * stride + k_count, values + (r + 1) * stride, Acc(0));
+        E* pairs = scratch.get<E>(kStrip * stride / 2);
+        for (int64_t i = 0; i < kStrip * stride / 2; ++i) {
+          const uint32_t low = from_acc<BFloat16>(values[2 * i]).bits;
+          const uint32_t high = from_acc<BFloat16>(values[2 * i + 1]).bits;
+          pairs[i].bits = low | (high << 16);
+        }
+        lhs = pairs;
+        lhs_stride = stride / 2;
+      }
+      for (int64_t p = 0; p < panels; ++p)
+        micro_kernel<2>(lhs, lhs_stride, 1, symmetric_panel(p), depth(), y + p * panel, stride,
+                        false);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(s, k_count, y + r * stride);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      Acc *row = y + r * stride, *value = values + r * stride;
+      const Acc scale = scale_of(first + r);
+      Acc along = 0;
+      if (inverse_norm) {
+        Vec<Acc> sum = {};
+        int64_t k = 0;
+        for (; k + width <= k_count; k += width) sum += load(row + k) * load(value + k);
+        along = sum_lanes<Acc>(sum);
+        for (; k < k_count; ++k) along += row[k] * value[k];
+        along *= inverse_norm[first + r] * inverse_norm[first + r];
+      }
+      int64_t k = 0;
+      if (inverse_norm) {
+        for (; k + width <= k_count; k += width)
+          store(row + k, (load(row + k) - splat(along) * load(value + k)) * splat(scale));
+        for (; k < k_count; ++k) row[k] = (row[k] - along * value[k]) * scale;
+      } else {
+        for (; k + width <= stride; k += width) store(row + k, load(row + k) * splat(scale));
+      }
+      store_axis(dx + dx_free[first + r], dx_k, 0, row, k_count);
+    }
+  }
+
+  void run(const Parallel& parallel) const {
+    if (dx_k.is_unit() && !dx_free.is_unit()) {
+      parallel(divide_up(free_count, kStrip), [&](int64_t strip) { k_lanes(strip); });
+    } else {
+      parallel(divide_up(free_count, panel), [&](int64_t p) { free_lanes(p); });
+    }
+  }
+};
+
+}  // namespace IMCL_ISA
+}  // namespace imcl

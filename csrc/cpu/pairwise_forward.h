@@ -1,0 +1,154 @@
+// The forward of one matrix in each of the three forms of pairwise_kernels.cpp.
+#pragma once
+
+#include "gram.h"
+#include "matrix.h"
+
+namespace imcl {
+inline namespace IMCL_ISA {
+
+template <Penalty P, class V>
+IMCL_INLINE V phi(V c) {
+  if constexpr (P == Penalty::kSquare) return c * c;
+  return c < 0 ? -c : c;
+}
+
+// phi'(c); 0 at 0 and NaN at NaN.
+template <Penalty P, class V>
+IMCL_INLINE V phi_slope(V c) {
+  if constexpr (P == Penalty::kSquare) return c + c;
+  const V one = V{} + 1;
+  return c > 0 ? one : (c < 0 ? -one : c);
+}
+
+// Loss, unscaled, of the rows of one vector of lanes, and their columns of A (null: none).
+template <Penalty P, class Acc>
+double finish_lanes(const Acc* g, int64_t stride, int64_t n, int64_t first, const Acc* inverse,
+                    double scale, Acc* a) {
+  constexpr int64_t width = kLanes<Acc>;
+  const int64_t lanes = std::min(width, n - first);
+  const Vec<Acc> inverse_i = load(inverse + first);
+  const Vec<Acc> slope_scale = splat(static_cast<Acc>(2 * scale));
+  Vec<Acc> loss = {}, diagonal = {};
+  const auto visit = [&](int64_t j, Vec<Acc> gram) {  // gram: G_ij of all lanes i
+    const Vec<Acc> both = inverse_i * splat(inverse[j]);
+    Vec<Acc> c = gram * both;
+    if (j >= first && j < first + lanes) c[j - first] = 0;
+    loss += phi<P>(c);
+    if (!a) return;
+    const Vec<Acc> slope = slope_scale * phi_slope<P>(c);
+    diagonal += slope * c;
+    const Vec<Acc> row = slope * both;
+    Acc* out = a + j * n + first;
+    if (lanes == width) {
+      store(out, row);
+    } else {
+      for (int64_t i = 0; i < lanes; ++i) out[i] = row[i];
+    }
+  };
+  // Upper panels hold G_ji for j up to these lanes, and its transpose after them.
+  const int64_t direct = std::min(n, first + width);
+  for (int64_t j = 0; j < direct; ++j) visit(j, load(g + j * stride + first));
+  for (int64_t j = direct; j < n; j += width) {
+    Vec<Acc> block[width];
+    for (int64_t i = 0; i < width; ++i) block[i] = load(g + (first + i) * stride + j);
+    transpose<Acc>(block);
+    for (int64_t i = 0; i < std::min(width, n - j); ++i) visit(j + i, block[i]);
+  }
+  for (int64_t i = 0; a && i < lanes; ++i)
+    a[(first + i) * n + first + i] = -diagonal[i] * inverse_i[i] * inverse_i[i];
+  double total = 0;
+  for (int64_t i = 0; i < width; ++i) total += static_cast<double>(loss[i]);
+  return total;
+}
+
+template <class E, class T>
+double forward_primal(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSettings& settings,
+                      double scale, const Parallel& parallel) {
+  using Acc = AccOf<T>;
+  const int64_t n = x.rows, padded = divide_up(n, kPanel<Acc>) * kPanel<Acc>;
+  Scratch scratch;
+  Acc* g = scratch.get<Acc>(padded * padded);
+  Acc* mean = nullptr;
+  if (settings.center) {
+    mean = state.mean ? state.mean : scratch.get<Acc>(n);
+    row_means(x, mean);
+  }
+  gram<E>(Source<T>{x.x, x.row, x.column, mean}, n, x.columns, g, padded, parallel);
+
+  Acc* inverse = scratch.get<Acc>(padded);
+  std::fill_n(inverse + n, padded - n, Acc(0));
+  for (int64_t i = 0; i < n; ++i)
+    inverse[i] = inverse_norm(g[i * padded + i], mean ? mean[i] : Acc(0), x.columns, settings);
+  constexpr int64_t width = kLanes<Acc>;
+  const int64_t vectors = divide_up(n, width);
+  double* losses = scratch.get<double>(vectors);
+  parallel(vectors, [&](int64_t v) {
+    const auto finish = settings.penalty == Penalty::kSquare ? finish_lanes<Penalty::kSquare, Acc>
+                                                             : finish_lanes<Penalty::kAbs, Acc>;
+    losses[v] = finish(g, padded, n, v * width, inverse, scale, state.core);
+  });
+  double loss = 0;
+  for (int64_t v = 0; v < vectors; ++v) loss += losses[v];
+  return scale * loss;
+}
+
+template <class T>
+double forward_dual(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSettings& settings,
+                    double scale, const Parallel& parallel) {
+  using Acc = AccOf<T>;
+  const int64_t n = x.rows, d = x.columns, padded = divide_up(d, kPanel<Acc>) * kPanel<Acc>;
+  Scratch scratch;
+  Acc* mean = state.core ? state.mean : scratch.get<Acc>(n);
+  Acc* inverse = state.core ? state.inverse_norm : scratch.get<Acc>(n);
+  const int64_t live = row_norms(x, settings, mean, inverse);
+  Acc* m = scratch.get<Acc>(padded * padded);
+  const Source<T> source{x.x, x.column, x.row, nullptr, settings.center ? mean : nullptr, inverse};
+  gram<Acc>(source, d, n, m, padded, parallel);
+  double sum = 0;
+  for (int64_t i = 0; i < d; ++i) {
+    for (int64_t j = i; j < d; ++j) {
+      const Acc value = m[i * padded + j];
+      sum += (i == j ? 1.0 : 2.0) * static_cast<double>(value) * static_cast<double>(value);
+      if (state.core) state.core[i * d + j] = state.core[j * d + i] = value;
+    }
+  }
+  return scale * (sum - static_cast<double>(live));
+}
+
+template <class T>
+double forward_signed(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSettings& settings,
+                      double scale, const Parallel& parallel) {
+  using Acc = AccOf<T>;
+  constexpr int64_t panel = kPanel<Acc>, width = kLanes<Acc>;
+  const int64_t n = x.rows, d = x.columns;
+  Scratch scratch;
+  Acc* mean = state.core ? state.mean : scratch.get<Acc>(n);
+  Acc* inverse = state.core ? state.inverse_norm : scratch.get<Acc>(n);
+  const int64_t live = row_norms(x, settings, mean, inverse);
+  const Source<T> source{x.x, x.column, x.row, nullptr, settings.center ? mean : nullptr, inverse};
+  const int64_t panels = divide_up(d, panel);
+  double* squares = scratch.get<double>(panels);
+  parallel(panels, [&](int64_t p) {
+    Scratch own;
+    Acc* packed = own.get<Acc>(kDepthBlock * panel);
+    alignas(kVectorBytes) Acc s[panel] = {};
+    const int64_t lanes = std::min(panel, d - p * panel);
+    for (int64_t k = 0; k < n; k += kDepthBlock) {
+      const int64_t block = std::min(kDepthBlock, n - k);
+      pack_panel(source, p * panel, lanes, k, block, packed);
+      for (int64_t j = 0; j < block; ++j)
+        for (int64_t v = 0; v < panel; v += width)
+          store(s + v, load(s + v) + load(packed + j * panel + v));
+    }
+    squares[p] = 0;
+    for (int64_t i = 0; i < lanes; ++i) squares[p] += static_cast<double>(s[i]) * s[i];
+    if (state.core) std::copy_n(s, lanes, state.core + p * panel);
+  });
+  double sum = 0;
+  for (int64_t p = 0; p < panels; ++p) sum += squares[p];
+  return scale * (sum - static_cast<double>(live));
+}
+
+}  // namespace IMCL_ISA
+}  // namespace imcl
