@@ -8,6 +8,7 @@ have fake kernels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -74,8 +75,9 @@ class CollaborativeConsistency(Function):
     """apply(implementation, options, target, *logits) -> (loss () or (B,), terms (2, H)).
 
     The forward already makes the gradient, in the accumulation dtype, while the
-    exponentials are at hand; the backward only scales it. So a float16 gradient is
-    rounded after a GradScaler's factor, not before.
+    exponentials are at hand; the backward only scales it, in place unless the graph is
+    kept for another. So a float16 gradient is rounded after a GradScaler's factor, not
+    before.
     """
 
     @staticmethod
@@ -90,23 +92,45 @@ class CollaborativeConsistency(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _terms):
-        saved = list(ctx.saved_tensors)
+        saved = ctx.saved_tensors
         logits, gradients = saved[: ctx.blocks], saved[ctx.blocks :]
         scale = grad.unsqueeze(-1) if grad.dim() else grad  # (B, 1) or ()
+        overwrite = _is_last_use(grad)
         with torch.no_grad():
-            dz = [(gradient * scale).to(logits[0].dtype) for gradient in gradients]
-            dz = _as_blocks(dz, [block.shape for block in logits])
+            dz = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
+            dz = _as_blocks(dz, logits)
         dz = _first_order_only(dz, [grad, *logits])
         return None, None, None, *_needed(dz, ctx.needs_input_grad[3:])
 
 
-def _as_blocks(gradients, shapes):
+def _is_last_use(grad: Tensor) -> bool:
+    """Whether the saved tensors die with this backward, so that they may be overwritten."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(grad):
+        return False
+    return not _keeps_graph()
+
+
+# What PyTorch's own compiler asks before it reuses saved memory; where a release lacks it,
+# nothing is overwritten.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, overwrite: bool) -> Tensor:
+    """gradient * scale, rounded once, in one pass; in the same memory where that is allowed."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(scale) if overwrite else gradient * scale
+    return (gradient * scale).to(dtype)
+
+
+def _as_blocks(gradients: list[Tensor], logits: Sequence[Tensor]) -> Sequence[Tensor]:
     """Gradients shaped like the logits, from one for each or one (H, B, K) of all heads."""
-    if len(gradients) == len(shapes) and gradients[0].shape == shapes[0]:
+    if len(gradients) == len(logits) and gradients[0].shape == logits[0].shape:
         return gradients
-    heads = [shape[0] if len(shape) == 3 else 1 for shape in shapes]
+    if all(block.dim() == 2 for block in logits):
+        return gradients[0].unbind()
+    heads = [block.shape[0] if block.dim() == 3 else 1 for block in logits]
     blocks = gradients[0].split(heads)
-    return [block.view(shape) for block, shape in zip(blocks, shapes, strict=True)]
+    return [block.view(z.shape) for block, z in zip(blocks, logits, strict=True)]
 
 
 class _FirstOrderOnly(Function):

@@ -27,6 +27,10 @@ namespace {
 
 constexpr int64_t kChunkLogits = 32768;  // of all heads: with their exponentials 512 KiB
 
+// Heads up to which the teachers are products of the heads' own exponentials. A rounding error
+// grows with the power that is taken of them.
+constexpr int64_t kMostProducts = 5;
+
 // One chunk of the classes of all heads of a group, in the accumulation type. The last
 // vector is filled up with copies of the last class: harmless to maxima, and `keep`
 // takes them out of sums.
@@ -151,6 +155,10 @@ class Work {
   void read() {
     for (int64_t from = 0; from < problem_.classes; from += chunk_.size) {
       chunk_.read(problem_, group_, sample_, from);
+      if (kept_ && own_teacher_ && n_ <= kMostProducts && read_products()) {
+        if (!group_.detach) sum_heads();  // for the teachers' logits
+        break;
+      }
       if (taught_) sum_heads();
       Acc teacher_drop = 0;
       double sum_before = 0;  // the teacher's sum without this chunk
@@ -320,35 +328,100 @@ class Work {
 
   void sum_head(int64_t h) {
     Running& run = running_[h];
-    Vec<Acc> plain_sum = {}, tempered_sum = {};
-    Acc* plain_out = kept_ && plain_ ? plain_ + h * chunk_.size : nullptr;
-    Acc* tempered_out = kept_ && tempered_ ? tempered_ + h * chunk_.size : nullptr;
-    const Vec<Acc> max = splat(run.plain.max);
-    const Acc* z = chunk_.z[h];
     if (kl_) {
-      const Vec<Acc> inverse_t = splat(inverse_t_);
+      Vec<Acc> plain_sum = {}, tempered_sum = {};
+      Acc* out = kept_ ? tempered_ + h * chunk_.size : nullptr;
+      const Vec<Acc> max = splat(run.plain.max), inverse_t = splat(inverse_t_);
+      const Acc* z = chunk_.z[h];
       chunk_.each([&](int64_t i, Vec<Acc> keep) {
         const Vec<Acc> e = exp_of((load(z + i) - max) * inverse_t);
-        if (tempered_out) store(tempered_out + i, e);
+        if (out) store(out + i, e);
         tempered_sum += e * keep;
         plain_sum += e * e * keep;  // what it should be at T = 2 only
       });
+      run.tempered += static_cast<double>(sum_lanes<Acc>(tempered_sum));
+      if (!has_plain()) run.plain.sum += static_cast<double>(sum_lanes<Acc>(plain_sum));
     }
-    if (has_plain()) {
-      plain_sum = Vec<Acc>{};
-      chunk_.each([&](int64_t i, Vec<Acc> keep) {
-        const Vec<Acc> e = exp_of(load(z + i) - max);
-        if (plain_out) store(plain_out + i, e);
-        plain_sum += e * keep;
-      });
+    if (has_plain()) sum_plain(h);
+    if (problem_.label_smoothing > 0) sum_logits(h);
+  }
+
+  void sum_plain(int64_t h) {
+    Vec<Acc> sum = {};
+    Acc* out = kept_ ? plain_ + h * chunk_.size : nullptr;
+    const Vec<Acc> max = splat(running_[h].plain.max);
+    const Acc* z = chunk_.z[h];
+    chunk_.each([&](int64_t i, Vec<Acc> keep) {
+      const Vec<Acc> e = exp_of(load(z + i) - max);
+      if (out) store(out + i, e);
+      sum += e * keep;
+    });
+    running_[h].plain.sum += static_cast<double>(sum_lanes<Acc>(sum));
+  }
+
+  void sum_logits(int64_t h) {
+    Vec<Acc> sum = {};
+    chunk_.each([&](int64_t i, Vec<Acc> keep) { sum += load(chunk_.z[h] + i) * keep; });
+    running_[h].logits += static_cast<double>(sum_lanes<Acc>(sum));
+  }
+
+  // All that read() makes of the only chunk, with one exponential of a logit instead of two:
+  // with u_h = exp((z_h - max z_h)/(T (n - 1))), exp(z_h/T) is u_h^(n-1), and a teacher the
+  // product of the other heads' u. False, and nothing done, where a product underflows, as it
+  // can where the heads contradict each other by hundreds, or where something isn't finite.
+  bool read_products() {
+    const int64_t n = n_;
+    Vec<Acc> max[kMostProducts], plain_sum[kMostProducts] = {}, tempered_sum[kMostProducts] = {};
+    Vec<Acc> teacher_sum[kMostProducts] = {}, gap[kMostProducts] = {};
+    Acc maxima[kMostProducts], all_maxima = 0;
+    for (int64_t h = 0; h < n; ++h) {
+      maxima[h] = max_of(chunk_.z[h], chunk_.padded());
+      max[h] = splat(maxima[h]);
+      all_maxima += maxima[h];
     }
-    run.plain.sum += static_cast<double>(sum_lanes<Acc>(plain_sum));
-    run.tempered += static_cast<double>(sum_lanes<Acc>(tempered_sum));
-    if (problem_.label_smoothing > 0) {
-      Vec<Acc> logits = {};
-      chunk_.each([&](int64_t i, Vec<Acc> keep) { logits += load(z + i) * keep; });
-      run.logits += static_cast<double>(sum_lanes<Acc>(logits));
+    const Vec<Acc> share = splat(share_), both_shares = splat(share_ + inverse_t_);
+    const int64_t size = chunk_.size;
+    chunk_.each([&](int64_t i, Vec<Acc> keep) {
+      Vec<Acc> centred[kMostProducts], u[kMostProducts], before[kMostProducts];
+      Vec<Acc> total = {}, product = keep;
+      for (int64_t h = 0; h < n; ++h) {
+        centred[h] = load(chunk_.z[h] + i) - max[h];
+        total += centred[h];
+        u[h] = exp_of(centred[h] * share);
+        before[h] = product;
+        product *= u[h];
+        Vec<Acc> e = u[h];
+        for (int64_t j = 2; j < n; ++j) e *= u[h];
+        store(tempered_ + h * size + i, e);
+        tempered_sum[h] += e * keep;
+        plain_sum[h] += e * e * keep;  // what it should be at T = 2 only
+      }
+      total *= share;
+      Vec<Acc> after = splat(Acc(1));
+      for (int64_t h = n - 1; h >= 0; --h) {
+        const Vec<Acc> q = before[h] * after;
+        after *= u[h];
+        store(teacher_ + h * size + i, q);
+        teacher_sum[h] += q;
+        gap[h] += q * (total - centred[h] * both_shares);
+      }
+    });
+    for (int64_t h = 0; h < n; ++h) {
+      const Acc least = sum_lanes<Acc>(teacher_sum[h]);
+      if (!(least > Acc(1e-25)) || !std::isfinite(sum_lanes<Acc>(gap[h]))) return false;
     }
+    for (int64_t h = 0; h < n; ++h) {
+      Running& run = running_[h];
+      run.plain.max = maxima[h];
+      run.teacher.max = (all_maxima - maxima[h]) * share_;
+      run.teacher.sum = static_cast<double>(sum_lanes<Acc>(teacher_sum[h]));
+      run.gap = static_cast<double>(sum_lanes<Acc>(gap[h]));
+      run.tempered = static_cast<double>(sum_lanes<Acc>(tempered_sum[h]));
+      if (has_plain()) sum_plain(h);
+      else run.plain.sum = static_cast<double>(sum_lanes<Acc>(plain_sum[h]));
+      if (problem_.label_smoothing > 0) sum_logits(h);
+    }
+    return true;
   }
 
   // exp(t - max t), its sum, and the gap to head h. Both differences of a gap are small
@@ -542,10 +615,29 @@ class Work {
   bool kept_ = false;  // one chunk holds all classes, and a gradient is wanted
 };
 
+// Asks for the rows of the next sample and for those of the gradient that this one will write:
+// the hardware doesn't foresee where the next row of each head begins.
+template <class T>
+void prefetch_rows(const Consistency& problem, int64_t sample) {
+  constexpr int64_t kLine = 64, kMostBytes = 16384;  // beyond, the hardware has caught up
+  const auto ask = [&](const void* base, int64_t row, int64_t size, auto write) {
+    const char* from = static_cast<const char*>(base) + row * size;
+    const int64_t bytes = std::min(problem.classes * size, kMostBytes);
+    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + i, write.value, 2);
+  };
+  for (const Head& head : problem.heads) {
+    if (head.z_class == 1 && sample + 1 < problem.batch)
+      ask(head.z, (sample + 1) * head.z_row, sizeof(T), std::false_type{});
+    if (head.dz && head.dz_class == 1)
+      ask(head.dz, sample * head.dz_row, sizeof(AccOf<T>), std::true_type{});
+  }
+}
+
 template <class T>
 void sample_of(const Consistency& problem, int64_t sample, double scale, double* cross_entropy,
                double* kl) {
   const bool wants_gradient = problem.heads.front().dz != nullptr;
+  prefetch_rows<T>(problem, sample);
   for (const Group& group : problem.groups) {
     Work<T> work(problem, group, sample, wants_gradient);
     work.read();

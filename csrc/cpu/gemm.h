@@ -20,10 +20,14 @@ inline constexpr int kStrip = kVectorBytes == 64 ? 8 : 4;
 template <class E>
 inline constexpr int kPanel = kVectors * kLanes<E>;
 
-// Two consecutive k of one lane, rounded to bfloat16: the operand of a dot instruction.
+// Two consecutive k of one lane, in bfloat16: the operand of a dot instruction.
 struct BFloat16Pair {
   uint32_t bits;
 };
+
+IMCL_INLINE WordBits pairs_of(HalfBits even, HalfBits odd) {
+  return __builtin_convertvector(even, WordBits) | (__builtin_convertvector(odd, WordBits) << 16);
+}
 
 // What a panel of E accumulates in, and how many k one element of it holds.
 template <class E>
@@ -107,6 +111,8 @@ struct Source {
   const AccOf<T>* mean_of_lane = nullptr;
   const AccOf<T>* mean_of_k = nullptr;
   const AccOf<T>* scale_of_k = nullptr;
+
+  bool is_plain() const { return !mean_of_lane && !mean_of_k && !scale_of_k; }
 };
 
 // out[j * kPanel + lane] = x(first_lane + lane, first_k + j); lanes >= lanes are 0.
@@ -193,10 +199,51 @@ inline void pair_panel(const float* in, int64_t depth, BFloat16Pair* out) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       const float* from = in + 2 * j * panel + v * width;
-      const WordBits even = round_to_bfloat16(load(from)) >> 16;
-      const WordBits odd = round_to_bfloat16(load(from + panel)) & 0xffff0000u;
-      const WordBits both = even | odd;
+      const WordBits both = pairs_of(to_bfloat16(load(from)), to_bfloat16(load(from + panel)));
       std::memcpy(out + j * panel + v * width, &both, sizeof both);
+    }
+  }
+}
+
+// pack_panel of a matrix that is bfloat16 already, with nothing to subtract or multiply, as
+// pairs; an odd depth is completed with zeros. Along k a pair is one word of x.
+inline void pack_pairs(const Source<BFloat16>& x, int64_t first_lane, int64_t lanes,
+                       int64_t first_k, int64_t depth, BFloat16Pair* out) {
+  constexpr int width = kLanes<float>, panel = kPanel<float>;
+  for (int vector = 0; vector < kVectors; ++vector) {
+    BFloat16Pair* column = out + vector * width;
+    const int64_t lane0 = first_lane + vector * width;
+    const int64_t present = std::clamp<int64_t>(lanes - vector * width, 0, width);
+    int64_t j = 0;  // of pairs
+    if (present == width && x.lane.is_unit()) {
+      for (; 2 * j + 1 < depth; ++j) {
+        HalfBits even, odd;
+        std::memcpy(&even, x.data + lane0 + x.k[first_k + 2 * j], sizeof even);
+        std::memcpy(&odd, x.data + lane0 + x.k[first_k + 2 * j + 1], sizeof odd);
+        const WordBits both = pairs_of(even, odd);
+        std::memcpy(column + j * panel, &both, sizeof both);
+      }
+    } else if (present == width && x.k.is_unit()) {
+      for (; 2 * (j + width) <= depth; j += width) {
+        Vec<float> v[width];  // of pairs, which are only moved
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i)
+          std::memcpy(&v[i], x.data + x.lane[lane0 + i] + first_k + 2 * j, sizeof v[i]);
+        transpose<float>(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < width; ++i)
+          std::memcpy(column + (j + i) * panel, &v[i], sizeof v[i]);
+      }
+    }
+    for (; 2 * j < depth; ++j) {
+      WordBits both = {};
+      for (int64_t i = 0; i < present; ++i) {
+        const BFloat16* row = x.data + x.lane[lane0 + i];
+        both[i] = row[x.k[first_k + 2 * j]].bits;
+        if (2 * j + 1 < depth)
+          both[i] |= static_cast<uint32_t>(row[x.k[first_k + 2 * j + 1]].bits) << 16;
+      }
+      std::memcpy(column + j * panel, &both, sizeof both);
     }
   }
 }

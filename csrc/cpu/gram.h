@@ -29,6 +29,9 @@ void pack(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k
   if constexpr (std::is_same_v<E, AccOf<T>>) {
     pack_panel(x, first_lane, lanes, first_k, depth, out);
   } else {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (x.is_plain()) return pack_pairs(x, first_lane, lanes, first_k, depth, out);
+    }
     constexpr int panel = kPanel<float>;
     Scratch scratch;
     float* panel_out = scratch.get<float>((depth + 1) * panel);

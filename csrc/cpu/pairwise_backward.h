@@ -111,6 +111,27 @@ struct Backward {
     }
   }
 
+  // A strip as pairs of consecutive k, zeros up to its stride; values is working memory.
+  void strip_of_pairs(int64_t first, int64_t rows, int64_t stride, Acc* values, E* pairs) const {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (x.k.is_unit() && x.is_plain()) {
+        std::memset(pairs, 0, static_cast<std::size_t>(kStrip * stride / 2) * sizeof(E));
+        for (int64_t r = 0; r < rows; ++r)
+          std::memcpy(pairs + r * stride / 2, x.data + x.lane[first + r],
+                      static_cast<std::size_t>(k_count) * sizeof(T));
+        return;
+      }
+    }
+    pack_strip(x, first, rows, k_count, values, stride);
+    for (int64_t r = 0; r < kStrip; ++r)
+      std::fill(values + r * stride + k_count, values + (r + 1) * stride, Acc(0));
+    for (int64_t i = 0; i < kStrip * stride / 2; ++i) {
+      const uint32_t low = from_acc<BFloat16>(values[2 * i]).bits;
+      const uint32_t high = from_acc<BFloat16>(values[2 * i + 1]).bits;
+      pairs[i].bits = low | (high << 16);
+    }
+  }
+
   // Y (free, k) = X S, one strip of the free axis; the lanes are the k axis.
   void k_lanes(int64_t strip) const {
     const int64_t first = strip * kStrip;
@@ -119,25 +140,18 @@ struct Backward {
     Scratch scratch;
     Acc* values = scratch.get<Acc>(kStrip * stride);
     Acc* y = scratch.get<Acc>(kStrip * stride);
-    pack_strip(x, first, rows, k_count, values, stride);
+    const E* lhs;
+    int64_t lhs_stride = stride;
+    if constexpr (std::is_same_v<E, Acc>) {
+      pack_strip(x, first, rows, k_count, values, stride);
+      lhs = values;
+    } else {  // the primal form only, which needs no values
+      E* pairs = scratch.get<E>(kStrip * stride / 2);
+      strip_of_pairs(first, rows, stride, values, pairs);
+      lhs = pairs;
+      lhs_stride = stride / 2;
+    }
     if (symmetric) {
-      const E* lhs;
-      int64_t lhs_stride = stride;
-      if constexpr (std::is_same_v<E, Acc>) {
-        lhs = values;
-      } else {
-        // Pairs of consecutive k; the strip's padding up to its stride must be finite.
-        for (int64_t r = 0; r < kStrip; ++r)
-          std::fill(values + r * stride + k_count, values + (r + 1) * stride, Acc(0));
-        E* pairs = scratch.get<E>(kStrip * stride / 2);
-        for (int64_t i = 0; i < kStrip * stride / 2; ++i) {
-          const uint32_t low = from_acc<BFloat16>(values[2 * i]).bits;
-          const uint32_t high = from_acc<BFloat16>(values[2 * i + 1]).bits;
-          pairs[i].bits = low | (high << 16);
-        }
-        lhs = pairs;
-        lhs_stride = stride / 2;
-      }
       for (int64_t p = 0; p < panels; ++p)
         micro_kernel<2>(lhs, lhs_stride, 1, symmetric_panel(p), depth(), y + p * panel, stride,
                         false);

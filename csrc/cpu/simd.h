@@ -194,8 +194,17 @@ IMCL_INLINE WordBits round_to_bfloat16(Vec<float> v) {
   return (is_nan & (bits | 0x400000u)) | (~is_nan & rounded);
 }
 
+// v rounded to bfloat16. The instruction takes subnormals for 0, as the one for dot products does.
+IMCL_INLINE HalfBits to_bfloat16(Vec<float> v) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<HalfBits>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#else
+  return __builtin_convertvector(round_to_bfloat16(v) >> 16, HalfBits);
+#endif
+}
+
 IMCL_INLINE void store_acc(BFloat16* p, Vec<float> v) {
-  const HalfBits half = __builtin_convertvector(round_to_bfloat16(v) >> 16, HalfBits);
+  const HalfBits half = to_bfloat16(v);
   std::memcpy(p, &half, sizeof half);
 }
 
