@@ -97,8 +97,8 @@ class CollaborativeConsistency(Function):
         scale = grad.unsqueeze(-1) if grad.dim() else grad  # (B, 1) or ()
         overwrite = _is_last_use(grad)
         with torch.no_grad():
-            dz = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
-            dz = _as_blocks(dz, logits)
+            scaled = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
+            dz = _as_blocks(scaled, logits)
         dz = _first_order_only(dz, [grad, *logits])
         return None, None, None, *_needed(dz, ctx.needs_input_grad[3:])
 

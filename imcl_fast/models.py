@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +33,7 @@ def build(
     channels: int = 3,
     image_size: int = 32,
     width: int | None = None,
+    stem_stride: int = 1,
 ) -> nn.Module:
     """A network of torchvision's for images of a size, at any width.
 
@@ -42,11 +44,13 @@ def build(
         image_size: height and width of the images that it is for, at least 8 pixels.
         width: channels of the first stage; None is torchvision's own, 64. The stages
             after it have 2, 4 and 8 times as many.
+        stem_stride: of the first convolution, 1 or 2. With 2 everything is at half the
+            resolution, a quarter of the work, and images must have at least 16 pixels.
 
     ResNets have four stages, ``layer1`` to ``layer4``, and halve the resolution from
     ``layer2`` on. Below 64 pixels their stem is that of the CIFAR networks of
     arXiv 1512.03385 (a 3x3 convolution, no pooling); from 64 on torchvision's own, which
-    divides it by four.
+    divides it by four and has no other stride.
 
     VGG-16 has batch normalisation, and one linear layer on globally pooled features in
     place of the three that torchvision has for 224 pixels. It halves the resolution five
@@ -63,10 +67,23 @@ def build(
     for argument, value, low in numbers:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ValueError(f"{argument}: expected an int of at least {low}, got {value!r}")
+    if type(stem_stride) is not int or stem_stride not in (1, 2):  # True == 1 and 2.0 == 2
+        raise ValueError(f"stem_stride: expected 1 or 2, got {stem_stride!r}")
+    if image_size < SMALLEST * stem_stride:
+        raise ValueError(
+            f"stem_stride: expected 1 for images of less than {SMALLEST * stem_stride} pixels, "
+            f"got {stem_stride} for {image_size}"
+        )
     if name in RESNETS:
-        network = _resnet(*RESNETS[name], classes, channels, width, image_size < SMALL)
+        if image_size >= SMALL and stem_stride != 1:
+            raise ValueError(
+                f"stem_stride: expected 1 for a ResNet and images of {SMALL} pixels or more, whose "
+                f"stem divides the resolution by 4 already, got {stem_stride} for {image_size}"
+            )
+        stride = stem_stride if image_size < SMALL else None
+        network = _resnet(*RESNETS[name], classes, channels, width, stride)
     else:
-        network = _vgg(classes, channels, width, image_size)
+        network = _vgg(classes, channels, width, image_size, stem_stride)
     for module in network.modules():  # torchvision's own initialisation, of the new layers too
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -85,14 +102,20 @@ def resnet18(classes: int, *, width: int = 64, channels: int = 3) -> nn.Module:
 
 
 def _resnet(
-    block_name: str, blocks: tuple[int, ...], classes: int, channels: int, width: int, small: bool
+    block_name: str,
+    blocks: tuple[int, ...],
+    classes: int,
+    channels: int,
+    width: int,
+    small_stride: int | None,
 ) -> nn.Module:
+    """``small_stride`` is that of the stem for small images; None is torchvision's stem."""
     resnet: Any = import_torchvision().models.resnet
     block = getattr(resnet, block_name)
     with torch.device("meta"):  # every layer with weights is made anew below
         network = resnet.ResNet(block, blocks)
-    if small:
-        network.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+    if small_stride is not None:
+        network.conv1 = nn.Conv2d(channels, width, 3, small_stride, padding=1, bias=False)
         network.maxpool = nn.Identity()
     else:
         network.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
@@ -107,7 +130,7 @@ def _resnet(
     return network
 
 
-def _vgg(classes: int, channels: int, width: int, image_size: int) -> nn.Module:
+def _vgg(classes: int, channels: int, width: int, image_size: int, stride: int) -> nn.Module:
     vgg: Any = import_torchvision().models.vgg
     plan: list[int | str] = []
     for stage in VGG16:
@@ -115,9 +138,9 @@ def _vgg(classes: int, channels: int, width: int, image_size: int) -> nn.Module:
     with torch.device("meta"):  # its classifier has 120 million weights, and doesn't stay
         network = vgg.VGG(nn.Identity(), init_weights=False)
     network.features = vgg.make_layers(plan, batch_norm=True)
-    network.features[0] = nn.Conv2d(channels, width, 3, padding=1)
+    network.features[0] = nn.Conv2d(channels, width, 3, stride, padding=1)
     pools = [i for i, layer in enumerate(network.features) if isinstance(layer, nn.MaxPool2d)]
-    pixels = image_size
+    pixels = math.ceil(image_size / stride)
     for i in pools:
         least = 1 if i == pools[-1] else 2  # no stage follows the last
         if pixels // 2 >= least:

@@ -92,7 +92,8 @@ def build(
         label_smoothing: in [0, 1), of every cross entropy.
         shard_kernels: see ``IMCL``; without kernel similarity it does nothing.
         impl: see ``functional``.
-        options: other arguments of ``IMCL`` or ``MultiHead``.
+        options: other arguments of ``IMCL`` or ``MultiHead``; ``multilayer_temperature`` is
+            also the ``temperature`` of the latter.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is wrong; the message names it.
@@ -104,9 +105,16 @@ def build(
                 f"weights: expected None for {method!r}, which has no ways, got {dict(weights)}; "
                 "its weight is beta"
             )
-        heads = int(method.rpartition("-")[2])
+        renamed = {}
+        if "multilayer_temperature" in options:
+            renamed["temperature"] = options.pop("multilayer_temperature")
         return MultiHead(
-            model, heads=heads, label_smoothing=label_smoothing, impl=impl, **options
+            model,
+            heads=int(method.rpartition("-")[2]),
+            label_smoothing=label_smoothing,
+            impl=impl,
+            **renamed,
+            **options,
         )
     if method == "mutual-exits":
         ways = ("multilayer",)

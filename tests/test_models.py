@@ -93,12 +93,34 @@ def test_vgg_leaves_no_stage_a_single_pixel(size, expected):
     assert list(other.state_dict()) == list(network.state_dict())
 
 
+@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize(("size", "expected"), [(32, [16, 8, 4, 2]), (27, [14, 7, 4, 2])])
+def test_a_resnet_s_stem_can_halve_the_resolution(name, size, expected):
+    stages = [f"layer{i}" for i in range(1, 5)]
+    network = build(name, 10, channels=1, width=2, image_size=size, stem_stride=2)
+    assert [shape[1] for shape in resolutions(network, stages, size)] == expected
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    full = build(name, 10, channels=1, width=2, image_size=size).state_dict()
+    assert shapes == {key: value.shape for key, value in full.items()}  # weights fit both
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(16, [4, 2, 2, 2, 1]), (28, [7, 3, 3, 3, 1]), (31, [8, 4, 2, 2, 1]), (64, [16, 8, 4, 2, 1])],
+)
+def test_vgg_s_poolings_reckon_with_a_halving_stem(size, expected):
+    network = build("vgg16_bn", 10, channels=1, width=2, image_size=size, stem_stride=2)
+    shapes = resolutions(network, [f"features.{i}" for i in (6, 13, 23, 33, 43)], size)
+    assert [shape[1] for shape in shapes] == expected
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [8, 16, 28, 64])
-def test_every_network_learns_with_all_ways(name, size):
+@pytest.mark.parametrize(("size", "stride"), [(8, 1), (16, 1), (28, 1), (64, 1), (28, 2)])
+def test_every_network_learns_with_all_ways(name, size, stride):
     torch.manual_seed(0)
     x, y = torch.randn(4, 1, size, size), torch.tensor([0, 1, 2, 0])
-    imcl = IMCL(build(name, 3, channels=1, width=4, image_size=size), x, impl="torch")
+    network = build(name, 3, channels=1, width=4, image_size=size, stem_stride=stride)
+    imcl = IMCL(network, x, impl="torch")
     output = imcl(x, y)
     output.loss.backward()
     assert len(output.terms) == 5 and torch.isfinite(output.loss)
@@ -123,6 +145,21 @@ def test_bad_numbers_are_named(name, argument, low):
         message = f"{argument}: expected an int of at least {low}, got {value}"
         with pytest.raises(ValueError, match=message):
             build(name, **{"classes": 10, argument: value})
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "message"),
+    [
+        (32, 3, "expected 1 or 2, got 3"),
+        (32, True, "expected 1 or 2, got True"),
+        (32, 2.0, "expected 1 or 2, got 2.0"),
+        (15, 2, "expected 1 for images of less than 16 pixels, got 2 for 15"),
+        (64, 2, "expected 1 for a ResNet and images of 64 pixels or more, .* got 2 for 64"),
+    ],
+)
+def test_strides_of_the_stem_that_do_not_fit_are_named(size, stride, message):
+    with pytest.raises(ValueError, match=f"^stem_stride: {message}"):
+        build("resnet18", 10, width=2, image_size=size, stem_stride=stride)
 
 
 def test_an_unknown_network_is_refused():

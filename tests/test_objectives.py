@@ -64,6 +64,8 @@ def test_methods_by_name(network, batch):
         o = build(f"song-chai-{heads}", copy.deepcopy(network), x, beta=0.25, label_smoothing=0.1)
         assert isinstance(o, MultiHead)
         assert (o.heads, o.beta, o.label_smoothing) == (heads, 0.25, 0.1)
+    # The settings of a command line have one name for the temperature of the heads.
+    assert build("song-chai-2", network, x, multilayer_temperature=3.0).temperature == 3
     exits = build("mutual-exits", network, x, weights={"multilayer": 0.5})
     assert exits.multilayer_teacher == "pairwise" and exits.multilayer_weight == 0.5
     assert exits.output_weight == exits.representation_weight == exits.kernel_weight == 0
@@ -116,9 +118,13 @@ def test_sharding_needs_no_processes_where_there_are_no_kernels(network, batch):
         ("imcl", dict(ways=(), views=3), TypeError, "views: .*cross entropy alone"),
         ("mutual-exits", dict(weights={"output": 1}), ValueError, "weights: .*'output'"),
         ("song-chai-2", dict(weights={"output": 1}), ValueError, "weights: .*'song-chai-2'"),
+        ("song-chai-2", dict(beta=1.5), ValueError, "beta: "),
+        ("song-chai-2", dict(temperature=1.0, multilayer_temperature=2.0), TypeError,
+         "multiple values for keyword argument 'temperature'"),
+        ("imcl", dict(beta=0.5), TypeError, "'beta'"),
         ("imcl", dict(ways=(), label_smoothing=1), ValueError, "label_smoothing: "),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(network, batch, method, options, error, message):
     with pytest.raises(error, match=message):
         objectives.build(method, network, batch[0], **options)

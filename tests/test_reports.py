@@ -12,7 +12,7 @@ import pytest
 from run_folders import WAYS, profiles, write_run
 
 from imcl_fast import train
-from imcl_fast.reports import compare, inspect
+from imcl_fast.reports import charts, compare, inspect
 from imcl_fast.reports.html import write_report
 from imcl_fast.reports.run import UnreadableRun, read_run
 
@@ -209,6 +209,13 @@ def test_the_report_s_charts_take_the_page_s_colours(tmp_path):
         xml.etree.ElementTree.fromstring(chart)
         assert "currentColor" in chart and "#010203" not in chart
         assert not re.search(r"(fill|stroke): (#000000|#ffffff|black|white)", chart)
+
+
+@drawn
+def test_a_curve_leads_through_the_epochs_that_were_measured():
+    every = charts.curves([("accuracy", {"test": [0.5, 0.75, 0.7]})], [2, 4, 5])
+    some = charts.curves([("accuracy", {"test": [None, 0.5, None, 0.75, 0.7]})], range(1, 6))
+    assert some == every
 
 
 @drawn

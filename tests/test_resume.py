@@ -23,7 +23,10 @@ from training_processes import (
 
 # How often runs are killed: 20 and more for a study of it.
 KILLS = int(os.environ.get("IMCL_FAST_KILLS", "3"))
-EVERY_STEP = ("--checkpoint-every", "1", "--ema", "0.9", "--accumulate", "2", "--keep", "2")
+EVERY_STEP = (
+    "--checkpoint-every", "1", "--ema", "0.9", "--accumulate", "2", "--keep", "2",
+    "--ways-warmup-epochs", "2", "--evaluate-every", "2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

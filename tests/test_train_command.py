@@ -175,13 +175,14 @@ def test_few_labels_and_held_out_images(tmp_path, capsys):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--method", "song-chai-2", "--optimizer", "adamw", "--lr", "0.001", "--amp", "bf16"],
+        ["--method", "song-chai-2", "--optimizer", "adamw", "--lr", "0.001", "--amp", "bf16",
+         "--beta", "0.3", "--multilayer-temperature", "3"],
         ["--method", "mutual-exits", "--schedule", "step", "--channels-last", "--no-augment",
          "--amp", "fp16"],
         ["--method", "song-chai-4", "--schedule", "onecycle", "--warmup-epochs", "0.5"],
         ["--ways", "kernel,output", "--weights", "kernel=5", "--teacher", "mean", "--ema", "0.9",
          "--noise-type", "asymmetric", "--label-smoothing", "0.1", "--model", "vgg16_bn",
-         "--deterministic", "--schedule", "constant"],
+         "--deterministic", "--schedule", "constant", "--stem-stride", "2"],
     ],
     ids=["song-chai-2", "mutual-exits", "song-chai-4", "options"],
 )  # fmt: skip
@@ -219,10 +220,21 @@ def fails(capsys, *arguments):
         ("--method song-chai-2 --ways kernel", "argument --ways: they belong to method imcl"),
         ("--checkpoint-every 0", "argument --checkpoint-every: expected a number of steps"),
         ("--warmup-epochs 10", r"argument --warmup-epochs: expected less than epochs \(10\)"),
+        ("--stem-stride 3", r"argument --stem-stride: expected a number in \[1, 2\], got 3"),
+        ("--beta 1.5", r"argument --beta: expected a number in \[0, 1\], got 1.5"),
+        ("--ways none --ways-warmup-epochs 1",
+         "argument --ways-warmup-epochs: expected 0 for ce, which has no ways, got 1"),
+        ("--method song-chai-4 --ways-warmup-epochs 1",
+         "argument --ways-warmup-epochs: expected 0 for song-chai-4, which has no ways, got 1"),
+        ("--ways-warmup-epochs 1 --compile",
+         "argument --ways-warmup-epochs: expected 0 with compile, .* got 1"),
+        ("--ways-warmup-epochs 10.5",
+         r"argument --ways-warmup-epochs: expected at most epochs \(10\), got 10.5"),
+        ("--evaluate-every 0", "argument --evaluate-every: expected at least 1, got 0"),
         ("--epoch 1", "unrecognized arguments: --epoch 1"),
         ("--dataset mnist", "argument --dataset: invalid choice: 'mnist'"),
     ],
-)
+)  # fmt: skip
 def test_bad_flags_are_named(capsys, arguments, message):
     code, err = fails(capsys, *arguments.split())
     assert code == 2 and re.search(message, err)
@@ -235,6 +247,9 @@ def test_bad_flags_are_named(capsys, arguments, message):
         ("--train-images 5", r"train_images: expected at least one image per class \(10\)"),
         ("--train-images 1200 --validation-images 200", "train_images: .*at most all 1100"),
         ("--method song-chai-2 --views 3", "views: method song-chai-2 has no such setting"),
+        ("--beta 0.3", "beta: method imcl has no such setting"),
+        ("--ways none --beta 0.3", "beta: .*cross entropy alone"),
+        ("--image-size 64 --stem-stride 2", "stem_stride: expected 1 for a ResNet"),
         ("--layers layer9", "layers: the network has no module 'layer9'"),
         ("--device tpu9", "device: expected one that is there, got 'tpu9'"),
     ],
@@ -275,6 +290,7 @@ def test_every_setting_is_a_flag_that_help_explains(capsys):
         assert f"{flag} " in text or f"{flag}," in text
         assert " ".join(setting.help.replace("%%", "%").split()) in text
     assert "(default: the method's own, 0.3 in IMCL)" in text
+    assert "(default: the method's own, 0.5 in MultiHead)" in text
     assert text.count("default") >= len(SETTINGS) - 1
 
 
@@ -282,7 +298,8 @@ def test_a_configuration_is_the_same_after_json_and_after_flags():
     config = TrainConfig(
         ways=("output", "kernel"), weights={"kernel": 5.0}, width=8, train_images=100, ema=0.5,
         layers=("layer1", "layer2"), center=False, augment=False, run_dir=Path("a b"),
-        deterministic=True, dropout=0.25, lr=1,
+        deterministic=True, dropout=0.25, lr=1, beta=0.5, stem_stride=2, ways_warmup_epochs=1.5,
+        evaluate_every=3,
     )  # fmt: skip
     assert TrainConfig.from_json(json.loads(json.dumps(config.as_json()))) == config
     assert flags.parse(flags.command(config), "imcl-train", "") == config

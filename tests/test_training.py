@@ -13,7 +13,7 @@ from torch import nn
 from training_processes import table
 
 import imcl_fast
-from imcl_fast import TrainConfig, Trainer, data, demo, implementations, objectives
+from imcl_fast import TrainConfig, Trainer, data, demo, implementations, models, objectives
 from imcl_fast.training.errors import (
     CheckpointError,
     DiskFullError,
@@ -21,8 +21,13 @@ from imcl_fast.training.errors import (
     NonFiniteError,
     UsageError,
 )
-from imcl_fast.training.optimization import build_optimizer, build_schedule, parameter_groups
-from imcl_fast.training.progress import Console, Observer
+from imcl_fast.training.optimization import (
+    WaysWarmup,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+)
+from imcl_fast.training.progress import Console, Observer, epoch_text
 from imcl_fast.training.way_costs import way_seconds
 
 TERMS = [
@@ -212,6 +217,65 @@ def test_memorised_labels_are_counted(digits):
     assert rows[1]["train_accuracy"] == pytest.approx(1 - wrong, abs=0.01)
 
 
+def test_the_ways_weights_rise_step_by_step(digits, tmp_path):
+    settings = config(
+        ways=("kernel",), weights={"kernel": 5}, epochs=2, ways_warmup_epochs=1.5, log_every=1,
+        run_dir=tmp_path / "run",
+    )  # fmt: skip
+    Trainer(settings, data_set=digits, observer=QUIET).fit()
+    rows = [
+        {name: float(value) for name, value in row.items()}
+        for row in table(tmp_path / "run" / "steps.csv")
+    ]
+    shares = [
+        (row["loss"] - row["cross_entropy"]) / (5 * row["kernel_similarity"]) for row in rows
+    ]
+    assert shares == pytest.approx([i / 7 for i in range(1, 7)] + [1, 1], abs=1e-5)
+
+
+def test_every_way_s_weight_rises_and_ends_as_it_was():
+    images = torch.zeros(2, 1, 16, 16)
+    network = models.resnet18(10, width=2, channels=1)
+    imcl = objectives.build("imcl", network, images, weights={"output": 0.3, "multilayer": 0})
+    names = [f"{way}_weight" for way in objectives.WAYS]
+    full = [getattr(imcl, name) for name in names]
+    warmup = WaysWarmup(imcl, 3)
+    for step in (0, 2, 3, 1, 4):  # of the step alone, not of those before
+        warmup.before(step)
+        share = {0: 1 / 4, 1: 1 / 2, 2: 3 / 4}.get(step, 1)
+        assert [getattr(imcl, name) for name in names] == [share * weight for weight in full]
+    assert len(imcl(torch.rand(2, 1, 16, 16), torch.tensor([0, 1])).terms) == 4
+
+
+def test_accuracy_is_measured_as_often_as_asked_and_at_the_end(digits, tmp_path):
+    settings = config(
+        ways=(), epochs=5, evaluate_every=2, label_noise=0.5, run_dir=tmp_path / "run"
+    )
+    lines = []
+
+    class Lines(Observer):
+        def epoch_finished(self, row, epochs):
+            lines.append(epoch_text(row, epochs))
+
+    trainer = Trainer(settings, data_set=digits, observer=Lines())
+    summary = trainer.fit()
+    rows = table(tmp_path / "run" / "metrics.csv")
+    known = [i for i, row in enumerate(rows) if row["test_accuracy"]]
+    assert known == [i for i, line in enumerate(lines) if "test accuracy" in line] == [1, 3, 4]
+    for name in ("test_loss", "train_accuracy", "fit_noisy"):
+        assert [i for i, row in enumerate(rows) if row[name]] == known
+    assert all(float(row["train_loss"]) > 0 for row in rows)
+    accuracies = {i: float(rows[i]["test_accuracy"]) for i in known}
+    assert summary["last_test_accuracy"] == accuracies[4]
+    assert summary["best_test_accuracy"] == max(accuracies.values())
+    assert accuracies[summary["best_epoch"] - 1] == max(accuracies.values())
+    # Nothing that is trained depends on it.
+    every = config(ways=(), epochs=5, label_noise=0.5)
+    whole = Trainer(every, data_set=digits, observer=QUIET)
+    whole.fit()
+    assert [whole.rows[i]["test_accuracy"] for i in known] == list(accuracies.values())
+
+
 # What goes wrong
 
 
@@ -388,6 +452,14 @@ def test_the_cost_of_a_way_is_measured_on_copies_without_it():
     assert list(costs) == ["output", "kernel"] and left_out == [None, "output", "kernel"]
     short = way_seconds(network, Objective, ("output",), step, images, labels, allowed=0)
     assert short is None
+
+
+def test_the_cost_of_the_only_way_is_measured_whatever_its_options(digits, tmp_path):
+    settings = config(
+        ways=("kernel",), kernel_penalty="abs", measure_ways=True, run_dir=tmp_path / "run"
+    )
+    summary = Trainer(settings, data_set=digits, observer=QUIET).fit()
+    assert list(summary["way_seconds"]) == ["kernel"]
 
 
 def test_importing_the_package_does_not_import_the_trainer():

@@ -72,14 +72,16 @@ def curves(
 
         rows = -(-len(panels) // columns)
         figure, axes = _figure(9.9, (1.4 + 2.7 / columns) * rows, rows, columns)
-        x = [math.nan if epoch is None else epoch for epoch in epochs]
         for axis, (title, series) in zip(axes, panels, strict=False):
             for i, (name, values) in enumerate(series.items()):
-                y = [math.nan if value is None else value for value in values]
+                # Not every epoch is measured, and a line would break there.
+                points = zip(epochs, values, strict=True)
+                known = [(x, y) for x, y in points if x is not None and y is not None]
                 # A line through one point can't be seen.
-                marker = MARKERS[i % len(MARKERS)] if len(x) < 15 else None
+                marker = MARKERS[i % len(MARKERS)] if len(known) < 15 else None
                 axis.plot(
-                    x, y, color=COLOURS[i % len(COLOURS)], marker=marker, markersize=4, label=name,
+                    [x for x, _ in known], [y for _, y in known],
+                    color=COLOURS[i % len(COLOURS)], marker=marker, markersize=4, label=name,
                     linestyle=("-", "--", ":")[i % 3],
                 )  # fmt: skip
             axis.set_title(title)

@@ -110,6 +110,13 @@ class TrainConfig:
 
     model: str = _set("resnet18", "network to train", NETWORK, choices=models.NAMES)
     width: int = _set(64, "channels of the network's first stage", NETWORK, low=1)
+    stem_stride: int = _set(
+        1,
+        "of the first convolution; 2 halves the resolution at once, for a quarter of the work",
+        NETWORK,
+        low=1,
+        high=2,
+    )
     channels_last: bool = _set(
         False, "keep images and weights in channels_last memory format", NETWORK
     )
@@ -130,6 +137,9 @@ class TrainConfig:
         choices=WAYS,
         low=0,
         metavar="WAY=W,...",
+    )
+    ways_warmup_epochs: float = _set(
+        0.0, "epochs in which the ways' weights rise linearly to their values", OBJECTIVE, low=0
     )
     label_smoothing: float = _set(
         0.0, "of every cross entropy", OBJECTIVE, low=0, high=1, open_high=True
@@ -162,6 +172,9 @@ class TrainConfig:
     )
     kernel_penalty: str | None = _set(
         None, "of the kernels", OBJECTIVE, choices=PENALTIES, option="kernel_penalty"
+    )
+    beta: float | None = _set(
+        None, "weight of the labels in a song-chai method", OBJECTIVE, low=0, high=1, option="beta"
     )
     impl: str = _set(
         "auto", "implementation of the fused losses", OBJECTIVE, choices=IMPLEMENTATIONS
@@ -240,6 +253,10 @@ class TrainConfig:
         fixed=False,
         metavar="N|Nm",
     )
+    evaluate_every: int = _set(
+        1, "epochs between measurements of accuracy; after the last there is one anyway", RUN,
+        low=1, metavar="EPOCHS",
+    )  # fmt: skip
     keep: int = _set(3, "newest checkpoints to keep, beside the best", RUN, low=1, fixed=False)
     log_every: int = _set(
         20, "steps between rows of steps.csv", RUN, low=1, fixed=False, metavar="STEPS"
@@ -271,6 +288,22 @@ class TrainConfig:
                 raise ValueError(
                     f"weights: {way} is not among the ways {','.join(self.ways) or 'none'}"
                 )
+        if self.ways_warmup_epochs > 0 and not self.has_ways:
+            raise ValueError(
+                f"ways_warmup_epochs: expected 0 for {self.label}, which has no ways, got "
+                f"{self.ways_warmup_epochs:g}"
+            )
+        if self.ways_warmup_epochs > 0 and self.compile:
+            # torch.compile takes the weights for constants, and gives up after 8 of them.
+            raise ValueError(
+                "ways_warmup_epochs: expected 0 with compile, which would compile anew for every "
+                f"step's weights, got {self.ways_warmup_epochs:g}"
+            )
+        if self.ways_warmup_epochs > self.epochs:
+            raise ValueError(
+                f"ways_warmup_epochs: expected at most epochs ({self.epochs}), got "
+                f"{self.ways_warmup_epochs:g}"
+            )
         if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", self.checkpoint_every):
             raise ValueError(
                 "checkpoint_every: expected a number of steps (500) or of minutes (10m), got "
@@ -281,6 +314,11 @@ class TrainConfig:
                 f"warmup_epochs: expected less than epochs ({self.epochs}), got "
                 f"{self.warmup_epochs:g}"
             )
+
+    @property
+    def has_ways(self) -> bool:
+        """Whether the objective is an ``IMCL``, whose ways have weights."""
+        return self.method == "mutual-exits" or (self.method == "imcl" and bool(self.ways))
 
     @property
     def label(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..ilr import MultiHead
 from ..imcl import IMCL
 from .config import SETTINGS, Setting, TrainConfig
 
@@ -128,9 +129,10 @@ def _default_text(field: dataclasses.Field, setting: Setting) -> str:
     """What a help text says of the default, if it doesn't say so itself."""
     value = _default(field)
     if setting.option is not None:
-        own = inspect.signature(IMCL).parameters[setting.option].default
+        objective = IMCL if setting.option in inspect.signature(IMCL).parameters else MultiHead
+        own = inspect.signature(objective).parameters[setting.option].default
         text = "all that are found" if own is None else _text(own)
-        return f" (default: the method's own, {text} in IMCL)"
+        return f" (default: the method's own, {text} in {objective.__name__})"
     if "by default" in setting.help:
         return ""
     return f" (default: {'none' if value in (None, {}) else _text(value)})"

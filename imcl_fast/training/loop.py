@@ -23,7 +23,7 @@ from .distributed import Processes
 from .errors import CheckpointError, Interrupted, NonFiniteError
 from .evaluation import predict
 from .interruption import Interruption
-from .optimization import build_optimizer, build_schedule
+from .optimization import WaysWarmup, build_optimizer, build_schedule
 from .preparation import Material, build_objective
 from .progress import Observer
 from .records import CHECKPOINTS, Records
@@ -79,6 +79,9 @@ class Loop:
             schedule=build_schedule(optimizer, config, self.steps_per_epoch),
             scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"),
             averaged=averaged,
+        )
+        self._ways_warmup = WaysWarmup(
+            objective, round(config.ways_warmup_epochs * self.steps_per_epoch)
         )
         self.store = None
         if config.run_dir is not None:
@@ -173,6 +176,7 @@ class Loop:
         """One optimizer step, on as many batches as are accumulated."""
         state, start = self.state, time.perf_counter()
         lr = state.optimizer.param_groups[0]["lr"]
+        self._ways_warmup.before(state.step)
         state.optimizer.zero_grad(set_to_none=True)
         logged = (state.step + 1) % self.config.log_every == 0 or state.step == 0
         own = EpochSums()
@@ -236,7 +240,7 @@ class Loop:
             raise Interrupted(stop, f"stopped after step {state.step} of {self.steps}, {kept}")
 
     def _finish_epoch(self) -> None:
-        """Measure, complete the epoch's row, save."""
+        """Measure if it is due, complete the epoch's row, save."""
         state, start = self.state, time.perf_counter()
         if self.processes.device.type != "cpu":
             torch.accelerator.synchronize(self.processes.device)
@@ -244,12 +248,15 @@ class Loop:
         sums.seconds += time.perf_counter() - start
         means = self._read(sums)
         self.processes.agree_on_buffers(self.measured)
-        memorised = self._memorised()
+        measured, memorised = dict[str, float](), dict[str, float]()
+        epoch, epochs = state.epoch + 1, self.config.epochs
+        if epoch % self.config.evaluate_every == 0 or epoch == epochs:
+            memorised = self._memorised()
+            measured = {**self._measure(), "train_accuracy": memorised.pop("train_accuracy")}
         row: dict[str, float] = {
-            "epoch": state.epoch + 1,
+            "epoch": epoch,
             "train_loss": means.pop("loss"),
-            **self._measure(),
-            "train_accuracy": memorised.pop("train_accuracy"),
+            **measured,
             "seconds": sums.seconds,
             "images_per_second": self._images(sums.batches) / sums.seconds,
             "data_seconds": sums.data_seconds,
@@ -257,13 +264,14 @@ class Loop:
             **means,
             **memorised,
         }
-        best = row["test_accuracy"] > max((r["test_accuracy"] for r in state.rows), default=-1.0)
+        before = [r["test_accuracy"] for r in state.rows if "test_accuracy" in r]
+        best = "test_accuracy" in row and row["test_accuracy"] > max(before, default=-1.0)
         state.rows.append(row)
-        state.epoch, state.step_in_epoch, state.sums = state.epoch + 1, 0, EpochSums()
+        state.epoch, state.step_in_epoch, state.sums = epoch, 0, EpochSums()
         self._save(best=best)
         if self.records is not None and self.processes.first:
             self.records.metrics(state.rows, state.step)
-        self.observer.epoch_finished(row, self.config.epochs)
+        self.observer.epoch_finished(row, epochs)
 
     def _measure(self) -> dict[str, float]:
         """Loss and accuracy on the test images."""

@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of its learning rate."""
+"""The optimizer, and what changes from step to step: the learning rate, the ways' weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from ..imcl import IMCL, WEIGHTS
 from .config import TrainConfig
 
 
@@ -51,7 +52,7 @@ def build_schedule(
 
     def factor(step: int) -> float:
         if step < warmup:
-            return (step + 1) / (warmup + 1)
+            return _risen(step, warmup)
         done = (step - warmup) / max(steps - warmup, 1)
         if config.schedule == "cosine":
             return (1 + math.cos(math.pi * min(done, 1))) / 2
@@ -60,3 +61,31 @@ def build_schedule(
         return 1.0
 
     return lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class WaysWarmup:
+    """Lets the weights of an ``IMCL``'s ways rise linearly to what they are now.
+
+    They are a function of the step alone, so that there is nothing to save. They are never
+    0, for then the ways' terms would be missing from a step's output.
+
+    Args:
+        objective: one without ways is left as it is.
+        steps: that the rise takes; with 0 the weights stay as they are.
+    """
+
+    def __init__(self, objective: nn.Module, steps: int) -> None:
+        self._objective, self._steps = objective, steps
+        ways = WEIGHTS if isinstance(objective, IMCL) else ()
+        self._full = {name: getattr(objective, name) for name in ways}
+
+    def before(self, step: int) -> None:
+        """Set the weights for a step, counted from 0."""
+        share = _risen(step, self._steps)
+        for name, weight in self._full.items():
+            setattr(self._objective, name, share * weight)
+
+
+def _risen(step: int, steps: int) -> float:
+    """The height, at most 1, of a linear rise that takes ``steps`` steps."""
+    return min((step + 1) / (steps + 1), 1.0)

@@ -134,6 +134,7 @@ def build_network(config: TrainConfig, data_set: DataSet) -> nn.Module:
             channels=data_set.shape[0],
             image_size=data_set.shape[-1],
             width=config.width,
+            stem_stride=config.stem_stride,
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
@@ -161,14 +162,18 @@ def build_objective(
     if config.channels_last:
         example = example.contiguous(memory_format=torch.channels_last)
     options = config.objective_options
+    ways = [way for way in config.ways if way != without]
+    weights = {way: weight for way, weight in config.weights.items() if way != without}
+    if without is not None and all(weights.get(way) == 0 for way in ways):
+        options = {}  # cross entropy, which is what is left, has none
     try:
         _check_classes(network, example, len(material.data_set.classes))
         return objectives.build(
             config.method,
             network,
             example,
-            ways=[way for way in config.ways if way != without],
-            weights={way: w for way, w in config.weights.items() if way != without},
+            ways=ways,
+            weights=weights,
             label_smoothing=config.label_smoothing,
             shard_kernels=processes.world > 1,
             impl=config.impl,

@@ -43,7 +43,7 @@ class Observer:
         reading them makes a GPU wait, so it is done every ``log_every`` steps."""
 
     def epoch_finished(self, row: Mapping[str, float], epochs: int) -> None:
-        """A row of metrics.csv is complete."""
+        """A row of metrics.csv is complete; it has no accuracies if none were due."""
 
     def finished(self) -> None:
         """Training has ended, in whatever way."""
@@ -106,14 +106,17 @@ def step_text(values: Mapping[str, float]) -> str:
 
 def epoch_text(row: Mapping[str, float], epochs: int) -> str:
     """One line about an epoch."""
-    noisy = ""
+    measured = ""
+    if "test_accuracy" in row:
+        measured = (
+            f", test loss {row['test_loss']:.4f}, test accuracy {row['test_accuracy']:.2%}, "
+            f"train accuracy {row['train_accuracy']:.2%}"
+        )
     if "fit_noisy" in row:
-        noisy = f", wrong labels fitted {row['fit_noisy']:.1%}"
+        measured += f", wrong labels fitted {row['fit_noisy']:.1%}"
     return (
-        f"epoch {row['epoch']:.0f}/{epochs}: loss {row['train_loss']:.4f}, test loss "
-        f"{row['test_loss']:.4f}, test accuracy {row['test_accuracy']:.2%}, train accuracy "
-        f"{row['train_accuracy']:.2%}{noisy}; {row['seconds']:.1f} s, "
-        f"{row['images_per_second']:.0f} images/s"
+        f"epoch {row['epoch']:.0f}/{epochs}: loss {row['train_loss']:.4f}{measured}; "
+        f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s"
     )
 
 

@@ -95,7 +95,9 @@ class Records:
     def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         # The whole file, so that it never has half a row, or one twice.
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        # The row of an epoch without measurements is shorter, and gets empty cells.
+        longest = max(rows, key=len)
+        writer = csv.DictWriter(text, list(longest), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         files.write(self.folder / METRICS, text.getvalue().encode())

@@ -58,7 +58,7 @@ class TrainingState:
         epoch: finished epochs.
         step_in_epoch, step: optimizer steps done in this epoch and in the whole run.
         sums: of the epoch under way.
-        rows: those of metrics.csv, one per finished epoch.
+        rows: those of metrics.csv, one per finished epoch; what was not measured is missing.
     """
 
     objective: nn.Module

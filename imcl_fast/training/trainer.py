@@ -169,7 +169,8 @@ def _report(loop: Loop, records: Records) -> None:
 
 def _summary(loop: Loop) -> dict[str, Any]:
     config, rows, material = loop.config, loop.state.rows, loop.material
-    best = max(rows, key=lambda row: row["test_accuracy"])
+    measured = [row for row in rows if "test_accuracy" in row]
+    best = max(measured, key=lambda row: row["test_accuracy"])
     peak, of = peak_memory(loop.processes.device)
     per_step = [row["seconds"] / loop.steps_per_epoch for row in rows]
     summary = {
