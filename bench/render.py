@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from imcl_fast.training.files import write
@@ -14,7 +15,6 @@ from .rows import OPERATIONS
 FUSED = ("cpp", "triton", "cuda")
 SHOWN = ("cpp", "triton", "cuda", "torch", "reference", "torch.compile(torch)",
          "torch.compile(reference)")  # fmt: skip
-MARKED = re.compile(r"(<!-- bench:([a-z-]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 HEADLINES = (
     "representation R18 float32",
     "representation R18 float32 centred",
@@ -30,24 +30,41 @@ class MarkerError(ValueError):
 
 
 def fill(path: Path, results: Results) -> list[str]:
-    """Put the tables into a document; the names of those that it has places for.
+    """``fill_places`` with all tables of ``results``."""
+    return fill_places(path, "bench", {name: partial(t, results) for name, t in TABLES.items()})
+
+
+def fill_places(path: Path, kind: str, tables: Mapping[str, Callable[[], str]]) -> list[str]:
+    """Put tables into a document; the names of those that it has places for.
+
+    Args:
+        kind: what the markers begin with, ``<!-- kind:NAME -->``.
+        tables: what makes each table, by its name.
 
     Raises:
         MarkerError: a place has a name that no table has, or does not end.
     """
     text = path.read_text(encoding="utf-8")
-    opened = re.findall(r"<!-- bench:([a-z-]+) -->", text)
-    closed = [match[2] for match in MARKED.finditer(text)]
+    places = marked(kind)
+    opened = re.findall(rf"<!-- {kind}:([a-z0-9:-]+) -->", text)
+    closed = [match[2] for match in places.finditer(text)]
     if opened != closed:
-        raise MarkerError(f"{path.name}: expected <!-- /bench:NAME --> after each of {opened}, "
+        raise MarkerError(f"{path.name}: expected <!-- /{kind}:NAME --> after each of {opened}, "
                           f"found it after {closed}")  # fmt: skip
     for name in opened:
-        if name not in TABLES:
-            raise MarkerError(f"{path.name}: expected one of {', '.join(TABLES)}, got {name!r}")
-    filled = MARKED.sub(lambda m: m[1] + TABLES[m[2]](results).rstrip("\n") + "\n" + m[4], text)
+        if name not in tables:
+            raise MarkerError(f"{path.name}: expected one of {', '.join(tables)}, got {name!r}")
+    filled = places.sub(lambda m: m[1] + tables[m[2]]().rstrip("\n") + "\n" + m[4], text)
     if filled != text:
         write(path, filled.encode())
     return opened
+
+
+def marked(kind: str) -> re.Pattern[str]:
+    """Matches a place for a table: its opening marker, name, content and closing marker."""
+    return re.compile(
+        rf"(<!-- {kind}:([a-z0-9:-]+) -->\n)(.*?)(<!-- /{kind}:\2 -->)", re.DOTALL
+    )
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -59,7 +59,8 @@ def representation_similarity(
         impl: see the module.
 
     Returns:
-        A scalar; float64 if a feature is, float32 otherwise. An empty batch gives 0.
+        A scalar; float64 if a feature is, float32 otherwise. An empty batch gives 0. Its
+        precision is that of ``kernel_similarity``.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -100,7 +101,8 @@ def kernel_similarity(
     Returns:
         A scalar; float64 if a weight is, float32 otherwise. The precision of its
         products follows ``torch.get_float32_matmul_precision()``: ``"medium"`` may
-        round float32 inputs to bfloat16, the others do not.
+        round float32 inputs to bfloat16, and so may autocast to bfloat16; the others do
+        not.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -254,7 +256,7 @@ def _pairwise(
         center=center,
         eps=validation.number("eps", eps, low=0, high=float("inf")),
         batched=batched,
-        precision=_precision(),
+        precision=_precision(xs[0].device.type),
     )
     device = xs[0].device
     impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
@@ -267,6 +269,8 @@ def _pairwise(
 
 
 @torch.compiler.assume_constant_result
-def _precision() -> int:
+def _precision(device: str) -> int:
+    # Autocast to bfloat16 says the same of products as "medium": their factors may be rounded.
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        return PRECISIONS.index("medium")
     return PRECISIONS.index(torch.get_float32_matmul_precision())
-
