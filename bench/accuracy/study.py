@@ -1,0 +1,115 @@
+"""What a study is: methods x conditions x networks x seeds, each an imcl-train run."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from imcl_fast.ilr import MultiHead
+from imcl_fast.imcl import IMCL
+from imcl_fast.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """A condition or a network: a name, what it is called in text, its settings."""
+
+    name: str
+    title: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method(Part):
+    """A method, and in which runs it takes part.
+
+    Attributes:
+        seeds: 1 to this number.
+        conditions, networks: names.
+        versus: the method that this one is a variant of; by default the baseline.
+    """
+
+    seeds: int
+    conditions: tuple[str, ...]
+    networks: tuple[str, ...]
+    versus: str
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a study. Its seed decides weights, order, augmentation and wrong labels, so that
+    runs of the same condition, network and seed differ by their method alone."""
+
+    condition: str
+    network: str
+    method: str
+    config: TrainConfig
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.condition}-{self.network}-{self.method}-s{self.seed}"
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of what results depend on: the settings that aren't at their defaults, for
+        one that is new to ``TrainConfig`` doesn't make old results stale, and the objective's own
+        defaults, which stand for those that are left to it."""
+        default = TrainConfig()
+        settings = self.config.as_json()
+        told = {name: settings[name] for name in default.differences(self.config)}
+        told["objective"] = _objective_defaults(self.config)
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that a study file says.
+
+    Attributes:
+        name: of the file, without its ending.
+        title, description: in text.
+        baseline: the method that all are compared with.
+        compare: further pairs of methods to compare, the second is subtracted.
+        jobs: runs at a time, None to decide by the machine.
+        threads: CPU threads of each run, None to share the cores out.
+        train: settings of all runs, unless a condition, a network or a method has others.
+        conditions, networks, methods: by name, in the order of the file.
+        runs: seed by seed, so that a study that isn't finished is balanced.
+    """
+
+    name: str
+    title: str
+    description: str
+    baseline: str
+    compare: tuple[tuple[str, str], ...]
+    jobs: int | None
+    threads: int | None
+    train: Mapping[str, Any]
+    conditions: Mapping[str, Part]
+    networks: Mapping[str, Part]
+    methods: Mapping[str, Method]
+    runs: tuple[PlannedRun, ...]
+
+    @property
+    def held_out(self) -> int:
+        """Training images set aside and measured on in place of the test images; 0 for none."""
+        return self.runs[0].config.validation_images
+
+
+def _objective_defaults(config: TrainConfig) -> dict[str, Any]:
+    if config.method.startswith("song-chai"):
+        objective: Any = MultiHead
+    elif config.has_ways:
+        objective = IMCL
+    else:
+        return {}
+    parameters = inspect.signature(objective).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}

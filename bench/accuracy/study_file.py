@@ -1,0 +1,209 @@
+"""Reads a study from a TOML file.
+
+The file has the settings of all runs in ``[train]``, and in ``[conditions.NAME]``,
+``[networks.NAME]`` and ``[methods.NAME]`` those that come on top, in this order, beside a
+``title`` each. The settings are the fields of ``TrainConfig``. A method also has ``seeds``, N for
+seeds 1 to N; it may be restricted by ``conditions`` and ``networks``, lists of names, and say in
+``versus`` which other method it is a variant of.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imcl_fast.training.config import SETTINGS, TrainConfig
+
+from .study import Method, Part, PlannedRun, Study
+
+FOLDER = Path(__file__).parent / "studies"
+# What the runs of a study don't decide for themselves.
+GIVEN = (
+    "seed", "data_root", "download", "threads", "run_dir", "resume", "tensorboard", "report",
+    "measure_ways",
+)  # fmt: skip
+TABLES = ("train", "conditions", "networks", "methods")
+TOP = {"title": str, "description": str, "baseline": str, "compare": list, "jobs": int,
+       "threads": int}  # fmt: skip
+NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+
+class StudyError(ValueError):
+    """A study file isn't one; the message names the file, the table and the key."""
+
+
+def names() -> list[str]:
+    """Of the studies that come with the project."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load(name: str) -> Study:
+    """A study by its name, or by the path of its file.
+
+    Raises:
+        StudyError: there is none, or its file isn't right.
+    """
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StudyError(
+            f"study: expected one of {', '.join(names())}, or the path of a .toml file, got "
+            f"{name!r} ({error.strerror})"
+        ) from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise StudyError(f"{path.name}: {error}") from error
+    return _study(path, content)
+
+
+def _study(path: Path, content: Mapping[str, Any]) -> Study:
+    file = path.name
+    if unknown := sorted(set(content) - set(TOP) - set(TABLES)):
+        raise StudyError(
+            f"{file}: unknown key {unknown[0]!r}, expected {', '.join([*TOP, *TABLES])}"
+        )
+    for key, kind in TOP.items():
+        if key in content:
+            _check(file, key, content[key], kind)
+    for key in ("title", "baseline", *TABLES):
+        if key not in content:
+            raise StudyError(f"{file}: {key} is missing")
+    train = _settings(file, "train", content["train"])
+    _config(file, [("train", train)], seed=0)  # alone too it must describe a run
+    conditions = {name: _part(file, f"conditions.{name}", table)
+                  for name, table in _named(file, "conditions", content).items()}  # fmt: skip
+    networks = {name: _part(file, f"networks.{name}", table)
+                for name, table in _named(file, "networks", content).items()}  # fmt: skip
+    tables = _named(file, "methods", content)
+    _names(file, "baseline", [content["baseline"]], tables)
+    methods = {}
+    for name, table in tables.items():
+        key = f"methods.{name}"
+        seeds = _check(file, f"[{key}] seeds", table.get("seeds"), int)
+        if seeds < 1:
+            raise StudyError(f"{file}: [{key}] seeds: expected at least 1, got {seeds}")
+        part = _part(file, key, table, ("seeds", "conditions", "networks", "versus"))
+        methods[name] = Method(
+            part.name,
+            part.title,
+            part.settings,
+            seeds,
+            _names(file, f"[{key}] conditions", table.get("conditions"), conditions),
+            _names(file, f"[{key}] networks", table.get("networks"), networks),
+            *_names(file, f"[{key}] versus", [table.get("versus", content["baseline"])], tables),
+        )
+    compare = [_names(file, "compare", pair, methods) for pair in content.get("compare", [])]
+    if any(len(pair) != 2 for pair in compare):
+        raise StudyError(f"{file}: compare: expected pairs of methods, got {content['compare']}")
+    runs = tuple(_runs(file, train, conditions, networks, methods))
+    if len({run.name for run in runs}) < len(runs):
+        raise StudyError(f"{file}: expected a name of its own for each run, CONDITION-NETWORK-"
+                         "METHOD-sSEED has some twice")  # fmt: skip
+    if len({run.config.validation_images for run in runs}) > 1:
+        raise StudyError(f"{file}: validation_images: expected the same for all runs, which a "
+                         "table compares; set it in [train] only")  # fmt: skip
+    return Study(
+        name=path.stem,
+        title=content["title"],
+        description=" ".join(content.get("description", "").split()),
+        baseline=content["baseline"],
+        compare=tuple((first, second) for first, second in compare),
+        jobs=content.get("jobs"),
+        threads=content.get("threads"),
+        train=train,
+        conditions=conditions,
+        networks=networks,
+        methods=methods,
+        runs=runs,
+    )
+
+
+def _runs(
+    file: str,
+    train: Mapping[str, Any],
+    conditions: Mapping[str, Part],
+    networks: Mapping[str, Part],
+    methods: Mapping[str, Method],
+) -> list[PlannedRun]:
+    runs = []
+    for seed in range(1, max(method.seeds for method in methods.values()) + 1):
+        for condition in conditions.values():
+            for network in networks.values():
+                for method in methods.values():
+                    if (
+                        seed > method.seeds
+                        or condition.name not in method.conditions
+                        or network.name not in method.networks
+                    ):
+                        continue
+                    layers = [
+                        ("train", train),
+                        (f"conditions.{condition.name}", condition.settings),
+                        (f"networks.{network.name}", network.settings),
+                        (f"methods.{method.name}", method.settings),
+                    ]
+                    config = _config(file, layers, seed)
+                    runs.append(PlannedRun(condition.name, network.name, method.name, config))
+    return runs
+
+
+def _config(file: str, layers: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> TrainConfig:
+    merged: dict[str, Any] = {}
+    for _, settings in layers:
+        merged |= settings
+    try:
+        return TrainConfig(**merged, seed=seed)
+    except (TypeError, ValueError) as error:
+        name = str(error).partition(":")[0]
+        tables = [table for table, settings in layers if name in settings]
+        raise StudyError(f"{file}: [{(tables or [layers[-1][0]])[-1]}] {error}") from error
+
+
+def _part(file: str, key: str, table: Mapping[str, Any], besides: Sequence[str] = ()) -> Part:
+    name = key.partition(".")[2]
+    title = _check(file, f"[{key}] title", table.get("title", name), str)
+    settings = {k: value for k, value in table.items() if k not in ("title", *besides)}
+    return Part(name, title, _settings(file, key, settings))
+
+
+def _settings(file: str, key: str, table: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in _check(file, f"[{key}]", table, dict):
+        if name in GIVEN:
+            raise StudyError(f"{file}: [{key}] {name}: every run is given its own; leave it out")
+        if name not in SETTINGS:
+            raise StudyError(f"{file}: [{key}] {name}: expected a setting of imcl-train, whose "
+                             "--help lists them")  # fmt: skip
+    return table
+
+
+def _named(file: str, key: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    tables = _check(file, f"[{key}]", content[key], dict)
+    if not tables:
+        raise StudyError(f"{file}: [{key}]: expected at least one table [{key}.NAME]")
+    for name, table in tables.items():
+        if not NAME.fullmatch(name):
+            raise StudyError(f"{file}: [{key}.{name}]: expected a name of a-z, 0-9 and -")
+        _check(file, f"[{key}.{name}]", table, dict)
+    return tables
+
+
+def _names(
+    file: str, key: str, value: Sequence[str] | None, known: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Names that must be ``known``; None is all of them."""
+    if value is None:
+        return tuple(known)
+    for name in _check(file, key, value, list):
+        if not isinstance(name, str) or name not in known:
+            raise StudyError(f"{file}: {key}: expected one of {', '.join(known)}, got {name!r}")
+    return tuple(value)
+
+
+def _check(file: str, key: str, value: Any, kind: type) -> Any:
+    if type(value) is not kind:  # a bool is no number of seeds
+        got = "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+        raise StudyError(f"{file}: {key}: expected {kind.__name__}, got {got}")
+    return value
