@@ -26,7 +26,7 @@ ON_EVERY_DEVICE := tests/test_triton.py tests/test_pairwise.py tests/test_consis
     tests/test_autograd.py
 AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
 
-.PHONY: demo test lint bench bench-quick bench-check gpu format clean
+.PHONY: demo test lint bench bench-quick bench-check accuracy gpu format clean
 
 demo: $(READY)
 	$(RUN) -m imcl_fast.demo
@@ -56,6 +56,11 @@ bench-quick: $(READY)
 # Instruction counts of the C++ kernels against bench/baseline.json; needs valgrind.
 bench-check: $(READY)
 	$(RUN) -m bench --check
+
+# What is left of the accuracy study on a CPU, about two hours of two cores; it goes on where it
+# was interrupted. The results lie in bench/accuracy/results and fill docs/accuracy.md.
+accuracy: $(READY)
+	$(RUN) -m bench.accuracy
 
 # For a machine with a GPU and its own torch: tests there, then measurements, into $OUT.
 gpu: $(READY)

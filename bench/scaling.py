@@ -48,8 +48,8 @@ AXES = (
 # Rows of a weight of this many columns, under a penalty that has no form without the N x N.
 MEMORY_ROWS = (1024, 2048, 4096, 8192, 16384, 32768)
 MEMORY_COLUMNS = 64
-# About what each peaks at, in N x N float32; it isn't run where that is more than most of the
-# memory there is.
+# About what each peaks at, in N x N float32 (the fused CPU kernels keep none); it isn't run where
+# that is more than most of the memory there is.
 COPIES = {"auto": 3.2, "torch": 7, "reference": 5}
 MOST_OF_MEMORY = 0.75
 
