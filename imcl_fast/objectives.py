@@ -83,12 +83,13 @@ def build(
         method: ``"imcl"``, the chosen ways of ``IMCL``, or ``CrossEntropy`` if there are none;
             ``"song-chai-2"`` and ``"song-chai-4"``, ``MultiHead`` with as many heads;
             ``"mutual-exits"``, auxiliary classifiers and the network's own that all teach
-            each other (after arXiv 1906.00675): ``IMCL`` with multi-layer consistency only
-            and pairwise teachers.
+            each other (after arXiv 1906.00675): ``IMCL`` with multi-layer consistency only,
+            pairwise teachers and weight 1.
         model: maps x to logits (B, K).
         example_input: a batch as ``model`` takes it.
         ways: those of ``"imcl"`` that are on, of ``WAYS``; other methods have none to choose.
-        weights: by way; the others keep the defaults of ``IMCL``. 0 leaves a way out.
+        weights: by way; the others keep the defaults of ``IMCL`` and of ``method``. 0 leaves a
+            way out.
         label_smoothing: in [0, 1), of every cross entropy.
         shard_kernels: see ``IMCL``; without kernel similarity it does nothing.
         impl: see ``functional``.
@@ -118,6 +119,7 @@ def build(
         )
     if method == "mutual-exits":
         ways = ("multilayer",)
+        weights = {"multilayer": 1.0, **(weights or {})}
         options.setdefault("multilayer_teacher", "pairwise")
     chosen = _weights(ways, weights or {})
     if all(chosen.get(way) == 0 for way in WAYS):

@@ -11,6 +11,7 @@ from typing import Any
 
 from imcl_fast.ilr import MultiHead
 from imcl_fast.imcl import IMCL
+from imcl_fast.objectives import WAYS
 from imcl_fast.training.config import TrainConfig
 
 
@@ -60,12 +61,17 @@ class PlannedRun:
     @property
     def fingerprint(self) -> str:
         """A short hash of what results depend on: the settings that aren't at their defaults, for
-        one that is new to ``TrainConfig`` doesn't make old results stale, and the objective's own
-        defaults, which stand for those that are left to it."""
+        one that is new to ``TrainConfig`` doesn't make old results stale; the weight of each way
+        that is on, whoever chose it; and the objective's own defaults, which stand for the
+        settings that are left to it."""
         default = TrainConfig()
         settings = self.config.as_json()
         told = {name: settings[name] for name in default.differences(self.config)}
-        told["objective"] = _objective_defaults(self.config)
+        told["objective"] = left = _objective_defaults(self.config)
+        if self.config.method == "imcl":
+            defaults = {way: left.pop(f"{way}_weight", None) for way in WAYS}
+            told["weights"] = {way: self.config.weights.get(way, defaults[way])
+                               for way in self.config.ways}  # fmt: skip
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
 
