@@ -251,15 +251,15 @@ def collaborative_consistency(
 def _pairwise(
     xs: list[Tensor], penalty: str, center: bool, eps: float, batched: bool, impl: str
 ) -> Tensor:
+    device = xs[0].device
+    impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
     options = PairwiseOptions(
         penalty=validation.choice("penalty", penalty, PENALTIES),
         center=center,
         eps=validation.number("eps", eps, low=0, high=float("inf")),
         batched=batched,
-        precision=_precision(xs[0].device.type),
+        precision=_precision(device.type),
     )
-    device = xs[0].device
-    impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
     with without_autocast(device):
         if impl == "reference":
             return reference.pairwise_penalty(

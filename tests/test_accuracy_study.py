@@ -237,7 +237,8 @@ def test_settings_are_screened_on_held_out_images_and_on_those_only() -> None:
     final, screening = study_file.load("cpu"), study_file.load("cpu-screening")
     assert screening.held_out == 5000
     assert [n for n in study_file.names() if study_file.load(n).held_out] == ["cpu-screening"]
-    assert screening.train == {**final.train, "validation_images": 5000}
+    apart = {"validation_images": 5000, "evaluate_every": 5}
+    assert screening.train == {**final.train, **apart}
     assert screening.conditions == final.conditions
 
 

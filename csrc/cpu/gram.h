@@ -6,6 +6,7 @@
 
 namespace imcl {
 inline namespace IMCL_ISA {
+namespace {  // what is handed to Parallel must be no symbol that ISA levels could share
 
 inline constexpr int64_t kDepthBlock = 256;  // k packed at a time by a Gram: panels stay in L2
 
@@ -79,5 +80,6 @@ void gram(const Source<T>& x, int64_t lanes, int64_t depth, AccOf<T>* g, int64_t
   }
 }
 
+}  // namespace
 }  // namespace IMCL_ISA
 }  // namespace imcl

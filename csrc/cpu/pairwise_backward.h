@@ -6,6 +6,7 @@
 
 namespace imcl {
 inline namespace IMCL_ISA {
+namespace {  // what is handed to Parallel must be no symbol that ISA levels could share
 
 // x[first + i], i < n, to an axis of a tensor.
 template <class T>
@@ -191,5 +192,6 @@ struct Backward {
   }
 };
 
+}  // namespace
 }  // namespace IMCL_ISA
 }  // namespace imcl

@@ -6,6 +6,7 @@
 
 namespace imcl {
 inline namespace IMCL_ISA {
+namespace {  // what is handed to Parallel must be no symbol that ISA levels could share
 
 template <Penalty P, class V>
 IMCL_INLINE V phi(V c) {
@@ -150,5 +151,6 @@ double forward_signed(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseS
   return scale * (sum - static_cast<double>(live));
 }
 
+}  // namespace
 }  // namespace IMCL_ISA
 }  // namespace imcl

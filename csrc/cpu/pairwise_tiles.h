@@ -12,6 +12,7 @@
 
 namespace imcl {
 inline namespace IMCL_ISA {
+namespace {  // what is handed to Parallel must be no symbol that ISA levels could share
 
 template <class T>
 class Tiles {
@@ -150,5 +151,6 @@ void backward_tiles(const Matrix<T>& x, const Matrices& m, T* dx, State<AccOf<T>
   tiles.gradient(m.scale * grad, parallel, emit);
 }
 
+}  // namespace
 }  // namespace IMCL_ISA
 }  // namespace imcl
