@@ -231,8 +231,7 @@ inline void pack_pairs(const Source<BFloat16>& x, int64_t first_lane, int64_t la
           std::memcpy(&v[i], x.data + x.lane[lane0 + i] + first_k + 2 * j, sizeof v[i]);
         transpose<float>(v);
 #pragma GCC unroll 16
-        for (int i = 0; i < width; ++i)
-          std::memcpy(column + (j + i) * panel, &v[i], sizeof v[i]);
+        for (int i = 0; i < width; ++i) std::memcpy(column + (j + i) * panel, &v[i], sizeof v[i]);
       }
     }
     for (; 2 * j < depth; ++j) {

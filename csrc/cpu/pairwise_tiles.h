@@ -84,8 +84,8 @@ class Tiles {
       for (int64_t d = 0; d < columns_; ++d)
         for (int v = 0; v < kVectors; ++v) {
           Acc* at = y + d * panel + v * width;
-          store(at, load(at) - diagonal[v] * inverse[v] * inverse[v] *
-                                   load(x + d * panel + v * width));
+          store(at,
+                load(at) - diagonal[v] * inverse[v] * inverse[v] * load(x + d * panel + v * width));
         }
       emit(p, y);
     });
