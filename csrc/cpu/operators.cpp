@@ -76,26 +76,28 @@ void* advised(const Tensor& x) {
 // Axes of strided tensors; keeps the offset tables of those that don't collapse.
 class Axes {
  public:
-  // Dimensions [first, last) of x as one axis, the last running fastest.
-  Axis of(const Tensor& x, int64_t first, int64_t last) {
+  using Dimensions = std::vector<int64_t>;
+
+  // These dimensions of x as one axis, the last running fastest.
+  Axis of(const Tensor& x, const Dimensions& dimensions) {
     const auto sizes = x.sizes(), strides = x.strides();
     int64_t stride = 1, expected = 0, count = 1;
     bool seen = false, collapses = true;
-    for (int64_t d = last - 1; d >= first; --d) {
-      count *= sizes[d];
-      if (sizes[d] == 1) continue;
-      if (!seen) stride = strides[d];
-      else if (strides[d] != expected) collapses = false;
+    for (auto d = dimensions.rbegin(); d != dimensions.rend(); ++d) {
+      count *= sizes[*d];
+      if (sizes[*d] == 1) continue;
+      if (!seen) stride = strides[*d];
+      else if (strides[*d] != expected) collapses = false;
       seen = true;
-      expected = strides[d] * sizes[d];
+      expected = strides[*d] * sizes[*d];
     }
     if (collapses) return {stride, nullptr};
     std::vector<int64_t>& table = tables_.emplace_back(static_cast<std::size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
       int64_t rest = i, offset = 0;
-      for (int64_t d = last - 1; d >= first; --d) {
-        offset += rest % sizes[d] * strides[d];
-        rest /= sizes[d];
+      for (auto d = dimensions.rbegin(); d != dimensions.rend(); ++d) {
+        offset += rest % sizes[*d] * strides[*d];
+        rest /= sizes[*d];
       }
       table[static_cast<std::size_t>(i)] = offset;
     }
@@ -108,6 +110,17 @@ class Axes {
 
 // ---- the pairwise cosine penalty ----
 
+// The dimensions of a row, from the one that is the slowest in memory to the fastest: a cosine
+// doesn't care for their order, and a channels_last weight then has dense rows as well.
+Axes::Dimensions columns_of(const Tensor& x, bool batched) {
+  Axes::Dimensions columns;
+  for (int64_t d = batched ? 2 : 1; d < x.dim(); ++d) columns.push_back(d);
+  const auto strides = x.strides();
+  std::stable_sort(columns.begin(), columns.end(),
+                   [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  return columns;
+}
+
 Matrices matrices_of(const Tensor& x, bool batched, std::size_t layers, Axes& axes) {
   STD_TORCH_CHECK(x.dim() >= (batched ? 2 : 1), "xs: expected (B, N, *) or (N, *)");
   Matrices m{};
@@ -119,9 +132,9 @@ Matrices matrices_of(const Tensor& x, bool batched, std::size_t layers, Axes& ax
   m.columns = 1;
   for (int64_t d = row + 1; d < x.dim(); ++d) m.columns *= x.size(d);
   m.x = x.const_data_ptr();
-  m.batch_axis = batched ? axes.of(x, 0, 1) : Axis{0, nullptr};
-  m.row_axis = axes.of(x, row, row + 1);
-  m.column_axis = axes.of(x, row + 1, x.dim());
+  m.batch_axis = batched ? axes.of(x, {0}) : Axis{0, nullptr};
+  m.row_axis = axes.of(x, {row});
+  m.column_axis = axes.of(x, columns_of(x, batched));
   m.scale = scale_of(layers, m.batch, m.rows);
   return m;
 }
@@ -167,9 +180,9 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
     const Tensor& dx = gradients.emplace_back(torch::stable::empty_like(xs[i]));
     const int64_t row = batched ? 1 : 0;
     m.dx = advised(dx);
-    m.dx_batch_axis = batched ? axes.of(dx, 0, 1) : Axis{0, nullptr};
-    m.dx_row_axis = axes.of(dx, row, row + 1);
-    m.dx_column_axis = axes.of(dx, row + 1, dx.dim());
+    m.dx_batch_axis = batched ? axes.of(dx, {0}) : Axis{0, nullptr};
+    m.dx_row_axis = axes.of(dx, {row});
+    m.dx_column_axis = axes.of(dx, columns_of(xs[i], batched));
     m.state = const_cast<void*>(state[i].const_data_ptr());
     STD_TORCH_CHECK(state[i].numel() == m.batch * state_size(settings, m.rows, m.columns),
                     "state: expected the state that pairwise_forward returned");
