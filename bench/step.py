@@ -53,13 +53,15 @@ class Step:
     size: int = 32
     bfloat16: bool = False  # autocast
     methods: tuple[str, ...] = tuple(MAIN)
+    rounds: int = 4  # at least
 
     @property
     def name(self) -> str:
         dtype = "bfloat16 autocast" if self.bfloat16 else "float32"
+        compiled = ", compiled" if PLAIN_COMPILED in self.methods else ""
         return (
             f"{self.network}, width {self.width}, {self.size}x{self.size}, "
-            f"batch {self.batch}, {dtype}"
+            f"batch {self.batch}, {dtype}{compiled}"
         )
 
 
@@ -68,7 +70,8 @@ def steps(quick: bool) -> list[Step]:
         return [Step("resnet18", 32, width=32)]
     few = (PLAIN, "four ways, torch", FUSED)
     return [
-        Step("resnet18", 128),
+        # What is quoted: with fewer rounds its overhead varies by several points.
+        Step("resnet18", 128, rounds=12),
         Step("resnet18", 64, width=32, methods=(*few, *ANCESTORS, *SHARES)),
         Step("resnet18", 64, width=32, methods=tuple(COMPILED)),
         Step("resnet18", 128, bfloat16=True, methods=few),
@@ -78,7 +81,9 @@ def steps(quick: bool) -> list[Step]:
     ]
 
 
-def measure(step: Step, device: torch.device, seconds: float, *, fewest: int = 4) -> dict:
+def measure(
+    step: Step, device: torch.device, seconds: float, *, fewest: int | None = None
+) -> dict:
     """Per method: seconds, images per second, and what it adds to the plain step.
 
     ``overhead`` is the median over rounds of the method's time over the plain one's in the
@@ -95,7 +100,7 @@ def measure(step: Step, device: torch.device, seconds: float, *, fewest: int = 4
             runs[name] = _run(step, name, device)
         except Exception as error:  # the reason goes into the report
             left_out[name] = f"{type(error).__name__}: {error}"
-    times = interleaved(runs, seconds, fewest=fewest, most=30, warm_up=1)
+    times = interleaved(runs, seconds, fewest=fewest or step.rounds, most=30, warm_up=1)
     base = PLAIN_COMPILED if PLAIN_COMPILED in runs else PLAIN
     peaks = {name: peak_bytes(lambda run=run: run(0), device) for name, run in runs.items()}
     methods = {}

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from bench import competitors, instructions, memory, operations, render, roofline, scaling, shapes
-from bench.rows import Row, consistency
+from bench.rows import Row, consistency, rows
+from bench.step import steps
 from bench.timing import interleaved, quartiles, sets_needed
 
 CPU = torch.device("cpu")
 TINY = Row("representation", "tiny", ((2, 8, 4, 4), (2, 6, 3, 3)))
 RATES = {"copy_bytes_per_s": 1e9, "float32_flops_per_s": 1e9, "bfloat16_flops_per_s": 4e9}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_no_two_results_have_the_same_name(quick: bool) -> None:
+    for names in ([row.name for row in rows(quick)], [step.name for step in steps(quick)]):
+        assert len(set(names)) == len(names)
 
 
 # ---- the gate --------------------------------------------------------------------------

@@ -65,6 +65,7 @@ struct PairwiseCase {
   DType dtype;
   int64_t batch, rows, columns;
   bool center, channels_last;
+  imcl::Penalty penalty = imcl::Penalty::kSquare;
 };
 constexpr PairwiseCase kPairwise[] = {
     {"representation 64 x 1024 float32", DType::kFloat32, 2, 64, 1024, false, false},
@@ -73,12 +74,12 @@ constexpr PairwiseCase kPairwise[] = {
     {"representation 64 x 1024 bfloat16", DType::kBFloat16, 2, 64, 1024, false, false},
     {"representation 512 x 16 float32", DType::kFloat32, 2, 512, 16, false, false},
     {"kernel 256 x 1152 float32", DType::kFloat32, 1, 256, 1152, false, false},
+    {"kernel 512 x 64 float32 abs", DType::kFloat32, 1, 512, 64, false, false, imcl::Penalty::kAbs},
 };
 
 void run(const PairwiseCase& c, bool backward) {
   const int64_t matrix = c.rows * c.columns;
-  const imcl::PairwiseSettings settings{imcl::Penalty::kSquare, c.center, 1e-12,
-                                        imcl::Precision::kHighest};
+  const imcl::PairwiseSettings settings{c.penalty, c.center, 1e-12, imcl::Precision::kHighest};
   Values x(c.dtype, c.batch * matrix), dx(c.dtype, c.batch * matrix);
   Values state(DType::kFloat32, c.batch * imcl::state_size(settings, c.rows, c.columns));
   const imcl::Axis batch{matrix, nullptr};
