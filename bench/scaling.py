@@ -105,6 +105,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     with plt.rc_context({"svg.hashsalt": "imcl_fast", "font.size": 9}):
         figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
@@ -113,6 +114,9 @@ def plot(results: dict[str, dict], path: Path) -> None:
                 values, seconds = zip(*line["points"], strict=True)
                 label = f"{name}, slope {line['slope']:.2f}"
                 ax.loglog(values, [1e3 * s for s in seconds], "o-", label=label)
+            # The values measured: matplotlib's own ticks overlap on a short logarithmic axis.
+            ax.set_xticks(values, [f"{value:,d}" for value in values])
+            ax.xaxis.set_minor_locator(NullLocator())
             ax.set_xlabel(quantity)
             ax.set_ylabel("ms, forward and backward")
             ax.legend(fontsize=7)
