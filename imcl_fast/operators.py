@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .algebra.consistency import REDUCE_NONE
-from .algebra.pairwise import ABS, SIGNED, is_dual
+from .algebra.pairwise import ABS, SIGNED, SQUARE, is_dual
 from .kernels.plan import state_size
 
 LIBRARY = Path(__file__).with_name("_operators.so")
@@ -82,7 +82,7 @@ def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
             size = d + n + means
         elif is_dual(penalty, n, d):
             size = d * d + n + means
-        elif penalty == ABS and 2 * d <= n:
+        elif penalty == ABS and is_dual(SQUARE, n, d):  # in tiles
             size = n + means
         else:
             size = n * n + means

@@ -24,7 +24,8 @@ struct Matrices {
 // where the dual form would be taken if the penalty had one. So no state is larger than twice
 // X, and the tall matrices are quicker for it, for A would not stay in cache.
 IMCL_INLINE bool in_tiles(const PairwiseSettings& settings, int64_t rows, int64_t columns) {
-  return settings.penalty == Penalty::kAbs && 2 * columns <= rows;
+  return settings.penalty == Penalty::kAbs &&
+         form_of(Penalty::kSquare, rows, columns) == Form::kDual;
 }
 
 // State of one matrix: A (rows^2), or in tiles 1/n | M (columns^2), 1/n | s (columns), 1/n;
