@@ -16,7 +16,7 @@ from imcl_fast.training.errors import DiskFullError
 from imcl_fast.training.flags import Parser
 
 from ..render import MarkerError, fill_places
-from . import results, runs, study_file, tables
+from . import penalties, results, runs, study_file, tables
 from .analysis import Analysis
 from .plot import plot
 from .progress import Progress
@@ -87,8 +87,9 @@ def publish(folder: Path) -> None:
         planned = study_file.load(name)
         store = results.Store(folder / f"{name}.csv", planned)
         analyses[name] = Analysis(planned, store.results.values())
+    places = {**tables.places(analyses), **penalties.places(folder)}
     for document in DOCUMENTS:
-        filled = fill_places(document, "accuracy", tables.places(analyses))
+        filled = fill_places(document, "accuracy", places)
         print(f"{document.relative_to(ROOT)}: {', '.join(filled) or 'has no place for a table'}")
     for name, found in analyses.items():
         if found.results and not found.study.held_out:
