@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.accuracy import __main__ as command
-from bench.accuracy import plot, results, runs, study_file, tables
+from bench.accuracy import penalties, plot, results, runs, study_file, tables
 from bench.accuracy.analysis import Analysis
 from bench.accuracy.progress import Progress
 from bench.accuracy.results import Result, Store
@@ -607,9 +607,10 @@ def test_the_document_has_places_for_tables_that_exist(tmp_path) -> None:
     document = tmp_path / "accuracy.md"
     shutil.copy(command.ROOT / "docs/accuracy.md", document)
     studies = {name: Analysis(study_file.load(name), []) for name in study_file.names()}
-    filled = fill_places(document, "accuracy", tables.places(studies))
+    places = {**tables.places(studies), **penalties.places(tmp_path)}
+    filled = fill_places(document, "accuracy", places)
     assert {place.partition(":")[0] for place in filled} == {
-        "cpu", "cpu-regimes", "cpu-screening", "gpu",
+        "cpu", "cpu-regimes", "cpu-screening", "gpu", "penalties",
     }  # fmt: skip
     assert "(accuracy-cpu" not in document.read_text()  # no link to a plot that isn't there
 
