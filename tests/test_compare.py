@@ -2,7 +2,10 @@
 
 import csv
 import math
+import os
 import statistics
+import subprocess
+import sys
 
 import pytest
 from run_folders import WAYS, write_run
@@ -190,3 +193,16 @@ def test_the_quantiles_are_student_s():
     assert interval(values)[1:3] == pytest.approx((low, high), abs=1e-4)
     with pytest.raises(ValueError, match="expected at least 1"):
         interval([])
+
+
+def test_a_reader_that_has_left_is_no_error(runs, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "imcl_fast.reports.compare", *runs]
+    table = tmp_path / "all.csv"
+    done = subprocess.run(
+        [*command, "--csv", str(table)], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert table.exists()

@@ -18,7 +18,7 @@ from .groups import Group, NotComparable, group
 from .page import heading, page, paragraph, table
 from .paired import deviation
 from .run import Run, UnreadableRun, read_run
-from .table import number, text_table
+from .table import number, show, text_table
 
 NOTE = (
     "Accuracies are of the last epoch unless it says best: mean +- standard deviation over "
@@ -57,7 +57,7 @@ def _compare(options: argparse.Namespace) -> int:
         raise NotComparable("expected at least one finished run, got none")
     groups = group(runs, options.baseline)
     head, lines = summary_table(groups)
-    print(text_table(head, lines))
+    show(text_table(head, lines))
     for path, content in (
         (options.csv, lambda: as_csv(groups)),
         (options.html, lambda: as_html(groups)),

@@ -20,7 +20,7 @@ from ..training.flags import Parser
 from . import charts
 from .networks import Found, UnknownNetwork, find
 from .redundancy import profile
-from .table import number, text_table
+from .table import number, show, text_table
 
 HEAD = ["layer", "kind", "N x D", "mean |cos|", "mean cos^2", "Welch", "dead %", "eff. rank"]
 
@@ -48,7 +48,7 @@ def _inspect(options: argparse.Namespace) -> int:
             f"{options.name}: can't run on images {tuple(images.shape[1:])}; try another "
             f"--image-size ({str(error).splitlines()[0]})"
         ) from error
-    print(text_table(HEAD, [_line(layer) for layer in layers], left=2))
+    show(text_table(HEAD, [_line(layer) for layer in layers], left=2))
     if options.json is not None:
         files.write_json(options.json, layers)
     if options.plot is not None:

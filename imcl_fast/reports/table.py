@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 
@@ -23,3 +25,13 @@ def number(value: object, form: str = ".4f", scale: float = 1.0) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "-"
     return format(scale * value, form)
+
+
+def show(text: str) -> None:
+    """Print ``text``. A reader that has left, as ``head`` does, is no error: it has what it
+    wanted, and what else there is to do is done."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Or Python, which flushes once more when it ends, would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
