@@ -610,7 +610,7 @@ def test_the_document_has_places_for_tables_that_exist(tmp_path) -> None:
     places = {**tables.places(studies), **penalties.places(tmp_path)}
     filled = fill_places(document, "accuracy", places)
     assert {place.partition(":")[0] for place in filled} == {
-        "cpu", "cpu-regimes", "cpu-screening", "gpu", "penalties",
+        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "gpu", "penalties",
     }  # fmt: skip
     assert "(accuracy-cpu" not in document.read_text()  # no link to a plot that isn't there
 
@@ -656,7 +656,7 @@ def test_studies_of_other_data_train_on_their_files(name, tmp_path) -> None:
         assert summary["dataset"] == name and summary["measured_on"] == "test"
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu-regimes", "cpu-screening", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "gpu"])
 def test_every_method_of_a_study_can_be_built(name, tmp_path) -> None:
     study = study_file.load(name)
     data_files.write_fashion_mnist(tmp_path)

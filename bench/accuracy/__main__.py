@@ -88,11 +88,13 @@ def publish(folder: Path) -> None:
         store = results.Store(folder / f"{name}.csv", planned)
         analyses[name] = Analysis(planned, store.results.values())
     places = {**tables.places(analyses), **penalties.places(folder)}
+    shown: set[str] = set()
     for document in DOCUMENTS:
         filled = fill_places(document, "accuracy", places)
         print(f"{document.relative_to(ROOT)}: {', '.join(filled) or 'has no place for a table'}")
+        shown.update(filled)
     for name, found in analyses.items():
-        if found.results and not found.study.held_out:
+        if found.results and f"{name}:plot" in shown:
             plot(found, ROOT / "docs" / tables.plot_name(name))
 
 
