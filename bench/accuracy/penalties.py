@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from imcl_fast.imcl import IMCL
+from imcl_fast.layers import find_kernels
 from imcl_fast.reports.redundancy import profile
 from imcl_fast.training import files
 from imcl_fast.training.config import TrainConfig
@@ -82,8 +83,7 @@ def penalty(network: nn.Module, images: Tensor, labels: Tensor, way: str) -> dic
     """
     others = {f"{w}_weight": 0.0 for w in ("output", "multilayer", *PENALTIES) if w != way}
     objective = IMCL(copy.deepcopy(network), images[:2], **others).train()
-    names = IMCL(copy.deepcopy(network), images[:2]).kernels
-    weights = [objective.model.get_submodule(name).weight for name in names]
+    weights = [objective.model.get_submodule(name).weight for name in find_kernels(network)]
     output = objective(images, labels)
     both = torch.autograd.grad(output.loss, weights)
     plain = torch.autograd.grad(
@@ -98,7 +98,7 @@ def penalty(network: nn.Module, images: Tensor, labels: Tensor, way: str) -> dic
 
 def kernels(network: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     """What ``profile`` says of the layers that way 4 looks at."""
-    names = IMCL(copy.deepcopy(network), images[:2]).kernels
+    names = find_kernels(network)
     return [
         {key: layer[key] for key in ("name", "rows", "columns", "mean_square_cos", "welch_bound",
                                      "effective_rank")}
@@ -201,11 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
     }  # fmt: skip
     for run in study_file.load(STUDY).runs:
         if (run.network, run.seed) == (NETWORK, SEED) and run.method in METHODS:
-            config = replace(
-                run.config, data_root=args.data_root, tensorboard=False, report=False,
-                measure_ways=False,
-            )  # fmt: skip
-            one = {"condition": run.condition, "method": run.method, **measure(config)}
+            one = {"condition": run.condition, "method": run.method,
+                   **measure(replace(run.config, data_root=args.data_root))}  # fmt: skip
             found["runs"].append(one)
             print(f"{run.name}: {100 * one['accuracy']:.2f} %, {one['seen'][-1]}")
     files.write_json(results.FOLDER / FILE, found)
