@@ -151,6 +151,13 @@ class TrainConfig:
         option="layers",
         metavar="PATHS",
     )
+    kernels: tuple[str, ...] | None = _set(
+        None,
+        "comma-separated module paths whose weights take part in kernel similarity",
+        OBJECTIVE,
+        option="kernels",
+        metavar="PATHS",
+    )
     views: int | None = _set(None, "dropout views", OBJECTIVE, low=2, option="views")
     dropout: float | None = _set(
         None, "of the views", OBJECTIVE, low=0, high=1, open_high=True, option="dropout"
