@@ -90,10 +90,7 @@ class IMCL(nn.Module):
             changed between steps.
         classifier: path of the nn.Linear that computes the logits. None finds it.
         kernels: paths of the modules whose ``weight`` takes part in kernel similarity.
-            None takes the convolutions with kernels of more than one pixel, but for those
-            that have more kernels than weights in each (a stem of few input channels, a
-            depthwise convolution), which can't all be unlike; where there is none, the
-            one-pixel convolutions that can.
+            None takes all convolutions with kernels of more than one pixel.
         views: number of dropout views, at least 2.
         dropout: probability of the views' dropout (none in eval mode).
         output_temperature, multilayer_temperature: T of the two consistencies.
@@ -439,8 +436,7 @@ def _kernels(model: nn.Module, kernels: Sequence[str] | None) -> list[str]:
     chosen = find.find_kernels(model) if kernels is None else find.check_kernels(model, kernels)
     if not chosen:
         raise ValueError(
-            "kernels: expected at least one convolution with 2 kernels or more, and no more "
-            "than the weights in each (others can't all be unlike), found none; name the "
-            "modules or pass kernel_weight=0"
+            "kernels: expected at least one convolution with kernels of more than one pixel, "
+            "found none; name the modules or pass kernel_weight=0"
         )
     return chosen

@@ -233,25 +233,15 @@ def check_classifier(trace: Trace, name: str) -> str:
 
 
 def find_kernels(model: nn.Module) -> list[str]:
-    """The convolutions with kernels larger than one pixel that can all be unlike.
-
-    At least two kernels, and no more than the weights in each: N vectors in D < N dimensions
-    have a mean squared cosine of (N - D) / (D (N - 1)) or more (Welch), and to be held there
-    costs accuracy. So stems of a few channels and depthwise convolutions are left out. Where
-    that leaves nothing, as in MobileNets, it is the one-pixel convolutions, by the same rule.
-    """
-    found = {
-        name: max(module.kernel_size) > 1
+    """The convolutions with kernels larger than one pixel and at least two of them."""
+    return [
+        name
         for name, module in model.named_modules()
         if isinstance(module, _ConvNd)
         and not isinstance(module, _ConvTransposeNd)  # its rows are input channels
-        and 1 < module.out_channels <= _weights_per_kernel(module)
-    }
-    return [name for name, larger in found.items() if larger] or list(found)
-
-
-def _weights_per_kernel(module: _ConvNd) -> int:
-    return module.in_channels // module.groups * math.prod(module.kernel_size)
+        and max(module.kernel_size) > 1
+        and module.out_channels > 1
+    ]
 
 
 def check_kernels(model: nn.Module, kernels: Sequence[str]) -> list[str]:

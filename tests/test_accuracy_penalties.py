@@ -99,15 +99,15 @@ def test_looks_follow_the_training():
 def test_tables_have_a_row_for_each_run_and_each_layer(tmp_path):
     look = {"epoch": 0, "kernel": {"value": 0.0123, "share": 0.5},
             "representation": {"value": 0.4, "share": 0.0012}}  # fmt: skip
-    layer = {"name": "conv1", "rows": 4, "columns": 9, "mean_square_cos": 0.3, "welch_bound": 0.0,
-             "effective_rank": 3.0}  # fmt: skip
+    layer = {"name": "conv1", "rows": 4, "columns": 9, "mean_square_cos": 0.3, "welch_bound": 0.0}
     runs = [
         {"condition": condition, "method": method, "accuracy": 0.5,
          "seen": [look, {**look, "epoch": 10}], "before": [layer],
          "after": [{**layer, "mean_square_cos": 0.25}]}
         for condition in ("few", "noise") for method in penalties.METHODS
     ]  # fmt: skip
-    found = {"machine": "some CPU", "torch": "2", "seed": 1, "images": 512, "runs": runs}
+    facts = {"cpu": "some CPU", "torch": "2", "commit": "0123abc", "date": "2026-01-02"}
+    found = {"facts": facts, "seed": 1, "images": 512, "runs": runs}
     (tmp_path / penalties.FILE).write_text(json.dumps(found))
     made = {name: make() for name, make in penalties.places(tmp_path).items()}
     values = made["penalties:values"].splitlines()
@@ -117,7 +117,7 @@ def test_tables_have_a_row_for_each_run_and_each_layer(tmp_path):
     assert made["penalties:layers"].splitlines()[2] == (
         "| conv1 | 4 x 9 | 0.0000 | 0.3000 | 0.2500 | 0.2500 | 0.2500 |"
     )
-    assert "some CPU" in made["penalties:facts"]
+    assert "some CPU, torch 2, commit 0123abc, 2026-01-02" in made["penalties:facts"]
 
 
 def test_without_results_the_places_say_so(tmp_path):

@@ -233,13 +233,23 @@ def test_runs_of_a_seed_differ_by_their_method_alone(name) -> None:
     assert study.methods[study.baseline].seeds == max(m.seeds for m in study.methods.values())
 
 
-def test_settings_are_screened_on_held_out_images_and_on_those_only() -> None:
-    final, screening = study_file.load("cpu"), study_file.load("cpu-screening")
+SCREENINGS = ("cpu-screening", "cpu-wide-screening")
+
+
+@pytest.mark.parametrize("name", SCREENINGS)
+def test_settings_are_screened_on_held_out_images(name) -> None:
+    final, screening = study_file.load("cpu"), study_file.load(name)
     assert screening.held_out == 5000
-    assert [n for n in study_file.names() if study_file.load(n).held_out] == ["cpu-screening"]
-    apart = {"validation_images": 5000, "evaluate_every": 5}
-    assert screening.train == {**final.train, **apart}
+    apart = ("validation_images", "evaluate_every", "width")
+    shared = {key: value for key, value in final.train.items() if key not in apart}
+    assert {**screening.train, **shared} == screening.train
+    assert set(screening.train) - set(shared) <= set(apart)
     assert screening.conditions == final.conditions
+
+
+def test_what_is_no_screening_is_measured_on_test_images() -> None:
+    held_out = [name for name in study_file.names() if study_file.load(name).held_out]
+    assert held_out == list(SCREENINGS)
 
 
 @pytest.mark.parametrize(
@@ -610,7 +620,7 @@ def test_the_document_has_places_for_tables_that_exist(tmp_path) -> None:
     places = {**tables.places(studies), **penalties.places(tmp_path)}
     filled = fill_places(document, "accuracy", places)
     assert {place.partition(":")[0] for place in filled} == {
-        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "gpu", "penalties",
+        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-screening", "gpu", "penalties",
     }  # fmt: skip
     assert "(accuracy-cpu" not in document.read_text()  # no link to a plot that isn't there
 
@@ -656,7 +666,9 @@ def test_studies_of_other_data_train_on_their_files(name, tmp_path) -> None:
         assert summary["dataset"] == name and summary["measured_on"] == "test"
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "gpu"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-screening", "gpu"]
+)
 def test_every_method_of_a_study_can_be_built(name, tmp_path) -> None:
     study = study_file.load(name)
     data_files.write_fashion_mnist(tmp_path)

@@ -581,6 +581,19 @@ def test_layers_and_classifier_are_found(make, size, layers, classifier):
     assert len(widths) == len(layers) - 1 and all(widths)
 
 
+@pytest.mark.parametrize("make", ["resnet18", "vgg16_bn", "mobilenet_v2", "vit_b_16"])
+def test_kernels_larger_than_a_pixel_are_found(make):
+    """With the first layer and depthwise ones, though more than D kernels can't all be unlike in
+    D dimensions: at full width leaving them out lost (docs/accuracy.md)."""
+    with torch.device("meta"):
+        network = getattr(import_torchvision().models, make)()
+        imcl = IMCL(network, torch.empty(2, 3, 224, 224), **only("kernel_weight"))
+    assert imcl.kernels and imcl.kernels == [
+        path for path, m in network.named_modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)
+    ]  # fmt: skip
+
+
 def test_layers_by_path_run_in_the_networks_order(network, batch):
     x, y = batch
     imcl = build(network, x, layers=["features.10", "features.3"], kernels=["features.4", "fc"])

@@ -252,6 +252,7 @@ def test_bad_flags_are_named(capsys, arguments, message):
         ("--ways none --beta 0.3", "beta: .*cross entropy alone"),
         ("--image-size 64 --stem-stride 2", "stem_stride: expected 1 for a ResNet"),
         ("--layers layer9", "layers: the network has no module 'layer9'"),
+        ("--kernels conv9", "kernels: the network has no module 'conv9'"),
         ("--device tpu9", "device: expected one that is there, got 'tpu9'"),
     ],
 )

@@ -31,7 +31,7 @@ from imcl_fast.training.preparation import build_network, prepare_data
 from imcl_fast.training.progress import Observer
 from imcl_fast.training.trainer import Trainer
 
-from ..facts import cpu
+from ..facts import facts
 from ..render import table
 from . import results, study_file
 from .tables import NOT_RUN
@@ -100,11 +100,10 @@ def kernels(network: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     """What ``profile`` says of the layers that way 4 looks at."""
     names = find_kernels(network)
     return [
-        {key: layer[key] for key in ("name", "rows", "columns", "mean_square_cos", "welch_bound",
-                                     "effective_rank")}
+        {key: layer[key] for key in ("name", "rows", "columns", "mean_square_cos", "welch_bound")}
         for layer in profile(network, images[:2])
         if layer["kind"] == "kernel" and layer["name"] in names
-    ]  # fmt: skip
+    ]
 
 
 def measure(config: TrainConfig) -> dict[str, Any]:
@@ -151,15 +150,16 @@ def layers(found: Mapping[str, Any]) -> str:
     return table(head, lines)
 
 
-def facts(found: Mapping[str, Any]) -> str:
+def source(found: Mapping[str, Any]) -> str:
     """Where the figures come from."""
+    made = found["facts"]
     return (
         f"ResNet-18 of the study above, seed {found['seed']}, {found['images']} training images; "
-        f"{found['machine']}, torch {found['torch']}.\n"
+        f"{made['cpu']}, torch {made['torch']}, commit {made['commit']}, {made['date']}.\n"
     )
 
 
-TABLES = {"facts": facts, "values": values, "shares": shares, "layers": layers}
+TABLES = {"facts": source, "values": values, "shares": shares, "layers": layers}
 
 
 def places(folder: Path) -> dict[str, Callable[[], str]]:
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="of the data set")
     args = parser.parse_args(arguments)
     found: dict[str, Any] = {
-        "machine": cpu(), "torch": torch.__version__, "seed": SEED, "images": IMAGES, "runs": [],
+        "facts": facts(torch.device("cpu")), "seed": SEED, "images": IMAGES, "runs": [],
     }  # fmt: skip
     for run in study_file.load(STUDY).runs:
         if (run.network, run.seed) == (NETWORK, SEED) and run.method in METHODS:
