@@ -14,6 +14,7 @@ from training_processes import table
 
 import imcl_fast
 from imcl_fast import TrainConfig, Trainer, data, demo, implementations, models, objectives
+from imcl_fast.training.distributed import Processes
 from imcl_fast.training.errors import (
     CheckpointError,
     DiskFullError,
@@ -27,6 +28,7 @@ from imcl_fast.training.optimization import (
     build_schedule,
     parameter_groups,
 )
+from imcl_fast.training.preparation import build_network, build_objective, prepare_data
 from imcl_fast.training.progress import Console, Observer, epoch_text
 from imcl_fast.training.way_costs import way_seconds
 
@@ -142,6 +144,14 @@ def test_a_network_of_ones_own_is_trained_and_stays_plain(digits):
     assert trainer.network is network
     assert not torch.equal(network[1].weight, before)
     assert summary["last_test_accuracy"] > 0
+
+
+def test_layers_and_kernels_are_those_that_are_named(digits):
+    paths = {"layers": ("layer2", "layer4"), "kernels": ("layer1.0.conv2", "fc")}
+    settings, processes = config(**paths), Processes(0, 1, torch.device("cpu"))
+    network = build_network(settings, digits)
+    objective = build_objective(settings, network, prepare_data(settings, digits), processes)
+    assert {name: tuple(getattr(objective, name)) for name in paths} == paths
 
 
 def test_a_network_for_other_classes_is_refused(digits):
