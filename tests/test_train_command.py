@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from training_processes import SMALL, table
 from imcl_fast import models, objectives, train
 from imcl_fast.training import flags
 from imcl_fast.training.config import SETTINGS, TrainConfig
+from imcl_fast.training.errors import UsageError
+from imcl_fast.training.records import Records
 
 TERMS = [
     "cross_entropy",
@@ -310,10 +313,20 @@ def test_a_configuration_is_the_same_after_json_and_after_flags():
     assert config.label == "output+kernel" and TrainConfig(ways=()).label == "ce"
 
 
+def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_path):
+    config = TrainConfig(width=8, seed=3)
+    content = config.as_json()
+    del content["kernels"], content["ways_warmup_epochs"]
+    assert TrainConfig.from_json(content) == config
+    (tmp_path / "config.json").write_text(json.dumps({**content, "versions": {}, "machine": {}}))
+    Records.claim(tmp_path, replace(config, resume="auto"))
+    with pytest.raises(UsageError, match=r"kernels \(was None, is \('fc',\)\)"):
+        Records.claim(tmp_path, replace(config, resume="auto", kernels=("fc",)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("seed"), "config: settings are missing: seed"),
         (lambda c: c.update(sede=1), "config: unknown settings sede"),
         (lambda c: c.update(seed="1"), r"seed: expected int, got '1' \(str\)"),
         (lambda c: c.update(seed=True), r"seed: expected int, got True \(bool\)"),

@@ -357,18 +357,17 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of ``as_json``.
+        """The inverse of ``as_json``. A setting that a run of an older version didn't have yet
+        is at its default.
 
         Raises:
-            TypeError, ValueError: a setting is unknown, missing, of the wrong type or
-                outside its range.
+            TypeError, ValueError: a setting is unknown, of the wrong type or outside its
+                range.
         """
         if not isinstance(settings, Mapping):
             raise TypeError(f"config: expected an object, got {type(settings).__name__}")
         if unknown := sorted(set(settings) - set(SETTINGS)):
             raise ValueError(f"config: unknown settings {', '.join(unknown)}")
-        if missing := sorted(set(SETTINGS) - set(settings)):
-            raise ValueError(f"config: settings are missing: {', '.join(missing)}")
         return cls(**settings)
 
     @classmethod
