@@ -175,6 +175,21 @@ def test_accumulating_two_batches_is_training_on_both(digits):
     assert not torch.equal(weights(50, 3), weights(50, 4))
 
 
+@pytest.mark.parametrize("ways", [(), objectives.WAYS], ids=["cross entropy", "four ways"])
+def test_steps_are_no_longer_than_the_clipped_gradient_allows(digits, ways):
+    steps = dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, schedule="constant", lr=0.5)
+    steps |= dict(train_images=50, seed=3, ways=ways)  # one step
+    torch.manual_seed(3)  # the weights that Trainer begins with
+    network = build_network(config(**steps), digits)
+    start = torch.cat([p.detach().flatten() for p in network.parameters()])
+    free = trained(digits, **steps) - start
+    short = trained(digits, clip_norm=1e-3, **steps) - start
+    # Heads have a share of the norm, and none is longer than what is allowed.
+    assert 0 < short.norm() <= 1.001e-3 * 0.5 < free.norm()
+    torch.testing.assert_close(short / short.norm(), free / free.norm(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(trained(digits, clip_norm=1e6, **steps) - start, free)
+
+
 def test_the_moving_average_is_what_is_measured(digits, tmp_path):
     settings = config(ways=(), ema=0.5, epochs=2, run_dir=tmp_path / "run")
     network = small_network()

@@ -202,6 +202,14 @@ class TrainConfig:
     weight_decay: float = _set(
         5e-4, "of all but normalisation parameters and biases", OPTIMIZATION, low=0
     )
+    clip_norm: float | None = _set(
+        None,
+        "highest L2 norm of an optimizer step's whole gradient, unbounded by default",
+        OPTIMIZATION,
+        low=0,
+        open_low=True,
+        metavar="NORM",
+    )
     schedule: str = _set(
         "cosine",
         "of the learning rate; step divides it by 10 after 1/2 and 3/4 of the steps",

@@ -12,6 +12,7 @@ from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.dataset import Split
@@ -189,6 +190,12 @@ class Loop:
                 own.add(values)
             state.sums.add(values)
         self.last_batch = group[-1]
+        if self.config.clip_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            clip_grad_norm_(
+                [p for g in state.optimizer.param_groups for p in g["params"]],
+                self.config.clip_norm,
+            )
         state.scaler.step(state.optimizer)
         state.scaler.update()
         with warnings.catch_warnings():
