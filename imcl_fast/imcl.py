@@ -90,7 +90,9 @@ class IMCL(nn.Module):
             changed between steps.
         classifier: path of the nn.Linear that computes the logits. None finds it.
         kernels: paths of the modules whose ``weight`` takes part in kernel similarity.
-            None takes all convolutions with kernels of more than one pixel.
+            None takes the convolutions with kernels of more than one pixel, but for those
+            that have twice as many kernels as weights in each, or more (a wide stem, a
+            depthwise convolution): these can't become unlike.
         views: number of dropout views, at least 2.
         dropout: probability of the views' dropout (none in eval mode).
         output_temperature, multilayer_temperature: T of the two consistencies.
@@ -437,6 +439,7 @@ def _kernels(model: nn.Module, kernels: Sequence[str] | None) -> list[str]:
     if not chosen:
         raise ValueError(
             "kernels: expected at least one convolution with kernels of more than one pixel, "
-            "found none; name the modules or pass kernel_weight=0"
+            "fewer than twice the weights in each (more can't become unlike), found none; name "
+            "the modules or pass kernel_weight=0"
         )
     return chosen

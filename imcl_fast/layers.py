@@ -233,15 +233,25 @@ def check_classifier(trace: Trace, name: str) -> str:
 
 
 def find_kernels(model: nn.Module) -> list[str]:
-    """The convolutions with kernels larger than one pixel and at least two of them."""
+    """The convolutions with kernels larger than one pixel, at least two, that can become unlike.
+
+    The mean squared cosine of N vectors in D dimensions is (N - D) / (D (N - 1)) or more (Welch),
+    that of random ones 1/D. From N = 2D on more than half of the latter must stay, as in stems of
+    few channels and depthwise convolutions; held at that bound a stem makes the training of wide
+    networks unstable (docs/accuracy.md).
+    """
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, _ConvNd)
         and not isinstance(module, _ConvTransposeNd)  # its rows are input channels
         and max(module.kernel_size) > 1
-        and module.out_channels > 1
+        and 1 < module.out_channels < 2 * _weights_per_kernel(module)
     ]
+
+
+def _weights_per_kernel(module: _ConvNd) -> int:
+    return module.in_channels // module.groups * math.prod(module.kernel_size)
 
 
 def check_kernels(model: nn.Module, kernels: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from bench.accuracy import __main__ as command
 from bench.accuracy import penalties, plot, results, runs, study_file, tables
+from bench.accuracy import study as studies
 from bench.accuracy.analysis import Analysis
 from bench.accuracy.progress import Progress
 from bench.accuracy.results import Result, Store
@@ -303,6 +304,17 @@ def test_results_are_stale_when_an_objective_gets_other_defaults(small, monkeypa
     before = {run.name: run.fingerprint for run in study.runs}
     monkeypatch.setitem(IMCL.__init__.__kwdefaults__, "dropout", 0.4)
     stale = {run.method for run in study.runs if run.fingerprint != before[run.name]}
+    assert stale == {"imcl", "kernel"}
+
+
+def test_results_are_stale_when_other_kernels_are_found(small, monkeypatch) -> None:
+    named = '[methods.named]\ntitle = "named"\nseeds = 1\nways = ["kernel"]\nkernels = ["conv1"]\n'
+    without = '[methods.without]\ntitle = "without"\nseeds = 1\nways = ["output"]\n'
+    small.write_text(f"{SMALL}\n{named}\n{without}")
+    runs = study_file.load(str(small)).runs
+    before = {run.name: run.fingerprint for run in runs}
+    monkeypatch.setattr(studies, "_found_in", lambda *network: ["conv1"])
+    stale = {run.method for run in runs if run.fingerprint != before[run.name]}
     assert stale == {"imcl", "kernel"}
 
 

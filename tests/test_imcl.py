@@ -581,17 +581,32 @@ def test_layers_and_classifier_are_found(make, size, layers, classifier):
     assert len(widths) == len(layers) - 1 and all(widths)
 
 
-@pytest.mark.parametrize("make", ["resnet18", "vgg16_bn", "mobilenet_v2", "vit_b_16"])
-def test_kernels_larger_than_a_pixel_are_found(make):
-    """With the first layer and depthwise ones, though more than D kernels can't all be unlike in
-    D dimensions: at full width leaving them out lost (docs/accuracy.md)."""
+@pytest.mark.parametrize(
+    ("make", "left_out"),
+    [
+        ("resnet18", []),  # 64 kernels of 147 weights in the first
+        ("vgg16_bn", ["features.0"]),  # 64 of 27
+        ("mobilenet_v2", [f"features.{i}.conv.{int(i > 1)}.0" for i in range(1, 18)]),  # depthwise
+        ("vit_l_16", []),  # 1024 of 768
+    ],
+)
+def test_kernels_that_can_become_unlike_are_found(make, left_out):
     with torch.device("meta"):
         network = getattr(import_torchvision().models, make)()
         imcl = IMCL(network, torch.empty(2, 3, 224, 224), **only("kernel_weight"))
-    assert imcl.kernels and imcl.kernels == [
+    larger = [
         path for path, m in network.named_modules()
         if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)
     ]  # fmt: skip
+    assert set(left_out) <= set(larger)
+    assert imcl.kernels and imcl.kernels == [path for path in larger if path not in left_out]
+
+
+@pytest.mark.parametrize(("width", "taken"), [(16, True), (17, True), (18, False), (64, False)])
+def test_a_first_layer_of_too_many_kernels_is_left_out(width, taken):
+    network = resnet18(10, width=width, channels=1)  # of 9 weights
+    imcl = IMCL(network, torch.zeros(2, 1, 16, 16), **only("kernel_weight"))
+    assert ("conv1" in imcl.kernels) == taken
 
 
 def test_layers_by_path_run_in_the_networks_order(network, batch):
@@ -691,6 +706,9 @@ def test_bad_networks_are_named(network, batch):
         IMCL(without_linear(copy.deepcopy(network)), x)
     with pytest.raises(ValueError, match="kernels: expected at least one convolution"):
         IMCL(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x, **only("kernel_weight"))
+    with pytest.raises(ValueError, match="kernels: .*more can't become unlike"):
+        flat = nn.Sequential(nn.Conv2d(1, 20, 3), nn.Conv2d(20, 20, 3, groups=20), nn.Flatten())
+        IMCL(nn.Sequential(flat, nn.Linear(2880, 10)), x, **only("kernel_weight"))
     with pytest.raises(ValueError, match="layers: expected at least 2"):
         IMCL(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x)
 

@@ -7,10 +7,15 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
+
+from imcl_fast import models
 from imcl_fast.ilr import MultiHead
 from imcl_fast.imcl import IMCL
+from imcl_fast.layers import find_kernels
 from imcl_fast.objectives import WAYS
 from imcl_fast.training.config import TrainConfig
 
@@ -62,8 +67,8 @@ class PlannedRun:
     def fingerprint(self) -> str:
         """A short hash of what results depend on: the settings that aren't at their defaults, for
         one that is new to ``TrainConfig`` doesn't make old results stale; the weight of each way
-        that is on, whoever chose it; and the objective's own defaults, which stand for the
-        settings that are left to it."""
+        that is on, whoever chose it; the objective's own defaults, which stand for the settings
+        that are left to it; and the kernels that it finds, if that is left to it too."""
         default = TrainConfig()
         settings = self.config.as_json()
         told = {name: settings[name] for name in default.differences(self.config)}
@@ -72,6 +77,8 @@ class PlannedRun:
             defaults = {way: left.pop(f"{way}_weight", None) for way in WAYS}
             told["weights"] = {way: self.config.weights.get(way, defaults[way])
                                for way in self.config.ways}  # fmt: skip
+            if told["weights"].get("kernel") and self.config.kernels is None:
+                told["kernels"] = _found_kernels(self.config)
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -119,3 +126,18 @@ def _objective_defaults(config: TrainConfig) -> dict[str, Any]:
         return {}
     parameters = inspect.signature(objective).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _found_kernels(config: TrainConfig) -> list[list[str]]:
+    """On grey and on coloured images: the data set's are not known before it is loaded."""
+    return [
+        _found_in(config.model, channels, config.width, config.stem_stride) for channels in (1, 3)
+    ]
+
+
+@cache
+def _found_in(model: str, channels: int, width: int, stem_stride: int) -> list[str]:
+    with torch.device("meta"):
+        return find_kernels(
+            models.build(model, 10, channels=channels, width=width, stem_stride=stem_stride)
+        )
