@@ -327,6 +327,7 @@ def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda c: c.clear(), "config: expected the settings of a run, got none"),
         (lambda c: c.update(sede=1), "config: unknown settings sede"),
         (lambda c: c.update(seed="1"), r"seed: expected int, got '1' \(str\)"),
         (lambda c: c.update(seed=True), r"seed: expected int, got True \(bool\)"),

@@ -369,11 +369,13 @@ class TrainConfig:
         is at its default.
 
         Raises:
-            TypeError, ValueError: a setting is unknown, of the wrong type or outside its
-                range.
+            TypeError, ValueError: there are none, or one is unknown, of the wrong type or
+                outside its range.
         """
         if not isinstance(settings, Mapping):
             raise TypeError(f"config: expected an object, got {type(settings).__name__}")
+        if not settings:  # which is no older version's
+            raise ValueError("config: expected the settings of a run, got none")
         if unknown := sorted(set(settings) - set(SETTINGS)):
             raise ValueError(f"config: unknown settings {', '.join(unknown)}")
         return cls(**settings)
