@@ -249,6 +249,16 @@ def test_settings_are_screened_on_held_out_images(name) -> None:
     assert screening.conditions == final.conditions
 
 
+def test_a_confirmation_runs_the_same_on_seeds_that_the_study_did_not_have() -> None:
+    seen, fresh = study_file.load("cpu-wide"), study_file.load("cpu-wide-confirmation")
+    assert fresh.train == seen.train and fresh.conditions == seen.conditions
+    assert fresh.networks == seen.networks
+    for name, method in fresh.methods.items():
+        assert method.settings == seen.methods[name].settings
+    assert {run.seed for run in seen.runs} == {1, 2, 3}
+    assert {run.seed for run in fresh.runs} == {4, 5, 6}
+
+
 def test_what_is_no_screening_is_measured_on_test_images() -> None:
     held_out = [name for name in study_file.names() if study_file.load(name).held_out]
     assert held_out == list(SCREENINGS)
@@ -268,6 +278,7 @@ def test_what_is_no_screening_is_measured_on_test_images() -> None:
         ("ways = []", 'beta = "x"', r"\[methods.ce\] beta: expected float, got 'x'"),
         ("seeds = 3", "seeds = 0", r"\[methods.ce\] seeds: expected at least 1, got 0"),
         ("seeds = 3", "", r"\[methods.ce\] seeds: expected int, got nothing"),
+        ("[train]", "first_seed = 0\n[train]", "small.toml: first_seed: expected at least 1, got 0"),
         ('networks = ["a"]', 'networks = ["c"]', r"\[methods.kernel\] networks: expected one of a"),
         ('"imcl", "label-smoothing"', '"imcl"', "compare: expected pairs of methods"),
         ("[networks.a]", "[networks.A]", r"\[networks.A\]: expected a name of a-z"),
@@ -680,8 +691,12 @@ def test_studies_of_other_data_train_on_their_files(name, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-screening", "gpu"]
-)
+    "name",
+    [
+        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-confirmation",
+        "cpu-wide-screening", "gpu",
+    ],
+)  # fmt: skip
 def test_every_method_of_a_study_can_be_built(name, tmp_path) -> None:
     study = study_file.load(name)
     data_files.write_fashion_mnist(tmp_path)

@@ -34,7 +34,7 @@ class Method(Part):
     """A method, and in which runs it takes part.
 
     Attributes:
-        seeds: 1 to this number.
+        seeds: how many, from the study's first on.
         conditions, networks: names.
         versus: the method that this one is a variant of; by default the baseline.
     """

@@ -4,7 +4,8 @@ The file has the settings of all runs in ``[train]``, and in ``[conditions.NAME]
 ``[networks.NAME]`` and ``[methods.NAME]`` those that come on top, in this order, beside a
 ``title`` each. The settings are the fields of ``TrainConfig``. A method also has ``seeds``, N for
 seeds 1 to N; it may be restricted by ``conditions`` and ``networks``, lists of names, and say in
-``versus`` which other method it is a variant of.
+``versus`` which other method it is a variant of. A study that confirms what another was looked at
+for starts at ``first_seed`` instead of 1, on seeds that nobody has seen.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ GIVEN = (
     "measure_ways",
 )  # fmt: skip
 TABLES = ("train", "conditions", "networks", "methods")
-TOP = {"title": str, "description": str, "baseline": str, "compare": list, "jobs": int,
-       "threads": int}  # fmt: skip
+TOP = {"title": str, "description": str, "baseline": str, "compare": list, "first_seed": int,
+       "jobs": int, "threads": int}  # fmt: skip
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
@@ -98,7 +99,10 @@ def _study(path: Path, content: Mapping[str, Any]) -> Study:
     compare = [_names(file, "compare", pair, methods) for pair in content.get("compare", [])]
     if any(len(pair) != 2 for pair in compare):
         raise StudyError(f"{file}: compare: expected pairs of methods, got {content['compare']}")
-    runs = tuple(_runs(file, train, conditions, networks, methods))
+    first_seed = content.get("first_seed", 1)
+    if first_seed < 1:
+        raise StudyError(f"{file}: first_seed: expected at least 1, got {first_seed}")
+    runs = tuple(_runs(file, train, conditions, networks, methods, first_seed))
     if len({run.name for run in runs}) < len(runs):
         raise StudyError(f"{file}: expected a name of its own for each run, CONDITION-NETWORK-"
                          "METHOD-sSEED has some twice")  # fmt: skip
@@ -127,14 +131,16 @@ def _runs(
     conditions: Mapping[str, Part],
     networks: Mapping[str, Part],
     methods: Mapping[str, Method],
+    first_seed: int,
 ) -> list[PlannedRun]:
     runs = []
-    for seed in range(1, max(method.seeds for method in methods.values()) + 1):
+    for count in range(1, max(method.seeds for method in methods.values()) + 1):
+        seed = first_seed + count - 1
         for condition in conditions.values():
             for network in networks.values():
                 for method in methods.values():
                     if (
-                        seed > method.seeds
+                        count > method.seeds
                         or condition.name not in method.conditions
                         or network.name not in method.networks
                     ):
