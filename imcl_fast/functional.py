@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import implementations, reference, validation
+from . import implementations, reference, tracing, validation
 from .autograd import (
     CollaborativeConsistency,
     ConsistencyOptions,
@@ -268,7 +268,7 @@ def _pairwise(
         return PairwisePenalty.apply(implementations.pairwise(impl), options, *xs)
 
 
-@torch.compiler.assume_constant_result
+@tracing.constant
 def _precision(device: str) -> int:
     # Autocast to bfloat16 says the same of products as "medium": their factors may be rounded.
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
