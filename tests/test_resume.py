@@ -21,6 +21,8 @@ from training_processes import (
     wait_for,
 )
 
+from imcl_fast.reports.run import read_run
+
 # How often runs are killed: 20 and more for a study of it.
 KILLS = int(os.environ.get("IMCL_FAST_KILLS", "3"))
 EVERY_STEP = (
@@ -153,6 +155,28 @@ def test_a_folder_with_a_run_in_it_is_refused(uninterrupted, tmp_path):
     command = Command([*SMALL, "--run-dir", str(uninterrupted[0])], tmp_path)
     assert command.wait() == 2
     assert command.err.count("\n") == 1 and "already holds a run" in command.err
+
+
+def test_a_run_that_is_going_on_is_left_alone(tmp_path):
+    run = tmp_path / "run"
+    command = Command([*SMALL, "--epochs", "1000", "--run-dir", str(run)], tmp_path)
+    wait_for(lambda: (run / "steps.csv").exists())
+    try:
+        command.kill(signal.SIGSTOP)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        pid = command.processes[0].pid
+        for more in (["--resume", "auto", "--epochs", "1000"], ["--width", "4"]):
+            other = Command([*SMALL, *more, "--run-dir", str(run)], tmp_path / "other")
+            assert other.wait() == 2
+            assert other.err.count("\n") == 1 and f"(process {pid} on " in other.err
+            assert {path: path.read_bytes() for path in before} == before
+            assert set(before) == {path for path in run.rglob("*") if path.is_file()}
+        assert not read_run(run).finished  # whoever wants to look may
+    finally:
+        command.kill()
+        command.wait()
+    again = start(run, "--epochs", "1")
+    assert again.wait() == 2 and "was run with other settings" in again.err  # no longer locked
 
 
 @contextlib.contextmanager

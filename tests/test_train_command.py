@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_processes import SMALL, table
 
-from imcl_fast import models, objectives, train
+from imcl_fast import models, objectives, operators, train
 from imcl_fast.training import flags
 from imcl_fast.training.config import SETTINGS, TrainConfig
 from imcl_fast.training.errors import UsageError
@@ -271,6 +271,50 @@ def test_a_run_folder_that_is_a_file_is_named(capsys, tmp_path):
     assert code == 2 and "run_dir: can't use" in err
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected the number, at least 1, .*, got 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: expected the number, at least 1, .*, got '0'"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK: expected the number, at least 0, .*, got 'x'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2 processes .* can't find each other .*RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK: expected the number, .*, got 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK: expected the number, .*, got '-1'"),
+        ({"RANK": "3", "LOCAL_RANK": "x"}, "LOCAL_RANK: "),  # alone, whatever is left in RANK
+    ],
+)
+def test_bad_variables_are_named(capsys, tmp_path, monkeypatch, variables, message):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, err = fails(capsys, *SMALL, "--run-dir", str(tmp_path / "run"))
+    assert code == 2 and re.search(message, err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(operators.build_info is None, reason=operators.LOAD_ERROR or "it is there")
+def test_a_bad_instruction_set_is_named(tmp_path):
+    """In a process of its own, for it is chosen once."""
+    code = (
+        "from imcl_fast import demo, env, train\n"
+        f"print(train.main(['--run-dir', {str(tmp_path / 'run')!r}]), demo.main([]))\n"
+        "print(env.report())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "IMCL_FAST_ISA": "mmx"},
+    )
+    assert done.returncode == 0, done.stderr
+    message = r'IMCL_FAST_ISA: expected one of .*baseline, got "mmx"'
+    assert re.search(rf"^imcl-train: {message}$", done.stderr, re.MULTILINE)
+    assert re.search(rf"^python -m imcl_fast.demo: {message}$", done.stderr, re.MULTILINE)
+    assert "2 2" in done.stdout and re.search(rf"ISA chosen +{message}", done.stdout)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run(capsys, tmp_path):
     run = tmp_path / "run"
     flags = [*SMALL, "--lr", "1e30", "--checkpoint-every", "1", "--run-dir", str(run)]
@@ -319,9 +363,14 @@ def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_p
     del content["kernels"], content["ways_warmup_epochs"]
     assert TrainConfig.from_json(content) == config
     (tmp_path / "config.json").write_text(json.dumps({**content, "versions": {}, "machine": {}}))
-    Records.claim(tmp_path, replace(config, resume="auto"))
-    with pytest.raises(UsageError, match=r"kernels \(was None, is \('fc',\)\)"):
-        Records.claim(tmp_path, replace(config, resume="auto", kernels=("fc",)))
+    with Records.claim(tmp_path, replace(config, resume="auto")):
+        pass
+    other = replace(config, resume="auto", kernels=("fc",))
+    with (
+        pytest.raises(UsageError, match=r"kernels \(was None, is \('fc',\)\)"),
+        Records.claim(tmp_path, other),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from .. import __version__
-from . import files
+from . import files, lock
 from .config import TrainConfig
 from .errors import UsageError
 
@@ -27,7 +28,7 @@ class Records:
     """The files of a run folder, written by one process.
 
     Args:
-        folder: of the run, which ``claim`` has made.
+        folder: of the run, which ``claim`` holds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,15 +37,35 @@ class Records:
         self._board: Any = None
 
     @staticmethod
-    def claim(folder: Path, config: TrainConfig) -> None:
-        """Make ``folder`` if it isn't there, and see that it has no other run in it.
+    @contextlib.contextmanager
+    def claim(folder: Path, config: TrainConfig) -> Iterator[None]:
+        """Make ``folder`` if it isn't there, and see that it has no other run in it, nor gets
+        one as long as the context lasts.
 
         Raises:
-            UsageError: it can't be made, or holds a run that ``config`` doesn't go on with.
+            UsageError: it can't be made, another process trains in it, or it holds a run that
+                ``config`` doesn't go on with.
         """
+        with contextlib.ExitStack() as stack:
+            try:
+                with files.disk_full_named(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(lock.hold(folder))
+            except OSError as error:
+                raise UsageError(
+                    f"run_dir: can't use {folder}: {error.strerror or error}"
+                ) from error
+            except lock.Held as error:
+                raise UsageError(
+                    f"run_dir: a run is going on in {folder} ({error}); wait for it or stop it, "
+                    "then --resume auto goes on with it, or name another folder"
+                ) from error
+            Records._check(folder, config)
+            yield
+
+    @staticmethod
+    def _check(folder: Path, config: TrainConfig) -> None:
         try:
-            with files.disk_full_named(folder):
-                folder.mkdir(parents=True, exist_ok=True)
             if not (folder / CONFIG).exists():
                 if any((folder / CHECKPOINTS).glob("*.pt")):
                     raise UsageError(
