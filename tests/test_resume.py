@@ -135,6 +135,19 @@ def test_a_complete_run_is_left_as_it_is(uninterrupted, tmp_path):
     assert_identical(run, uninterrupted[0])
 
 
+def test_damaged_tables_are_mended(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    lines = (run / "steps.csv").read_bytes().splitlines(keepends=True)
+    (run / "steps.csv").write_bytes(b"".join([*lines[:5], b"\xff\0,\n", *lines[6:]]))
+    (run / "metrics.csv").write_bytes(b"\xff\0,\n")
+    command = start(run)
+    assert command.wait() == 0, command.err
+    assert f"{run}/steps.csv: 1 damaged lines are left out" in command.out
+    assert (run / "steps.csv").read_bytes() == b"".join(lines[:5] + lines[6:])
+    assert table(run / "metrics.csv") == table(uninterrupted[0] / "metrics.csv")
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [

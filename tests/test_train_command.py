@@ -9,6 +9,7 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_processes import SMALL, table
@@ -357,6 +358,17 @@ def test_a_configuration_is_the_same_after_json_and_after_flags():
     assert config.label == "output+kernel" and TrainConfig(ways=()).label == "ce"
 
 
+def test_settings_may_be_numpys():
+    given = TrainConfig(
+        views=np.int64(2), lr=np.float32(0.5), center=np.False_, dataset=np.str_("digits"),
+        weights={"kernel": np.float16(5)}, warmup_epochs=np.int8(1),
+    )  # fmt: skip
+    plain = TrainConfig(
+        views=2, lr=0.5, center=False, dataset="digits", weights={"kernel": 5.0}, warmup_epochs=1.0
+    )
+    assert given == plain and json.dumps(given.as_json()) == json.dumps(plain.as_json())
+
+
 def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_path):
     config = TrainConfig(width=8, seed=3)
     content = config.as_json()
@@ -373,6 +385,23 @@ def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_p
         pass
 
 
+def test_damaged_rows_of_steps_are_left_out(tmp_path):
+    path = tmp_path / "steps.csv"
+    whole = b"step,epoch,loss,lr\n1,1,2.5,0.1\n2,1,nan,0.1\n3,1,2.25,0.1\n"
+    path.write_bytes(whole + b"4,1,2.2,0.1\n5,1,2.")
+    (tmp_path / "metrics.csv").write_text("epoch\n9\n")
+    assert Records(tmp_path).go_on(3, []) is None  # what comes after step 3 will come again
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["steps.csv"]
+    damaged = whole.replace(b"2,1,nan", b"\xff\xfe,1,") + b"\n3,1\n3,1,2.2,0.1,7\n2.5,1,2.0,0.1\n"
+    path.write_bytes(damaged)
+    line = Records(tmp_path).go_on(3, [])
+    assert line.startswith(f"{path}: 5 damaged lines are left out; ") and "\n" not in line
+    assert path.read_bytes() == b"step,epoch,loss,lr\n1,1,2.5,0.1\n3,1,2.25,0.1\n"
+    assert (tmp_path / "steps.csv.damaged").read_bytes() == damaged
+    path.write_bytes(whole[3:])
+    assert "3 damaged lines" in Records(tmp_path).go_on(3, []) and path.read_bytes() == b""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -380,6 +409,8 @@ def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_p
         (lambda c: c.update(sede=1), "config: unknown settings sede"),
         (lambda c: c.update(seed="1"), r"seed: expected int, got '1' \(str\)"),
         (lambda c: c.update(seed=True), r"seed: expected int, got True \(bool\)"),
+        (lambda c: c.update(seed=2**70), "seed: expected an int of 64 bits, got one of 71"),
+        (lambda c: c.update(lr=10**400), "lr: expected more than 0, got inf"),
         (lambda c: c.update(ways=[1]), r"ways: expected str, got 1 \(int\)"),
     ],
 )

@@ -101,12 +101,19 @@ class Records:
         if noise is not None:
             self._tensors(NOISE, noise)
 
-    def go_on(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make the tables what they were after ``step``, when ``rows`` were complete."""
+    def go_on(self, step: int, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """Make the tables what they were after ``step``, when ``rows`` were complete.
+
+        Returns:
+            A line about what was damaged in ``steps.csv``, which alone is made from itself and
+            not from ``rows``; None if nothing was.
+        """
         files.remove_temporaries(self.folder)
-        self._keep_steps_until(step)
         if rows:
             self._write_metrics(rows)
+        else:
+            (self.folder / METRICS).unlink(missing_ok=True)
+        return self._keep_steps_until(step)
 
     def metrics(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Write the rows of all epochs, the last of which ended with ``step``."""
@@ -123,19 +130,25 @@ class Records:
         writer.writerows(rows)
         files.write(self.folder / METRICS, text.getvalue().encode())
 
-    def _keep_steps_until(self, step: int) -> None:
+    def _keep_steps_until(self, step: int) -> str | None:
         """Drop the rows of ``steps.csv`` that come after ``step``: they will come again."""
         path = self.folder / STEPS
         if not path.exists():
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [
-            line
-            for i, line in enumerate(lines)
-            # The last line may be half of one.
-            if line.endswith("\n") and (i == 0 or int(line.split(",")[0]) <= step)
-        ]
-        files.write(path, "".join(kept).encode())
+            return None
+        content = path.read_bytes()
+        # What comes after the last line's end may be half a line.
+        header, *lines = content.split(b"\n")[:-1] or [b""]
+        rows = [(line, _step_of(line, header)) for line in lines]
+        kept = [line for line, number in rows if number is not None and number <= step]
+        if header.startswith(b"step,"):
+            kept.insert(0, header)
+        files.write(path, b"".join(line + b"\n" for line in kept))
+        damaged = [number for _, number in rows].count(None)
+        if not damaged:
+            return None
+        aside = path.with_name(f"{STEPS}.damaged")
+        files.write(aside, content)
+        return f"{path}: {damaged} damaged lines are left out; the file as it was is {aside}"
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Append a row to ``steps.csv``."""
@@ -200,6 +213,19 @@ class Records:
         if self._board is not None:
             self._board.close()
             self._board = None
+
+
+def _step_of(line: bytes, header: bytes) -> int | None:
+    """The step that a row of ``steps.csv`` is of; None if it isn't a whole row."""
+    cells = line.split(b",")
+    if not header.startswith(b"step,") or len(cells) != len(header.split(b",")):
+        return None
+    try:
+        for cell in cells:
+            float(cell)
+        return int(cells[0])
+    except ValueError:
+        return None
 
 
 def versions() -> dict[str, str | None]:

@@ -116,7 +116,9 @@ def _begin(loop: Loop) -> None:
     resumed = loop.resume()
     if records is not None:
         if resumed:
-            records.go_on(loop.state.step, loop.state.rows)
+            damage = records.go_on(loop.state.step, loop.state.rows)
+            if damage is not None:
+                loop.observer.said(damage)
         else:
             noise = None
             if material.noisy:
