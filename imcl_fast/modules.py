@@ -87,7 +87,8 @@ class CollaborativeConsistencyLoss(nn.Module):
         validation.choice("reduction", reduction, functional.REDUCTIONS)
         self.temperature = validation.plain(temperature)
         self.ce_weight, self.kl_weight = validation.plain(ce_weight), validation.plain(kl_weight)
-        self.detach_teacher, self.groups = validation.plain(detach_teacher), validation.plain(groups)
+        self.detach_teacher = validation.plain(detach_teacher)
+        self.groups = validation.plain(groups)
         self.label_smoothing = validation.plain(label_smoothing)
         self.ignore_index = validation.plain(ignore_index)
         self.teacher, self.reduction, self.impl = teacher, reduction, impl

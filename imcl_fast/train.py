@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     0: the run is complete; 1: the loss is not finite, or a file can't be written; 2: the flags, the
-    environment, the data, the run folder or its checkpoints don't allow the run; 130, 143: interrupted and saved.
+    environment, the data, the run folder or its checkpoints don't allow the run; 130, 143:
+    interrupted and saved.
     """
     config = flags.parse(arguments, "imcl-train", DESCRIPTION)
     if config.run_dir is None:

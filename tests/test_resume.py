@@ -188,7 +188,7 @@ def test_a_run_that_is_going_on_is_left_alone(tmp_path):
     finally:
         command.kill()
         command.wait()
-    again = start(run, "--epochs", "1")
+    again = Command([*SMALL, "--epochs", "9", "--resume", "auto", "--run-dir", str(run)], tmp_path)
     assert again.wait() == 2 and "was run with other settings" in again.err  # no longer locked
 
 

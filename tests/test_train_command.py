@@ -235,6 +235,8 @@ def fails(capsys, *arguments):
          "argument --ways-warmup-epochs: expected 0 with compile, .* got 1"),
         ("--ways-warmup-epochs 10.5",
          r"argument --ways-warmup-epochs: expected at most epochs \(10\), got 10.5"),
+        ("--threads 9999999", r"argument --threads: expected a number in \[1, 4096\], got 9999999"),
+        ("--run-dir=", "argument --run-dir: expected a folder, got ''"),
         ("--evaluate-every 0", "argument --evaluate-every: expected at least 1, got 0"),
         ("--epoch 1", "unrecognized arguments: --epoch 1"),
         ("--dataset mnist", "argument --dataset: invalid choice: 'mnist'"),
@@ -257,11 +259,12 @@ def test_bad_flags_are_named(capsys, arguments, message):
         ("--image-size 64 --stem-stride 2", "stem_stride: expected 1 for a ResNet"),
         ("--layers layer9", "layers: the network has no module 'layer9'"),
         ("--kernels conv9", "kernels: the network has no module 'conv9'"),
+        ("--width 1000000", r"width: can't make the network \(.*\); make it smaller"),
         ("--device tpu9", "device: expected one that is there, got 'tpu9'"),
     ],
 )
 def test_what_the_data_or_the_network_do_not_allow_is_named(capsys, tmp_path, arguments, message):
-    flags = [*arguments.split(), "--width", "2", "--run-dir", str(tmp_path / "run")]
+    flags = ["--width", "2", *arguments.split(), "--run-dir", str(tmp_path / "run")]
     code, err = fails(capsys, *flags)
     assert code == 2 and re.search(message, err)
 

@@ -240,7 +240,7 @@ class TrainConfig:
         fixed=False,
     )  # fmt: skip
     threads: int | None = _set(
-        None, "CPU threads, PyTorch's choice by default", HARDWARE, low=1, fixed=False
+        None, "CPU threads, PyTorch's choice by default", HARDWARE, low=1, high=4096, fixed=False
     )
     amp: str = _set("off", "autocast to half precision", HARDWARE, choices=("off", "bf16", "fp16"))
     deterministic: bool = _set(

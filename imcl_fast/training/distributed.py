@@ -151,8 +151,8 @@ def joined(device: str) -> Iterator[Processes]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise UsageError(
-            f"WORLD_SIZE: {world} processes of one run can't find each other ({reason}); start them "
-            "with torchrun, or unset it"
+            f"WORLD_SIZE: {world} processes of one run can't find each other ({reason}); start "
+            "them with torchrun, or unset it"
         ) from error
     processes = Processes(dist.get_rank(), world, place)
     try:
@@ -167,7 +167,8 @@ def _variable(name: str, default: int, low: int = 0) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or int(text) < low:
         raise UsageError(
-            f"{name}: expected the number, at least {low}, that torchrun sets, got {text!r}; unset it"
+            f"{name}: expected the number, at least {low}, that torchrun sets, got {text!r}; unset "
+            "it"
         )
     return int(text)
 
