@@ -144,7 +144,6 @@ CONSISTENCY = [
     Bad("temperature", torch.tensor(2.0), TypeError, ".tolist() outside of the training step"),
     Bad("ce_weight", np.ones(3), TypeError, "ndarray; convert it with .tolist()"),
     Bad("ce_weight", [torch.tensor(1.0)] * 3, TypeError, ".tolist()"),
-    Bad("temperature", -0.0, ValueError, "-0.0"),
     Bad("temperature", Fraction(1, 10**400), ValueError, "0.0"),  # as a float
     Bad("label_smoothing", Fraction(10**400 - 1, 10**400), ValueError, "1.0"),
     Bad("groups", torch.tensor([3]), TypeError, ".tolist()"),
