@@ -32,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = flags.parse(arguments, "imcl-train", DESCRIPTION)
     if config.run_dir is None:
         config = replace(config, run_dir=default_folder(config))
-    # Alone, or the first of several; also where the environment is nonsense.
+    # The first of several; also where the environment is nonsense.
     world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    speaks = world == "1" or rank == "0" or not (world + rank).isdecimal()
+    speaks = rank == "0" or not (world + rank).isdecimal() or int(rank) >= int(world)
     try:
         summary = Trainer(config).fit()
     except TrainingError as error:

@@ -284,6 +284,7 @@ def test_a_run_folder_that_is_a_file_is_named(capsys, tmp_path):
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2 processes .* can't find each other .*RANK"),
         ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK: expected the number, .*, got 'x'"),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK: expected the number, .*, got '-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "7"}, r"RANK: expected less than WORLD_SIZE \(2\), got 7"),
         ({"RANK": "3", "LOCAL_RANK": "x"}, "LOCAL_RANK: "),  # alone, whatever is left in RANK
     ],
 )
