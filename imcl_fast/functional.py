@@ -71,7 +71,7 @@ def representation_similarity(
     """
     xs = validation.tensors("features", features, "(B, C, *spatial)", range(3, 64))
     validation.rows("features", xs, 1, "channels")
-    validation.boolean("center", center)
+    center = validation.boolean("center", center)
     return _pairwise(xs, penalty, center, eps, True, impl)
 
 
@@ -192,7 +192,8 @@ def collaborative_consistency(
         for block in blocks[1:]:
             widest = torch.promote_types(widest, block.dtype)
         blocks = [block.to(widest) for block in blocks]
-    validation.target(target, blocks, validation.integer("ignore_index", ignore_index))
+    ignore_index = validation.integer("ignore_index", ignore_index)
+    validation.target(target, blocks, ignore_index)
 
     sizes = [heads] if groups is None else validation.partition("groups", groups, heads)
     infinite = float("inf")

@@ -85,8 +85,9 @@ class MultiHead(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if isinstance(heads, bool) or heads not in (2, 4):
+        if not validation.is_integer(heads) or heads not in (2, 4):
             raise ValueError(f"heads: expected 2 or 4, got {heads!r}")
+        heads = int(heads)
         self.beta = validation.number("beta", beta, low=0, high=math.inf)
         if self.beta > 1:
             raise ValueError(f"beta: expected a number in [0, 1], got {beta}")

@@ -163,15 +163,15 @@ class IMCL(nn.Module):
         for name, value in zip(WEIGHTS, weights, strict=True):
             setattr(self, name, validation.number(name, value, low=0, high=math.inf))
         self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
-        if isinstance(views, bool) or not isinstance(views, int) or views < 2:
+        if not validation.is_integer(views) or views < 2:
             raise ValueError(f"views: expected an int of at least 2, got {views!r}")
+        self.views = int(views)
         validation.choice("multilayer_teacher", multilayer_teacher, functional.TEACHERS)
         validation.choice("representation_penalty", representation_penalty, functional.PENALTIES)
         validation.choice("kernel_penalty", kernel_penalty, functional.PENALTIES)
         validation.choice("impl", impl, IMPLEMENTATIONS)
-        validation.boolean("center", center)
-        validation.boolean("shard_kernels", shard_kernels)
-        self.views = views
+        self.center = validation.boolean("center", center)
+        shard_kernels = validation.boolean("shard_kernels", shard_kernels)
         self.dropout = validation.number("dropout", dropout, low=0, high=1)
         self.output_temperature = validation.number(
             "output_temperature", output_temperature, low=0, high=math.inf, open_low=True
@@ -180,7 +180,7 @@ class IMCL(nn.Module):
             "multilayer_temperature", multilayer_temperature, low=0, high=math.inf, open_low=True
         )
         self.multilayer_teacher = multilayer_teacher
-        self.representation_penalty, self.center = representation_penalty, center
+        self.representation_penalty = representation_penalty
         self.kernel_penalty = kernel_penalty
         self.label_smoothing = validation.number("label_smoothing", label_smoothing, low=0, high=1)
         self.impl = impl
@@ -411,13 +411,14 @@ def _head(trace: find.Trace, layer: str) -> AuxiliaryHead:
     features = trace.calls[layer][0].output
     assert features is not None  # or it would be none of the layers
     channels = features.shape[-1 if layer in trace.channels_last else 1]
-    # The parameters' dtype: that of the features is autocast's where that is on.
-    dtypes = (p.dtype for p in trace.model.parameters() if p.is_floating_point())
+    # Of a network of several dtypes the layer's own; but autocast's is none of a parameter.
+    dtypes = [p.dtype for p in trace.model.parameters() if p.is_floating_point()]
+    own = features.dtype in dtypes and not torch.is_autocast_enabled(features.device.type)
     return AuxiliaryHead(
         channels,
         trace.output.shape[1],
         device=features.device,
-        dtype=next(dtypes, features.dtype),
+        dtype=features.dtype if own or not dtypes else dtypes[0],
     )
 
 

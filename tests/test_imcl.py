@@ -7,6 +7,7 @@ import sys
 import weakref
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -358,6 +359,25 @@ def test_building_under_autocast_keeps_float32_heads(network, batch):
     assert {p.dtype for p in imcl.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("stem", [torch.float32, torch.bfloat16])
+def test_parts_of_a_network_may_have_dtypes_of_their_own(network, batch, stem):
+    """Each head has its layer's, and the loss is near that of a float32 network."""
+    x, y = batch
+    rest = torch.bfloat16 if stem == torch.float32 else torch.float32
+    expected, _ = step(build(copy.deepcopy(network), x, dropout=0.0), x, y)
+    network.to(rest)
+    network.features[:4].to(stem)
+    network.forward = lambda x: network.fc(
+        network.features[4:](network.features[:4](x.to(stem)).to(rest)).mean((2, 3))
+    )
+    imcl = build(network, x, dropout=0.0)
+    out, gradients = step(imcl, x, y)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    for name, head in zip(imcl.layers, imcl.heads, strict=False):
+        assert head.linear.weight.dtype == (stem if int(name.split(".")[1]) < 4 else rest)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=0.05, atol=0.05)
+
+
 def test_grad_scaler_scales_what_it_takes_back(network, batch):
     x, y = batch
     imcl = build(network, x, dropout=0.0)
@@ -675,6 +695,8 @@ def without_linear(network):
         (dict(representation_weight=float("nan")), ValueError, "representation_weight: "),
         (dict(kernel_weight=float("inf")), ValueError, "kernel_weight: "),
         (dict(views=1), ValueError, "views: "),
+        (dict(views=np.float32(2)), ValueError, "views: "),
+        (dict(dropout=torch.tensor(0.5)), TypeError, r"dropout: .*\.tolist\(\)"),
         (dict(dropout=1.0), ValueError, "dropout: "),
         (dict(output_temperature=0), ValueError, "output_temperature: "),
         (dict(multilayer_temperature=-2), ValueError, "multilayer_temperature: "),
@@ -692,6 +714,15 @@ def test_bad_arguments_are_named(network, batch, change, error, message):
     with pytest.raises(error, match=message):
         IMCL(network, change.pop("example_input", batch[0]), **change)
     assert hooks(network) == 0
+
+
+def test_numbers_may_be_numpys(network, batch):
+    x, y = batch
+    given = dict(views=np.int64(3), dropout=np.float32(0.5), kernel_weight=np.float16(2),
+                 output_temperature=np.int8(2), center=np.False_)  # fmt: skip
+    plain = dict(views=3, dropout=0.5, kernel_weight=2.0, output_temperature=2.0, center=False)
+    losses = [step(build(network, x, **options), x, y)[0].loss for options in (given, plain)]
+    assert torch.equal(*losses)
 
 
 def test_bad_networks_are_named(network, batch):

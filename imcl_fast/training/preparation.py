@@ -138,6 +138,9 @@ def build_network(config: TrainConfig, data_set: DataSet) -> nn.Module:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"width: can't make the network ({reason}); make it smaller") from error
 
 
 def build_objective(

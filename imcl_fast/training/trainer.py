@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from typing import Any
 
@@ -16,7 +17,7 @@ from .errors import UsageError
 from .interruption import Interruption
 from .loop import Loop
 from .preparation import Material, build_network, build_objective, prepare_data
-from .process import peak_memory, settings
+from .process import check_environment, peak_memory, settings
 from .progress import Console, Observer
 from .records import LOG, Records
 from .way_costs import way_seconds
@@ -65,21 +66,27 @@ class Trainer:
             The results, as summary.json holds them.
 
         Raises:
-            UsageError: the settings, the data or the run folder don't allow the run.
+            UsageError: the settings, the environment, the data or the run folder don't allow the
+                run; another process may be training in that folder.
             CheckpointError: there are checkpoints to resume from, and none can be read.
             NonFiniteError: the loss or the weights are no longer numbers.
             DiskFullError: a file of the run folder can't be written.
             Interrupted: SIGINT or SIGTERM came; the state was saved if there is a run folder.
         """
         config, folder = self.config, self.config.run_dir
-        with joined(config.device) as processes, settings(config, processes.device):
+        check_environment()
+        with (
+            joined(config.device) as processes,
+            settings(config, processes.device),
+            contextlib.ExitStack() as claim,
+        ):
             observer = Observer()
             if processes.first:
                 observer = self._observer or Console()
             material = prepare_data(config, self._data_set)
             records = None
             if folder is not None:
-                processes.on_first(lambda: Records.claim(folder, config))
+                processes.on_first(lambda: claim.enter_context(Records.claim(folder, config)))
                 records = Records(folder) if processes.first else None
                 observer.logs_to(folder / LOG)
             torch.manual_seed(config.seed)
@@ -109,7 +116,9 @@ def _begin(loop: Loop) -> None:
     resumed = loop.resume()
     if records is not None:
         if resumed:
-            records.go_on(loop.state.step, loop.state.rows)
+            damage = records.go_on(loop.state.step, loop.state.rows)
+            if damage is not None:
+                loop.observer.said(damage)
         else:
             noise = None
             if material.noisy:
