@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.accuracy import __main__ as command
-from bench.accuracy import penalties, plot, results, runs, study_file, tables
+from bench.accuracy import migrations, penalties, plot, results, runs, study_file, tables
 from bench.accuracy import study as studies
 from bench.accuracy.analysis import Analysis
 from bench.accuracy.progress import Progress
@@ -317,6 +318,19 @@ def test_results_are_stale_when_an_objective_gets_other_defaults(small, monkeypa
     monkeypatch.setitem(IMCL.__init__.__kwdefaults__, "dropout", 0.4)
     stale = {run.method for run in study.runs if run.fingerprint != before[run.name]}
     assert stale == {"imcl", "kernel"}
+
+
+@pytest.mark.parametrize(("default", "stale"), [(1, set()), (8, {"imcl", "kernel"})])
+def test_a_new_argument_makes_results_stale_by_a_default_that_changes_something(
+    default, stale, small, monkeypatch
+) -> None:
+    study = study_file.load(str(small))
+    before = {run.name: run.fingerprint for run in study.runs}
+    own = list(inspect.signature(IMCL).parameters.values())
+    new = inspect.Parameter("kernel_interval", inspect.Parameter.KEYWORD_ONLY, default=default)
+    others = [parameter for parameter in own if parameter.name != new.name]
+    monkeypatch.setattr(IMCL, "__signature__", inspect.Signature([*others, new]), raising=False)
+    assert {run.method for run in study.runs if run.fingerprint != before[run.name]} == stale
 
 
 def test_results_are_stale_when_other_kernels_are_found(small, monkeypatch) -> None:
@@ -641,10 +655,13 @@ def test_the_document_has_places_for_tables_that_exist(tmp_path) -> None:
     document = tmp_path / "accuracy.md"
     shutil.copy(command.ROOT / "docs/accuracy.md", document)
     studies = {name: Analysis(study_file.load(name), []) for name in study_file.names()}
-    places = {**tables.places(studies), **penalties.places(tmp_path)}
+    places = {
+        **tables.places(studies), **penalties.places(tmp_path), **migrations.places({}),
+    }  # fmt: skip
     filled = fill_places(document, "accuracy", places)
     assert {place.partition(":")[0] for place in filled} == {
-        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-screening", "gpu", "penalties",
+        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-confirmation",
+        "cpu-wide-screening", "gpu", "migrations", "penalties",
     }  # fmt: skip
     assert "(accuracy-cpu" not in document.read_text()  # no link to a plot that isn't there
 
