@@ -666,6 +666,23 @@ def test_the_document_has_places_for_tables_that_exist(tmp_path) -> None:
     assert "(accuracy-cpu" not in document.read_text()  # no link to a plot that isn't there
 
 
+def test_the_tables_in_the_documents_are_those_of_the_stored_results(tmp_path) -> None:
+    analyses = {}
+    for name in study_file.names():
+        study = study_file.load(name)
+        store = Store(results.FOLDER / f"{name}.csv", study)
+        analyses[name] = Analysis(study, store.results.values())
+    places = {
+        **tables.places(analyses), **penalties.places(results.FOLDER),
+        **migrations.places({name: len(found.results) for name, found in analyses.items()}),
+    }  # fmt: skip
+    for document in command.DOCUMENTS:
+        copy = tmp_path / document.name
+        copy.write_text(document.read_text())
+        fill_places(copy, "accuracy", places)
+        assert copy.read_text() == document.read_text()
+
+
 def test_a_plot_is_the_same_for_the_same_results(found, tmp_path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib isn't installed")
     paths = [tmp_path / "a.svg", tmp_path / "b.svg"]
