@@ -1,4 +1,4 @@
-"""Stored rows are of the runs that the studies have, and those that were moved were moved rightly."""
+"""Stored rows are of the runs that the studies have, and those that moved were moved rightly."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import pytest
 
 from bench.accuracy import results, study_file
 from bench.accuracy.migrations import (
-    MOVED, __main__ as command, found_kernels, migrate, never_committed, places, weights_by_way,
-)  # fmt: skip
+    MOVED,
+    found_kernels,
+    migrate,
+    never_committed,
+    places,
+    weights_by_way,
+)
+from bench.accuracy.migrations import __main__ as command
 from bench.accuracy.results import Store
 from bench.accuracy.study import PlannedRun
 

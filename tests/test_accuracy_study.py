@@ -279,7 +279,7 @@ def test_what_is_no_screening_is_measured_on_test_images() -> None:
         ("ways = []", 'beta = "x"', r"\[methods.ce\] beta: expected float, got 'x'"),
         ("seeds = 3", "seeds = 0", r"\[methods.ce\] seeds: expected at least 1, got 0"),
         ("seeds = 3", "", r"\[methods.ce\] seeds: expected int, got nothing"),
-        ("[train]", "first_seed = 0\n[train]", "small.toml: first_seed: expected at least 1, got 0"),
+        ("[train]", "first_seed = 0\n[train]", "toml: first_seed: expected at least 1, got 0"),
         ('networks = ["a"]', 'networks = ["c"]', r"\[methods.kernel\] networks: expected one of a"),
         ('"imcl", "label-smoothing"', '"imcl"', "compare: expected pairs of methods"),
         ("[networks.a]", "[networks.A]", r"\[networks.A\]: expected a name of a-z"),

@@ -27,7 +27,7 @@ THREAD = ["-O1", "-g1", "-fsanitize=thread"]
 
 
 def flags() -> tuple[list[str], dict[str, list[str]]]:
-    """Those of every file and those of each ISA level; importing setup.py would build."""
+    """Those of every file and those of each ISA level, read out of setup.py, which isn't run."""
     wanted = ("CXXFLAGS", "AVX512", "INTRINSICS", "ISA_FLAGS")
     setup = ast.parse((ROOT / "setup.py").read_text())
     setup.body = [

@@ -19,7 +19,6 @@ from imcl_fast.layers import find_kernels
 from imcl_fast.objectives import WAYS
 from imcl_fast.training.config import TrainConfig
 
-
 # Values at which an argument of an objective changes nothing, so that one that is new, and has such
 # a default, makes no old row stale. A default that isn't neutral belongs to the fingerprint.
 NEUTRAL: Mapping[str, Any] = {

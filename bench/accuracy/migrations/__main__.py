@@ -31,7 +31,7 @@ def apply(before: Before, folder: Path) -> list[results.Result]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.migrations", description=__doc__)
+    parser = argparse.ArgumentParser("python -m bench.accuracy.migrations", description=__doc__)
     parser.add_argument("name", choices=sorted(
         path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_")
     ))  # fmt: skip
