@@ -57,8 +57,8 @@ bench-quick: $(READY)
 bench-check: $(READY)
 	$(RUN) -m bench --check
 
-# What is left of the accuracy study on a CPU, about two hours of two cores; it goes on where it
-# was interrupted. The results lie in bench/accuracy/results and fill docs/accuracy.md.
+# What is left of the accuracy study on a CPU; it goes on where it was interrupted. The results lie
+# in bench/accuracy/results and fill docs/accuracy.md, which says how long it took.
 accuracy: $(READY)
 	$(RUN) -m bench.accuracy
 

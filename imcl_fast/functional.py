@@ -3,7 +3,8 @@
 All three accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
 ``"triton"`` and ``"cuda"`` (GPU), ``"torch"`` (the same algebra in plain PyTorch,
 any device) and ``"reference"`` (the naive definition, differentiable twice).
-Inputs are never written to and never copied, whatever their strides.
+Inputs are never written to. ``"cpp"``, ``"triton"`` and ``"cuda"`` read them as they lie,
+whatever their strides, and copy none, but for logits of mixed dtypes.
 """
 
 from __future__ import annotations

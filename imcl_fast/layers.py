@@ -237,8 +237,8 @@ def find_kernels(model: nn.Module) -> list[str]:
 
     The mean squared cosine of N vectors in D dimensions is (N - D) / (D (N - 1)) or more (Welch),
     that of random ones 1/D. From N = 2D on more than half of the latter must stay, as in stems of
-    few channels and depthwise convolutions; held at that bound a stem makes the training of wide
-    networks unstable (docs/accuracy.md).
+    few channels and depthwise convolutions; held at that bound a stem can make the training of
+    wide networks unstable (docs/accuracy.md).
     """
     return [
         name

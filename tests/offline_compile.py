@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that aren't there, and prints what became of it.
 
-Run by test_triton.py in a process without TRITON_INTERPRET: the real launchers are called
+Run by test_offline_compile.py in processes without TRITON_INTERPRET: the real launchers are called
 on CPU tensors, their launches are caught, and each kernel is compiled with the very
 arguments and options it would have been launched with. One JSON object per line.
 """

@@ -28,7 +28,8 @@ STAND_IN = "-DIMCL_MATRIX_UNIT_STAND_IN"
 
 
 def flags() -> tuple[list[str], dict[str, list[str]], tuple[str, ...]]:
-    """Those of every file, those of each ISA level, and the levels of the products only."""
+    """Those of every file, those of each ISA level, and the levels of products
+    only, read out of setup.py, which isn't run."""
     wanted = ("CXXFLAGS", "AVX512", "INTRINSICS", "ISA_FLAGS", "PRODUCTS_ONLY")
     setup = ast.parse((ROOT / "setup.py").read_text())
     setup.body = [

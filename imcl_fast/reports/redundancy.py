@@ -69,9 +69,8 @@ def profile(
           max(0, (N-D)/(D(N-1))) (Welch 1974), with D-1 instead of D if centred;
         * ``histogram``: how many unordered pairs have \|cos\| in each of 40 equal parts of
           [0, 1], over all images;
-        * ``heatmap``: \|cos\| of every pair, mean over the images, the diagonal 0; in
-          networks of more than 64 rows each of 64 x 64 cells is the mean over a block of
-          pairs.
+        * ``heatmap``: \|cos\| of every pair, mean over the images, the diagonal 0; of more
+          than 64 rows each of 64 x 64 cells is the mean over a block of pairs.
 
         Where a matrix is not finite, what would be computed from it is None.
 

@@ -1,4 +1,4 @@
-"""How good a network is on images it isn't training on, and how much it has memorised."""
+"""What a network makes of images: its predictions and its cross entropy."""
 
 from __future__ import annotations
 

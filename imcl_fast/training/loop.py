@@ -281,7 +281,7 @@ class Loop:
         self.observer.epoch_finished(row, epochs)
 
     def _measure(self) -> dict[str, float]:
-        """Loss and accuracy on the test images."""
+        """Loss and accuracy on the test images, or on those held out in their place."""
         test = self.material.test
         predicted, loss = self._predict(test)
         return {
