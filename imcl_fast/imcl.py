@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from . import functional, sharding, validation
@@ -58,6 +59,36 @@ class IMCLOutput:
         if self._kernel is not None:
             terms["kernel_similarity"] = self._kernel
         return terms
+
+
+def _flatten_with_keys(output: IMCLOutput) -> tuple[list, tuple[int, int]]:
+    kernel = [] if output._kernel is None else [output._kernel]
+    parts = {
+        "loss": output.loss,
+        "logits": output.logits,
+        "_head_terms": output._head_terms,
+        "_representation": output._representation,
+        "_kernel": kernel,
+    }
+    keyed = [(pytree.GetAttrKey(name), part) for name, part in parts.items()]
+    return keyed, (output._auxiliary, output._views)
+
+
+def _flatten(output: IMCLOutput) -> tuple[list, tuple[int, int]]:
+    keyed, counts = _flatten_with_keys(output)
+    return [part for _, part in keyed], counts
+
+
+def _unflatten(parts: Iterable[Any], counts: tuple[int, int]) -> IMCLOutput:
+    loss, logits, head_terms, representation, kernel = parts
+    return IMCLOutput(loss, logits, head_terms, *counts, representation, *(kernel or [None]))
+
+
+# DistributedDataParallel(static_graph=True) hooks onto the tensors that it finds in what a
+# module returns, and where it finds none it averages no gradients.
+pytree.register_pytree_node(
+    IMCLOutput, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys
+)
 
 
 class IMCL(nn.Module):
