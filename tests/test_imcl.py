@@ -567,6 +567,7 @@ def test_kernels_are_those_that_the_forward_pass_computes_with(batch, kind, late
         torch.testing.assert_close(imcl.model.state_dict()[name], value, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @MADE_ANEW_FILTER
 @pytest.mark.parametrize("kind", ["prune", "weight_norm", "parametrized weight_norm"])
 def test_kernels_made_in_a_checkpointed_segment(batch, kind):
