@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, sharding, validation
+from . import functional, kernel_weights, sharding, validation
 from . import layers as find
 from .implementations import IMPLEMENTATIONS
+from .modes import evaluating
 from .sharding import KernelShare
 from .taps import Step, Tap, Tape
 
@@ -58,6 +60,36 @@ class IMCLOutput:
         if self._kernel is not None:
             terms["kernel_similarity"] = self._kernel
         return terms
+
+
+def _flatten_with_keys(output: IMCLOutput) -> tuple[list, tuple[int, int]]:
+    kernel = [] if output._kernel is None else [output._kernel]
+    parts = {
+        "loss": output.loss,
+        "logits": output.logits,
+        "_head_terms": output._head_terms,
+        "_representation": output._representation,
+        "_kernel": kernel,
+    }
+    keyed = [(pytree.GetAttrKey(name), part) for name, part in parts.items()]
+    return keyed, (output._auxiliary, output._views)
+
+
+def _flatten(output: IMCLOutput) -> tuple[list, tuple[int, int]]:
+    keyed, counts = _flatten_with_keys(output)
+    return [part for _, part in keyed], counts
+
+
+def _unflatten(parts: Iterable[Any], counts: tuple[int, int]) -> IMCLOutput:
+    loss, logits, head_terms, representation, kernel = parts
+    return IMCLOutput(loss, logits, head_terms, *counts, representation, *(kernel or [None]))
+
+
+# DistributedDataParallel(static_graph=True) hooks onto the tensors that it finds in what a
+# module returns, and where it finds none it averages no gradients.
+pytree.register_pytree_node(
+    IMCLOutput, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys
+)
 
 
 class IMCL(nn.Module):
@@ -120,6 +152,11 @@ class IMCL(nn.Module):
     Under gradient checkpointing the work on a layer is done once, not again when its segment
     is run again. A layer inside a segment, other than at its end, needs
     ``use_reentrant=False``; ``torch.compile`` then can't have ``fullgraph=True``.
+
+    Features without gradient, of frozen layers or under ``no_grad``, contribute their value
+    and learn nothing. Of ``kernels`` all learn whose parameters require a gradient. Weights
+    that each run makes anew, as pruning, weight and spectral normalisation do, are compared
+    as this run made them.
 
     The objective reconstructs arXiv 2105.09590 from its abstract, with published relatives:
     output consistency SD-Dropout (2208.05642) and R-Drop (2106.14448), multi-layer
@@ -201,11 +238,13 @@ class IMCL(nn.Module):
                 if classifier is None
                 else find.check_classifier(trace, classifier)
             )
-        if self.kernel_weight:
-            self.kernels = _kernels(model, kernels)
-        self._kernel_share = KernelShare.of(self.kernels, model, shard_kernels)
+        with evaluating(model):  # otherwise, to read a weight under spectral norm changes it
+            if self.kernel_weight:
+                self.kernels = _kernels(model, kernels)
+            self._kernel_share = KernelShare.of(self.kernels, model, shard_kernels)
         self._tape = Tape()
         self._handles = self._register_hooks(trace.channels_last)
+        self._weight_handles = kernel_weights.tap(self._kernel_modules(), self._tape)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | IMCLOutput:
         """The network's logits (B, K); with ``target``, class indices (B,), an ``IMCLOutput``.
@@ -222,13 +261,22 @@ class IMCL(nn.Module):
                     f"{name}: this way was switched off (0) when IMCL was built and has no "
                     "hooks; build a new IMCL with a weight above 0"
                 )
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "IMCL can't be trained under nn.DataParallel, whose replicas share its hooks; use "
+                "nn.parallel.DistributedDataParallel"
+            )
         # Autograd runs backward what ran forward last. Alone, kernel similarity comes first:
         # its gradient, as large as the weights', is made at the very end, when the
         # activations have been freed, and does not raise the peak. Among several processes
         # it would hold every convolution's gradient back to the end, and with it all of
         # DistributedDataParallel's communication, which is to run beside the backward pass.
-        processes = sharding.world_size()
-        kernel = self._kernel_similarity() if processes == 1 else None
+        # And weights that the forward pass itself makes are not there before it.
+        modules = self._kernel_modules()
+        kernel_first = sharding.world_size() == 1 and kernel_weights.are_parameters(modules)
+        kernel = self._kernel_similarity(modules) if kernel_first else None
+        if not (kernel_first or torch.compiler.is_compiling()):  # which can't trace it
+            self._weight_handles += kernel_weights.tap(modules, self._tape)
         step = _Step(self)
         self._tape.step = step
         try:
@@ -236,8 +284,8 @@ class IMCL(nn.Module):
         finally:
             self._tape.step = None
         step.finish()
-        if processes > 1:
-            kernel = self._kernel_similarity()
+        if not kernel_first:
+            kernel = self._kernel_similarity(modules, step)
         if step.calls != len(self._handles):
             raise RuntimeError(
                 f"model: expected the layers {self.layers} and the classifier "
@@ -262,7 +310,7 @@ class IMCL(nn.Module):
 
     def remove_hooks(self) -> nn.Module:
         """Take the hooks off the network and return it; ``imcl`` can't train it any more."""
-        for handle in self._handles:
+        for handle in [*self._handles, *self._weight_handles]:
             handle.remove()
         return self.model
 
@@ -278,21 +326,33 @@ class IMCL(nn.Module):
         for index, name in enumerate(self.layers):
             if self.representation_weight or index < len(self.heads):
                 tap = Tap(self._tape, index, name in channels_last)
-                handles.append(self.model.get_submodule(name).register_forward_hook(tap))
+                module = self.model.get_submodule(name)
+                handles.append(module.register_forward_hook(tap, with_kwargs=True))
         if self.classifier is not None:
             tap = Tap(self._tape, None)
             classifier = self.model.get_submodule(self.classifier)
-            handles.append(classifier.register_forward_hook(tap))
+            handles.append(classifier.register_forward_hook(tap, with_kwargs=True))
         return handles
 
-    def _kernel_similarity(self) -> Tensor | None:
+    def _kernel_modules(self) -> dict[str, nn.Module]:
+        """Those whose weights this process compares, by path."""
+        if not self.kernel_weight:
+            return {}
+        return {path: self.model.get_submodule(path) for path in self._kernel_share.kernels}
+
+    def _kernel_similarity(
+        self, modules: dict[str, nn.Module], step: _Step | None = None
+    ) -> Tensor | None:
+        """That of the weights that ``step`` has computed with; None: of parameters, before it."""
         if not self.kernel_weight:
             return None
         share = self._kernel_share
-        if not share.kernels:
+        if not modules:
             return next(self.model.parameters()).new_zeros(())
-        # Not get_parameter: a parametrized weight is computed, not stored.
-        weights = [cast(Tensor, self.model.get_submodule(k).weight) for k in share.kernels]
+        if step is None:
+            weights = [cast(Tensor, module.weight) for module in modules.values()]
+        else:
+            weights = kernel_weights.used(modules, step.weights)
         similarity = functional.kernel_similarity(
             weights, penalty=self.kernel_penalty, impl=self.impl
         )

@@ -70,10 +70,12 @@ def process(rank, folder, worlds):
             "sharded": ("imcl", dict(shard_kernels=True)),
             "one layer": ("imcl", dict(shard_kernels=True, kernels=["layer4.0"])),
             "ilr": ("ilr", {}),
+            "imcl, static graph": ("imcl", {}),
+            "ilr, static graph": ("ilr", {}),
         }
         for case, (kind, options) in cases.items():
             module, x, y = objective(kind, **options)
-            parallel = DistributedDataParallel(module)
+            parallel = DistributedDataParallel(module, static_graph="static" in case)
             order = []
             out = parallel(x[rank::world], y[rank::world])
             record_order(out.loss, order)
@@ -118,10 +120,13 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("case", ["imcl", "sharded", "one layer", "ilr"])
+@pytest.mark.parametrize(
+    "case",
+    ["imcl", "sharded", "one layer", "ilr", "imcl, static graph", "ilr, static graph"],
+)
 def test_gradients_are_those_of_one_process(runs, world, case):
     options = dict(kernels=["layer4.0"]) if case == "one layer" else {}
-    module, x, y = objective("ilr" if case == "ilr" else "imcl", **options)
+    module, x, y = objective("ilr" if "ilr" in case else "imcl", **options)
     out = module(x, y)
     out.loss.backward()
     expected = gradients(module)

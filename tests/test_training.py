@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from training_processes import table
 
 import imcl_fast
@@ -144,6 +145,64 @@ def test_a_network_of_ones_own_is_trained_and_stays_plain(digits):
     assert trainer.network is network
     assert not torch.equal(network[1].weight, before)
     assert summary["last_test_accuracy"] > 0
+
+
+def normalised_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5),
+        nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ways", [(), ("output", "kernel")], ids=["cross entropy", "two ways"])
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_parts_that_are_frozen_in_eval_mode_stay_so(digits, tmp_path, ways, ema):
+    network, modes = normalised_network(), []
+    network[1].requires_grad_(False).eval()  # as in fine-tuning
+    network[3].eval()
+    network.register_forward_pre_hook(
+        lambda network, _: modes.append([module.training for module in network])
+    )
+    settings = config(
+        ways=ways, ema=ema, epochs=2, run_dir=tmp_path, resume="never", report=True,
+        measure_ways=True,
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    trainer = Trainer(settings, data_set=digits, network=network, observer=QUIET)
+    trainer.fit()
+    frozen = [i not in (1, 3) for i in range(10)]
+    assert frozen in modes and all(mode in (frozen, [False] * 10) for mode in modes)
+    for found in (network, trainer.network):
+        state = found.state_dict()
+        kept = [name for name, value in before.items() if torch.equal(state[name], value)]
+        assert kept == [name for name in before if name.startswith("1.")]
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_pruned_network_is_trained(digits, tmp_path, ema):
+    network = normalised_network()
+    prune.l1_unstructured(network[4], "weight", 0.5)
+    before = network[4].weight_orig.detach().clone()
+    settings = config(
+        ways=("kernel",), ema=ema, weight_decay=0.0, run_dir=tmp_path, measure_ways=True
+    )
+    trainer = Trainer(settings, data_set=digits, network=network, observer=QUIET)
+    trainer.fit()
+    kept = network[4].weight_mask == 1
+    assert 0 < kept.sum() < kept.numel()
+    assert ((network[4].weight_orig != before) == kept).all()
+
+
+def test_a_network_in_eval_mode_is_put_in_train_mode(digits):
+    network = normalised_network().eval()
+    before = network[1].running_var.clone()
+    modes = []
+    network[1].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    Trainer(config(ways=()), data_set=digits, network=network, observer=QUIET).fit()
+    assert not torch.equal(network[1].running_var, before)
+    assert modes.count(True) == 4  # steps
 
 
 def test_layers_and_kernels_are_those_that_are_named(digits):

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..autograd import without_autocast
 from ..layers import PASSIVE
+from ..modes import evaluating
 
 BINS = 40
 HEAT_MAP_SIZE = 64
@@ -295,15 +296,16 @@ def _with_hooks(model: nn.Module, images: Tensor, record: Any) -> None:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradients, full precision; then everything as it was."""
-    modes = {module: module.training for module in model.modules()}
     precision = torch.get_float32_matmul_precision()
     generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators), torch.no_grad(), without_autocast(device):
+    with (
+        torch.random.fork_rng(devices=generators),
+        torch.no_grad(),
+        without_autocast(device),
+        evaluating(model),
+    ):
         try:
             torch.set_float32_matmul_precision("highest")
-            model.eval()
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
-            for module, training in modes.items():
-                module.training = training

@@ -56,12 +56,14 @@ class Loop:
         self.config, self.processes, self.material = config, processes, material
         self.records, self.observer = records, observer
         device = processes.device
-        network = network.to(device).train()
+        network = network.to(device)
+        if not network.training:  # otherwise parts in eval mode are frozen and stay so
+            network.train()
         if config.channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Before the objective hooks onto its layers, for some of them are replaced.
         network = processes.synchronised(network)
-        objective = build_objective(config, network, material, processes).train()
+        objective = build_objective(config, network, material, processes)
         trained = torch.compile(objective) if config.compile else objective
         self.parallel = processes.wrap(cast(nn.Module, trained))
         self.loader = material.train_loader(config, processes)

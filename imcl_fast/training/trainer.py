@@ -34,7 +34,10 @@ class Trainer:
         config: every setting of the run. Without ``run_dir`` nothing is written.
         data_set: to train on instead of the one that ``config`` names.
         network: to train instead of the one that ``config`` names: any classifier of the
-            data's images. It is trained in place and moved to the run's device.
+            data's images. It is trained in place and moved to the run's device. Given in
+            train mode, its parts in eval mode are frozen: batch normalisation keeps its
+            statistics, dropout drops nothing. Given in eval mode, as after loading, all of it
+            is put in train mode.
         observer: told what happens; by default a ``Console``.
 
     Attributes:
