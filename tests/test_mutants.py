@@ -120,8 +120,8 @@ def test_results_are_those_of_the_lists_as_they_are(toy, tmp_path) -> None:
         "<!-- mutants:table -->\n<!-- /mutants:table -->\n"
     )
     killed, survivor = mutant.load(lists)
-    Results(path, [killed, survivor]).add({killed: Outcome(KILLED, "test_add", 1.0)})
-    Results(path, [killed, survivor]).add({survivor: Outcome(SURVIVED, "", 1.0)})
+    Results(path, [killed, survivor]).add(killed, Outcome(KILLED, "test_add", 1.0))
+    Results(path, [killed, survivor]).add(survivor, Outcome(SURVIVED, "", 1.0))
     assert list(json.loads(path.read_text())) == [killed.name, survivor.name]
     assert explained(killed, KILLED) and not explained(survivor, SURVIVED)
     Results(path, [killed, survivor]).publish(document)

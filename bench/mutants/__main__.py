@@ -46,13 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.list:
             print("\n".join(mutant.name for mutant in chosen))
             return 0
-        found = run(args.root, chosen, args.jobs)
+        results = Results(RESULTS, mutants) if (args.root, args.lists) == (ROOT, LISTS) else None
+        found = run(args.root, chosen, args.jobs, results)
     except MutantError as error:
         print(f"bench.mutants: {error}", file=sys.stderr)
         return 2
-    if args.lists == LISTS and args.root == ROOT:
-        results = Results(RESULTS, mutants)
-        results.add(found)
+    if results is not None:
         results.publish(DOCUMENT)
     wrong = [mutant for mutant in found if not explained(mutant, found[mutant].verdict)]
     for mutant in wrong:
@@ -63,8 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def run(root: Path, mutants: Sequence[Mutant], jobs: int) -> dict[Mutant, Outcome]:
-    """Try out all mutants in ``jobs`` copies of ``root`` at a time, printing what comes out.
+def run(
+    root: Path, mutants: Sequence[Mutant], jobs: int, results: Results | None
+) -> dict[Mutant, Outcome]:
+    """Try out all mutants in ``jobs`` copies of ``root`` at a time, printing and keeping what
+    comes out.
 
     Raises:
         MutantError: tests are red without a mutant.
@@ -95,6 +97,8 @@ def run(root: Path, mutants: Sequence[Mutant], jobs: int) -> dict[Mutant, Outcom
             outcome = tree.try_out(mutant, limits)
             words = in_words(mutant, outcome.verdict, outcome.by.split("\n")[-1])
             print(f"{outcome.seconds:6.0f} s  {mutant.name}: {words}", flush=True)
+            if results is not None:
+                results.add(mutant, outcome)
             return outcome
 
         with ThreadPoolExecutor(jobs) as pool:

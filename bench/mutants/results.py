@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
 from imcl_fast.training.files import write_json
 
@@ -16,6 +18,8 @@ from .tree import KILLED, SURVIVED, TIMEOUT, Outcome
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
 NOT_RUN = "not run"
+
+Rows = dict[str, dict[str, str]]
 
 
 def explained(mutant: Mutant, verdict: str) -> bool:
@@ -43,55 +47,56 @@ class Results:
     """
 
     def __init__(self, path: Path, mutants: Sequence[Mutant]) -> None:
-        self._path, self._mutants = path, mutants
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self._rows: dict[str, dict[str, str]] = {}
-        for mutant in mutants:
-            row = stored.get(mutant.name)
-            if row is not None and (row["old"], row["new"]) == (mutant.old, mutant.new):
-                self._rows[mutant.name] = row
+        self._path, self._mutants, self._lock = path, mutants, Lock()
 
-    def add(self, found: dict[Mutant, Outcome]) -> None:
-        """Keep what was found out, and where."""
-        where = {"cpu": cpu(), "commit": commit(), "date": datetime.date.today().isoformat()}
-        for mutant, outcome in found.items():
-            self._rows[mutant.name] = {
+    def add(self, mutant: Mutant, outcome: Outcome) -> None:
+        """Keep what came out, and where."""
+        with self._lock:  # and from what is there now: two runs may each try out some
+            rows = self._rows()
+            rows[mutant.name] = {
                 "old": mutant.old, "new": mutant.new, "verdict": outcome.verdict,
-                "by": outcome.by, **where,
+                "by": outcome.by, "cpu": cpu(), "commit": commit(),
+                "date": datetime.date.today().isoformat(),
             }  # fmt: skip
-        names = [mutant.name for mutant in self._mutants if mutant.name in self._rows]
-        write_json(self._path, {name: self._rows[name] for name in names})
+            names = [each.name for each in self._mutants if each.name in rows]
+            write_json(self._path, {name: rows[name] for name in names})
 
     def publish(self, document: Path) -> None:
         """Fill the table of a document, and what it says above it."""
-        fill_places(document, "mutants", {"summary": self._summary, "table": self._table})
+        rows = self._rows()
+        tables = {"summary": partial(self._summary, rows), "table": partial(self._table, rows)}
+        fill_places(document, "mutants", tables)
 
-    def _summary(self) -> str:
-        verdicts = [self._verdict(mutant) for mutant in self._mutants]
-        killed = sum(verdict in (KILLED, TIMEOUT) for verdict in verdicts)
-        alike = sum(
-            verdict == SURVIVED and bool(mutant.equivalent)
-            for mutant, verdict in zip(self._mutants, verdicts, strict=True)
-        )
-        places = {(row["cpu"], row["commit"], row["date"]) for row in self._rows.values()}
-        run = "; ".join(f"{cpu}, commit {commit}, {date}" for cpu, commit, date in sorted(places))
+    def _rows(self) -> Rows:
+        stored = {}
+        if self._path.exists():
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+        return {
+            mutant.name: stored[mutant.name]
+            for mutant in self._mutants
+            if mutant.name in stored
+            and all(stored[mutant.name][key] == getattr(mutant, key) for key in ("old", "new"))
+        }
+
+    def _summary(self, rows: Rows) -> str:
+        verdicts = [(mutant, _verdict(rows, mutant)) for mutant in self._mutants]
+        killed = sum(verdict in (KILLED, TIMEOUT) for _, verdict in verdicts)
+        alike = sum(verdict == SURVIVED and bool(mutant.equivalent) for mutant, verdict in verdicts)
+        places = sorted({(row["cpu"], row["commit"], row["date"]) for row in rows.values()})
+        run = "; ".join(f"{cpu}, commit {commit}, {date}" for cpu, commit, date in places)
         return (
             f"Of {len(verdicts)} mutants {killed} are killed, {alike} can't be seen by any test, "
             f"{len(verdicts) - killed - alike} are left. Run on {run}."
         )
 
-    def _table(self) -> str:
-        return table(
-            ("file", "what is wrong then", "what the tests say"),
-            [
-                (f"`{mutant.file}`", mutant.breaks,
-                 in_words(mutant, self._verdict(mutant), self._row(mutant).get("by", "")))
-                for mutant in self._mutants
-            ],
-        ).replace("---:", "---")  # fmt: skip
+    def _table(self, rows: Rows) -> str:
+        lines = [
+            (f"`{mutant.file}`", mutant.breaks,
+             in_words(mutant, _verdict(rows, mutant), rows.get(mutant.name, {}).get("by", "")))
+            for mutant in self._mutants
+        ]  # fmt: skip
+        return table(("file", "what is wrong then", "what the tests say"), lines)
 
-    def _verdict(self, mutant: Mutant) -> str:
-        return self._row(mutant).get("verdict", NOT_RUN)
 
-    def _row(self, mutant: Mutant) -> dict[str, str]:
-        return self._rows.get(mutant.name, {})
+def _verdict(rows: Rows, mutant: Mutant) -> str:
+    return rows[mutant.name]["verdict"] if mutant.name in rows else NOT_RUN
