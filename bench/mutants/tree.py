@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from .mutant import Mutant, Tests
+from .mutant import ROOT, Mutant, Tests
 
 LEFT_OUT = (".*", "build", "dist", "runs", "__pycache__", "*.egg-info")
 # What the tests' environment has, and what of the user's it has not.
@@ -73,8 +73,9 @@ class Tree:
             if code:
                 return outcome(BROKEN, _last_lines(said))
             self._stale = False
+        plugins = ["-p", "no:cacheprovider", "-p", "bench.mutants.unshrunk"]
         code, said = self._run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+            [sys.executable, "-m", "pytest", "-x", "-q", *plugins,
              f"--basetemp={self.folder / 'build/pytest'}", *tests.arguments],
             dict(tests.environment), seconds,
         )  # fmt: skip
@@ -118,7 +119,9 @@ class Tree:
     ) -> tuple[int | None, str]:
         """The exit code, None past ``seconds``, and the output."""
         environment = {k: v for k, v in os.environ.items() if k not in NOT_THE_USERS}
-        environment |= ENVIRONMENT | {"PYTHONPATH": str(self.folder)} | (more or {})
+        # The copy's own modules come first; a tree that has no plugin gets this one's.
+        path = os.pathsep.join([str(self.folder), str(ROOT)])
+        environment |= ENVIRONMENT | {"PYTHONPATH": path} | (more or {})
         self._process = subprocess.Popen(
             command, cwd=self.folder, env=environment, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace",
