@@ -14,6 +14,7 @@ from training_processes import checkpoints, table
 from imcl_fast import data
 from imcl_fast.training.config import TrainConfig
 from imcl_fast.training.distributed import Processes
+from imcl_fast.training.errors import CheckpointError
 from imcl_fast.training.loop import Loop
 from imcl_fast.training.progress import Observer
 from imcl_fast.training.state import EpochSums, TrainingState
@@ -194,3 +195,20 @@ def test_tables_that_lag_behind_the_checkpoint_catch_up(digits, tmp_path) -> Non
     (run / "steps.csv").write_text(whole["steps.csv"] + "9")
     train(digits, run, resume="auto")
     assert {name: (run / name).read_text() for name in whole} == whole
+
+
+@pytest.mark.parametrize("changed", [0, 1], ids=["trained on", "true"])
+def test_checkpoints_of_other_labels_are_not_gone_on_with(
+    digits, tmp_path, monkeypatch, changed
+) -> None:
+    train(digits, tmp_path / "run", label_noise=0.5, resume="auto")
+    own = Loop._labels
+
+    def others(loop):
+        labels = own(loop)
+        labels[changed] = labels[changed].flip(0)
+        return labels
+
+    monkeypatch.setattr(Loop, "_labels", others)
+    with pytest.raises(CheckpointError, match="of other training labels"):
+        train(digits, tmp_path / "run", label_noise=0.5, resume="auto")

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         mutants = load(args.lists)
-        chosen = [m for m in mutants if fnmatch(m.name, args.only) or fnmatch(m.file, args.only)]
+        chosen = [m for m in mutants if any(map(partial(_is_called, m), args.only))]
         if not chosen:
             raise MutantError(f"--only: no mutant of {args.lists} is called {args.only}")
         for mutant in chosen:
@@ -115,9 +115,14 @@ def run(
                 raise
 
 
+def _is_called(mutant: Mutant, glob: str) -> bool:
+    return fnmatch(mutant.name, glob) or fnmatch(mutant.file, glob)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.mutants", description=__doc__)
-    parser.add_argument("--only", default="*", metavar="GLOB", help="of names or of files")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB",
+                        help="of names or of files")
     parser.add_argument("--list", action="store_true", help="the names, and run nothing")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default 2)")
     parser.add_argument("--lists", type=Path, default=LISTS, help="another folder of lists")
