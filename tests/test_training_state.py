@@ -86,6 +86,8 @@ def test_a_state_comes_back_whole() -> None:
     assert other.load_state_dict(stored, alone)  # which sets the generators again
     assert_same(other.state_dict(alone), stored)
     assert other.scaler.get_scale() == 2.0**6
+    assert (other.epoch, other.step_in_epoch, other.step) == (3, 6, 9)
+    assert (other.sums, other.rows) == (before.sums, before.rows)
 
 
 def test_each_process_goes_on_with_its_own_generators_and_sums() -> None:
