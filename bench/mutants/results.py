@@ -48,6 +48,10 @@ class Results:
 
     def __init__(self, path: Path, mutants: Sequence[Mutant]) -> None:
         self._path, self._mutants, self._lock = path, mutants, Lock()
+        # Now: the file itself will make the checkout dirty.
+        self._where = {
+            "cpu": cpu(), "commit": commit(), "date": datetime.date.today().isoformat()
+        }  # fmt: skip
 
     def add(self, mutant: Mutant, outcome: Outcome) -> None:
         """Keep what came out, and where."""
@@ -55,8 +59,7 @@ class Results:
             rows = self._rows()
             rows[mutant.name] = {
                 "old": mutant.old, "new": mutant.new, "verdict": outcome.verdict,
-                "by": outcome.by, "cpu": cpu(), "commit": commit(),
-                "date": datetime.date.today().isoformat(),
+                "by": outcome.by, **self._where,
             }  # fmt: skip
             names = [each.name for each in self._mutants if each.name in rows]
             write_json(self._path, {name: rows[name] for name in names})
