@@ -126,9 +126,11 @@ def test_results_are_those_of_the_lists_as_they_are(toy, tmp_path) -> None:
     assert explained(killed, KILLED) and not explained(survivor, SURVIVED)
     Results(path, [killed, survivor]).publish(document)
     text = document.read_text()
-    assert "Of 2 mutants 1 are killed, 0 can't be seen by any test, 1 are left." in text
+    assert "Of 2 mutants 1 are killed, 0 can't be seen by any test, 1 survive" in text
     assert "| `sums.py` | what is added is taken away | killed by test_add |\n" in text
     assert "| `sums.py` | nobody is told | **survives** |\n" in text
     changed = survivor._replace(new="more than 7")
     Results(path, [killed, changed]).publish(document)
-    assert "| `sums.py` | nobody is told | not run |\n" in document.read_text()
+    text = document.read_text()
+    assert "| `sums.py` | nobody is told | not run |\n" in text
+    assert "0 survive or don't run, 1 have not been tried out" in text

@@ -85,11 +85,13 @@ class Results:
         verdicts = [(mutant, _verdict(rows, mutant)) for mutant in self._mutants]
         killed = sum(verdict in (KILLED, TIMEOUT) for _, verdict in verdicts)
         alike = sum(verdict == SURVIVED and bool(mutant.equivalent) for mutant, verdict in verdicts)
+        not_run = sum(verdict == NOT_RUN for _, verdict in verdicts)
+        left = len(verdicts) - killed - alike - not_run
         places = sorted({(row["cpu"], row["commit"], row["date"]) for row in rows.values()})
         run = "; ".join(f"{cpu}, commit {commit}, {date}" for cpu, commit, date in places)
         return (
             f"Of {len(verdicts)} mutants {killed} are killed, {alike} can't be seen by any test, "
-            f"{len(verdicts) - killed - alike} are left. Run on {run}."
+            f"{left} survive or don't run, {not_run} have not been tried out. Run on {run}."
         )
 
     def _table(self, rows: Rows) -> str:
