@@ -30,11 +30,9 @@ def main(level: str) -> int:
     if code := subprocess.run([*ninja, "--quiet", f"-j{setup.jobs()}", *wanted]).returncode:
         return code
     # By hand: ninja would first bring the other levels up to date.
-    link = subprocess.run(
-        [*ninja[:1], *ninja[1:], "-t", "commands", "-s", str(operators)],
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()[-1]  # fmt: skip
-    return subprocess.run(link, shell=True, cwd=setup.OBJECTS).returncode
+    link = [*ninja, "-t", "commands", "-s", str(operators)]
+    said = subprocess.run(link, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(said.splitlines()[-1], shell=True, cwd=setup.OBJECTS).returncode
 
 
 if __name__ == "__main__":
