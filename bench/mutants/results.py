@@ -100,7 +100,8 @@ class Results:
              in_words(mutant, _verdict(rows, mutant), rows.get(mutant.name, {}).get("by", "")))
             for mutant in self._mutants
         ]  # fmt: skip
-        return table(("file", "what is wrong then", "what the tests say"), lines).replace("---:", "---")
+        text = table(("file", "what is wrong then", "what the tests say"), lines)
+        return text.replace("---:", "---")  # words, to the left
 
 
 def _verdict(rows: Rows, mutant: Mutant) -> str:
