@@ -26,7 +26,7 @@ ON_EVERY_DEVICE := tests/test_triton.py tests/test_pairwise.py tests/test_consis
     tests/test_autograd.py
 AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
 
-.PHONY: demo test lint bench bench-quick bench-check accuracy gpu format clean
+.PHONY: demo test lint bench bench-quick bench-check accuracy mutants gpu format clean
 
 demo: $(READY)
 	$(RUN) -m imcl_fast.demo
@@ -61,6 +61,10 @@ bench-check: $(READY)
 # in bench/accuracy/results and fill docs/accuracy.md, which says how long it took.
 accuracy: $(READY)
 	$(RUN) -m bench.accuracy
+
+# Breaks a copy of the code line by line: do the tests see it? An hour or two of two cores.
+mutants: $(READY)
+	$(RUN) -m bench.mutants
 
 # For a machine with a GPU and its own torch: tests there, then measurements, into $OUT.
 gpu: $(READY)
