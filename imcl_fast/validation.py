@@ -21,6 +21,14 @@ def tensors(name: str, value: Any, rank: str, allowed: range) -> list[Tensor]:
     if len(items) == 0:
         raise ValueError(f"{name}: expected at least one Tensor, got an empty sequence")
     for i, x in enumerate(items):
+        if (
+            isinstance(x, Tensor)
+            and x.dtype in FLOATS
+            and x.layout is torch.strided
+            and x.dim() in allowed
+            and x.device == items[0].device
+        ):
+            continue
         label = name if isinstance(value, Tensor) else f"{name}[{i}]"
         if not isinstance(x, Tensor):
             raise TypeError(f"{label}: expected a Tensor, got {type(x).__name__}")
@@ -33,11 +41,10 @@ def tensors(name: str, value: Any, rank: str, allowed: range) -> list[Tensor]:
             raise TypeError(f"{label}: expected a dense (strided) Tensor, got {x.layout}")
         if x.dim() not in allowed:
             raise ValueError(f"{label}: expected {rank}, got shape {tuple(x.shape)}")
-        if x.device != items[0].device:
-            raise ValueError(
-                f"{label}: expected all tensors on one device ({items[0].device}, as "
-                f"{name}[0]), got {x.device}"
-            )
+        raise ValueError(
+            f"{label}: expected all tensors on one device ({items[0].device}, as {name}[0]), "
+            f"got {x.device}"
+        )
     return list(items)
 
 
@@ -69,9 +76,11 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
-def integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any, low: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
+    if low is not None and value < low:
+        raise ValueError(f"{name}: expected an int of at least {low}, got {value}")
     return value
 
 
