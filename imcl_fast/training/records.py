@@ -122,7 +122,8 @@ class Records:
         path = self.folder / STEPS
         with files.disk_full_named(path):
             if self._steps is None and path.exists():
-                self._columns = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
+                header = path.read_text(encoding="utf-8").partition("\n")[0]
+                self._columns = header.split(",") if header else []
             if new := [name for name in row if name not in self._columns]:
                 self._add_columns(path, new)
             if self._steps is None:
