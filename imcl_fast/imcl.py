@@ -46,7 +46,7 @@ class IMCLOutput:
     _head_terms: Tensor = field(repr=False)  # (2, H), cross entropies and KL
     _auxiliary: int = field(repr=False)
     _views: int = field(repr=False)
-    _representation: list[Tensor] = field(repr=False)
+    _representation: Tensor | None = field(repr=False)
     _kernel: Tensor | None = field(repr=False)
 
     @cached_property
@@ -59,8 +59,8 @@ class IMCLOutput:
             terms["output_consistency"] = ce[final:].mean() + kl[final:].mean()
         if n:
             terms["multilayer_consistency"] = ce[:n].mean() + kl[:final].mean()
-        if self._representation:
-            terms["representation_similarity"] = torch.stack(self._representation).mean()
+        if self._representation is not None:
+            terms["representation_similarity"] = self._representation
         if self._kernel is not None:
             terms["kernel_similarity"] = self._kernel
         return terms
@@ -273,11 +273,13 @@ class IMCL(nn.Module):
                 f"runs for {len(self._handles)} hooks (0 after remove_hooks)"
             )
         loss, head_terms = self._consistency(step, logits, target)
+        representation = None
         if step.similarities:
+            layers = len(step.similarities)
+            representation = torch.stack(step.similarities).sum()
             weight = turn.representation * self.representation_weight
-            share = weight / len(step.similarities)
-            for similarity in step.similarities:
-                loss = torch.add(loss, similarity, alpha=share)
+            loss = torch.add(loss, representation, alpha=weight / layers)
+            representation = representation.detach() / layers
         if kernel is not None:
             loss = torch.add(loss, kernel, alpha=turn.kernel * self.kernel_weight)
         if counts:
@@ -288,7 +290,7 @@ class IMCL(nn.Module):
             head_terms,
             len(step.head_logits),
             0 if step.views is None else self.views,
-            [similarity.detach() for similarity in step.similarities],
+            representation,
             None if kernel is None else kernel.detach(),
         )
 
