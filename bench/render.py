@@ -243,6 +243,23 @@ def shares(results: Results) -> str:
     return table(["of the plain step", *ways], lines)
 
 
+def host(results: Results) -> str:
+    """What a training step costs on the host."""
+    if "host" not in results:
+        return "Not measured yet.\n"
+    lines = []
+    for name, one in results["host"].items():
+        plain = one["both"]["ratio"] == 1
+        cells = [milliseconds(one[what]["seconds"]["median"]) for what in ("forward", "both")]
+        for what in ("forward", "both"):
+            over = ("average", "fullest")
+            cells += ["" if plain else f"{1e3 * one[what][k]:+.2f}" for k in over]
+        lines.append([name, *cells, "" if plain else f"{one['both']['ratio']:.2f}"])
+    head = ["training step on the host", "forward ms", "step ms", "forward over plain, average ms",
+            "fullest", "step over plain, average ms", "fullest", "times plain"]  # fmt: skip
+    return table(head, lines)
+
+
 def scaling(results: Results) -> str:
     """Fitted exponents of the cost."""
     found = results["scaling"]
@@ -349,6 +366,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "step-kernels": step_kernels,
     "naive": naive,
     "shares": shares,
+    "host": host,
     "scaling": scaling,
     "memory": memory,
     "instructions": instructions,

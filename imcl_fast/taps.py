@@ -99,7 +99,10 @@ def _autograd_context() -> object:
     """What distinguishes the inside of a checkpointed segment: its hooks, or ``no_grad``."""
     if torch.compiler.is_compiling():
         return None
-    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), _saved_tensors_hooks(False)
+
+
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _inside_function() -> bool:

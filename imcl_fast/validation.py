@@ -23,6 +23,14 @@ def tensors(name: str, value: Any, rank: str, allowed: range) -> list[Tensor]:
     if len(items) == 0:
         raise ValueError(f"{name}: expected at least one Tensor, got an empty sequence")
     for i, x in enumerate(items):
+        if (
+            isinstance(x, Tensor)
+            and x.dtype in FLOATS
+            and x.layout is torch.strided
+            and x.dim() in allowed
+            and x.device == items[0].device
+        ):
+            continue
         label = name if isinstance(value, Tensor) else f"{name}[{i}]"
         if not isinstance(x, Tensor):
             raise TypeError(f"{label}: expected a Tensor, got {type(x).__name__}")
@@ -35,11 +43,10 @@ def tensors(name: str, value: Any, rank: str, allowed: range) -> list[Tensor]:
             raise TypeError(f"{label}: expected a dense (strided) Tensor, got {x.layout}")
         if x.dim() not in allowed:
             raise ValueError(f"{label}: expected {rank}, got shape {tuple(x.shape)}")
-        if x.device != items[0].device:
-            raise ValueError(
-                f"{label}: expected all tensors on one device ({items[0].device}, as "
-                f"{name}[0]), got {x.device}"
-            )
+        raise ValueError(
+            f"{label}: expected all tensors on one device ({items[0].device}, as {name}[0]), "
+            f"got {x.device}"
+        )
     return list(items)
 
 
@@ -98,7 +105,7 @@ def is_bool(value: Any) -> bool:
     return kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
 
 
-def integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any, low: int | None = None) -> int:
     """``value``, an integer of 64 bits of Python's or NumPy's, as an int."""
     if not is_integer(value):
         if isinstance(value, Tensor):
@@ -107,6 +114,8 @@ def integer(name: str, value: Any) -> int:
     result = int(value)
     if not -(2**63) <= result < 2**63:
         raise ValueError(f"{name}: expected an int of 64 bits, got one of {result.bit_length()}")
+    if low is not None and result < low:
+        raise ValueError(f"{name}: expected an int of at least {low}, got {result}")
     return result
 
 

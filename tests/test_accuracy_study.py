@@ -260,6 +260,19 @@ def test_a_confirmation_runs_the_same_on_seeds_that_the_study_did_not_have() -> 
     assert {run.seed for run in fresh.runs} == {4, 5, 6}
 
 
+def test_schedules_are_compared_in_float32_under_the_settings_of_the_cpu_study() -> None:
+    final, schedules = study_file.load("cpu"), study_file.load("cpu-schedule")
+    assert schedules.train == {**final.train, "amp": "off"}
+    assert schedules.conditions == final.conditions and schedules.networks == final.networks
+    # Written out: the study must mean the same when the defaults have become what it decides.
+    intervals = {
+        (config.representation_interval, config.kernel_interval)
+        for config in (run.config for run in schedules.runs)
+    }
+    assert intervals == {(1, 1), (4, 8), (8, 16)}
+    assert {run.seed for run in schedules.runs} == {1, 2, 3, 4, 5}
+
+
 def test_what_is_no_screening_is_measured_on_test_images() -> None:
     held_out = [name for name in study_file.names() if study_file.load(name).held_out]
     assert held_out == list(SCREENINGS)
@@ -660,8 +673,8 @@ def test_the_document_has_places_for_tables_that_exist(tmp_path) -> None:
     }  # fmt: skip
     filled = fill_places(document, "accuracy", places)
     assert {place.partition(":")[0] for place in filled} == {
-        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-confirmation",
-        "cpu-wide-screening", "gpu", "migrations", "penalties",
+        "cpu", "cpu-regimes", "cpu-schedule", "cpu-screening", "cpu-wide",
+        "cpu-wide-confirmation", "cpu-wide-screening", "gpu", "migrations", "penalties",
     }  # fmt: skip
     assert "(accuracy-cpu" not in document.read_text()  # no link to a plot that isn't there
 
@@ -727,8 +740,8 @@ def test_studies_of_other_data_train_on_their_files(name, tmp_path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-confirmation",
-        "cpu-wide-screening", "gpu",
+        "cpu", "cpu-regimes", "cpu-schedule", "cpu-screening", "cpu-wide",
+        "cpu-wide-confirmation", "cpu-wide-screening", "gpu",
     ],
 )  # fmt: skip
 def test_every_method_of_a_study_can_be_built(name, tmp_path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench import (
     competitors,
+    host,
     instructions,
     memory,
     operations,
@@ -21,9 +22,9 @@ from bench import (
     scaling,
     shapes,
     step,
-)  # fmt: skip
+)
 from bench.rows import Row, consistency, rows
-from bench.timing import interleaved, quartiles, sets_needed
+from bench.timing import Sample, interleaved, quartiles, sets_needed
 
 CPU = torch.device("cpu")
 TINY = Row("representation", "tiny", ((2, 8, 4, 4), (2, 6, 3, 3)))
@@ -116,6 +117,22 @@ def test_a_row_is_measured(row: Row) -> None:
 
 
 # ---- how it is timed -------------------------------------------------------------------
+
+
+def test_host_time_is_that_over_the_plain_step_at_each_place_of_the_period() -> None:
+    found = host.measure(torch.device("cpu"), 0, fewest=2)
+    assert list(found) == list(host.METHODS)
+    for name, one in found.items():
+        for what in ("forward", "both"):
+            assert one[what]["fullest"] >= one[what]["average"]
+            assert (one[what]["ratio"] == 1) == (name == host.PLAIN)
+    assert found[host.PLAIN]["both"]["average"] == found[host.PLAIN]["both"]["fullest"] == 0
+    plain = [[Sample(1.0, 1.0)] * host.PERIOD] * 3
+    ours = [[Sample(1.5, 1.0), *[Sample(1.0, 1.0)] * 6, Sample(1.0, 5.0)]] * 3
+    assert host._over(ours, plain, "forward") == {
+        "average": 0.5 / 8, "fullest": 0.5, "ratio": 8.5 / 8,
+    }  # fmt: skip
+    assert host._over(ours, plain, "both")["fullest"] == 4
 
 
 def test_rounds_take_everybody_in_turn_and_begin_with_another() -> None:
@@ -249,6 +266,11 @@ def method(seconds: float, overhead: float, extra: float) -> dict:
     }  # fmt: skip
 
 
+def host_times(seconds: float, average: float, fullest: float, ratio: float) -> dict:
+    return {"seconds": quartiles([seconds]), "average": average, "fullest": fullest,
+            "ratio": ratio}  # fmt: skip
+
+
 RESULTS = {
     "facts": {"cpu": "A CPU", "threads": "2", "torch": "2.13", "python": "3.11", "commit": "abc",
               "date": "2000-01-01", "ISA": "avx2"},
@@ -295,6 +317,12 @@ RESULTS = {
             "left_out": {},
         },
     },
+    "host": {
+        "plain cross entropy": {what: host_times(0.008, 0.0, 0.0, 1.0)
+                                for what in ("forward", "both")},
+        "four ways": {"forward": host_times(0.009, 0.0005, 0.001, 1.1),
+                      "both": host_times(0.0105, 0.0012, 0.0025, 1.25)},
+    },
     "scaling": {"batch": {"cpp": {"points": [(8, 1e-3), (16, 2e-3)], "slope": 1.0}}},
     "memory": {"auto": [(1024, 2**22)], "reference": []},
     "instructions": {"reason": "valgrind is not installed"},
@@ -317,6 +345,10 @@ def test_tables_say_what_was_measured() -> None:
     assert "foreign (another quantity)" in kernel
     assert "without kernel" not in render.TABLES["step"](RESULTS)
     assert "| a step | +3.0 % |" in render.TABLES["shares"](RESULTS)
+    host_row = "| four ways | 9.00 | 10.5 | +0.50 | +1.00 | +1.20 | +2.50 | 1.25 |"
+    assert host_row in render.TABLES["host"](RESULTS)
+    older = {name: found for name, found in RESULTS.items() if name != "host"}
+    assert render.TABLES["host"](older) == "Not measured yet.\n"
     assert "A CPU, 2 threads" in render.TABLES["machine"](RESULTS)
 
 

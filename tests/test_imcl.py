@@ -249,17 +249,17 @@ def test_each_way_alone(network, batch, weight):
 def test_a_weight_of_0_costs_nothing(network, batch, monkeypatch, weight, expected):
     x, y = batch
     spies = {}
-    for key, name in (
-        ("consistency", "collaborative_consistency"),
-        ("kernel", "kernel_similarity"),
-        ("layers", "representation_similarity"),
-    ):
-        spy = Mock(wraps=getattr(functional, name))
-        monkeypatch.setattr(functional, name, spy)
-        spies[key] = spy
+    for name in ("_consistency", "_pairwise"):
+        spies[name] = Mock(wraps=getattr(functional, name))
+        monkeypatch.setattr(functional, name, spies[name])
     imcl = build(network, x, **({} if weight == "all" else only(weight)))
     imcl(x, y)
-    ran = {key: spy.call_count for key, spy in spies.items()}
+    of_layers = [call.args[4] for call in spies["_pairwise"].call_args_list]  # batched
+    ran = {
+        "consistency": spies["_consistency"].call_count,
+        "kernel": of_layers.count(False),
+        "layers": of_layers.count(True),
+    }
     found = {**ran, "hooks": hooks(network), "heads": len(imcl.heads)}
     assert found == {"kernel": 0, "layers": 0, **expected}
 
@@ -685,7 +685,7 @@ def test_state_dict_and_whole_module_round_trip(network, batch):
     expected = step(imcl, x, y)[0].loss
     assert torch.equal(step(other, x, y)[0].loss, expected)
     assert torch.equal(step(loaded, x, y)[0].loss, expected)
-    assert {key.split(".")[0] for key in imcl.state_dict()} == {"model", "heads"}
+    assert {key.split(".")[0] for key in imcl.state_dict()} == {"model", "heads", "_extra_state"}
 
 
 def test_to_moves_the_heads(network, batch):

@@ -353,7 +353,8 @@ def test_a_configuration_is_the_same_after_json_and_after_flags():
         ways=("output", "kernel"), weights={"kernel": 5.0}, width=8, train_images=100, ema=0.5,
         layers=("layer1", "layer2"), center=False, augment=False, run_dir=Path("a b"),
         deterministic=True, dropout=0.25, lr=1, beta=0.5, stem_stride=2, ways_warmup_epochs=1.5,
-        evaluate_every=3, kernels=("conv1", "fc"), clip_norm=2,
+        evaluate_every=3, kernels=("conv1", "fc"), clip_norm=2, representation_interval=4,
+        kernel_interval=8,
     )  # fmt: skip
     assert TrainConfig.from_json(json.loads(json.dumps(config.as_json()))) == config
     assert flags.parse(flags.command(config), "imcl-train", "") == config

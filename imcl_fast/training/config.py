@@ -180,6 +180,20 @@ class TrainConfig:
     kernel_penalty: str | None = _set(
         None, "of the kernels", OBJECTIVE, choices=PENALTIES, option="kernel_penalty"
     )
+    representation_interval: int | None = _set(
+        None,
+        "compute way 3 in every N-th batch only, with N times its weight",
+        OBJECTIVE,
+        low=1,
+        option="representation_interval",
+    )
+    kernel_interval: int | None = _set(
+        None,
+        "compute way 4 in every N-th batch only, with N times its weight",
+        OBJECTIVE,
+        low=1,
+        option="kernel_interval",
+    )
     beta: float | None = _set(
         None, "weight of the labels in a song-chai method", OBJECTIVE, low=0, high=1, option="beta"
     )

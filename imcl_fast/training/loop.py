@@ -191,6 +191,7 @@ class Loop:
             if logged:
                 own.add(values)
             state.sums.add(values)
+            state.latest.update(values)
         self.last_batch = group[-1]
         if self.config.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
@@ -210,6 +211,10 @@ class Loop:
         state.step_in_epoch += 1
         known = None
         if logged:
+            # Of a way whose turn it wasn't, what was seen last.
+            seen = {name for names in own.totals for name in names}
+            if unseen := {n: value for n, value in state.latest.items() if n not in seen}:
+                own.add(unseen)
             known = self._read(own)
             if self.records is not None and self.processes.first:
                 row = {"step": state.step, "epoch": state.epoch + 1, **known, "lr": lr}

@@ -34,6 +34,7 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._steps: TextIO | None = None
+        self._columns: list[str] = []
         self._board: Any = None
 
     @staticmethod
@@ -123,9 +124,9 @@ class Records:
     def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         # The whole file, so that it never has half a row, or one twice.
         text = io.StringIO()
-        # The row of an epoch without measurements is shorter, and gets empty cells.
-        longest = max(rows, key=len)
-        writer = csv.DictWriter(text, list(longest), lineterminator="\n")
+        # The row of an epoch without measurements, or without a way's turn, gets empty cells.
+        columns = dict.fromkeys(name for row in sorted(rows, key=len)[::-1] for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         files.write(self.folder / METRICS, text.getvalue().encode())
@@ -151,18 +152,31 @@ class Records:
         return f"{path}: {damaged} damaged lines are left out; the file as it was is {aside}"
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Append a row to ``steps.csv``."""
+        """Append a row to ``steps.csv``, and a column for each value that is new in it."""
         path = self.folder / STEPS
         with files.disk_full_named(path):
+            if self._steps is None and path.exists():
+                header = path.read_text(encoding="utf-8").partition("\n")[0]
+                self._columns = header.split(",") if header else []
+            if new := [name for name in row if name not in self._columns]:
+                self._add_columns(path, new)
             if self._steps is None:
-                new = not path.exists() or path.stat().st_size == 0
                 self._steps = open(path, "a", encoding="utf-8")  # noqa: SIM115
-                if new:
-                    self._steps.write(",".join(row) + "\n")
-            self._steps.write(",".join(map(repr, row.values())) + "\n")
+            cells = (repr(row[name]) if name in row else "" for name in self._columns)
+            self._steps.write(",".join(cells) + "\n")
             self._steps.flush()
         values = {name: value for name, value in row.items() if name not in ("step", "epoch")}
         self._show("step", values, row["step"])
+
+    def _add_columns(self, path: Path, names: list[str]) -> None:
+        """Give ``steps.csv`` more columns, empty in the rows there are."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        self._columns += names
+        rows = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+        lines = [",".join(self._columns), *(row + "," * len(names) for row in rows)]
+        files.write(path, ("\n".join(lines) + "\n").encode())
 
     def sync(self) -> None:
         """Have ``steps.csv`` reach the disk, before the checkpoint that it must not lag."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..data import DataError, DataSet
 from ..data.split import take
+from ..imcl import IMCL
 from .config import TrainConfig
 from .distributed import Processes, joined
 from .errors import UsageError
@@ -225,15 +227,23 @@ def _profile(loop: Loop, records: Records, name: str) -> None:
 
 
 def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
-    """What each way costs per step; None if there was too little time to tell."""
+    """What each way costs per step on average; None if there was too little time to tell."""
     config = loop.config
     if config.method != "imcl" or not config.ways or loop.last_batch is None:
         return None
+    intervals = {}
+    if isinstance(objective := loop.state.objective, IMCL):
+        intervals = {
+            "representation": objective.representation_interval,
+            "kernel": objective.kernel_interval,
+        }
+        # What a way costs is seen where it is computed, and spread over its interval.
+        config = replace(config, representation_interval=1, kernel_interval=1)
 
     def build(network: nn.Module, without: str | None) -> nn.Module:
         return build_objective(config, network, loop.material, loop.processes, without=without)
 
-    return way_seconds(
+    costs = way_seconds(
         loop.plain,
         build,
         config.ways,
@@ -241,3 +251,4 @@ def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
         *loop.last_batch,
         allowed=max(WAYS_SECONDS, WAYS_SHARE * trained),
     )
+    return costs and {way: cost / intervals.get(way, 1) for way, cost in costs.items()}
