@@ -69,13 +69,13 @@ class IMCLOutput:
 
 
 def _flatten_with_keys(output: IMCLOutput) -> tuple[list, tuple[int, int]]:
-    kernel = [] if output._kernel is None else [output._kernel]
     parts = {
         "loss": output.loss,
         "logits": output.logits,
         "_head_terms": output._head_terms,
-        "_representation": output._representation,
-        "_kernel": kernel,
+        # As lists, for None would be a leaf.
+        "_representation": [x for x in [output._representation] if x is not None],
+        "_kernel": [x for x in [output._kernel] if x is not None],
     }
     keyed = [(pytree.GetAttrKey(name), part) for name, part in parts.items()]
     return keyed, (output._auxiliary, output._views)
@@ -88,7 +88,9 @@ def _flatten(output: IMCLOutput) -> tuple[list, tuple[int, int]]:
 
 def _unflatten(parts: Iterable[Any], counts: tuple[int, int]) -> IMCLOutput:
     loss, logits, head_terms, representation, kernel = parts
-    return IMCLOutput(loss, logits, head_terms, *counts, representation, *(kernel or [None]))
+    return IMCLOutput(
+        loss, logits, head_terms, *counts, *(representation or [None]), *(kernel or [None])
+    )
 
 
 # DistributedDataParallel(static_graph=True) hooks onto the tensors that it finds in what a
