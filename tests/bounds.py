@@ -1,0 +1,218 @@
+"""How accurate a result must be: within ``ROUNDINGS`` roundings, relative to the truth.
+
+The truth is ``impl="reference"`` in float64, on the very values the implementation was
+given. A result g is judged by |g - truth| / |truth|, norms over the whole tensor and over
+each of its rows (a row of a matrix, one head's logits of one sample, one loss), which no
+wrong factor, sign or missing part gets past, however small the elements are.
+
+Correct implementations round, and where the terms of a sum cancel, what they rounded is
+large beside the sum. The noise of a row is the norm of what one rounding at each step leaves
+there, computed in float64: the result is rounded to its dtype, sums to float32, and the
+factors of products to 16 bits or TensorFloat-32 where they may be. Roundings being as likely
+up as down, they add up as squares. noise / (|truth| unit) is the condition number, 1 where
+nothing cancels, and the bound is
+
+    |g - truth| <= ROUNDINGS * noise.
+
+``ROUNDINGS`` is three times the worst ratio measured over all tests and correct
+implementations (1.3), for a step may round more than once. float64 must be within 1e-10, and what
+has no noise, such as dead rows and ignored samples, is exact.
+
+A bound above ``BITE`` of the truth would let wrong results pass. Hypothesis then draws
+again; where the case is a given one (a single class has no gradient at all), it is
+held to the wider bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import hypothesis
+import torch
+from torch import Tensor
+
+from imcl_fast import reference
+
+ROUNDINGS = 4
+BITE = 1 / 16
+FLOAT64_BOUND = 1e-10
+
+
+def unit(dtype: torch.dtype) -> float:
+    """The relative error of rounding to dtype: its root mean square, eps / 2 at most."""
+    return torch.finfo(dtype).eps / 12**0.5
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What losses are in, and sums are accumulated in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_accurate(
+    what: str, got: Tensor, truth: Tensor, noise: Tensor, dtype: torch.dtype
+) -> None:
+    """``got``, of the accuracy of ``dtype``, is as near to ``truth`` as the module says.
+
+    ``noise`` has the shape of the rows, the first dimensions of ``truth``; where it is 0, got
+    is 0, and where it is infinite, a row is left out. An infinite truth wants the same infinity.
+    """
+    noise = noise.reshape(-1)
+    got, truth = (t.detach().cpu().double().reshape(len(noise), -1) for t in (got, truth))
+    assert not truth.isnan().any() and not noise.isnan().any(), f"{what}: the truth is NaN"
+    infinite = truth.isinf()
+    assert torch.equal(got[infinite], truth[infinite]), f"{what}: another infinity"
+    got, truth = got.masked_fill(infinite, 0), truth.masked_fill(infinite, 0)
+    assert torch.isfinite(got).all(), f"{what}: not finite"
+    assert (got[noise == 0] == 0).all(), f"{what}: not exactly 0"
+    rows = noise > 0
+    judged = rows & torch.isfinite(noise)
+    got, truth, noise = got[judged], truth[judged], noise[judged]
+    size = truth.norm(dim=-1)
+    relative = FLOAT64_BOUND / ROUNDINGS if dtype == torch.float64 else unit(dtype)
+    least = torch.finfo(dtype).smallest_normal * unit(dtype) * truth.shape[-1] ** 0.5
+    noise = (noise.square() + (relative * size).square() + least**2).sqrt()
+    worst = ratio((got - truth).norm(dim=-1), noise)
+    assert worst <= ROUNDINGS, f"{what}: {worst:.3g} roundings off, {ROUNDINGS} allowed"
+    bite = BITE if truth.shape[-1] > 1 else BITE / 4
+    bites = ROUNDINGS * noise <= bite * size
+    enough = 2 * bites.sum() > rows.sum() and ROUNDINGS * noise.norm() <= bite * size.norm()
+    if rows.any() and not enough:
+        if hypothesis.currently_in_test_context():
+            hypothesis.reject()
+        assert 2 * judged.sum() > rows.sum(), f"{what}: most rows are in doubt, draw others"
+
+
+def ratio(error: Tensor, noise: Tensor) -> float:
+    """The worst error in roundings, of all rows together or of one."""
+    if not error.numel():
+        return 0.0
+    return max((error.norm() / noise.norm()).item(), (error / noise).max().item())
+
+
+def pairwise_noise(
+    x: Tensor,
+    *,
+    share: float,
+    batched: bool,
+    factor: float,
+    penalty: str = "square",
+    center: bool = False,
+    eps: float = 1e-12,
+) -> tuple[Tensor, Tensor]:
+    """The noise of one layer's part of the penalty (), and of its gradient (matrices, rows).
+
+    ``share`` is the weight of one pair in the loss, ``factor`` the unit that factors of
+    products may be rounded to.
+
+    With unit rows u_i, row i of the gradient is 2 share/n_i times the part orthogonal to u_i
+    of sum_j phi'(c_ij) u_j. What is rounded there is the whole sum, and each phi'(c_ij) after
+    c_ij; the dual and signed forms sum over j = i, too. Centring rounds relative to
+    what it subtracts. A row is left out under "abs" if rounding can turn the sign of a cosine.
+    """
+    rows = reference.as_matrices(x.detach().cpu().double(), batched)
+    _, n, d = rows.shape
+    # A sum of m numbers of one sign, as in a norm, is rounded m times.
+    sums = 2 * unit(loss_dtype(x.dtype)) * max(n, d) ** 0.5
+    dual = penalty == "square" and 2 * d <= n
+    if dual or penalty == "signed":  # they subtract nearly equal numbers: nothing is rounded
+        factor = 0.0
+    gram_factor = 0.0 if x.dtype != torch.float32 and not center else factor
+    raw = rows.norm(dim=-1)
+    limit = torch.full_like(raw, eps)
+    if center:
+        rows = rows - rows.mean(-1, keepdim=True)
+        limit = (reference.CENTERED_DEAD_RATIO * raw).clamp(min=eps)
+    norm = rows.norm(dim=-1)
+    live = norm > limit
+    inverse = torch.where(live, 1 / norm, 0.0)
+    u = rows * inverse.unsqueeze(-1)
+    loss_of = raw * inverse  # a row's own condition number, 1 unless centred
+    loss_of = torch.maximum(loss_of.unsqueeze(1), loss_of.unsqueeze(2))  # of a pair
+    same = torch.eye(n, dtype=torch.float64) * live.unsqueeze(-1)
+    pairs = (live.unsqueeze(1) & live.unsqueeze(2)).double() - same
+    c = u @ u.transpose(1, 2) * pairs
+    spread = (u.square() @ u.square().transpose(1, 2)).sqrt()  # of c, when factors are rounded
+    c_noise = (sums * loss_of + gram_factor * spread) * pairs
+    if penalty == "square":
+        phi, slope, bend, own = c * c, 2 * c, 2 * pairs, 2 * same * dual
+    else:
+        phi, slope, bend, own = c.abs(), c.sign(), 0 * pairs, 0 * same
+        if penalty == "signed":
+            slope, own = pairs, same
+    along = (slope * c).sum(-1)
+    loss = share * (
+        sums * (phi.sum() + own.sum())
+        + (slope * c_noise).norm()
+        + (bend * c_noise.square()).sum()
+        + 2 * gram_factor * (spread.diagonal(dim1=1, dim2=2) * along).norm()
+    )
+    slope = slope + own
+    gradient = 2 * share * inverse * (
+        sums * (slope @ u).norm(dim=-1)
+        + (slope * (sums * loss_of + factor)).norm(dim=-1)
+        + factor * along.abs()
+        + (bend * c_noise).norm(dim=-1)
+    )
+    if penalty == "abs":
+        doubt = c.abs() < ROUNDINGS * (sums * loss_of + 2 * gram_factor) * spread * pairs
+        gradient = gradient.masked_fill(doubt.any(-1), torch.inf)
+    return loss, gradient
+
+
+def consistency_noise(
+    z: Tensor,
+    target: Tensor | None,
+    *,
+    temperature: Sequence[float],
+    teacher: Sequence[str],
+    groups: Sequence[int],
+    detach_teacher: Sequence[bool],
+    ce_weight: Sequence[float],
+    kl_weight: Sequence[float],
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The noise of the loss () or (B,), of its terms (2, H), and of dz (H, B).
+
+    A logit is rounded relative to the largest one of its sample, and so is the logarithm of
+    every probability: ``spread``. A masked class, of -inf or the lowest number, has neither.
+    """
+    sums = 2 * unit(loss_dtype(z.dtype))
+    masked = z <= torch.finfo(z.dtype).min
+    z = z.detach().cpu().double()
+    heads, batch, classes = z.shape
+    counted = torch.ones(batch, dtype=torch.bool)
+    if target is not None:
+        counted = target.cpu() != ignore_index
+    largest = z.abs().masked_fill(masked.cpu(), 0).amax((0, 2)) if batch else z.new_zeros(0)
+    base = 1 + torch.tensor(float(classes)).log()
+    ce_weight, kl_weight = (torch.tensor(w).double().abs() for w in (ce_weight, kl_weight))
+
+    ce = ((base + largest) * (target is not None)).expand(heads, batch)
+    kl = torch.zeros(heads, batch, dtype=torch.float64)
+    dz = (ce_weight.view(-1, 1) * ce).unsqueeze(-1) * z.softmax(-1)
+    first = 0
+    for size, t, kind, detached in zip(groups, temperature, teacher, detach_teacher, strict=True):
+        group = list(z[first : first + size] / t)
+        spread = (base + largest / t).unsqueeze(-1)
+        for h, w in enumerate(kl_weight[first : first + size], first):
+            log_p = group[h - first].log_softmax(-1)
+            for part, log_q in reference._teachers(group, h - first, kind):
+                q = log_q.exp()
+                gap = torch.where(q > 0, log_q - log_p, 0.0)
+                off = gap - (q * gap).sum(-1, keepdim=True)
+                kl[h] += part * t * t * (spread * q * (1 + gap.abs())).sum(-1)
+                dz[h] += part * w * t * spread * (log_p.exp() + q)
+                if not detached:
+                    teachers = slice(first + (size - 1) * (kind == "final"), first + size)
+                    dz[teachers] += part * w * t * spread * q * (1 + off.abs())
+        first += size
+
+    ce, kl, dz = (sums * torch.where(counted, v.movedim(1, -1), 0.0) for v in (ce, kl, dz))
+    loss, terms, dz = ce_weight @ ce + kl_weight @ kl, torch.stack([ce, kl]).sum(-1), dz.norm(dim=1)
+    count = counted.sum().clamp(min=1)
+    if reduction == "none":
+        return loss, terms / count, dz
+    if reduction == "sum":
+        return loss.sum(), terms, dz
+    return loss.sum() / count, terms / count, dz / count
