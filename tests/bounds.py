@@ -34,6 +34,7 @@ from torch import Tensor
 from imcl_fast import reference
 
 ROUNDINGS = 4
+SUM = 4  # roundings on the way to a term of a sum, and into it
 BITE = 1 / 16
 FLOAT64_BOUND = 1e-10
 
@@ -112,7 +113,7 @@ def pairwise_noise(
     rows = reference.as_matrices(x.detach().cpu().double(), batched)
     _, n, d = rows.shape
     # A sum of m numbers of one sign, as in a norm, is rounded m times.
-    sums = 2 * unit(loss_dtype(x.dtype)) * max(n, d) ** 0.5
+    sums = SUM * unit(loss_dtype(x.dtype)) * max(n, d) ** 0.5
     dual = penalty == "square" and 2 * d <= n
     if dual or penalty == "signed":  # they subtract nearly equal numbers: nothing is rounded
         factor = 0.0
@@ -177,7 +178,7 @@ def consistency_noise(
     A logit is rounded relative to the largest one of its sample, and so is the logarithm of
     every probability: ``spread``. A masked class, of -inf or the lowest number, has neither.
     """
-    sums = 2 * unit(loss_dtype(z.dtype))
+    sums = SUM * unit(loss_dtype(z.dtype))
     masked = z <= torch.finfo(z.dtype).min
     z = z.detach().cpu().double()
     heads, batch, classes = z.shape
