@@ -225,7 +225,7 @@ def check_consistency(
     dtype = max((z.dtype for z in logits), key=lambda t: torch.finfo(t).bits)
     if len({z.dtype for z in logits}) > 1 and dtype in HALVES:
         dtype = torch.float32  # what float16 and bfloat16 promote to
-    batch, classes = logits[0].shape[-2:]
+    batch = logits[0].shape[-2]
     heads = sum(len(z) if z.dim() == 3 else 1 for z in logits)
     groups = options.get("groups") or [heads]
     defaults = {
@@ -268,8 +268,7 @@ def check_consistency(
         None if target is None else target.cpu(),
     )
     named = {name: options[name] for name in ("ignore_index", "reduction") if name in options}
-    z = torch.cat([z.detach().to(dtype).reshape(-1, batch, classes) for z in logits])
-    loss_noise, terms_noise, dz_noise = consistency_noise(z, target, **spelled, **named)
+    loss_noise, terms_noise, dz_noise = consistency_noise(logits, target, **spelled, **named)
     assert_accurate("loss", loss, true_loss, loss_noise, loss_dtype(dtype))
     assert_accurate("terms", terms, true_terms, terms_noise, loss_dtype(dtype))
     sizes = [len(z) if z.dim() == 3 else 1 for z in logits]
