@@ -152,7 +152,9 @@ def test_drawn_heads(dtype: torch.dtype, drawn: Heads) -> None:
 @pytest.mark.parametrize("teacher", TEACHERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_teachers(dtype: torch.dtype, teacher: str) -> None:
-    for detach, reduction, ignored in product((True, False), REDUCTIONS, (0.0, 0.4, None)):
+    for detach, (reduction, ignored) in product(
+        (True, False), zip(REDUCTIONS, (0.0, 0.4, None), strict=True)
+    ):
         logits, target = spec(4, 11, 21, seed=3, ignored=ignored).build(dtype)
         assert_consistency_is_judged(
             logits, target, teacher=teacher, detach_teacher=detach, reduction=reduction,
@@ -236,6 +238,14 @@ def test_a_truth_or_a_noise_that_is_no_number(bad: float) -> None:
         assert_accurate("x", spoilt, spoilt, noise, torch.float32)
         with pytest.raises(AssertionError):
             assert_accurate("x", 1.1 * spoilt, spoilt, noise, torch.float32)
+
+
+def test_a_small_row_counts_as_much_as_a_large_one() -> None:
+    x, noise = torch.tensor([[1.0, 2], [3, 4], [1e-9, 0]]), torch.full((3,), 1e-20)
+    assert_accurate("x", x, x, noise, torch.float32)
+    dropped = x * torch.tensor([[1.0], [1], [0]])
+    with pytest.raises(AssertionError, match="roundings off"):
+        assert_accurate("x", dropped, x, noise, torch.float32)
 
 
 def test_most_rows_in_doubt_are_an_error() -> None:
