@@ -77,7 +77,8 @@ def cross_section() -> None:
         for penalty in PENALTIES:
             for shape in ((2, 9, 5, 5), (2, 37, 3, 3), (1, 70, 75), (2, 18, 2)):
                 for layout in ("contiguous", "channels_last", "sliced"):
-                    spec = Matrices(shape, True, layout, dead=0.1, offset=1.0, seed=1)
+                    spec = Matrices(shape, True, layout, dead=0.1, offset=1.0, seed=1,
+                                    shared=3 * (penalty == "abs"))
                     check_pairwise(
                         CPP, [spec.build(dtype)], batched=True, penalty=penalty,
                         center=layout != "contiguous",
