@@ -554,7 +554,9 @@ def _head(trace: find.Trace, layer: str) -> AuxiliaryHead:
     channels = features.shape[-1 if layer in trace.channels_last else 1]
     # Of a network of several dtypes the layer's own; but autocast's is none of a parameter.
     dtypes = [p.dtype for p in trace.model.parameters() if p.is_floating_point()]
-    own = features.dtype in dtypes and not torch.is_autocast_enabled(features.device.type)
+    kind = features.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    own = features.dtype in dtypes and not autocast
     return AuxiliaryHead(
         channels,
         trace.output.shape[1],
