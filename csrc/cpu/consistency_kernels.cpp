@@ -142,18 +142,16 @@ struct Online {
   Acc shift() const { return max == kMasked<Acc> ? Acc(0) : max; }
 };
 
+// The largest of n values, a multiple of a vector's lanes; `least` goes down to them. NaN may be
+// passed over: the sum of exp(x - maximum) comes out NaN all the same.
 template <class Acc>
-struct Range {
-  Acc max, min;
-};
-
-// The largest and the smallest of n values, a multiple of a vector's lanes. NaN may be passed
-// over: the sum of exp(x - maximum) comes out NaN all the same.
-template <class Acc>
-Range<Acc> range_of(const Acc* x, int64_t n) {
+Acc max_of(const Acc* x, int64_t n, Vec<Acc>& least) {
   constexpr int width = kLanes<Acc>, chains = 4;  // a single chain would wait for each compare
   Vec<Acc> max[chains], min[chains];
-  for (int u = 0; u < chains; ++u) max[u] = min[u] = load(x);
+  for (int u = 0; u < chains; ++u) {
+    max[u] = load(x);
+    min[u] = least;
+  }
   int64_t i = 0;
   for (; i + chains * width <= n; i += chains * width) {
 #pragma GCC unroll 4
@@ -167,11 +165,8 @@ Range<Acc> range_of(const Acc* x, int64_t n) {
     max[0] = max_vector(max[0], load(x + i));
     min[0] = min_vector(min[0], load(x + i));
   }
-  for (int u = 1; u < chains; ++u) {
-    max[0] = max_vector(max[0], max[u]);
-    min[0] = min_vector(min[0], min[u]);
-  }
-  return {max_lanes<Acc>(max[0]), min_lanes<Acc>(min[0])};
+  least = min_vector(min_vector(min[0], min[1]), min_vector(min[2], min[3]));
+  return max_lanes<Acc>(max_vector(max_vector(max[0], max[1]), max_vector(max[2], max[3])));
 }
 
 // One group of heads on one sample.
@@ -221,6 +216,7 @@ class Work {
       for (int64_t h = 0; h < n_; ++h) {
         Running& run = running_[h];
         const double drop = run.plain.raise(run.chunk_max);
+        run.shift = run.plain.shift();
         if (drop != 0) run.tempered *= std::exp(drop / group_.temperature);
         sum_head(h);
         if (!taught_) continue;
@@ -316,7 +312,7 @@ class Work {
     double tempered = 0;         // sum exp((z - max z)/T)
     double gap = 0;              // sum exp(t - max t) ((t - max t) - (z - max z)/T)
     double mean_logit = 0;
-    Acc chunk_max = 0;
+    Acc chunk_max = 0, shift = 0;  // shift: of plain
     // Known after the last chunk:
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
     double toward = 0;  // pairwise: sum_k p_h (W log p_h - L), W = sum_j kl_j, L = sum kl_j log p_j
@@ -336,7 +332,7 @@ class Work {
   bool has_plain() const { return problem_.target && !squared(); }
 
   IMCL_INLINE Vec<Acc> centred(int64_t h, int64_t i) const {
-    return load(chunk_.z[h] + i) - splat(running_[h].plain.shift());
+    return load(chunk_.z[h] + i) - splat(running_[h].shift);
   }
   IMCL_INLINE Vec<Acc> log_p(int64_t h, int64_t i) const {
     return centred(h, i) * splat(inverse_t_) - splat(static_cast<Acc>(running_[h].log_tempered));
@@ -362,11 +358,13 @@ class Work {
 
   // The maxima of this chunk, and whether there are extreme logits, whose masks it then makes.
   void survey() {
+    Vec<Acc> least = {};
+    Acc most = 0;
     for (int64_t h = 0; h < n_; ++h) {
-      const Range<Acc> range = range_of(chunk_.z[h], chunk_.padded());
-      running_[h].chunk_max = range.max;
-      if (!(range.max <= kModerate && range.min >= -kModerate)) extreme_ = true;
+      running_[h].chunk_max = max_of(chunk_.z[h], chunk_.padded(), least);
+      most = std::max(most, running_[h].chunk_max);
     }
+    if (most > kModerate || min_lanes<Acc>(least) < -kModerate) extreme_ = true;
     if (!extreme_) return;
     chunk_.mask(n_);
     for (int64_t h = 0; h < n_; ++h)
@@ -408,7 +406,7 @@ class Work {
     if (kl_) {
       Vec<Acc> plain_sum = {}, tempered_sum = {};
       Acc* out = kept_ ? tempered_ + h * chunk_.size : nullptr;
-      const Vec<Acc> max = splat(run.plain.shift()), inverse_t = splat(inverse_t_);
+      const Vec<Acc> max = splat(run.shift), inverse_t = splat(inverse_t_);
       const Acc* z = chunk_.z[h];
       chunk_.each([&](int64_t i, Vec<Acc> keep) {
         const Vec<Acc> e = exp_of((load(z + i) - max) * inverse_t);
@@ -426,7 +424,7 @@ class Work {
   void sum_plain(int64_t h) {
     Vec<Acc> sum = {};
     Acc* out = kept_ ? plain_ + h * chunk_.size : nullptr;
-    const Vec<Acc> max = splat(running_[h].plain.shift());
+    const Vec<Acc> max = splat(running_[h].shift);
     const Acc* z = chunk_.z[h];
     chunk_.each([&](int64_t i, Vec<Acc> keep) {
       const Vec<Acc> e = exp_of(load(z + i) - max);
@@ -490,7 +488,7 @@ class Work {
     }
     for (int64_t h = 0; h < n; ++h) {
       Running& run = running_[h];
-      run.plain.max = run.chunk_max;
+      run.plain.max = run.shift = run.chunk_max;
       run.teacher.max = (all_maxima - run.chunk_max) * share_;
       run.teacher.sum = static_cast<double>(sum_lanes<Acc>(teacher_sum[h]));
       run.gap = static_cast<double>(sum_lanes<Acc>(gap[h]));
@@ -507,7 +505,7 @@ class Work {
   void sum_teacher(int64_t h) {
     Running& run = running_[h];
     Acc* out = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
-    const Vec<Acc> teacher_max = splat(run.teacher.shift()), max = splat(run.plain.shift());
+    const Vec<Acc> teacher_max = splat(run.teacher.shift()), max = splat(run.shift);
     const Vec<Acc> inverse_t = splat(inverse_t_);
     const Acc *t = t_, *z = chunk_.z[h];
     Vec<Acc> sum = {}, gap = {};
@@ -557,7 +555,7 @@ class Work {
           store(ps + h * width, e);
           sum += e;
           entropy += e * finite(lp);
-          weighted += finite(lp) * splat(static_cast<Acc>(head(h).kl_weight));
+          if (!group_.detach) weighted += finite(lp) * splat(static_cast<Acc>(head(h).kl_weight));
         }
         for (int64_t h = 0; h < n_; ++h) {
           const Vec<Acc> lp = load(log_ps + h * width);
