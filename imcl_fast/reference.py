@@ -86,6 +86,8 @@ def consistency(
 
     if target is not None:
         counted = target != ignore_index
+        # Autograd would multiply whatever they hold by 0.
+        heads = [z.masked_fill(~counted.unsqueeze(-1), 0) for z in heads]
         for h, z in enumerate(heads):
             ce_terms[h] = F.cross_entropy(
                 z, target, label_smoothing=label_smoothing, ignore_index=ignore_index,
