@@ -175,6 +175,7 @@ class Work {
                                    const Values& sum) const {
     Values t{};
     if (extreme_ && averages()) {
+#pragma unroll 1
       for (int j = 0; j < n_; ++j) {
         if (j == h && teacher_ == Teacher::kOthers) continue;
         const Values other = z_of(j, part);
@@ -251,11 +252,15 @@ class Work {
         A largest = 0;
 #pragma unroll
         for (int i = 0; i < kPack; ++i) largest = larger(largest, A(fabs(to_acc(pack.at[i]))));
+        logits(h, chunk) = pack;
         if (largest > kModerate) {
           extreme_ = true;
-          for (int i = 0; i < kPack; ++i) pack.at[i] = masked(pack.at[i]);
+#pragma unroll 1  // it is rare, and shall need no registers
+          for (int i = 0; i < kPack; ++i) {
+            T& each = logits(h, chunk).at[i];
+            each = masked(each);
+          }
         }
-        logits(h, chunk) = pack;
       }
     }
   }
