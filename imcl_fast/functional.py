@@ -144,6 +144,15 @@ def collaborative_consistency(
 
     .. math:: \sum_h w^{CE}_h\,CE(z_h, y) + w^{KL}_h\,T^2\,KL(q_h \,\|\, p_h).
 
+    A logit of -inf, or of the lowest finite number of its dtype, masks its class: p_h is 0
+    there. A class masked in every head is as if it were not there, and its gradient is
+    exactly 0; a teacher that is a mean rules out what any of its heads masks. Where a
+    teacher is 0 the divergence adds 0; where only the head is, it is infinite, and so is
+    the cross entropy of a masked label (with ``label_smoothing``, of any masked class), as
+    in PyTorch; gradients stay finite there for detached teachers. A part whose weight is 0
+    adds 0 to the loss, whatever its term. A sample or teacher without a class left gives
+    NaN, and any other non-finite logit a non-finite loss.
+
     Args:
         logits: a sequence of (B, K), or one (H, B, K); entries of a sequence may also
             be (h, B, K) blocks of heads. float16, bfloat16, float32 or float64;

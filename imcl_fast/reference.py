@@ -75,7 +75,9 @@ def consistency(
     Returns the loss, () or (B,), and the terms (2, H): cross entropy and T^2 KL
     of every head, averaged (summed for ``reduction="sum"``) over the samples.
     """
-    heads = [z for block in logits for z in (block.unbind(0) if block.dim() == 3 else [block])]
+    heads = [
+        _masked(z) for block in logits for z in (block.unbind(0) if block.dim() == 3 else [block])
+    ]
     batch, classes = heads[0].shape
     counted = heads[0].new_ones(batch, dtype=torch.bool)
     zeros = heads[0][:, :0].sum(-1)  # (B,), and depends on the logits as far as autograd can tell
@@ -84,6 +86,8 @@ def consistency(
 
     if target is not None:
         counted = target != ignore_index
+        # Autograd would multiply whatever they hold by 0.
+        heads = [z.masked_fill(~counted.unsqueeze(-1), 0) for z in heads]
         for h, z in enumerate(heads):
             ce_terms[h] = F.cross_entropy(
                 z, target, label_smoothing=label_smoothing, ignore_index=ignore_index,
@@ -107,7 +111,9 @@ def consistency(
     kl = torch.stack([_loss_dtype(term) for term in kl_terms])  # [H, B]
     zero = ce.new_zeros(())
     ce, kl = torch.where(counted, ce, zero), torch.where(counted, kl, zero)
-    per_sample = (ce.new_tensor(ce_weight) @ ce) + (ce.new_tensor(kl_weight) @ kl)  # [B]
+    # A term may be infinite, and 0 times it is not what no weight means.
+    weighted = zip([*ce_weight, *kl_weight], [*ce, *kl], strict=True)
+    per_sample = sum((w * term for w, term in weighted if w), start=_loss_dtype(zeros))  # [B]
     terms = torch.stack([ce, kl]).detach().sum(-1)  # [2, H]
     count = counted.sum().clamp(min=1)
     if reduction == "none":
@@ -135,10 +141,19 @@ def _teachers(group: list[Tensor], h: int, kind: str) -> list[tuple[float, Tenso
     return [(1.0 / len(others), F.log_softmax(z, -1)) for z in others]
 
 
+def _masked(z: Tensor) -> Tensor:
+    """z with -inf for the lowest finite number, which masks a class as well."""
+    mask = torch.zeros_like(z).masked_fill(z <= torch.finfo(z.dtype).min, -torch.inf)
+    return z + mask
+
+
 def _kl(teacher_log_probs: Tensor, z: Tensor) -> Tensor:
-    """KL(teacher || softmax(z)) of every sample."""
-    log_p = F.log_softmax(z, -1)
-    return F.kl_div(log_p, teacher_log_probs, reduction="none", log_target=True).sum(-1)
+    """KL(teacher || softmax(z)) of every sample; 0 log 0 = 0."""
+    absent = teacher_log_probs.exp() == 0
+    # What would be 0 times an infinity is left out before, for autograd multiplies them too.
+    log_q = teacher_log_probs.masked_fill(absent, 0)
+    log_p = F.log_softmax(z, -1).masked_fill(absent, 0)
+    return (log_q.exp() * (log_q - log_p)).masked_fill(absent, 0).sum(-1)
 
 
 def _loss_dtype(x: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ def forward(
             SAMPLES=config.samples,
             BLOCK=config.block,
             COLUMNS=triton.next_power_of_2(2 * heads + 2),
+            LOWEST=torch.finfo(dtype).min,
             ACC=tl.float64 if wide == torch.float64 else tl.float32,
             num_warps=config.num_warps,
             maxnreg=config.registers,

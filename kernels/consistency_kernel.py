@@ -39,10 +39,10 @@ from .consistency_tiles import (
     into_teacher,
     pairwise_gradient,
     plain_gradient,
-    sum_of,
     taught_gradient,
     teacher_of,
     teacher_share,
+    times,
 )
 from .reduction import draws_last_ticket, totals
 
@@ -81,9 +81,16 @@ def _row(
 
 
 @triton.jit
+def _masked(z, LOWEST: tl.constexpr, ACC: tl.constexpr):
+    """Logits as ACC, -inf where they are the lowest number of their dtype."""
+    z = z.to(ACC)
+    return tl.where(z <= LOWEST, float("-inf"), z)
+
+
+@triton.jit
 def _read(
     blocks, strides, samples, k, mask, HEADS: tl.constexpr, FIRST: tl.constexpr,
-    N: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+    N: tl.constexpr, UNIT: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The logits [S, K] of every head."""
     z = ()
@@ -91,21 +98,21 @@ def _read(
         row = _row(blocks, strides, samples, HEADS, FIRST + i, UNIT)
         step = strides[HEADS[FIRST + i][0]][2]
         pointers = row[:, None] + (k.to(tl.int64) * step)[None, :]
-        z += (tl.load(pointers, mask=mask, other=0.0).to(ACC),)  # [S, K]
+        z += (_masked(tl.load(pointers, mask=mask, other=0.0), LOWEST, ACC),)  # [S, K]
     return z
 
 
 @triton.jit
 def _read_labels(
     blocks, strides, samples, label, counted, HEADS: tl.constexpr, FIRST: tl.constexpr,
-    N: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr,
+    N: tl.constexpr, UNIT: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The logits [S] of the label of every head, of the first class where it is unknown."""
     z = ()
     for i in tl.static_range(N):
         row = _row(blocks, strides, samples, HEADS, FIRST + i, UNIT)
         offset = tl.maximum(label, 0).to(tl.int64) * strides[HEADS[FIRST + i][0]][2]
-        z += (tl.load(row + offset, mask=counted, other=0.0).to(ACC),)  # [S]
+        z += (_masked(tl.load(row + offset, mask=counted, other=0.0), LOWEST, ACC),)  # [S]
     return z
 
 
@@ -131,14 +138,12 @@ def _classes(first, counted, stored, K: tl.constexpr, BLOCK: tl.constexpr):
 def _terms(
     z_y, label, counted, state, pairs, temperature, smoothing, N: tl.constexpr,
     H: tl.constexpr, TEACHER: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr,
-    K: tl.constexpr,
 ):  # fmt: skip
     """CE and T^2 KL of head H of N, each [S]."""
     ce = tl.zeros_like(pairs)
     kl = pairs
     if PLAIN:
-        # The reference is not finite if any logit is not; KL of several heads sees to that.
-        ce = cross_entropy(z_y, state, smoothing, K, SMOOTH or N == 1)
+        ce = cross_entropy(z_y, state, smoothing, SMOOTH)
         ce = tl.where(label >= 0, ce, float("nan"))
     if N > 1 and TEACHER != PAIRWISE and not (TEACHER == FINAL and H == N - 1):
         kl = divergence(state)
@@ -147,23 +152,22 @@ def _terms(
 
 @triton.jit
 def _absorb_heads(
-    z, inside, inverse_t, states, TEACHER: tl.constexpr, PLAIN: tl.constexpr,
-    SMOOTH: tl.constexpr, POWER: tl.constexpr,
+    z, inside, inverse_t, states, TEACHER: tl.constexpr, K: tl.constexpr,
+    PLAIN: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """The states of all heads of a group after these classes."""
     N: tl.constexpr = len(z)
     if N == 1:
-        return (absorb_alone(z[0], inside, states[0], PLAIN),)
+        return (absorb_alone(z[0], inside, states[0], K, PLAIN, SMOOTH),)
     else:
-        total = sum_of(z)
         share = teacher_share(inverse_t, N, TEACHER)
         risen = (states[0][0], states[0][0])
         new = ()
         for i in tl.static_range(N):
-            u = teacher_of(z, total, i, TEACHER)
+            u = teacher_of(z, i, TEACHER)
             state, risen = absorb(
                 z[i], u, inside, inverse_t, share, states[i], (new + states)[0], risen,
-                TEACHER == OTHERS or i == 0, TEACHER != PAIRWISE, PLAIN, SMOOTH, POWER,
+                TEACHER == OTHERS or i == 0, TEACHER != PAIRWISE, K, PLAIN, SMOOTH, POWER,
             )  # fmt: skip
             new += (state,)
         return new
@@ -181,7 +185,6 @@ def _gradients_and_terms(
     The gradient of each head is stored while its exponentials are in registers.
     """
     N: tl.constexpr = len(z)
-    total = sum_of(z)
     share = teacher_share(inverse_t, N, TEACHER) if N > 1 else inverse_t
     risen = (zero, zero)
     first = states[0]
@@ -190,12 +193,12 @@ def _gradients_and_terms(
     for i in tl.static_range(N):
         dz = tl.zeros_like(z[i])
         if N == 1:
-            state = absorb_alone(z[i], inside, states[i], PLAIN)
+            state = absorb_alone(z[i], inside, states[i], K, PLAIN, SMOOTH)
         else:
-            u = teacher_of(z, total, i, TEACHER)
+            u = teacher_of(z, i, TEACHER)
             state, risen = absorb(
                 z[i], u, inside, inverse_t, share, states[i], first, risen,
-                TEACHER == OTHERS or i == 0, True, PLAIN, SMOOTH, POWER,
+                TEACHER == OTHERS or i == 0, True, K, PLAIN, SMOOTH, POWER,
             )  # fmt: skip
             if i == 0:
                 first = state
@@ -210,7 +213,7 @@ def _gradients_and_terms(
         _write(gradients, strides, samples, k, mask, dz, HEADS, FIRST + i, UNIT)
         ce_term, kl_term = _terms(
             z_y[i], label, counted, state, zero, temperature, smoothing, N, i, TEACHER, PLAIN,
-            SMOOTH, K,
+            SMOOTH,
         )  # fmt: skip
         ce_terms += (ce_term,)
         kl_terms += (kl_term,)
@@ -228,13 +231,12 @@ def _store_gradients(
     N: tl.constexpr = len(z)
     TAUGHT: tl.constexpr = N > 1 and TEACHER != PAIRWISE
     HEADS_TAUGHT: tl.constexpr = N - 1 if TEACHER == FINAL else N
-    total = sum_of(z)
     share = teacher_share(inverse_t, N, TEACHER) if N > 1 else inverse_t
     into = tl.zeros_like(z[0])
     kl_scale = scale * temperature
     if TAUGHT and not DETACH:
         for i in tl.static_range(HEADS_TAUGHT):
-            u = teacher_of(z, total, i, TEACHER)
+            u = teacher_of(z, i, TEACHER)
             kl = kl_scale * kl_weights[i]
             into += into_teacher(z[i], u, inside, inverse_t, share, states[i], kl)
     for i in tl.static_range(N):
@@ -245,7 +247,7 @@ def _store_gradients(
                 z, inside, inverse_t, states, kl_weights, toward, kl_scale, i, DETACH
             )
         elif TAUGHT:
-            u = teacher_of(z, total, i, TEACHER)
+            u = teacher_of(z, i, TEACHER)
             if i < HEADS_TAUGHT:
                 dz = taught_gradient(z[i], u, inside, inverse_t, share, states[i], kl)
             if not DETACH:
@@ -271,7 +273,7 @@ def _group(
     GRADIENT_HEADS: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
     TEACHER: tl.constexpr, DETACH: tl.constexpr, POWER: tl.constexpr, K: tl.constexpr,
     SAMPLES: tl.constexpr, BLOCK: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr,
-    KEEP: tl.constexpr, ACC: tl.constexpr,
+    KEEP: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """CE and T^2 KL of the heads of a group, tuples of [S]; stores their gradients."""
     PAIRS: tl.constexpr = N > 1 and TEACHER == PAIRWISE
@@ -283,20 +285,22 @@ def _group(
         zeros += (zero,)
     z_y = zeros
     if PLAIN:
-        z_y = _read_labels(logits, strides, samples, label, counted, HEADS, FIRST, N, UNIT, ACC)
+        z_y = _read_labels(
+            logits, strides, samples, label, counted, HEADS, FIRST, N, UNIT, LOWEST, ACC
+        )
     states = initial(N, SAMPLES, ACC)
     toward = zeros
     pairs = zeros
     if K <= BLOCK:
         k, inside, mask, stored_mask = _classes(0, counted, stored, K, BLOCK)
-        z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, ACC)
+        z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
         if KEEP and not PAIRS and (DETACH or N == 1):
             return _gradients_and_terms(
                 z, z_y, k, inside, stored_mask, inverse_t, temperature, smoothing, label,
                 counted, states, zero, samples, gradients, gradient_strides, ce_weights,
                 kl_weights, scale, GRADIENT_HEADS, FIRST, UNIT, TEACHER, POWER, K, PLAIN, SMOOTH,
             )  # fmt: skip
-        states = _absorb_heads(z, inside, inverse_t, states, TEACHER, PLAIN, SMOOTH, POWER)
+        states = _absorb_heads(z, inside, inverse_t, states, TEACHER, K, PLAIN, SMOOTH, POWER)
         if PULLED:
             toward = add_toward(z, inside, inverse_t, states, kl_weights, toward)
         if PAIRS:
@@ -310,17 +314,17 @@ def _group(
     else:
         for first in range(0, K, BLOCK):
             k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
-            z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, ACC)
-            states = _absorb_heads(z, inside, inverse_t, states, TEACHER, PLAIN, SMOOTH, POWER)
+            z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
+            states = _absorb_heads(z, inside, inverse_t, states, TEACHER, K, PLAIN, SMOOTH, POWER)
         if PULLED:
             for first in range(0, K, BLOCK):
                 k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
-                z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, ACC)
+                z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
                 toward = add_toward(z, inside, inverse_t, states, kl_weights, toward)
         if PAIRS or KEEP:
             for first in range(0, K, BLOCK):
                 k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
-                z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, ACC)
+                z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
                 if PAIRS:
                     pairs = add_pairwise(z, inside, inverse_t, states, kl_weights, pairs)
                 if KEEP:
@@ -335,7 +339,7 @@ def _group(
     for i in tl.static_range(N):
         ce_term, kl_term = _terms(
             z_y[i], label, counted, states[i], pairs[i], temperature, smoothing, N, i, TEACHER,
-            PLAIN, SMOOTH, K,
+            PLAIN, SMOOTH,
         )  # fmt: skip
         ce_terms += (ce_term,)
         kl_terms += (kl_term,)
@@ -378,7 +382,7 @@ def consistency_kernel(
     TEACHERS: tl.constexpr, DETACH: tl.constexpr, POWERS: tl.constexpr,
     REDUCTION: tl.constexpr, HAS_TARGET: tl.constexpr, SMOOTH: tl.constexpr,
     KEEP: tl.constexpr, K: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr, ACC: tl.constexpr,
+    COLUMNS: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Numbers are ce_weight (H), kl_weight (H), T (G), label smoothing; partials
     are (2H + 2, programs): CE (H), KL (H), the loss, the samples counted.
@@ -424,14 +428,14 @@ def consistency_kernel(
                 temperatures[g], smoothing, label, counted, stored, scale,
                 HEADS, GRADIENT_HEADS, GROUPS[g][0], GROUPS[g][1] - GROUPS[g][0], UNIT,
                 TEACHERS[g], DETACH[g], POWERS[g], K, SAMPLES, BLOCK, HAS_TARGET, SMOOTH, KEEP,
-                ACC,
+                LOWEST, ACC,
             )  # fmt: skip
             ce += ce_terms
             kl += kl_terms
         sample_loss = tl.zeros([SAMPLES], ACC)
         new = ()
         for h in tl.static_range(H):
-            sample_loss += ce_weights[h] * ce[h] + kl_weights[h] * kl[h]
+            sample_loss += times(ce_weights[h], ce[h]) + times(kl_weights[h], kl[h])
             new += (sums[h] + ce[h],)
         for h in tl.static_range(H):
             new += (sums[H + h] + kl[h],)

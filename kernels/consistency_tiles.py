@@ -1,14 +1,15 @@
 """Device functions of the collaborative consistency, on tiles of logits.
 
 A tile is [S, K]: samples, classes; what is known of a head is [S]. Past the last class,
-and of samples that aren't counted, logits are 0; ``inside`` (1, K) tells the classes.
+and of samples that aren't counted, logits are 0; ``inside`` (1, K) tells the classes. The
+logit of a masked class is -inf: of a product with its probability of 0, ``times`` makes 0.
 
 Exponents are in units of log 2, so that an exponential is one instruction on top of the
 multiplication by 1/T: ``inverse_t`` is log2(e)/T. The logits of a teacher are u ``share``,
 u [S, K] and share a number, so that its maximum needs no multiplications. The state of a
 head, over the classes seen so far:
 
-(max z, sum exp(z - max z), sum 2^x, sum z, max u, sum 2^y, sum 2^y (y - x)),
+(max z, sum exp(z - max z), sum 2^x, sum z / K, max u, sum 2^y, sum 2^y (y - x)),
 x = (z - max z) inverse_t, y = (u - max u) share
 
 Both x and y are small where 2^y (y - x) weighs most: nothing large cancels.
@@ -61,9 +62,22 @@ def _padded(z, inside):
 
 
 @triton.jit
+def times(weight, x):
+    """weight x, and 0 where the weight is 0, whatever x is."""
+    return tl.where(weight == 0.0, 0.0, weight * x)
+
+
+@triton.jit
+def _per(weight, total):
+    """weight / total, and no weight also of nothing."""
+    return tl.where(weight == 0.0, 0.0, weight / total)
+
+
+@triton.jit
 def _exponent(z, top, factor):
-    """(z - top) factor, in one instruction."""
-    return tl.fma(z, factor, -(top * factor)[:, None])
+    """(z - top) factor, in one instruction; where all classes are masked so far, z factor."""
+    shift = tl.where(top == float("-inf"), 0.0, top * factor)
+    return tl.fma(z, factor, -shift[:, None])
 
 
 @triton.jit
@@ -107,34 +121,39 @@ def teacher_share(inverse_t, N: tl.constexpr, TEACHER: tl.constexpr):
 
 
 @triton.jit
-def teacher_of(z, total, H: tl.constexpr, TEACHER: tl.constexpr):
-    """u [S, K] of head H; total is the sum of all heads' logits."""
+def teacher_of(z, H: tl.constexpr, TEACHER: tl.constexpr):
+    """u [S, K] of head H. Of its own large logit, a sum of all heads would keep the rounding."""
     if TEACHER == OTHERS:
-        return total - z[H]
+        return sum_of(z[:H] + z[H + 1 :])
     elif TEACHER == MEAN:
-        return total
+        return sum_of(z)
     else:
         return z[len(z) - 1]
 
 
 @triton.jit
-def absorb_alone(z, inside, state, PLAIN: tl.constexpr):
+def absorb_alone(z, inside, state, K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr):
     """The state of a head without KL after its next classes z."""
     top, plain, raw = state[0], state[1], state[3]
     if PLAIN:
         z_low = _padded(z, inside)
         # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
         top = tl.maximum(top, tl.max(z_low, 1))
-        more, more_raw = _sums((_plain(z_low, z_low, top, 0), z))
+        e = _plain(z_low, z_low, top, 0)
+        if SMOOTH:
+            more, more_raw = _sums((e, z * (1.0 / K)))
+            raw += more_raw
+        else:
+            more = tl.sum(e, 1)
         plain = plain * tl.exp2(_risen(state[0], top) * LOG2_E) + more
-        raw += more_raw
     return (top, plain, state[2], raw, state[4], state[5], state[6])
 
 
 @triton.jit
 def absorb(
     z, u, inside, inverse_t, share, state, shared, risen, OWN: tl.constexpr,
-    TAUGHT: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr,
+    TAUGHT: tl.constexpr, K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr,
+    POWER: tl.constexpr,
 ):  # fmt: skip
     """The state of a head after its next classes z, taught u if TAUGHT.
 
@@ -164,28 +183,26 @@ def absorb(
             teacher_top = shared[4]
         y = _exponent(u_low, teacher_top, share)
         q = tl.exp2(y)
-        more, more_plain, more_teacher, more_gap = _sums(
-            (root, power, q, tl.where(inside, q * (y - x), 0.0))
-        )
+        more, more_plain, more_teacher, more_gap = _sums((root, power, q, times(q, y - x)))
         shrunk = tl.exp2(risen[0])
-        gap = (gap + (risen[0] - drop * inverse_t) * risen[1]) * shrunk + more_gap
+        gap = times(shrunk, gap + (risen[0] - drop * inverse_t) * risen[1]) + more_gap
         teacher = teacher * shrunk + more_teacher
     else:
         more, more_plain = _sums((root, power))
     tempered = state[2] * tl.exp2(drop * inverse_t) + more
     plain = state[1] * tl.exp2(drop * LOG2_E) + more_plain
     if PLAIN and SMOOTH:
-        raw += tl.sum(z, 1)
+        raw += tl.sum(z * (1.0 / K), 1)
     return (top, plain, tempered, raw, teacher_top, teacher, gap), risen
 
 
 @triton.jit
-def cross_entropy(z_y, state, smoothing, K: tl.constexpr, RAW: tl.constexpr):
-    """CE [S], from the logit of the target [S]; with RAW, which needs sum z, smoothed."""
+def cross_entropy(z_y, state, smoothing, SMOOTH: tl.constexpr):
+    """CE [S], from the logit of the target [S]; with SMOOTH, which needs sum z, smoothed."""
     log_sum = tl.log(state[1])
     ce = log_sum - (z_y - state[0])
-    if RAW:
-        uniform = log_sum - (state[3] * (1.0 / K) - state[0])
+    if SMOOTH:
+        uniform = log_sum - (state[3] - state[0])
         ce = (1 - smoothing) * ce + smoothing * uniform
     return ce
 
@@ -209,7 +226,7 @@ def plain_gradient(
     """ce (softmax(z) - y), [S, K], of weights ce [S]."""
     z_low = _padded(z, inside)
     x = _exponent(z_low, state[0], inverse_t)
-    dz = _plain(z_low, x, state[0], POWER) * (ce / state[1])[:, None]
+    dz = _plain(z_low, x, state[0], POWER) * _per(ce, state[1])[:, None]
     if SMOOTH:
         dz -= (ce * smoothing * (1.0 / K))[:, None]
     return dz - tl.where(k[None, :] == label[:, None], (ce * (1 - smoothing))[:, None], 0.0)
@@ -220,7 +237,7 @@ def taught_gradient(z, u, inside, inverse_t, share, state, kl):
     """kl (p - q), [S, K], of weights kl [S]."""
     p = tl.exp2(_exponent(_padded(z, inside), state[0], inverse_t))
     q = tl.exp2(_exponent(_padded(u, inside), state[4], share))
-    return p * (kl / state[2])[:, None] - q * (kl / state[5])[:, None]
+    return p * _per(kl, state[2])[:, None] - q * _per(kl, state[5])[:, None]
 
 
 @triton.jit
@@ -234,7 +251,7 @@ def into_teacher(z, u, inside, inverse_t, share, state, kl):
     y = _exponent(_padded(u, inside), state[4], share)
     gap = y - (tl.log2(state[5]) + _divergence(state))[:, None]
     gap -= _log_p(z, inside, inverse_t, state)
-    return tl.exp2(y) * (kl / state[5] * _LN_2)[:, None] * gap
+    return times(tl.exp2(y) * (_per(kl, state[5]) * _LN_2)[:, None], gap)
 
 
 @triton.jit
@@ -247,8 +264,8 @@ def _pairwise_sums(z, inside, inverse_t, states, weights):
         log_p = _log_p(z[i], inside, inverse_t, states[i])
         p = tl.exp2(log_p)
         total += p
-        entropy += p * log_p
-        weighted += log_p * weights[i]
+        entropy += times(p, log_p)
+        weighted += times(weights[i], log_p)
     return total, entropy, weighted
 
 
@@ -260,7 +277,7 @@ def add_toward(z, inside, inverse_t, states, weights, toward):
     new = ()
     for i in tl.static_range(len(z)):
         log_p = _log_p(z[i], inside, inverse_t, states[i])
-        pull = tl.where(inside, tl.exp2(log_p) * (log_p * weight - weighted), 0.0)
+        pull = times(tl.exp2(log_p), log_p * weight - weighted)
         new += (toward[i] + tl.sum(pull, 1),)
     return new
 
@@ -272,7 +289,7 @@ def add_pairwise(z, inside, inverse_t, states, weights, divergences):
     new = ()
     for i in tl.static_range(len(z)):
         log_p = _log_p(z[i], inside, inverse_t, states[i])
-        kl = tl.where(inside, entropy - total * log_p, 0.0)
+        kl = entropy - times(total, log_p)
         new += (divergences[i] + tl.sum(kl, 1) * (_LN_2 / (len(z) - 1)),)
     return new
 
@@ -285,8 +302,8 @@ def pairwise_gradient(
     total, _, weighted = _pairwise_sums(z, inside, inverse_t, states, weights)
     log_p = _log_p(z[H], inside, inverse_t, states[H])
     p = tl.exp2(log_p)
-    dz = (p - (total - p) * (1.0 / (len(z) - 1))) * weights[H]
+    dz = times(weights[H], p - (total - p) * (1.0 / (len(z) - 1)))
     if not DETACH:
         pull = log_p * sum_of(weights) - weighted - toward[H][:, None]
-        dz += p * pull * (_LN_2 / (len(z) - 1))
+        dz += times(p, pull) * (_LN_2 / (len(z) - 1))
     return dz * scale[:, None]

@@ -326,7 +326,7 @@ def test_shifted_logits(impl: Impl, teacher: str) -> None:
     assert moved.item() == pytest.approx(loss.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_non_finite_input_gives_non_finite_loss(impl: Impl, teacher: str, bad: float) -> None:
     among = product((torch.float32, *HALVES), range(3), (True, False))

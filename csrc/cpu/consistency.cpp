@@ -23,6 +23,9 @@ void clear_gradient(const Consistency& problem, int64_t sample) {
   }
 }
 
+// A term may be infinite; what has no weight is left out.
+double weighted(double weight, double term) { return weight == 0 ? 0.0 : weight * term; }
+
 }  // namespace
 
 void consistency(const ConsistencyKernels& kernels, const Consistency& problem, Reduction reduction,
@@ -58,7 +61,7 @@ void consistency(const ConsistencyKernels& kernels, const Consistency& problem, 
       const Head& head = problem.heads[static_cast<std::size_t>(h)];
       const double ce = each[static_cast<std::size_t>(b * 2 * heads + h)];
       const double kl = each[static_cast<std::size_t>((b * 2 + 1) * heads + h)];
-      per_sample[b] += (head.ce_weight * ce + head.kl_weight * kl) * loss_scale;
+      per_sample[b] += (weighted(head.ce_weight, ce) + weighted(head.kl_weight, kl)) * loss_scale;
       terms[h] += ce * term_scale;
       terms[heads + h] += kl * term_scale;
     }

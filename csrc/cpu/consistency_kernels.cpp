@@ -15,6 +15,9 @@
 // along (online softmax). Up to some thousand classes that is one chunk: the logits are read
 // once and every exponential is taken once, kept in cache, and made into the gradient as soon
 // as its sum is known. Beyond that a second pass takes the exponentials again.
+//
+// The logit of a masked class is -inf, or the lowest number of its type, which becomes -inf here:
+// its exponentials are 0, and what a 0 is multiplied with is left out of sums of x log x.
 #include <algorithm>
 
 #include "consistency.h"
@@ -30,6 +33,26 @@ constexpr int64_t kChunkLogits = 32768;  // of all heads: with their exponential
 // Heads up to which the teachers are products of the heads' own exponentials. A rounding error
 // grows with the power that is taken of them.
 constexpr int64_t kMostProducts = 5;
+
+// Logits beyond this are extreme: they may be masked, overflow when they are summed, or drown
+// the other heads in a sum, so that these can't be had back by subtraction.
+constexpr int kModerate = 1024;
+
+template <class T>
+constexpr AccOf<T> kLowest = std::numeric_limits<T>::lowest();
+template <>
+constexpr float kLowest<BFloat16> = -0x1.fep127f;
+template <>
+constexpr float kLowest<Float16> = -65504.0f;
+
+template <class Acc>
+constexpr Acc kMasked = -std::numeric_limits<Acc>::infinity();
+
+// x, or 0 where p is 0, whatever x is: 0 log 0 = 0.
+template <class V>
+IMCL_INLINE V unless_0(V p, V x) {
+  return p == V{} ? V{} : x;
+}
 
 // One chunk of the classes of all heads of a group, in the accumulation type. The last
 // vector is filled up with copies of the last class: harmless to maxima, and `keep`
@@ -73,6 +96,18 @@ struct Chunk {
     }
   }
 
+  // Makes the lowest number -inf, in the copies.
+  void mask(int64_t heads) {
+    for (int64_t h = 0; h < heads; ++h) {
+      Acc* copy = copies + h * size;
+      for (int64_t i = 0; i < padded(); i += width) {
+        const Vec<Acc> x = load(z[h] + i);
+        store(copy + i, x <= splat(kLowest<T>) ? splat(kMasked<Acc>) : x);
+      }
+      z[h] = copy;
+    }
+  }
+
   // Calls body(i, keep) for every vector of the chunk; keep is 1, or 0 in the padding.
   template <class Body>
   IMCL_INLINE void each(const Body& body) const {
@@ -88,34 +123,49 @@ struct Chunk {
 // A running maximum and the sum of exp(x - maximum).
 template <class Acc>
 struct Online {
-  Acc max = -std::numeric_limits<Acc>::infinity();
+  Acc max = kMasked<Acc>;
   double sum = 0;
 
   // Takes in a chunk's maximum and shrinks the sum to it; returns the old maximum less the
   // new, 0 where there was none.
-  Acc raise(Acc chunk_max) {
-    const Acc old = max;
-    if (!(chunk_max > old)) return 0;
+  double raise(Acc chunk_max) {
+    const double old = static_cast<double>(max);
+    if (!(chunk_max > max)) return 0;
     max = chunk_max;
     if (sum == 0) return 0;
-    sum *= std::exp(static_cast<double>(old - max));
-    return old - max;
+    const double drop = old - static_cast<double>(max);
+    sum *= std::exp(drop);
+    return drop;
   }
+
+  // What to subtract: as long as all classes are masked, nothing.
+  Acc shift() const { return max == kMasked<Acc> ? Acc(0) : max; }
 };
 
-// The largest of n values, a multiple of a vector's lanes. NaN may be passed over: the sum
-// of exp(x - maximum) comes out NaN all the same.
+// The largest of n values, a multiple of a vector's lanes; `least` goes down to them. NaN may be
+// passed over: the sum of exp(x - maximum) comes out NaN all the same.
 template <class Acc>
-Acc max_of(const Acc* x, int64_t n) {
+Acc max_of(const Acc* x, int64_t n, Vec<Acc>& least) {
   constexpr int width = kLanes<Acc>, chains = 4;  // a single chain would wait for each compare
-  Vec<Acc> max[chains];
-  for (Vec<Acc>& m : max) m = load(x);
+  Vec<Acc> max[chains], min[chains];
+  for (int u = 0; u < chains; ++u) {
+    max[u] = load(x);
+    min[u] = least;
+  }
   int64_t i = 0;
   for (; i + chains * width <= n; i += chains * width) {
 #pragma GCC unroll 4
-    for (int u = 0; u < chains; ++u) max[u] = max_vector(max[u], load(x + i + u * width));
+    for (int u = 0; u < chains; ++u) {
+      const Vec<Acc> v = load(x + i + u * width);
+      max[u] = max_vector(max[u], v);
+      min[u] = min_vector(min[u], v);
+    }
   }
-  for (; i < n; i += width) max[0] = max_vector(max[0], load(x + i));
+  for (; i < n; i += width) {
+    max[0] = max_vector(max[0], load(x + i));
+    min[0] = min_vector(min[0], load(x + i));
+  }
+  least = min_vector(min_vector(min[0], min[1]), min_vector(min[2], min[3]));
   return max_lanes<Acc>(max_vector(max_vector(max[0], max[1]), max_vector(max[2], max[3])));
 }
 
@@ -155,17 +205,19 @@ class Work {
   void read() {
     for (int64_t from = 0; from < problem_.classes; from += chunk_.size) {
       chunk_.read(problem_, group_, sample_, from);
-      if (kept_ && own_teacher_ && n_ <= kMostProducts && read_products()) {
+      survey();
+      if (kept_ && own_teacher_ && n_ <= kMostProducts && !extreme_ && read_products()) {
         if (!group_.detach) sum_heads();  // for the teachers' logits
         break;
       }
       if (taught_) sum_heads();
-      Acc teacher_drop = 0;
+      double teacher_drop = 0;
       double sum_before = 0;  // the teacher's sum without this chunk
       for (int64_t h = 0; h < n_; ++h) {
         Running& run = running_[h];
-        const Acc drop = run.plain.raise(max_of(chunk_.z[h], chunk_.padded()));
-        if (drop != 0) run.tempered *= std::exp(static_cast<double>(drop) / group_.temperature);
+        const double drop = run.plain.raise(run.chunk_max);
+        run.shift = run.plain.shift();
+        if (drop != 0) run.tempered *= std::exp(drop / group_.temperature);
         sum_head(h);
         if (!taught_) continue;
         if (h == 0 || own_teacher_) {
@@ -174,10 +226,9 @@ class Work {
           teacher_drop = run.teacher.raise(max);
         }
         if (sum_before > 0) {
-          run.gap +=
-              (static_cast<double>(teacher_drop) - static_cast<double>(drop) / group_.temperature) *
-              sum_before;
-          if (teacher_drop != 0) run.gap *= std::exp(static_cast<double>(teacher_drop));
+          run.gap += (teacher_drop - drop / group_.temperature) * sum_before;
+          const double shrunk = std::exp(teacher_drop);
+          run.gap = shrunk > 0 ? run.gap * shrunk : 0;  // it may be infinite
         }
         if (h == 0 || own_teacher_) {
           sum_teacher(h);
@@ -192,7 +243,7 @@ class Work {
       run.log_tempered = std::log(run.tempered);
       const Online<Acc>& teacher = running_[own_teacher_ ? h : 0].teacher;
       run.teacher_sum = teacher.sum;
-      run.teacher_max = teacher.max;
+      run.teacher_max = teacher.shift();
       if (taught_ && has_kl(h))
         run.kl = run.gap / teacher.sum - std::log(teacher.sum) + run.log_tempered;
     }
@@ -200,7 +251,6 @@ class Work {
   }
 
   void terms(double* cross_entropy, double* kl) const {
-    const double classes = static_cast<double>(problem_.classes);
     const double smoothing = problem_.label_smoothing;
     for (int64_t h = 0; h < n_; ++h) {
       const Running& run = running_[h];
@@ -214,11 +264,12 @@ class Work {
       const Head& head = this->head(h);
       const T* row = static_cast<const T*>(head.z) + sample_ * head.z_row;
       const double max = static_cast<double>(run.plain.max);
-      const double zy = static_cast<double>(to_acc(row[target() * head.z_class]));
+      const Acc label = to_acc(row[target() * head.z_class]);
+      const auto zy = static_cast<double>(label <= kLowest<T> ? kMasked<Acc> : label);
       cross_entropy[h] = run.log_sum - (zy - max);
       if (smoothing > 0)
-        cross_entropy[h] = (1 - smoothing) * cross_entropy[h] +
-                           smoothing * (run.log_sum - (run.logits / classes - max));
+        cross_entropy[h] =
+            (1 - smoothing) * cross_entropy[h] + smoothing * (run.log_sum - (run.mean_logit - max));
     }
   }
 
@@ -233,6 +284,7 @@ class Work {
     for (int64_t from = 0; from < problem_.classes; from += size) {
       if (!kept_) {
         chunk_.read(problem_, group_, sample_, from);
+        if (extreme_) chunk_.mask(n_);
         if (taught_) sum_heads();
       }
       const bool sums = pairwise_ || (taught_ && !group_.detach);
@@ -259,7 +311,8 @@ class Work {
     Online<Acc> plain, teacher;  // softmax(z), softmax(t)
     double tempered = 0;         // sum exp((z - max z)/T)
     double gap = 0;              // sum exp(t - max t) ((t - max t) - (z - max z)/T)
-    double logits = 0;           // sum z
+    double mean_logit = 0;
+    Acc chunk_max = 0, shift = 0;  // shift: of plain
     // Known after the last chunk:
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
     double toward = 0;  // pairwise: sum_k p_h (W log p_h - L), W = sum_j kl_j, L = sum kl_j log p_j
@@ -279,10 +332,14 @@ class Work {
   bool has_plain() const { return problem_.target && !squared(); }
 
   IMCL_INLINE Vec<Acc> centred(int64_t h, int64_t i) const {
-    return load(chunk_.z[h] + i) - splat(running_[h].plain.max);
+    return load(chunk_.z[h] + i) - splat(running_[h].shift);
   }
   IMCL_INLINE Vec<Acc> log_p(int64_t h, int64_t i) const {
     return centred(h, i) * splat(inverse_t_) - splat(static_cast<Acc>(running_[h].log_tempered));
+  }
+  // 0 times it is 0.
+  IMCL_INLINE static Vec<Acc> finite(Vec<Acc> log_p) {
+    return max_vector(splat(std::numeric_limits<Acc>::lowest()), log_p);
   }
   // exp(z - max) and its T-th root; kept by sum_head() if the chunk is the only one.
   IMCL_INLINE Vec<Acc> plain(int64_t h, int64_t i) const {
@@ -299,8 +356,23 @@ class Work {
     for (int64_t lane = 0; lane < chunk_.count - i; ++lane) row[i + lane] = v[lane];
   }
 
+  // The maxima of this chunk, and whether there are extreme logits, whose masks it then makes.
+  void survey() {
+    Vec<Acc> least = {};
+    Acc most = 0;
+    for (int64_t h = 0; h < n_; ++h) {
+      running_[h].chunk_max = max_of(chunk_.z[h], chunk_.padded(), least);
+      most = std::max(most, running_[h].chunk_max);
+    }
+    if (most > kModerate || min_lanes<Acc>(least) < -kModerate) extreme_ = true;
+    if (!extreme_) return;
+    chunk_.mask(n_);
+    for (int64_t h = 0; h < n_; ++h)
+      if (running_[h].chunk_max <= kLowest<T>) running_[h].chunk_max = kMasked<Acc>;
+  }
+
   void sum_heads() {
-    if (group_.teacher == Teacher::kFinal) return;
+    if (group_.teacher == Teacher::kFinal || extreme_) return;
     for (int64_t i = 0; i < chunk_.padded(); i += width) {
       Vec<Acc> sum = load(chunk_.z[0] + i);
       for (int64_t h = 1; h < n_; ++h) sum += load(chunk_.z[h] + i);
@@ -310,10 +382,13 @@ class Work {
 
   // Writes the teacher's logits to t_ and returns their maximum.
   Acc teacher_logits(int64_t h) {
-    Vec<Acc> max = splat(-std::numeric_limits<Acc>::infinity());
+    Vec<Acc> max = splat(kMasked<Acc>);
     for (int64_t i = 0; i < chunk_.padded(); i += width) {
-      Vec<Acc> t;
-      if (own_teacher_) {
+      Vec<Acc> t = {};
+      if (extreme_ && group_.teacher != Teacher::kFinal) {
+        for (int64_t j = 0; j < n_; ++j)
+          if (j != h || !own_teacher_) t += load(chunk_.z[j] + i) * splat(share_);
+      } else if (own_teacher_) {
         t = (load(total_ + i) - load(chunk_.z[h] + i)) * splat(share_);
       } else if (group_.teacher == Teacher::kMean) {
         t = load(total_ + i) * splat(share_);
@@ -331,7 +406,7 @@ class Work {
     if (kl_) {
       Vec<Acc> plain_sum = {}, tempered_sum = {};
       Acc* out = kept_ ? tempered_ + h * chunk_.size : nullptr;
-      const Vec<Acc> max = splat(run.plain.max), inverse_t = splat(inverse_t_);
+      const Vec<Acc> max = splat(run.shift), inverse_t = splat(inverse_t_);
       const Acc* z = chunk_.z[h];
       chunk_.each([&](int64_t i, Vec<Acc> keep) {
         const Vec<Acc> e = exp_of((load(z + i) - max) * inverse_t);
@@ -349,7 +424,7 @@ class Work {
   void sum_plain(int64_t h) {
     Vec<Acc> sum = {};
     Acc* out = kept_ ? plain_ + h * chunk_.size : nullptr;
-    const Vec<Acc> max = splat(running_[h].plain.max);
+    const Vec<Acc> max = splat(running_[h].shift);
     const Acc* z = chunk_.z[h];
     chunk_.each([&](int64_t i, Vec<Acc> keep) {
       const Vec<Acc> e = exp_of(load(z + i) - max);
@@ -360,9 +435,11 @@ class Work {
   }
 
   void sum_logits(int64_t h) {
+    const Vec<Acc> share = splat(static_cast<Acc>(1.0 / static_cast<double>(problem_.classes)));
     Vec<Acc> sum = {};
-    chunk_.each([&](int64_t i, Vec<Acc> keep) { sum += load(chunk_.z[h] + i) * keep; });
-    running_[h].logits += static_cast<double>(sum_lanes<Acc>(sum));
+    chunk_.each(
+        [&](int64_t i, Vec<Acc> keep) { sum += unless_0(keep, load(chunk_.z[h] + i)) * share; });
+    running_[h].mean_logit += static_cast<double>(sum_lanes<Acc>(sum));
   }
 
   // All that read() makes of the only chunk, with one exponential of a logit instead of two:
@@ -373,11 +450,10 @@ class Work {
     const int64_t n = n_;
     Vec<Acc> max[kMostProducts], plain_sum[kMostProducts] = {}, tempered_sum[kMostProducts] = {};
     Vec<Acc> teacher_sum[kMostProducts] = {}, gap[kMostProducts] = {};
-    Acc maxima[kMostProducts], all_maxima = 0;
+    Acc all_maxima = 0;
     for (int64_t h = 0; h < n; ++h) {
-      maxima[h] = max_of(chunk_.z[h], chunk_.padded());
-      max[h] = splat(maxima[h]);
-      all_maxima += maxima[h];
+      max[h] = splat(running_[h].chunk_max);
+      all_maxima += running_[h].chunk_max;
     }
     const Vec<Acc> share = splat(share_), both_shares = splat(share_ + inverse_t_);
     const int64_t size = chunk_.size;
@@ -412,8 +488,8 @@ class Work {
     }
     for (int64_t h = 0; h < n; ++h) {
       Running& run = running_[h];
-      run.plain.max = maxima[h];
-      run.teacher.max = (all_maxima - maxima[h]) * share_;
+      run.plain.max = run.shift = run.chunk_max;
+      run.teacher.max = (all_maxima - run.chunk_max) * share_;
       run.teacher.sum = static_cast<double>(sum_lanes<Acc>(teacher_sum[h]));
       run.gap = static_cast<double>(sum_lanes<Acc>(gap[h]));
       run.tempered = static_cast<double>(sum_lanes<Acc>(tempered_sum[h]));
@@ -429,7 +505,7 @@ class Work {
   void sum_teacher(int64_t h) {
     Running& run = running_[h];
     Acc* out = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
-    const Vec<Acc> teacher_max = splat(run.teacher.max), max = splat(run.plain.max);
+    const Vec<Acc> teacher_max = splat(run.teacher.shift()), max = splat(run.shift);
     const Vec<Acc> inverse_t = splat(inverse_t_);
     const Acc *t = t_, *z = chunk_.z[h];
     Vec<Acc> sum = {}, gap = {};
@@ -438,7 +514,7 @@ class Work {
       const Vec<Acc> e = exp_of(x) * keep;
       store(out + i, e);
       sum += e;
-      gap += e * (x - (load(z + i) - max) * inverse_t);
+      gap += unless_0(e, e * (x - (load(z + i) - max) * inverse_t));
     });
     run.teacher.sum += static_cast<double>(sum_lanes<Acc>(sum));
     run.gap += static_cast<double>(sum_lanes<Acc>(gap));
@@ -446,11 +522,12 @@ class Work {
 
   // The gap to a further head of a teacher that several heads share.
   void sum_gap(int64_t h) {
-    const Vec<Acc> teacher_max = splat(running_[0].teacher.max);
+    const Vec<Acc> teacher_max = splat(running_[0].teacher.shift());
     Vec<Acc> gap = {};
-    for (int64_t i = 0; i < chunk_.padded(); i += width)
-      gap +=
-          load(teacher_ + i) * ((load(t_ + i) - teacher_max) - centred(h, i) * splat(inverse_t_));
+    for (int64_t i = 0; i < chunk_.padded(); i += width) {
+      const Vec<Acc> e = load(teacher_ + i);
+      gap += unless_0(e, e * ((load(t_ + i) - teacher_max) - centred(h, i) * splat(inverse_t_)));
+    }
     running_[h].gap += static_cast<double>(sum_lanes<Acc>(gap));
   }
 
@@ -463,7 +540,10 @@ class Work {
     Acc weight_sum = 0;
     for (int64_t h = 0; h < n_; ++h) weight_sum += static_cast<Acc>(head(h).kl_weight);
     for (int64_t from = 0; from < problem_.classes; from += chunk_.size) {
-      if (!kept_) chunk_.read(problem_, group_, sample_, from);
+      if (!kept_) {
+        chunk_.read(problem_, group_, sample_, from);
+        if (extreme_) chunk_.mask(n_);
+      }
       for (int64_t h = 0; h < 2 * n_; ++h) partial[h] = Vec<Acc>{};
       chunk_.each([&](int64_t i, Vec<Acc> keep) {
         Vec<Acc> entropy = {}, sum = {}, weighted = {};
@@ -474,14 +554,15 @@ class Work {
           store(log_ps + h * width, lp);
           store(ps + h * width, e);
           sum += e;
-          entropy += e * lp;
-          weighted += lp * splat(static_cast<Acc>(head(h).kl_weight));
+          entropy += e * finite(lp);
+          if (!group_.detach) weighted += finite(lp) * splat(static_cast<Acc>(head(h).kl_weight));
         }
         for (int64_t h = 0; h < n_; ++h) {
           const Vec<Acc> lp = load(log_ps + h * width);
-          partial[h] += entropy - sum * lp;
-          if (!group_.detach)
-            partial[n_ + h] += load(ps + h * width) * (lp * splat(weight_sum) - weighted);
+          partial[h] += unless_0(sum, entropy - sum * lp);
+          if (group_.detach) continue;
+          const Vec<Acc> e = load(ps + h * width);
+          partial[n_ + h] += unless_0(e, e * (lp * splat(weight_sum) - weighted));
         }
       });
       for (int64_t h = 0; h < n_; ++h) {
@@ -496,6 +577,11 @@ class Work {
     return has_kl(h) ? head(h).kl_weight * group_.temperature * scale : 0.0;
   }
 
+  // weight / sum; of no weight 0, even where all classes are masked.
+  static Vec<Acc> quotient(double weight, double sum) {
+    return splat(static_cast<Acc>(weight == 0 ? 0.0 : weight / sum));
+  }
+
   // Cross entropy and KL of one head; what other heads need of it into own and sum.
   void gradient_of_head(int64_t h, double scale, Acc* dz, Acc* own, Acc* sum) {
     const Running& run = running_[h];
@@ -503,7 +589,7 @@ class Work {
     const bool has_target = problem_.target != nullptr;
     const Vec<Acc> uniform = splat(
         static_cast<Acc>(ce * problem_.label_smoothing / static_cast<double>(problem_.classes)));
-    const Vec<Acc> of_plain = splat(static_cast<Acc>(has_target ? ce / run.plain.sum : 0.0));
+    const Vec<Acc> of_plain = quotient(ce, run.plain.sum);
     if (!kl_) {
       for (int64_t i = 0; i < chunk_.padded(); i += width)
         put(dz, i, has_target ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
@@ -517,8 +603,8 @@ class Work {
             store(e + i, exp_of(load(t_ + i) - splat(run.teacher_max)));
         }
       }
-      const Vec<Acc> of_tempered = splat(static_cast<Acc>(pairwise_ ? 0.0 : kl / run.tempered));
-      const Vec<Acc> of_teacher = splat(static_cast<Acc>(taught_ ? kl / run.teacher_sum : 0.0));
+      const Vec<Acc> of_tempered = quotient(pairwise_ ? 0.0 : kl, run.tempered);
+      const Vec<Acc> of_teacher = quotient(taught_ ? kl : 0.0, run.teacher_sum);
       if (squared()) {
         for (int64_t i = 0; i < chunk_.padded(); i += width) {
           const Vec<Acc> e = tempered(h, i);
@@ -553,7 +639,7 @@ class Work {
       store(own + i, p);
       store(sum + i, load(sum + i) + p);
       if (!group_.detach)
-        store(weighted + i, load(weighted + i) + log_p(h, i) * splat(static_cast<Acc>(kl)));
+        store(weighted + i, load(weighted + i) + finite(log_p(h, i)) * splat(static_cast<Acc>(kl)));
     }
   }
 
@@ -564,7 +650,7 @@ class Work {
     const Vec<Acc> rest = splat(static_cast<Acc>(std::log(run.teacher_sum) + run.kl));
     for (int64_t i = 0; i < chunk_.padded(); i += width) {
       const Vec<Acc> gap = (load(t_ + i) - shift) - rest - log_p(h, i);
-      const Vec<Acc> into = load(q + i) * of_teacher * gap;
+      const Vec<Acc> weight = load(q + i) * of_teacher, into = unless_0(weight, weight * gap);
       store(own + i, into);
       store(sum + i, load(sum + i) + into);
     }
@@ -584,7 +670,7 @@ class Work {
       const Vec<Acc> p_h = load(p + i);
       Vec<Acc> d = kl * (p_h - (load(sum + i) - p_h) * others);
       if (!group_.detach)
-        d += p_h * others * (weight_sum * log_p(h, i) - load(weighted + i) - toward);
+        d += unless_0(p_h, p_h * others * (weight_sum * log_p(h, i) - load(weighted + i) - toward));
       store(dz + i, load(dz + i) + d);
     }
   }
@@ -612,7 +698,8 @@ class Work {
   Acc *total_, *t_;                             // (size) sum of the heads; the teacher's logits
   Acc* teacher_;                                // (size), or (heads, size): exp(t - its maximum)
   Acc *plain_ = nullptr, *tempered_ = nullptr;  // (heads, size) exponentials, if kept
-  bool kept_ = false;  // one chunk holds all classes, and a gradient is wanted
+  bool kept_ = false;     // one chunk holds all classes, and a gradient is wanted
+  bool extreme_ = false;  // some logit seen so far is
 };
 
 // Asks for the rows of the next sample and for those of the gradient that this one will write:

@@ -95,9 +95,23 @@ IMCL_INLINE V max_vector(V a, V b) {
   return a > b ? a : b;
 }
 
+template <class V>
+IMCL_INLINE V min_vector(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return reinterpret_cast<V>(
+        _mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#endif
+  return a < b ? a : b;
+}
+
 template <class T>
 IMCL_INLINE T max_lanes(Vec<T> v) {
   return detail::fold<T>(v, [](Vec<T> a, Vec<T> b) { return max_vector(a, b); });
+}
+template <class T>
+IMCL_INLINE T min_lanes(Vec<T> v) {
+  return detail::fold<T>(v, [](Vec<T> a, Vec<T> b) { return min_vector(a, b); });
 }
 
 // Half-precision scalars. bfloat16 is the upper half of a float; both round to

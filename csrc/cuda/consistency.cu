@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
   for (int g = 0; g < in.group_count; ++g) {
     const Group& group = in.groups[g];
     for (int64_t h = group.first; h < group.first + group.size; ++h)
-      loss += in.heads[h].ce_weight * totals[h] + in.heads[h].kl_weight * totals[in.head_count + h];
+      loss += times(in.heads[h].ce_weight, totals[h]) +
+              times(in.heads[h].kl_weight, totals[in.head_count + h]);
   }
   *static_cast<A*>(in.loss) = static_cast<A>(loss * loss_scale);
 }

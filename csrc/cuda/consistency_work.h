@@ -1,5 +1,8 @@
 // What a team of threads does with one sample after the other; csrc/cuda/consistency.cu has
 // the formulas.
+//
+// The logit of a masked class is -inf, or the lowest number of its type, which becomes -inf when
+// it is read: its exponentials are 0, and times() leaves out what such a 0 is multiplied with.
 #pragma once
 
 #include <cmath>
@@ -14,15 +17,25 @@ namespace imcl {
 
 constexpr int kValues = 5;  // sums of a head that are reduced together
 
+// Logits beyond this are extreme: they may be masked, overflow when they are summed, or drown
+// the other heads in a sum, so that these can't be had back by subtraction.
+constexpr int kModerate = 1024;
+
+// weight * x, and 0 where the weight is 0, whatever x is.
+template <class A>
+__device__ __forceinline__ A times(A weight, A x) {
+  return weight == 0 ? A(0) : weight * x;
+}
+
 // What is known of one head, in shared memory.
 template <class A>
 struct HeadState {
   A max, max_shift;              // of z; and by how much the last tile raised it, as old - new
   A teacher_max, teacher_shift;  // of t
   A plain, tempered;             // sums of exp(z - max) and exp((z - max) / T)
-  A total;                       // sum of z
-  A teacher;                     // sum of exp(t - teacher_max)
-  A cross;                       // sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T)
+  A mean_logit;
+  A teacher;  // sum of exp(t - teacher_max)
+  A cross;    // sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T)
   A log_tempered, log_teacher;
   A inverse_plain, inverse_tempered, inverse_teacher;
   A kl;      // KL, without T^2
@@ -152,17 +165,31 @@ class Work {
     return kl_ && teacher_ != Teacher::kPairwise && (teacher_ != Teacher::kFinal || h < n_ - 1);
   }
 
+  // Part of a pack of this thread: its columns are column + i * step, i < count.
+  struct Part {
+    int index, column, step, count;
+  };
+
   // t_h from z_h and teacher_sum().
-  __device__ Values teacher_logits(const Values& z, const Values& sum) const {
-    Values t;
-    if (teacher_ == Teacher::kOthers)
+  __device__ Values teacher_logits(int h, const Part& part, const Values& z,
+                                   const Values& sum) const {
+    Values t{};
+    if (extreme_ && averages()) {
+#pragma unroll 1
+      for (int j = 0; j < n_; ++j) {
+        if (j == h && teacher_ == Teacher::kOthers) continue;
+        const Values other = z_of(j, part);
+        each([&](int i) { t.at[i] += other.at[i] * share_; });
+      }
+    } else if (teacher_ == Teacher::kOthers)
       each([&](int i) { t.at[i] = (sum.at[i] - z.at[i]) * share_; });
     else each([&](int i) { t.at[i] = sum.at[i] * share_; });
     return t;
   }
   __device__ A teacher_max(int h) const {
-    if (teacher_ == Teacher::kOthers) return states_[h].teacher_max;
-    return teacher_ == Teacher::kMean ? states_[0].teacher_max : states_[n_ - 1].max * inverse_t_;
+    if (teacher_ == Teacher::kOthers) return shift_of(states_[h].teacher_max);
+    return teacher_ == Teacher::kMean ? shift_of(states_[0].teacher_max)
+                                      : shift_of(states_[n_ - 1].max) * inverse_t_;
   }
   __device__ A teacher_shift(int h) const {
     if (teacher_ == Teacher::kOthers) return states_[h].teacher_shift;
@@ -171,11 +198,6 @@ class Work {
   }
 
   // ---- tiles ----
-
-  // Part of a pack of this thread: its columns are column + i * step, i < count.
-  struct Part {
-    int index, column, step, count;
-  };
 
   // Calls body(part) for every part of the tile that isn't empty.
   template <class Body>
@@ -209,22 +231,35 @@ class Work {
   __device__ void read(int tile) {
     const int classes = static_cast<int>(in_.classes);
     tile_ = tile * in_.chunks * size_ * kPack;
+    extreme_ = false;
     for (int chunk = 0; chunk < in_.chunks && first_column(chunk) < classes; ++chunk) {
       const int column = first_column(chunk);
 #pragma unroll 4
       for (int h = 0; h < n_; ++h) {
         const Head& from = head(h);
         const T* row = static_cast<const T*>(from.z) + sample_ * from.z_row;
+        Pack<T> pack;
         if (in_.packed) {
-          logits(h, chunk) = load_pack(row + column);  // [kPack]
+          pack = load_pack(row + column);  // [kPack]
         } else {
-          Pack<T> pack;  // filled up with copies, which are harmless to maxima
+          // Filled up with copies, which are harmless to maxima.
 #pragma unroll
           for (int i = 0; i < kPack; ++i) {
             const int each = column + i * size_;
             pack.at[i] = row[int64_t{each < classes ? each : column} * from.z_class];
           }
-          logits(h, chunk) = pack;
+        }
+        A largest = 0;
+#pragma unroll
+        for (int i = 0; i < kPack; ++i) largest = larger(largest, A(fabs(to_acc(pack.at[i]))));
+        logits(h, chunk) = pack;
+        if (largest > kModerate) {
+          extreme_ = true;
+#pragma unroll 1  // it is rare, and shall need no registers
+          for (int i = 0; i < kPack; ++i) {
+            T& each = logits(h, chunk).at[i];
+            each = masked(each);
+          }
         }
       }
     }
@@ -303,6 +338,8 @@ class Work {
     }
     for (int h = rank_; h < n_; h += size_) {
       HeadState<A>& state = states_[h];
+      state.max = shift_of(state.max);
+      state.teacher_max = shift_of(state.teacher_max);
       state.log_tempered = log(state.tempered);
       state.log_teacher = log(state.teacher);
       state.inverse_plain = 1 / state.plain;
@@ -313,6 +350,9 @@ class Work {
     }
     team_.sync();
   }
+
+  // What to subtract: as long as all classes are masked, nothing.
+  __device__ static A shift_of(A max) { return max == -INFINITY ? A(0) : max; }
 
   __device__ static void raise(A& max, A& shift, A to) {
     const A old = max;
@@ -334,7 +374,7 @@ class Work {
     for (int h = 0; h < teachers; ++h) {
       A max = -INFINITY;
       each_part([&](const Part& part) {
-        const Values t = teacher_logits(z_of(h, part), sums(0, part));
+        const Values t = teacher_logits(h, part, z_of(h, part), sums(0, part));
         each([&](int i) { max = larger(max, t.at[i]); });
       });
       put(n_ + h, warp_max(max));
@@ -350,30 +390,34 @@ class Work {
 
   __device__ void exponentials() {
     const bool labelled = in_.target, smoothed = labelled && in_.label_smoothing > 0;
+    const A of_class = static_cast<A>(1.0 / static_cast<double>(in_.classes));
     for (int h = 0; h < n_; ++h) {
-      const A max = states_[h].max;
-      A tempered_sum = 0, plain_sum = 0, total = 0;
+      const A max = shift_of(states_[h].max);
+      A tempered_sum = 0, plain_sum = 0, mean_logit = 0;
       each_part([&](const Part& part) {
-        const Values z = z_of(h, part), e = tempered(z, max);
+        Values z = z_of(h, part);
+        const Values e = tempered(z, max);
         add(tempered_sum, e, part);
         if (labelled) add(plain_sum, plain(e, z, max), part);
-        if (smoothed) add(total, z, part);
+        if (!smoothed) return;
+        each([&](int i) { z.at[i] *= of_class; });
+        add(mean_logit, z, part);
       });
       if (kl_) put(h * kValues, warp_sum(tempered_sum));
       if (labelled) put(h * kValues + 1, warp_sum(plain_sum));
-      if (smoothed) put(h * kValues + 2, warp_sum(total));
+      if (smoothed) put(h * kValues + 2, warp_sum(mean_logit));
       if (!taught(h)) continue;
       const A t_max = teacher_max(h);
       A teacher = 0, cross = 0;
       each_part([&](const Part& part) {
         const Values z = z_of(h, part);
-        Values t =
-            teacher_logits(z, teacher_ == Teacher::kFinal ? z_of(n_ - 1, part) : sums(0, part));
+        Values t = teacher_logits(h, part, z,
+                                  teacher_ == Teacher::kFinal ? z_of(n_ - 1, part) : sums(0, part));
         Values q;
         each([&](int i) {
           t.at[i] -= t_max;
           q.at[i] = fast_exp(t.at[i]);
-          t.at[i] = q.at[i] * (t.at[i] - (z.at[i] - max) * inverse_t_);
+          t.at[i] = times(q.at[i], t.at[i] - (z.at[i] - max) * inverse_t_);
         });
         add(teacher, q, part);
         add(cross, t, part);
@@ -387,11 +431,11 @@ class Work {
       const A shift = state.max_shift, tempered_shift = shift * inverse_t_;
       if (kl_) state.tempered = state.tempered * fast_exp(tempered_shift) + get_sum(h * kValues);
       if (labelled) state.plain = state.plain * fast_exp(shift) + get_sum(h * kValues + 1);
-      if (smoothed) state.total += get_sum(h * kValues + 2);
+      if (smoothed) state.mean_logit += get_sum(h * kValues + 2);
       if (taught(h)) {
         const A t_shift = teacher_shift(h), factor = fast_exp(t_shift);
         // The exponents of what was summed so far were relative to lower maxima.
-        state.cross = factor * (state.cross + state.teacher * (t_shift - tempered_shift)) +
+        state.cross = times(factor, state.cross + state.teacher * (t_shift - tempered_shift)) +
                       get_sum(h * kValues + 4);
         state.teacher = factor * state.teacher + get_sum(h * kValues + 3);
       }
@@ -427,8 +471,8 @@ class Work {
           const Values z = z_of(h, part), p = p_of(h, z), log_p = log_p_of(h, z);
           each([&](int i) {
             p_sum.at[i] += p.at[i];
-            p_log_p.at[i] += p.at[i] * log_p.at[i];
-            weighted.at[i] += weight * log_p.at[i];
+            p_log_p.at[i] += times(p.at[i], log_p.at[i]);
+            weighted.at[i] += times(weight, log_p.at[i]);
           });
         }
         sums(0, part) = p_sum;
@@ -441,11 +485,13 @@ class Work {
           const Values z = z_of(h, part), log_p = log_p_of(h, z);
           Values of = sums(1, part);
           const Values p_sum = sums(0, part);
-          each([&](int i) { of.at[i] -= p_sum.at[i] * log_p.at[i]; });
+          each([&](int i) { of.at[i] -= times(p_sum.at[i], log_p.at[i]); });
           add(kl, of, part);
           if (detach_) return;
           const Values p = p_of(h, z), weighted = sums(2, part);
-          each([&](int i) { of.at[i] = p.at[i] * (kl_weights_ * log_p.at[i] - weighted.at[i]); });
+          each([&](int i) {
+            of.at[i] = times(p.at[i], kl_weights_ * log_p.at[i] - weighted.at[i]);
+          });
           add(toward, of, part);
         });
         put(h * kValues, warp_sum(kl));
@@ -471,14 +517,14 @@ class Work {
           ce = NAN;
         } else {
           const T* row = static_cast<const T*>(from.z) + sample_ * from.z_row;
-          const A log_sum = log(state.plain);
-          ce = (1 - smoothing) * (log_sum - (to_acc(row[label_ * from.z_class]) - state.max));
-          if (smoothing > 0)
-            ce += smoothing * (log_sum - (state.total / static_cast<A>(in_.classes) - state.max));
+          const A log_sum = log(state.plain), z = to_acc(masked(row[label_ * from.z_class]));
+          ce = (1 - smoothing) * (log_sum - (z - state.max));
+          if (smoothing > 0) ce += smoothing * (log_sum - (state.mean_logit - state.max));
         }
       }
       const A kl = t_ * t_ * state.kl;
-      state.value = (static_cast<A>(head(h).ce_weight) * ce + kl_weight(h) * kl) * scale_;
+      state.value =
+          (times(static_cast<A>(head(h).ce_weight), ce) + times(kl_weight(h), kl)) * scale_;
       terms_[first_ + h] += static_cast<double>(ce);
       terms_[in_.head_count + first_ + h] += static_cast<double>(kl);
     }
@@ -498,14 +544,14 @@ class Work {
           const Values z = z_of(h, part), p = p_of(h, z), log_p = log_p_of(h, z);
           each([&](int i) {
             sum.at[i] += p.at[i];
-            passed.at[i] += weight * log_p.at[i];
+            passed.at[i] += times(weight, log_p.at[i]);
           });
         }
       } else if (kl_) {
         sum = teacher_sum(part);
         for (int h = 0; !detach_ && h < n_; ++h) {
           if (!taught(h)) continue;
-          const Values own = taught_gradient(h, z_of(h, part), sum).passed;
+          const Values own = taught_gradient(h, part, z_of(h, part), sum).passed;
           each([&](int i) { passed.at[i] += own.at[i]; });
         }
       }
@@ -514,11 +560,11 @@ class Work {
         Values dz{};
         if (in_.target) add_labels(h, part, z, e, dz);
         if (kl_) {
-          const A factor = t_ * scale_ * kl_weight(h) * states_[h].inverse_tempered;
+          const A factor = times(t_ * scale_ * kl_weight(h), states_[h].inverse_tempered);
           each([&](int i) { dz.at[i] += factor * e.at[i]; });
         }
         if (pairwise()) add_pairwise(h, z, e, sum, passed, dz);
-        else if (kl_) add_teacher(h, z, sum, passed, dz);
+        else if (kl_) add_teacher(h, part, z, sum, passed, dz);
         write(h, part, dz);
       }
     });
@@ -529,7 +575,7 @@ class Work {
                              Values& dz) const {
     const HeadState<A>& state = states_[h];
     const A weight = static_cast<A>(head(h).ce_weight) * scale_;
-    const A factor = weight * state.inverse_plain;
+    const A factor = times(weight, state.inverse_plain);
     const A valid = label_ < 0 ? A(NAN) : A(1);
     const A smooth =
         valid * weight * static_cast<A>(in_.label_smoothing / static_cast<double>(in_.classes));
@@ -546,24 +592,26 @@ class Work {
     Values passed;    // T kl_h q_h (log q_h - log p_h - KL_h)
   };
 
-  __device__ Taught taught_gradient(int h, const Values& z, const Values& sum) const {
+  __device__ Taught taught_gradient(int h, const Part& part, const Values& z,
+                                    const Values& sum) const {
     const HeadState<A>& state = states_[h];
-    const A t_max = teacher_max(h), factor = t_ * scale_ * kl_weight(h) * state.inverse_teacher;
+    const A t_max = teacher_max(h);
+    const A factor = times(t_ * scale_ * kl_weight(h), state.inverse_teacher);
     const A rest = state.log_tempered - state.log_teacher - state.kl;
-    const Values t = teacher_logits(z, sum);
+    const Values t = teacher_logits(h, part, z, sum);
     Taught result;
     each([&](int i) {
       const A q = factor * fast_exp(t.at[i] - t_max);
       result.gradient.at[i] = -q;
-      result.passed.at[i] = q * ((t.at[i] - t_max) - (z.at[i] - state.max) * inverse_t_ + rest);
+      result.passed.at[i] = times(q, (t.at[i] - t_max) - (z.at[i] - state.max) * inverse_t_ + rest);
     });
     return result;
   }
 
-  __device__ void add_teacher(int h, const Values& z, const Values& sum, const Values& passed,
-                              Values& dz) const {
+  __device__ void add_teacher(int h, const Part& part, const Values& z, const Values& sum,
+                              const Values& passed, Values& dz) const {
     if (taught(h)) {
-      const Taught by = taught_gradient(h, z, sum);
+      const Taught by = taught_gradient(h, part, z, sum);
       const A own = !detach_ && teacher_ == Teacher::kOthers ? average_ : A(0);
       each([&](int i) { dz.at[i] += by.gradient.at[i]; });
       if (own != 0) each([&](int i) { dz.at[i] -= own * by.passed.at[i]; });
@@ -577,12 +625,12 @@ class Work {
     const HeadState<A>& state = states_[h];
     const A factor = t_ * scale_ * average_;
     const A weight = factor * kl_weight(h);
-    each([&](int i) { dz.at[i] -= weight * (p_sum.at[i] - e.at[i] * state.inverse_tempered); });
+    each([&](int i) { dz.at[i] -= times(weight, p_sum.at[i] - e.at[i] * state.inverse_tempered); });
     if (detach_) return;
     const Values log_p = log_p_of(h, z);
     each([&](int i) {
-      dz.at[i] += factor * (e.at[i] * state.inverse_tempered) *
-                  (kl_weights_ * log_p.at[i] - weighted.at[i] - state.toward);
+      dz.at[i] += times(factor * (e.at[i] * state.inverse_tempered),
+                        kl_weights_ * log_p.at[i] - weighted.at[i] - state.toward);
     });
   }
 
@@ -626,7 +674,8 @@ class Work {
   Teacher teacher_ = Teacher::kOthers;
   bool detach_ = true, kl_ = false, squares_ = false;  // squares_: T is 2
   A t_ = 1, inverse_t_ = 1, average_ = 1, share_ = 1, kl_weights_ = 0;
-  int tile_ = 0;  // its first column
+  int tile_ = 0;          // its first column
+  bool extreme_ = false;  // some logit that this thread has read of it is
 };
 
 }  // namespace imcl

@@ -1,6 +1,7 @@
 // The dtypes in device code: what they accumulate in, and 16 bytes of them at a time.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "launch.h"
@@ -22,6 +23,18 @@ __device__ __forceinline__ float to_acc(float x) { return x; }
 __device__ __forceinline__ double to_acc(double x) { return x; }
 __device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
+
+// A logit, -inf where it is the lowest number of its type.
+__device__ __forceinline__ float masked(float x) { return x <= -0x1.fffffep127f ? -INFINITY : x; }
+__device__ __forceinline__ double masked(double x) {
+  return x <= -0x1.fffffffffffffp1023 ? -INFINITY : x;
+}
+__device__ __forceinline__ __nv_bfloat16 masked(__nv_bfloat16 x) {
+  return to_acc(x) <= -0x1.fep127f ? __float2bfloat16_rn(-INFINITY) : x;
+}
+__device__ __forceinline__ __half masked(__half x) {
+  return to_acc(x) <= -65504.0f ? __float2half_rn(-INFINITY) : x;
+}
 
 // The special function unit's exponential is good to 2 units in the last place near 0, and
 // what it loses further off is small beside the sums that these go into.

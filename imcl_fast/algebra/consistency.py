@@ -9,6 +9,9 @@ Pairwise consistency is linear in the number of heads: with P = sum_j p_j and
 Q = sum_j p_j log p_j, ``sum_{j != h} KL(p_j || p_h) = sum_k Q - P log p_h``.
 A teacher that is not detached adds ``T q (log q - log p - KL)`` to its own
 logits, shared out the way they were averaged.
+
+The logit of a masked class is -inf: what is multiplied with its probability of 0 is left
+out of sums of p log p.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ def forward(
         index = torch.where(valid, target, 0).expand(heads, batch).unsqueeze(-1)
         log_p = torch.log_softmax(z, -1)
         nll = -log_p.gather(-1, index).squeeze(-1)
-        ce = (1 - label_smoothing) * nll - label_smoothing * log_p.mean(-1)
+        ce = nll
+        if label_smoothing > 0:
+            ce = (1 - label_smoothing) * nll - label_smoothing * (log_p / classes).sum(-1)
         # Waiting for the device to say that a target is out of range would cost more.
         ce = torch.where(valid, ce, math.nan)
         soft = torch.full_like(z, label_smoothing / classes)
@@ -65,7 +70,7 @@ def forward(
     ce_column, kl_column = _column(ce_weight, z), _column(kl_weight, z)  # [H, 1, 1]
     count = counted.sum().clamp(min=1).to(z.dtype)
     scale = 1 / count if reduction == REDUCE_MEAN else 1.0
-    loss = (ce_column[..., 0] * ce + kl_column[..., 0] * kl).sum(0) * scale  # [B]
+    loss = (_times(ce_column[..., 0], ce) + _times(kl_column[..., 0], kl)).sum(0) * scale  # [B]
     terms = torch.stack([ce, kl]).sum(-1)
     if reduction != REDUCE_NONE:
         loss = loss.sum()
@@ -76,7 +81,7 @@ def forward(
 
     dz = torch.zeros_like(z)
     if target is not None:
-        dz = ce_column * (torch.softmax(z, -1) - soft)
+        dz = _times(ce_column, torch.softmax(z, -1) - soft)
     dz = dz + torch.cat(
         [
             t * _group_gradient(log_p, g / t, w, kind, detached)
@@ -96,10 +101,10 @@ def _group_kl(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
         return z.new_zeros(z.shape[:2])
     if kind == PAIRWISE:
         p = log_p.exp()
-        entropy, total = (p * log_p).sum(0), p.sum(0)
-        return (entropy - total * log_p).sum(-1) / (size - 1)
+        entropy, total = _times(p, log_p).sum(0), p.sum(0)
+        return torch.where(total == 0, 0, entropy - total * log_p).sum(-1) / (size - 1)
     log_q = _teacher_log_probs(log_p, z, kind)
-    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    kl = _times(log_q.exp(), log_q - log_p).sum(-1)
     if kind == FINAL:
         kl = torch.cat([kl[:-1], torch.zeros_like(kl[-1:])])
     return kl
@@ -112,20 +117,22 @@ def _group_gradient(log_p: Tensor, z: Tensor, w: Tensor, kind: int, detached: bo
         return torch.zeros_like(z)
     p = log_p.exp()
     if kind == PAIRWISE:
-        dz = w * (p - (p.sum(0) - p) / (size - 1))
+        dz = _times(w, p - (p.sum(0) - p) / (size - 1))
         if not detached:
-            toward = (w.sum(0) - w) * log_p - ((w * log_p).sum(0) - w * log_p)
-            dz = dz + p * (toward - (p * toward).sum(-1, keepdim=True)) / (size - 1)
+            toward = w.sum(0) * log_p - _times(w, log_p).sum(0)
+            mean = _times(p, toward).sum(-1, keepdim=True)
+            dz = dz + _times(p, toward - mean) / (size - 1)
         return dz
     if kind == FINAL:
         w = torch.cat([w[:-1], torch.zeros_like(w[-1:])])
     log_q = _teacher_log_probs(log_p, z, kind)
     q = log_q.exp()
-    dz = w * (p - q)
+    dz = _times(w, p - q)
     if detached:
         return dz
     gap = log_q - log_p
-    into = w * q * (gap - (q * gap).sum(-1, keepdim=True))  # d/d(teacher logits of h)
+    mean = _times(q, gap).sum(-1, keepdim=True)
+    into = _times(_times(w, q), gap - mean)  # d/d(teacher logits of h)
     total = into.sum(0)
     if kind == OTHERS:
         return dz + (total - into) / (size - 1)
@@ -136,10 +143,25 @@ def _group_gradient(log_p: Tensor, z: Tensor, w: Tensor, kind: int, detached: bo
 
 def _teacher_log_probs(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
     if kind == OTHERS:
-        return torch.log_softmax((z.sum(0) - z) / (len(z) - 1), -1)
+        return torch.log_softmax(_sums_of_others(z / (len(z) - 1)), -1)
     if kind == MEAN:
         return torch.log_softmax(z.mean(0), -1).expand_as(z)
     return log_p[-1:].expand_as(log_p)
+
+
+def _sums_of_others(z: Tensor) -> Tensor:
+    """sum_{j != h} z_j: taken from the sum of all, a large z_h would leave its rounding error."""
+    before, after = [torch.zeros_like(z[0])], [torch.zeros_like(z[0])]
+    for head in z[:-1]:
+        before.append(before[-1] + head)
+    for head in z[1:].flip(0):
+        after.append(after[-1] + head)
+    return torch.stack(before) + torch.stack(after[::-1])
+
+
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x, and 0 where the weight is 0, whatever x is."""
+    return torch.where(weight == 0, 0, weight * x)
 
 
 def _counted(target: Tensor | None, ignore_index: int, z: Tensor) -> Tensor:
@@ -153,9 +175,11 @@ def _column(weights: Sequence[float], z: Tensor) -> Tensor:
 
 
 def _stack(logits: Sequence[Tensor]) -> Tensor:
-    """All heads as one [H, B, K] in the accumulation dtype."""
+    """All heads as one [H, B, K] in the accumulation dtype, masked classes -inf."""
     z = torch.cat([block if block.dim() == 3 else block.unsqueeze(0) for block in logits])
-    return z if z.dtype == torch.float64 else z.float()
+    masked = z <= torch.finfo(z.dtype).min
+    z = z if z.dtype == torch.float64 else z.float()
+    return torch.where(masked, -math.inf, z)
 
 
 def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
