@@ -15,10 +15,11 @@ from torch import Tensor
 
 from . import numerics
 from .config import PairwiseConfig, pairwise_config
+from .kept import capturing, keep_for_graph, ticket
 from .launch import launch
 from .pairwise_backward import backward_kernel
 from .pairwise_forward import forward_kernel
-from .plan import Plan, layer_of, plan
+from .plan import BY_COLUMNS, BY_ROWS, Plan, layer_of, plan
 
 
 class _Group(NamedTuple):
@@ -51,7 +52,7 @@ def forward(
     else:
         loss = torch.empty((), dtype=loss_type, device=device)
     partials = torch.empty(programs, dtype=loss_type, device=device)
-    tickets = torch.zeros((), dtype=torch.int32, device=device)
+    tickets = ticket(device) if programs else partials
     state, first = [], 0
     for g in groups:
         accumulation = _accumulation(g.dtype)
@@ -74,10 +75,12 @@ def forward(
                 len(xs),
                 LAYERS=len(g.xs),
                 PADDED=triton.next_power_of_2(len(g.xs)),
+                FORMS=g.plan.forms,
+                PATHS=g.plan.paths,
                 PENALTY=penalty,
                 CENTER=center,
                 KEEP=keep,
-                ROWS_UNIT=g.plan.rows_unit,
+                FAST=BY_ROWS if g.plan.rows_unit else BY_COLUMNS,
                 VECTOR=16 // g.dtype.itemsize,
                 BLOCK=g.config.forward_block,
                 PRODUCT=_gram_product(g.dtype, center, precision),
@@ -120,9 +123,11 @@ def backward(
             len(xs),
             LAYERS=len(g.xs),
             PADDED=triton.next_power_of_2(len(g.xs)),
+            FORMS=g.plan.forms,
+            PATHS=g.plan.paths,
             PENALTY=penalty,
             CENTER=center,
-            ROWS_UNIT=g.plan.rows_unit,
+            FAST=BY_ROWS if g.plan.rows_unit else BY_COLUMNS,
             VECTOR=16 // g.dtype.itemsize,
             BLOCK=g.config.backward_block,
             DEPTH=g.config.backward_depth,
@@ -155,6 +160,8 @@ def _groups(xs: Sequence[Tensor], penalty: int, center: bool, batched: bool) -> 
             layers, dtype.itemsize, penalty, center, batched, config.backward_block,
             mine[0].device,
         )
+        if capturing(mine[0].device):
+            keep_for_graph(geometry.table)
         groups.append(_Group(dtype, members, mine, geometry, config))
     return groups
 

@@ -1,0 +1,178 @@
+"""A GPU that isn't there: what torch.cuda says of one, and Triton's launches recorded.
+
+The launchers run as they are; the values come from the algebra.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from imcl_fast import implementations, operators
+from imcl_fast.algebra import consistency as algebra_consistency
+from imcl_fast.algebra import pairwise as algebra_pairwise
+from imcl_fast.kernels import config, consistency, kept, pairwise
+
+PROCESSORS = 132
+KEYS: collections.Counter[str] = collections.Counter()  # launches of each kernel compiled
+capturing = False
+
+
+def key(kernel: Any, args: tuple, options: dict[str, Any]) -> str:
+    """What Triton compiles a kernel anew for."""
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+    parts: list[object] = [kernel.__name__]
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            parts.append(repr(value))
+        else:
+            parts.append(_specialised(value, not parameter.do_not_specialize))
+    build = {k: options[k] for k in ("num_warps", "num_stages", "maxnreg") if k in options}
+    return repr((*parts, build))
+
+
+def _specialised(value: Any, by_value: bool) -> object:
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.data_ptr() % 16 == 0
+    if isinstance(value, tuple):
+        return tuple(_specialised(v, by_value) for v in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if not by_value:
+            return kind
+        return 1 if value == 1 else (kind, value % 16 == 0)
+    return type(value).__name__ if isinstance(value, float) else value
+
+
+def _record(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
+    KEYS[key(kernel, args, options)] += 1
+
+
+@contextlib.contextmanager
+def _not_capturing() -> Iterator[None]:
+    """The algebra may copy what a kernel doesn't."""
+    global capturing
+    before, capturing = capturing, False
+    try:
+        yield
+    finally:
+        capturing = before
+
+
+def _forward(xs, *options):
+    pairwise.forward(xs, *options)
+    with _not_capturing():
+        return algebra_pairwise.forward(xs, *options)
+
+
+def _backward(grad, xs, state, *options):
+    with _not_capturing():
+        _, mine = pairwise.forward(xs, *options, True)
+    pairwise.backward(grad, xs, mine, *options)
+    with _not_capturing():
+        return algebra_pairwise.backward(grad, xs, state, *options)
+
+
+def _consistency(*arguments):
+    consistency.forward(*arguments)
+    with _not_capturing():
+        return algebra_consistency.forward(*arguments)
+
+
+def _why_not_triton(device: str, dtypes=()) -> str | None:
+    if torch.float64 in dtypes:
+        return "its kernels take float64 under TRITON_INTERPRET=1 only"
+    return None
+
+
+class _Device:
+    type = "cuda"
+
+
+def record_launches() -> None:
+    """impl="triton" takes CPU tensors from now on, and refuses what it refuses on a GPU."""
+    chosen = config.consistency_config
+    consistency.consistency_config = lambda *sizes: chosen(*sizes[:-1], _Device)
+    config.processors_of = lambda device: PROCESSORS
+    pairwise.launch = consistency.launch = _record
+    kept.capturing = pairwise.capturing = lambda device: capturing
+    implementations._why_not_triton = _why_not_triton
+    implementations._PAIRWISE["triton"] = operators.Pairwise(_forward, _backward)
+    implementations._CONSISTENCY["triton"] = _consistency
+
+
+# ---- torch.cuda ------------------------------------------------------------------------
+
+
+class _OnCpu(TorchFunctionMode):
+    """Device "cuda" is "cpu"; what copies numbers to it while capturing is an error."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", ""))[:4] == "cuda":
+            kwargs["device"] = "cpu"
+        if capturing and function is torch.tensor:
+            raise RuntimeError(
+                "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the "
+                "CPU tensor is pinned."
+            )
+        args = tuple("cpu" if isinstance(a, str) and a == "cuda" else a for a in args)
+        return function(*args, **kwargs)
+
+
+class _Event:
+    def __init__(self, **_: Any) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class _Stream:
+    def wait_stream(self, other: object) -> None: ...
+
+
+class _Graph:
+    def replay(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _capture(graph: object) -> Iterator[None]:
+    global capturing
+    capturing = True
+    try:
+        yield
+    finally:
+        capturing = False
+
+
+class _Autocast(torch.autocast):
+    def __init__(self, device: str, **options: Any) -> None:
+        super().__init__("cpu", **options)
+
+
+def pretend_cuda() -> None:
+    """torch.cuda is there, works on the CPU, and counts no memory."""
+    _OnCpu().__enter__()
+    torch.nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign]
+    torch.autocast = _Autocast  # type: ignore[misc]
+    for name, value in {
+        "is_available": lambda: True, "Event": _Event, "Stream": _Stream,
+        "current_stream": lambda *_: _Stream(), "stream": lambda _: contextlib.nullcontext(),
+        "CUDAGraph": _Graph, "graph": _capture, "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0, "max_memory_allocated": lambda: 1,
+        "synchronize": lambda: None, "get_device_name": lambda *_: "a stub",
+    }.items():  # fmt: skip
+        setattr(torch.cuda, name, value)

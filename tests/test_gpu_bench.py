@@ -1,0 +1,156 @@
+"""``make gpu`` walked through where there is no GPU: it must come to its end, whatever fails."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench.gpu import __main__ as gpu
+from bench.gpu import rows, suite, workers
+
+HERE = Path(__file__).parent
+FAULTY = "kernel R18, bfloat16"
+# A test for each way of reading and each operation; all of them where that is asked for.
+EVERY = os.environ.get("IMCL_FAST_TEST_ALL") == "1"
+
+
+def stub_worker(launches: Path, faulty: str = "") -> list[str]:
+    return [sys.executable, str(HERE / "stub_worker.py"), str(launches), faulty]
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, collections.Counter]:
+    """Results, report and launches of a walk on which one row's kernel faults."""
+    out = tmp_path_factory.mktemp("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "processes", lambda: 1)
+        patch.setattr(rows, "CONSISTENCIES", ((5, 4, 10),))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (workers.ROOT, HERE))))
+        code = gpu.main(["--out", str(out), "--rounds", "2", "--no-tests", "--minutes", "20"],
+                        stub_worker(out / "launches", FAULTY))  # fmt: skip
+    assert code == 0
+    launches: collections.Counter = collections.Counter()
+    for line in (out / "launches").read_text().splitlines():
+        launches.update(json.loads(line))
+    return json.loads((out / "gpu.json").read_text()), (out / "gpu.txt").read_text(), launches
+
+
+def test_every_implementation_of_every_row_gets_an_answer(walked: tuple) -> None:
+    results, report, _ = walked
+    assert len(results["operations"]) == len({row.name for row in rows.rows()}) > 0
+    for name, row in results["operations"].items():
+        assert set(row["impls"]) == set(rows.COMPETITORS), name
+        for impl, said in row["impls"].items():
+            if impl == "cuda":
+                assert "not_timed" in said
+            elif (name, impl) == (FAULTY, "triton"):
+                assert "illegal memory access" in said["failed"]
+            else:
+                assert said["found"]["called_ms"] > 0, (name, impl, said)
+        assert name in report
+    assert "found" in results["step"]["triton"] and "not timed" in report
+
+
+def test_what_copies_to_the_device_is_not_captured_and_the_rest_goes_on(walked: tuple) -> None:
+    results, _, _ = walked
+    for name, row in results["operations"].items():
+        fused, plain = (row["impls"][impl].get("found", {}) for impl in ("triton", "torch"))
+        assert not fused or "device_ms" in fused, name  # the fused kernels capture everything
+        assert ("device_ms" in plain) != ("no_graph" in plain), name
+
+
+def test_few_kernels_are_compiled(walked: tuple) -> None:
+    _, _, launches = walked
+    kernels = collections.Counter(kernel.split("'")[1] for kernel in launches)
+    print(dict(kernels))
+    # One for each dtype, layout, centring and direction that the rows and the step have.
+    assert kernels["forward_kernel"] <= 16 and kernels["backward_kernel"] <= 12
+
+
+def test_a_worker_that_hangs_is_ended_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    program = "import sys, time\nfor line in sys.stdin:\n" \
+        " time.sleep(60 if 'hang' in line else 0); print('{}', flush=True)"
+    with (tmp_path / "log").open("w") as log:
+        worker = workers.Workers(log, [sys.executable, "-c", program])
+        assert worker.ask(30, kind="answer") == {}
+        assert "no answer within" in worker.ask(0.5, kind="hang")["failed"]
+        assert worker.ask(30, kind="answer") == {}
+        worker.command = [sys.executable, "-c", "raise SystemExit(3)"]
+        worker.close()
+        assert "exit status 3" in worker.ask(30, kind="answer")["failed"]
+
+
+def test_measuring_ends_at_its_deadline(tmp_path: Path) -> None:
+    results = gpu.Results(tmp_path)
+    program = "import sys\nfor line in sys.stdin: print('{\"found\": {}}', flush=True)"
+    gpu.measure(results, 0.0, 2, [sys.executable, "-c", program])
+    said = [s for row in results.found["operations"].values() for s in row["impls"].values()]
+    assert said and all(s == {"left_out": "the time for measuring was over"} for s in said)
+
+
+def test_it_needs_no_installed_package_and_no_git(tmp_path: Path) -> None:
+    """Without a GPU it says so, from any folder, with nothing in its path but the checkout."""
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "out")],
+        cwd=workers.ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    import torch
+
+    if not torch.cuda.is_available():
+        assert done.returncode == 1 and "torch sees no GPU" in done.stderr, done.stderr
+
+
+def test_the_tests_selected_for_a_gpu_pass_as_far_as_set_up_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = tmp_path / "launches"
+    monkeypatch.setenv("IMCL_FAST_LAUNCHES", str(launches))
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    files = suite.FILES if EVERY else ["tests/test_autograd.py", "tests/test_triton.py"]
+    found = suite.run(tmp_path, 1200, lambda found: None, ("as_gpu", *suite.PLUGINS), files, 1)
+    assert not suite.failures(found), (tmp_path / "part-0-of-1.log").read_text()
+    assert found["part 0 of 1"]["outcomes"]["passed"] > 10
+    kernels = json.loads(launches.read_text())
+    assert len(kernels) < (240 if EVERY else 80), "too many kernels to compile in four minutes"
+
+
+def test_what_is_not_for_a_gpu_is_not_selected() -> None:
+    """Neither compilers nor sanitizers, and no float64 for Triton."""
+    done = subprocess.run(
+        suite._pytest(("as_gpu", *suite.PLUGINS), ["tests", "--collect-only", "-q"])[0],
+        cwd=workers.ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (workers.ROOT, HERE))),
+             "IMCL_FAST_LAUNCHES": os.devnull},
+    )  # fmt: skip
+    selected = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(selected) > 100, done.stdout + done.stderr
+    files = {line.split("::")[0] for line in selected}
+    assert not {f for f in files if "build" in f or "sanitizers" in f or "offline" in f}
+    assert not [line for line in selected if "triton" in line and "float64" in line]
+
+
+def test_where_hypothesis_is_missing_its_tests_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "hide.py").write_text(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: None if n == 'hypothesis' else find(n, *a)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-o", "addopts=", "-p", "hide", "-p",
+         "no:hypothesispytest", "-p", "as_gpu", "-p", "bench.gpu.selection",
+         "tests/test_pairwise.py", "-k", "triton and drawn"],
+        cwd=workers.ROOT, capture_output=True, text=True,
+        env={**os.environ, "IMCL_FAST_LAUNCHES": os.devnull, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+             "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, workers.ROOT, HERE)))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hypothesis is not installed" in done.stdout, done.stdout
