@@ -42,7 +42,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The penalty (), and per dtype of the layers what the backward needs."""
-    groups = _groups(xs, penalty, center, batched)
+    groups = _groups(xs, penalty, center, batched, precision)
     wide = any(g.dtype == torch.float64 for g in groups)
     loss_type = torch.float64 if wide else torch.float32
     device = xs[0].device
@@ -89,8 +89,7 @@ def forward(
                 LOSS=_TRITON[loss_type],
                 num_warps=g.config.num_warps,
                 num_stages=g.config.forward_stages,
-                # Left alone, ptxas spills to get to 128, for a second block at a time.
-                maxnreg=255,
+                maxnreg=g.config.registers,
             )
         first += g.plan.forward
     return loss, state if keep else []
@@ -108,7 +107,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradient of every layer, scaled by ``grad`` () on its device."""
     gradients = [torch.empty_like(x) for x in xs]
-    for g, kept in zip(_groups(xs, penalty, center, batched), state, strict=True):
+    for g, kept in zip(_groups(xs, penalty, center, batched, precision), state, strict=True):
         if not g.plan.backward:
             continue
         launch(
@@ -136,6 +135,7 @@ def backward(
             ACC=_TRITON[_accumulation(g.dtype)],
             num_warps=g.config.num_warps,
             num_stages=g.config.backward_stages,
+            maxnreg=g.config.registers,
         )
     return gradients
 
@@ -147,14 +147,16 @@ def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _groups(xs: Sequence[Tensor], penalty: int, center: bool, batched: bool) -> list[_Group]:
+def _groups(
+    xs: Sequence[Tensor], penalty: int, center: bool, batched: bool, precision: int
+) -> list[_Group]:
     indices: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(xs):
         indices.setdefault(x.dtype, []).append(i)
     groups = []
     for dtype, members in indices.items():
         mine = tuple(xs[i] for i in members)
-        config = pairwise_config(dtype)
+        config = pairwise_config(dtype, _gradient_product(dtype, precision) != numerics.IEEE)
         layers = tuple(layer_of(x) for x in mine)
         geometry = plan(
             layers, dtype.itemsize, penalty, center, batched, config.backward_block,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from imcl_fast import implementations, operators
+from imcl_fast import implementations
 from imcl_fast.algebra import consistency as algebra_consistency
 from imcl_fast.algebra import pairwise as algebra_pairwise
 from imcl_fast.kernels import config, consistency, kept, pairwise
@@ -66,27 +66,37 @@ def _not_capturing() -> Iterator[None]:
         capturing = before
 
 
+# The launchers' own results, of the shapes that a GPU would leave, with the algebra's values.
+_launch_forward, _launch_backward = pairwise.forward, pairwise.backward
+_launch_consistency = consistency.forward
+
+
 def _forward(xs, *options):
-    pairwise.forward(xs, *options)
+    _, state = _launch_forward(xs, *options)
     with _not_capturing():
-        return algebra_pairwise.forward(xs, *options)
+        return algebra_pairwise.forward(xs, *options)[0], state
 
 
 def _backward(grad, xs, state, *options):
+    _launch_backward(grad, xs, state, *options)
     with _not_capturing():
-        _, mine = pairwise.forward(xs, *options, True)
-    pairwise.backward(grad, xs, mine, *options)
-    with _not_capturing():
-        return algebra_pairwise.backward(grad, xs, state, *options)
+        _, mine = algebra_pairwise.forward(xs, *options, True)
+        return algebra_pairwise.backward(grad, xs, mine, *options)
 
 
 def _consistency(*arguments):
-    consistency.forward(*arguments)
+    *_, gradients = _launch_consistency(*arguments)
     with _not_capturing():
-        return algebra_consistency.forward(*arguments)
+        loss, terms, values = algebra_consistency.forward(*arguments)
+    if len(gradients) == len(values):
+        return loss, terms, values
+    heads = [v if v.dim() == 3 else v.unsqueeze(0) for v in values]
+    return loss, terms, [torch.cat(heads).to(g.dtype) for g in gradients]
 
 
 def _why_not_triton(device: str, dtypes=()) -> str | None:
+    if device not in ("cpu", "cuda"):
+        return f"it runs on CUDA, ROCm and XPU tensors, and these are on {device}"
     if torch.float64 in dtypes:
         return "its kernels take float64 under TRITON_INTERPRET=1 only"
     return None
@@ -104,8 +114,8 @@ def record_launches() -> None:
     pairwise.launch = consistency.launch = _record
     kept.capturing = pairwise.capturing = lambda device: capturing
     implementations._why_not_triton = _why_not_triton
-    implementations._PAIRWISE["triton"] = operators.Pairwise(_forward, _backward)
-    implementations._CONSISTENCY["triton"] = _consistency
+    pairwise.forward, pairwise.backward = _forward, _backward
+    consistency.forward = _consistency
 
 
 # ---- torch.cuda ------------------------------------------------------------------------

@@ -74,8 +74,8 @@ def measure(
 
         try:
             said = ask("facts", kind="facts")
-            if "found" not in said:
-                sys.exit(f"bench.gpu: {said.get('not_timed') or said}")
+            if "not_timed" in said:
+                sys.exit(f"bench.gpu: {said['not_timed']}")
             ask("rates", kind="rates")
             prepare(log, command, min(seconds / 3, deadline - time.monotonic()))
             for impl in STEPS:
@@ -95,6 +95,8 @@ def measure(
 def prepare(log: Any, command: Sequence[str], seconds: float) -> None:
     """Every kernel compiled into the caches on disk, by many workers at a time."""
     deadline = time.monotonic() + seconds
+    if seconds <= 0:
+        return
     wanted = [(row.name, impl) for impl in ("triton", "torch.compile") for row in rows.rows()]
     parts = suite.processes()
 
@@ -113,7 +115,9 @@ def prepare(log: Any, command: Sequence[str], seconds: float) -> None:
 def main(
     arguments: Sequence[str] | None = None, command: Sequence[str] = COMMAND, **tests: Any
 ) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "build/gpu")),
                         help="folder for the results (default: $OUT, or build/gpu)")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=8, help="time to finish in")

@@ -18,8 +18,10 @@ from .workers import ROOT
 PLUGINS = ("bench.gpu.selection",)
 FILES = tuple(
     f"tests/test_{name}.py"
-    for name in ("triton", "pairwise", "consistency", "autograd", "compile", "modules", "validation")
-)
+    for name in (
+        "triton", "pairwise", "consistency", "autograd", "compile", "modules", "validation"
+    )
+)  # fmt: skip
 _OUTCOME = re.compile(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b", re.MULTILINE)
 
 
