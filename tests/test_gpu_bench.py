@@ -36,7 +36,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, collect
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (workers.ROOT, HERE))))
         code = gpu.main(["--out", str(out), "--rounds", "2", "--no-tests", "--minutes", "20"],
                         stub_worker(out / "launches", FAULTY))  # fmt: skip
-    assert code == 0
+    assert code == 1  # for something failed, and the rest went on
     launches: collections.Counter = collections.Counter()
     for line in (out / "launches").read_text().splitlines():
         launches.update(json.loads(line))
@@ -118,7 +118,9 @@ def test_the_tests_selected_for_a_gpu_pass_as_far_as_set_up_goes(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     files = suite.FILES if EVERY else ["tests/test_autograd.py", "tests/test_triton.py"]
     found = suite.run(tmp_path, 1200, lambda found: None, ("as_gpu", *suite.PLUGINS), files, 1)
-    assert not suite.failures(found), (tmp_path / "part-0-of-1.log").read_text()
+    # test_gpu.py alone finds nothing to run, for it asks torch itself.
+    log = (tmp_path / "part-0-of-1.log").read_text()
+    assert suite.failures(found) == ["test_gpu"] and found["test_gpu"]["exit"] == 5, log
     assert found["part 0 of 1"]["outcomes"]["passed"] > 10
     kernels = json.loads(launches.read_text())
     assert len(kernels) < (240 if EVERY else 80), "too many kernels to compile in four minutes"

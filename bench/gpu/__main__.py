@@ -56,9 +56,14 @@ def commit() -> str:
 
 def measure(
     results: Results, seconds: float, rounds: int, command: Sequence[str] = COMMAND
-) -> None:
-    """All there is time for; a worker that is lost takes one implementation of one row along."""
+) -> list[str]:
+    """All there is time for; a worker that is lost takes one implementation of one row along.
+
+    Returns:
+        What failed, by name.
+    """
     deadline = time.monotonic() + seconds
+    failed: list[str] = []
     with (results.out / "gpu.log").open("a") as log:
         worker = Workers(log, command)
 
@@ -68,6 +73,8 @@ def measure(
                 said: dict[str, Any] = {"left_out": "the time for measuring was over"}
             else:
                 said = worker.ask(min(ONE_ANSWER, left), rounds=rounds, **what)
+            if "failed" in said:
+                failed.append(" ".join(path))
             results.put(said, *path)
             print(f"{', '.join(path)}: {said}", flush=True)
             return said
@@ -90,6 +97,7 @@ def measure(
                             kind="operation", row=row.name, impl=impl)  # fmt: skip
         finally:
             worker.close()
+    return failed
 
 
 def prepare(log: Any, command: Sequence[str], seconds: float) -> None:
@@ -130,14 +138,15 @@ def main(
     results = Results(args.out)
     results.put(commit(), "commit")
     seconds = 60 * args.minutes
+    failed: list[str] = []
     if not args.no_measurements:
-        measure(results, seconds if args.no_tests else seconds / 2, args.rounds, command)
+        half = seconds if args.no_tests else seconds / 2
+        failed += measure(results, half, args.rounds, command)
         print(report(results.found), flush=True)
-    failed = []
     if not args.no_tests:
         left = start + seconds - time.monotonic()
         found = suite.run(args.out, left, lambda found: results.put(found, "tests"), **tests)
-        failed = suite.failures(found)
+        failed += suite.failures(found)
     if failed:
         print(f"failed: {', '.join(failed)}", flush=True)
     return 1 if failed else 0
