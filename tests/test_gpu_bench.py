@@ -129,7 +129,7 @@ def test_the_tests_selected_for_a_gpu_pass_as_far_as_set_up_goes(
 def test_what_is_not_for_a_gpu_is_not_selected() -> None:
     """Neither compilers nor sanitizers, and no float64 for Triton."""
     done = subprocess.run(
-        suite._pytest(("as_gpu", *suite.PLUGINS), ["tests", "--collect-only", "-q"])[0],
+        suite._pytest(("as_gpu", *suite.PLUGINS), ["tests", "--collect-only", "-q", "-q"])[0],
         cwd=workers.ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (workers.ROOT, HERE))),
              "IMCL_FAST_LAUNCHES": os.devnull},

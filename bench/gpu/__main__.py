@@ -88,8 +88,7 @@ def measure(
             for impl in STEPS:
                 ask("step", impl, kind="step", impl=impl)
             for row in rows.rows():
-                results.put(row.least_bytes, "operations", row.name, "bytes")
-                results.put({}, "operations", row.name, "impls")
+                results.put({"bytes": row.least_bytes, "impls": {}}, "operations", row.name)
             for impls in (rows.FUSED, [n for n in rows.COMPETITORS if n not in rows.FUSED]):
                 for row in rows.rows():
                     for impl in impls:
