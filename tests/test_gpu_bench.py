@@ -27,25 +27,27 @@ def stub_worker(launches: Path, faulty: str = "") -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, collections.Counter]:
-    """Results, report and launches of a walk on which one row's kernel faults."""
+def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, collections.Counter, set]:
+    """Results, report, launches and rows of a walk on which one row's kernel faults."""
     out = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "processes", lambda: 1)
         patch.setattr(rows, "CONSISTENCIES", ((5, 4, 10),))
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (workers.ROOT, HERE))))
+        names = {row.name for row in rows.rows()}
         code = gpu.main(["--out", str(out), "--rounds", "2", "--no-tests", "--minutes", "20"],
                         stub_worker(out / "launches", FAULTY))  # fmt: skip
     assert code == 1  # for something failed, and the rest went on
     launches: collections.Counter = collections.Counter()
     for line in (out / "launches").read_text().splitlines():
         launches.update(json.loads(line))
-    return json.loads((out / "gpu.json").read_text()), (out / "gpu.txt").read_text(), launches
+    results = json.loads((out / "gpu.json").read_text())
+    return results, (out / "gpu.txt").read_text(), launches, names
 
 
 def test_every_implementation_of_every_row_gets_an_answer(walked: tuple) -> None:
-    results, report, _ = walked
-    assert len(results["operations"]) == len({row.name for row in rows.rows()}) > 0
+    results, report, _, names = walked
+    assert set(results["operations"]) == names
     for name, row in results["operations"].items():
         assert set(row["impls"]) == set(rows.COMPETITORS), name
         for impl, said in row["impls"].items():
@@ -60,7 +62,7 @@ def test_every_implementation_of_every_row_gets_an_answer(walked: tuple) -> None
 
 
 def test_what_copies_to_the_device_is_not_captured_and_the_rest_goes_on(walked: tuple) -> None:
-    results, _, _ = walked
+    results, *_ = walked
     for name, row in results["operations"].items():
         fused, plain = (row["impls"][impl].get("found", {}) for impl in ("triton", "torch"))
         assert not fused or "device_ms" in fused, name  # the fused kernels capture everything
@@ -68,7 +70,7 @@ def test_what_copies_to_the_device_is_not_captured_and_the_rest_goes_on(walked: 
 
 
 def test_few_kernels_are_compiled(walked: tuple) -> None:
-    _, _, launches = walked
+    _, _, launches, _ = walked
     kernels = collections.Counter(kernel.split("'")[1] for kernel in launches)
     print(dict(kernels))
     # One for each dtype, layout, centring and direction that the rows and the step have.
