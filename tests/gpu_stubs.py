@@ -114,6 +114,7 @@ def record_launches() -> None:
     pairwise.launch = consistency.launch = _record
     kept.capturing = pairwise.capturing = lambda device: capturing
     implementations._why_not_triton = _why_not_triton
+    implementations._why_not_cuda = lambda device: "there is no GPU for it"
     pairwise.forward, pairwise.backward = _forward, _backward
     consistency.forward = _consistency
 
