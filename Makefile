@@ -23,10 +23,10 @@ CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()
 # Two tests at a time where pytest-xdist is there, for most of them use one core only; their
 # files are kept whole in the first run, and shared out in those of the GPU kernels.
 ON_EVERY_DEVICE := tests/test_triton.py tests/test_pairwise.py tests/test_consistency.py \
-    tests/test_autograd.py
+    tests/test_autograd.py tests/test_exactness.py
 AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
 
-.PHONY: demo test lint bench bench-quick bench-check accuracy gpu format clean
+.PHONY: demo test lint bench bench-quick bench-check accuracy mutants gpu format clean
 
 demo: $(READY)
 	$(RUN) -m imcl_fast.demo
@@ -57,10 +57,14 @@ bench-quick: $(READY)
 bench-check: $(READY)
 	$(RUN) -m bench --check
 
-# What is left of the accuracy study on a CPU, about two hours of two cores; it goes on where it
-# was interrupted. The results lie in bench/accuracy/results and fill docs/accuracy.md.
+# What is left of the accuracy study on a CPU; it goes on where it was interrupted. The results lie
+# in bench/accuracy/results and fill docs/accuracy.md, which says how long it took.
 accuracy: $(READY)
 	$(RUN) -m bench.accuracy
+
+# Breaks a copy of the code line by line: do the tests see it? An hour or two of two cores.
+mutants: $(READY)
+	$(RUN) -m bench.mutants
 
 # For a machine with a GPU and its own torch: measurements there, then tests, into $OUT. Without
 # a compiler, ninja or pybind11 there is no impl="cuda" to measure, but there is impl="triton".

@@ -41,11 +41,13 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vecto
 # GCC 12's own intrinsic headers trip these two.
 INTRINSICS = "-Wno-uninitialized -Wno-maybe-uninitialized"
 ISA_FLAGS = {
+    "amx": f"{AVX512} -mavx512bf16 -DIMCL_MATRIX_UNIT {INTRINSICS}",  # its instructions as text
     "avx512bf16": f"{AVX512} -mavx512bf16 {INTRINSICS}",
     "avx512": f"{AVX512} {INTRINSICS}",
     "avx2": "-mavx2 -mfma -mf16c",
     "baseline": "",
 }
+PRODUCTS_ONLY = ("amx",)  # levels that the consistency, which has no products, does without
 TORCH_ABI = "0x020b000000000000"  # runs under torch 2.11 and later
 
 NVCCFLAGS = (
@@ -283,6 +285,7 @@ def ninja_file(operators: Path, build_info: Path) -> str:
         compile_(cpu / f"{op}_kernels.cpp", f"{op}_{isa}", f"-DIMCL_ISA={isa} {ISA_FLAGS[isa]}")
         for op in ("pairwise", "consistency")
         for isa in levels
+        if op == "pairwise" or isa not in PRODUCTS_ONLY
     ]
     kernels += [
         compile_(cpu / f"{name}.cpp", name)

@@ -18,7 +18,7 @@ import torch
 
 from imcl_fast.training.files import write_json
 
-from . import facts, instructions, operations, render, roofline, rows, scaling, step
+from . import facts, host, instructions, operations, render, roofline, rows, scaling, step
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs/performance.md")
@@ -26,9 +26,10 @@ PLOT = ROOT / "docs/scaling.svg"
 RESULTS = ROOT / "bench/results"
 QUICK = ROOT / "build/bench"
 
-# Seconds to spend on a row, a training step and a point of the scaling, warm-up not included.
-FULL_SECONDS = {"row": 2.0, "step": 20.0, "point": 0.4}
-QUICK_SECONDS = {"row": 1.5, "step": 10.0, "point": 0.1}
+# Seconds to spend on a row, a training step, those on the host and a point of the scaling,
+# warm-up not included.
+FULL_SECONDS = {"row": 2.0, "step": 20.0, "host": 20.0, "point": 0.4}
+QUICK_SECONDS = {"row": 1.5, "step": 10.0, "host": 5.0, "point": 0.1}
 
 
 def run(device: torch.device, quick: bool) -> dict:
@@ -54,6 +55,8 @@ def run(device: torch.device, quick: bool) -> dict:
     for one in step.steps(quick):
         say(one.name)
         found["steps"][one.name] = step.measure(one, device, seconds["step"])
+    say(f"host: {host.name()}")
+    found["host"] = host.measure(device, seconds["host"])
     say("scaling")
     found["scaling"] = scaling.cost(device, quick, seconds["point"])
     say("memory")

@@ -11,6 +11,7 @@ from pathlib import Path
 from imcl_fast.training.files import write
 
 from .rows import OPERATIONS
+from .step import FUSED as FUSED_WAYS
 
 FUSED = ("cpp", "triton", "cuda")
 SHOWN = ("cpp", "triton", "cuda", "torch", "reference", "torch.compile(torch)",
@@ -181,17 +182,54 @@ def step(results: Results) -> str:
 
 
 def step_summary(results: Results) -> str:
-    """The first training step alone, without quartiles."""
-    for title, found in results["steps"].items():
-        lines = [
-            [name, milliseconds(one["seconds"]["median"]), f"{one['images_per_second']:.0f}",
-             "" if name == found["base"] else percent(one["overhead"]),
-             "" if name == found["base"] else percent(one["extra_memory"])]
-            for name, one in found["methods"].items()
-            if not name.startswith("fused, without ")
-        ]  # fmt: skip
-        return table([title, "ms", "images/s", "slower", "more memory"], lines)
-    return ""
+    """The training steps in which the fused ways cost the least and the most, without quartiles."""
+    over = {
+        title: one["overhead"]
+        for title, found in results["steps"].items()
+        for name, one in found["methods"].items() if name.startswith(FUSED_WAYS)
+    }  # fmt: skip
+    if not over:
+        return "None in this run.\n"
+    lines = []
+    for title in dict.fromkeys((min(over, key=over.__getitem__), max(over, key=over.__getitem__))):
+        found = results["steps"][title]
+        for name, one in found["methods"].items():
+            if name.startswith("fused, without "):
+                continue
+            plain = name == found["base"]
+            lines.append([
+                title, name, milliseconds(one["seconds"]["median"]),
+                f"{one['images_per_second']:.0f}", "" if plain else percent(one["overhead"]),
+                "" if plain else percent(one["extra_memory"]),
+            ])  # fmt: skip
+    head = [f"the least and the most of {len(over)} training steps", "objective", "ms",
+            "images/s", "over plain", "more memory"]  # fmt: skip
+    return table(head, lines)
+
+
+def naive(results: Results) -> str:
+    """One sentence about what the four ways cost as plainly written, and once compiled."""
+    found = [
+        f"{100 * one['overhead']:.0f} % longer ({title})"
+        for title, step in results["steps"].items()
+        for name, one in step["methods"].items() if name.startswith("four ways, naive")
+    ]  # fmt: skip
+    if not found:
+        return "What they cost as plainly written was not measured in this run.\n"
+    return f"Written plainly in PyTorch they make a training step {' or '.join(found)}.\n"
+
+
+def step_kernels(results: Results) -> str:
+    """Which kernels way 4 took in the training steps, by what the results know of it."""
+    counts = {title: found.get("kernels") for title, found in results["steps"].items()}
+    if None in counts.values():
+        return (
+            "These steps were measured when way 4 still took the first layer of every network. "
+            "Since then `IMCL` leaves it out where it has twice as many kernels as weights in "
+            "each, or more.\n"
+        )
+    said = "; ".join(f"{title}: {count}" for title, count in counts.items())
+    return f"Layers whose kernels way 4 takes: {said}.\n"
 
 
 def shares(results: Results) -> str:
@@ -203,6 +241,23 @@ def shares(results: Results) -> str:
     ]
     ways = next((list(f["shares"]) for f in results["steps"].values() if f["shares"]), [])
     return table(["of the plain step", *ways], lines)
+
+
+def host(results: Results) -> str:
+    """What a training step costs on the host."""
+    if "host" not in results:
+        return "Not measured yet.\n"
+    lines = []
+    for name, one in results["host"].items():
+        plain = one["both"]["ratio"] == 1
+        cells = [milliseconds(one[what]["seconds"]["median"]) for what in ("forward", "both")]
+        for what in ("forward", "both"):
+            over = ("average", "fullest")
+            cells += ["" if plain else f"{1e3 * one[what][k]:+.2f}" for k in over]
+        lines.append([name, *cells, "" if plain else f"{one['both']['ratio']:.2f}"])
+    head = ["training step on the host", "forward ms", "step ms", "forward over plain, average ms",
+            "fullest", "step over plain, average ms", "fullest", "times plain"]  # fmt: skip
+    return table(head, lines)
 
 
 def scaling(results: Results) -> str:
@@ -263,6 +318,21 @@ def losing(results: Results) -> str:
     return table(["row", "pass", "fused ms", "faster, ms", "times slower"], lines)
 
 
+def below_floor(results: Results) -> str:
+    """Every row and pass of what computes the same in less than the floor."""
+    lines = [
+        [title, what, who, milliseconds(times[what]["median"]),
+         milliseconds(row["floors"][what]), f"{row['floors'][what] / times[what]['median']:.0%}"]
+        for title, row in results["operations"].items()
+        for what in ("forward", "backward", "both")
+        for who, times in row["competitors"].items()
+        if times["same"] and times[what]["median"] < row["floors"][what]
+    ]  # fmt: skip
+    if not lines:
+        return "None in this run.\n"
+    return table(["row", "pass", "who", "ms", "floor, ms", "of floor"], lines)
+
+
 def left_out(results: Results) -> str:
     """Who was not timed, and why; the same reason for many rows is told once."""
     rows_of: dict[tuple[str, str], list[str]] = {}
@@ -293,10 +363,14 @@ TABLES: dict[str, Callable[[Results], str]] = {
     **{name: operation(name) for name in OPERATIONS},
     "step": step,
     "step-summary": step_summary,
+    "step-kernels": step_kernels,
+    "naive": naive,
     "shares": shares,
+    "host": host,
     "scaling": scaling,
     "memory": memory,
     "instructions": instructions,
     "losing": losing,
+    "below-floor": below_floor,
     "left-out": left_out,
 }

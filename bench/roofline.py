@@ -1,10 +1,12 @@
-"""What the hardware allows: rates measured in the same run, work counted per row, and the floor.
+"""What to compare with: rates measured in the same run, work counted per row, and the floor.
 
 A floor is the larger of two times: the bytes that must move, at copy speed, and the multiply-adds
-that must be done, at the rate of a large matrix product. Bytes: inputs read once by each pass
-that needs them and gradients written once, whatever is kept in between. Flops: those of the best
-form known (csrc/cpu/pairwise_kernels.cpp), a symmetric product by half. Exponentials aren't
-counted: on a CPU the consistency can't come as near to its floor as a product can.
+that must be done, at the rate of a large matrix product. Neither rate is a bound: what lies in a
+cache moves faster than a copy through memory, and a product may be faster than torch's of the size
+measured. So a row can be below its floor. Bytes: inputs read once by each pass that needs them and
+gradients written once, whatever is kept in between. Flops: those of the best form known
+(csrc/cpu/pairwise_kernels.cpp), a symmetric product by half. Exponentials aren't counted: on a CPU
+the consistency can't come as near to its floor as a product can.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ REPEATS = 7
 
 
 class Work(NamedTuple):
-    """Bytes moved and floating point operations done, at least."""
+    """Bytes to move and floating point operations to do."""
 
     forward_bytes: int
     backward_bytes: int
@@ -59,7 +61,7 @@ def work(row: Row) -> Work:
 
 
 def floors(row: Row, rates: Mapping[str, float]) -> dict[str, float]:
-    """Seconds below which no implementation can be, by pass."""
+    """Seconds that a row's work takes at the measured rates, by pass."""
     needed = work(row)
     rounded = row.dtype != torch.float32 or row.precision == "medium"
     gemm = rates["bfloat16_flops_per_s" if rounded else "float32_flops_per_s"]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from imcl_fast import models, objectives
+from imcl_fast.layers import find_kernels
 
 from .memory import peak_bytes
 from .timing import interleaved, quartiles
@@ -89,7 +90,7 @@ def measure(
     ``overhead`` is the median over rounds of the method's time over the plain one's in the
     same round, less 1: the machine drifts by more than what is measured. ``extra_memory``
     compares peaks above what the idle networks take. ``share`` is what one way adds, by
-    leaving it out, of the plain step.
+    leaving it out, of the plain step. ``kernels`` is the number of layers that way 4 takes.
     """
     if PLAIN_COMPILED in step.methods:
         torch._dynamo.reset()
@@ -120,7 +121,15 @@ def measure(
         for name, found in methods.items()
         if name.startswith(WITHOUT)
     }
-    return {"base": base, "methods": methods, "shares": shares, "left_out": left_out}
+    return {
+        "base": base, "methods": methods, "shares": shares, "left_out": left_out,
+        "kernels": len(find_kernels(network_of(step))),
+    }  # fmt: skip
+
+
+def network_of(step: Step) -> nn.Module:
+    """The network of a step."""
+    return models.build(step.network, CLASSES, width=step.width, image_size=step.size)
 
 
 def _run(step: Step, method: str, device: torch.device) -> Callable[[int], float]:
@@ -131,9 +140,7 @@ def _run(step: Step, method: str, device: torch.device) -> Callable[[int], float
     images = torch.randn(BATCHES, step.batch, 3, step.size, step.size, generator=generator)
     labels = torch.randint(CLASSES, (BATCHES, step.batch), generator=generator)
     images, labels = images.to(device), labels.to(device)
-    network: nn.Module = models.build(
-        step.network, CLASSES, width=step.width, image_size=step.size
-    ).to(device)
+    network = network_of(step).to(device)
     layout = torch.channels_last if step.bfloat16 else torch.contiguous_format
     network = network.to(memory_format=layout)
     objective = objectives.build(model=network, example_input=images[0, :2], **options).to(device)

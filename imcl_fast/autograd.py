@@ -48,6 +48,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
 
 
+def _without_grad() -> AbstractContextManager[None]:
+    """``no_grad``, which costs as much as an operation, only in a double backward."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
 class PairwisePenalty(Function):
     """apply(implementation, options, *xs) -> loss ()."""
 
@@ -65,7 +70,7 @@ class PairwisePenalty(Function):
     def backward(ctx, grad: Tensor):
         saved = list(ctx.saved_tensors)
         xs, state = saved[: ctx.layers], saved[ctx.layers :]
-        with torch.no_grad(), without_autocast(grad.device):
+        with _without_grad(), without_autocast(grad.device):
             dxs = ctx.implementation.backward(grad, xs, state, *ctx.options)
         dxs = _first_order_only(dxs, [grad, *xs])
         return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
@@ -96,7 +101,7 @@ class CollaborativeConsistency(Function):
         logits, gradients = saved[: ctx.blocks], saved[ctx.blocks :]
         scale = grad.unsqueeze(-1) if grad.dim() else grad  # (B, 1) or ()
         overwrite = _is_last_use(grad)
-        with torch.no_grad():
+        with _without_grad():
             scaled = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
             dz = _as_blocks(scaled, logits)
         dz = _first_order_only(dz, [grad, *logits])

@@ -20,7 +20,7 @@ from .objectives import WAYS
 from .reports.table import text_table
 from .training import flags
 from .training.config import TrainConfig
-from .training.errors import Interrupted
+from .training.errors import Interrupted, TrainingError
 from .training.progress import Observer
 from .training.trainer import Trainer
 
@@ -82,6 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     results[method].append(Result(trainer.fit(), trainer.rows[-1]))
         except Interrupted:
             interrupted = True
+        except TrainingError as error:
+            bar.close()
+            print(f"python -m imcl_fast.demo: {error}", file=sys.stderr)
+            return error.exit_code
     if interrupted:
         print("\nInterrupted; what follows is of the finished runs only.")
     if results["cross entropy"]:

@@ -25,7 +25,7 @@ def report() -> str:
         facts += [
             ("extension", f"compiled by {info.compiler()}"),
             ("ISA compiled", ", ".join(info.isa_compiled())),
-            ("ISA chosen", f"{info.isa_chosen()} of {', '.join(info.isa_levels())}"),
+            ("ISA chosen", _isa()),
             ("CUDA architectures", info.cuda_architectures() or "none"),
         ]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -38,6 +38,15 @@ def report() -> str:
             reason = why_not(impl, device)
             lines.append(f"  {impl:12s}{'can run' if reason is None else f'can not: {reason}'}")
     return "\n".join(lines)
+
+
+def _isa() -> str:
+    info = operators.build_info
+    assert info is not None
+    try:
+        return f"{info.isa_chosen()} of {', '.join(info.isa_levels())}"
+    except RuntimeError as error:  # the environment variable names none
+        return str(error)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
 All three accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
 ``"triton"`` and ``"cuda"`` (GPU), ``"torch"`` (the same algebra in plain PyTorch,
 any device) and ``"reference"`` (the naive definition, differentiable twice).
-Inputs are never written to and never copied, whatever their strides.
+Inputs are never written to. ``"cpp"``, ``"triton"`` and ``"cuda"`` read them as they lie,
+whatever their strides, and copy none, but for logits of mixed dtypes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import implementations, reference, validation
+from . import implementations, reference, tracing, validation
 from .autograd import (
     CollaborativeConsistency,
     ConsistencyOptions,
@@ -71,8 +73,10 @@ def representation_similarity(
     """
     xs = validation.tensors("features", features, "(B, C, *spatial)", range(3, 64))
     validation.rows("features", xs, 1, "channels")
-    validation.boolean("center", center)
-    return _pairwise(xs, penalty, center, eps, True, impl)
+    kind = validation.choice("penalty", penalty, PENALTIES)
+    center = validation.boolean("center", center)
+    eps = validation.number("eps", eps, low=0, high=math.inf)
+    return _pairwise(xs, kind, center, eps, True, impl)
 
 
 def kernel_similarity(
@@ -113,7 +117,9 @@ def kernel_similarity(
     """
     xs = validation.tensors("weights", weights, "(Cout, Cin, *k) or (out, in)", range(2, 64))
     validation.rows("weights", xs, 0, "kernels")
-    return _pairwise(xs, penalty, False, eps, False, impl)
+    kind = validation.choice("penalty", penalty, PENALTIES)
+    eps = validation.number("eps", eps, low=0, high=math.inf)
+    return _pairwise(xs, kind, False, eps, False, impl)
 
 
 def collaborative_consistency(
@@ -175,9 +181,9 @@ def collaborative_consistency(
     The definition reconstructs intra-model collaborative learning (arXiv 2105.09590).
     """
     blocks = validation.tensors("logits", logits, "(B, K) or (h, B, K)", range(2, 4))
-    batch, classes = blocks[0].shape[-2:]
+    batch, classes = shape = blocks[0].shape[-2:]
     for i, block in enumerate(blocks):
-        if block.shape[-2:] != (batch, classes):
+        if block.shape[-2:] != shape:
             raise ValueError(
                 f"logits[{i}]: expected ({batch}, {classes}) in its last dimensions, as "
                 f"logits[0], got shape {tuple(block.shape)}"
@@ -192,22 +198,57 @@ def collaborative_consistency(
         for block in blocks[1:]:
             widest = torch.promote_types(widest, block.dtype)
         blocks = [block.to(widest) for block in blocks]
-    validation.target(target, blocks, validation.integer("ignore_index", ignore_index))
+    ignore_index = validation.integer("ignore_index", ignore_index)
+    validation.target(target, blocks, ignore_index)
+    options = _consistency_options(
+        heads,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        teacher=teacher,
+        detach_teacher=detach_teacher,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        groups=groups,
+    )
+    loss, terms = _consistency(blocks, target, options, impl)
+    if not return_terms:
+        return loss
+    return loss, {"cross_entropy": terms[0], "kl": terms[1]}
 
+
+# What the functions above do once their arguments are known to be right: for callers that have
+# seen to that before, as IMCL does when it is built.
+
+
+def _consistency_options(
+    heads: int,
+    *,
+    temperature: float | Sequence[float] = 2.0,
+    ce_weight: float | Sequence[float] = 1.0,
+    kl_weight: float | Sequence[float] = 1.0,
+    teacher: str | Sequence[str] = "others",
+    detach_teacher: bool | Sequence[bool] = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    groups: Sequence[int] | None = None,
+) -> ConsistencyOptions:
+    """Arguments of ``collaborative_consistency`` for so many heads, validated, with its errors."""
     sizes = [heads] if groups is None else validation.partition("groups", groups, heads)
-    infinite = float("inf")
-    options = ConsistencyOptions(
+    return ConsistencyOptions(
         ce_weight=[
-            validation.number("ce_weight", w, low=-infinite, high=infinite, open_low=True)
+            validation.number("ce_weight", w, low=-math.inf, high=math.inf, open_low=True)
             for w in validation.per("ce_weight", ce_weight, heads, "head")
         ],
         kl_weight=[
-            validation.number("kl_weight", w, low=-infinite, high=infinite, open_low=True)
+            validation.number("kl_weight", w, low=-math.inf, high=math.inf, open_low=True)
             for w in validation.per("kl_weight", kl_weight, heads, "head")
         ],
         groups=sizes,
         temperature=[
-            validation.number("temperature", t, low=0, high=infinite, open_low=True)
+            validation.number("temperature", t, low=0, high=math.inf, open_low=True)
             for t in validation.per("temperature", temperature, len(sizes), "group")
         ],
         teacher=[
@@ -222,11 +263,22 @@ def collaborative_consistency(
         ignore_index=ignore_index,
         reduction=validation.choice("reduction", reduction, REDUCTIONS),
     )
+
+
+def _consistency(
+    blocks: list[Tensor], target: Tensor | None, options: ConsistencyOptions, impl: str
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the terms (2, H): cross entropies and KL."""
+    dtype = blocks[0].dtype
+    if any(block.dtype != dtype for block in blocks):
+        for block in blocks:
+            dtype = torch.promote_types(dtype, block.dtype)
+        blocks = [block.to(dtype) for block in blocks]
     device = blocks[0].device
-    impl = implementations.choose(impl, "consistency", device, [blocks[0].dtype])
+    impl = implementations.choose(impl, "consistency", device, [dtype])
     with without_autocast(device):
         if impl == "reference":
-            loss, terms = reference.consistency(
+            return reference.consistency(
                 blocks,
                 target,
                 ce_weight=options.ce_weight,
@@ -237,38 +289,28 @@ def collaborative_consistency(
                 detach=options.detach,
                 label_smoothing=options.label_smoothing,
                 ignore_index=options.ignore_index,
-                reduction=reduction,
+                reduction=REDUCTIONS[options.reduction],
             )
-        else:
-            loss, terms = CollaborativeConsistency.apply(
-                implementations.consistency(impl), options, target, *blocks
-            )
-    if not return_terms:
-        return loss
-    return loss, {"cross_entropy": terms[0], "kl": terms[1]}
+        return CollaborativeConsistency.apply(
+            implementations.consistency(impl), options, target, *blocks
+        )
 
 
 def _pairwise(
-    xs: list[Tensor], penalty: str, center: bool, eps: float, batched: bool, impl: str
+    xs: list[Tensor], penalty: int, center: bool, eps: float, batched: bool, impl: str
 ) -> Tensor:
     device = xs[0].device
     impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
-    options = PairwiseOptions(
-        penalty=validation.choice("penalty", penalty, PENALTIES),
-        center=center,
-        eps=validation.number("eps", eps, low=0, high=float("inf")),
-        batched=batched,
-        precision=_precision(device.type),
-    )
+    options = PairwiseOptions(penalty, center, eps, batched, _precision(device.type))
     with without_autocast(device):
         if impl == "reference":
             return reference.pairwise_penalty(
-                xs, penalty=penalty, center=center, eps=options.eps, batched=batched
+                xs, penalty=PENALTIES[penalty], center=center, eps=eps, batched=batched
             )
         return PairwisePenalty.apply(implementations.pairwise(impl), options, *xs)
 
 
-@torch.compiler.assume_constant_result
+@tracing.constant
 def _precision(device: str) -> int:
     # Autocast to bfloat16 says the same of products as "medium": their factors may be rounded.
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:

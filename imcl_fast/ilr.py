@@ -42,8 +42,8 @@ class MultiHead(nn.Module):
     r"""Multi-head training of a ResNet or VGG (Song & Chai, arXiv 1805.11761).
 
     The layers above a split exist once per branch. Branch 0 is made of the given network's
-    own modules, the others are copies with fresh initial values, so that ``model`` is the
-    plain network, to be deployed as it is. With the heads' logits z_h,
+    own modules, the others are copies with fresh initial values, of which none is frozen, so
+    that ``model`` is the plain network, to be deployed as it is. With the heads' logits z_h,
 
     .. math:: L = \sum_h \beta\,CE(z_h, y) + (1-\beta)\,CE(q_h, softmax(z_h/T)), \quad
         q_h = softmax(\overline{z_{j \ne h}}/T),
@@ -85,8 +85,9 @@ class MultiHead(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if isinstance(heads, bool) or heads not in (2, 4):
+        if not validation.is_integer(heads) or heads not in (2, 4):
             raise ValueError(f"heads: expected 2 or 4, got {heads!r}")
+        heads = int(heads)
         self.beta = validation.number("beta", beta, low=0, high=math.inf)
         if self.beta > 1:
             raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
@@ -170,7 +171,8 @@ class MultiHead(nn.Module):
     def _fresh_branch(self, level: int) -> nn.ModuleList:
         branch = nn.ModuleList(copy.deepcopy(self._own_branch(level)))
         _initialise(branch, normal_linear=not hasattr(self.model, "layer1"))
-        return branch
+        # What the network has frozen is as it should be; fresh values have yet to learn.
+        return branch.train(self.model.training).requires_grad_()
 
 
 class GradientRescaling(Function):

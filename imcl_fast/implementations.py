@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import operators
+from . import operators, tracing
 from .algebra import consistency as algebra_consistency
 from .algebra import pairwise as algebra_pairwise
 
@@ -154,7 +154,7 @@ def choose(
     return impl
 
 
-@torch.compiler.assume_constant_result
+@tracing.constant
 def _fastest(
     operation: str, device: str, dtypes: Sequence[torch.dtype], index: int | None
 ) -> str:

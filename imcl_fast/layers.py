@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from .modes import evaluating
+
 # Modules that settle where their output has its channels. Not subclasses of LayerNorm:
 # there are those for (B, C, H, W).
 CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
@@ -34,7 +36,12 @@ class Call(NamedTuple):
     @property
     def overwritten(self) -> bool:
         """Whether something later in the network changed the output in place."""
-        return self.output is not None and self.output._version != self.version
+        return _version(self.output) != self.version
+
+
+def _version(x: Tensor | None) -> int:
+    """Number of changes in place; inference tensors don't count them."""
+    return 0 if x is None or x.is_inference() else x._version
 
 
 class Trace(NamedTuple):
@@ -85,25 +92,19 @@ def trace(model: nn.Module, example_input: Tensor) -> Trace:
     calls: dict[str, list[Call]] = {}
     names = {module: name for name, module in model.named_modules() if name}
 
-    def record(module: nn.Module, args: tuple, output: object) -> None:
-        first = args[0] if args and isinstance(args[0], Tensor) else None
+    def record(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        first = next((x for x in (*args, *kwargs.values())[:1] if isinstance(x, Tensor)), None)
         result = output if isinstance(output, Tensor) else None
-        calls.setdefault(names[module], []).append(
-            Call(first, result, 0 if result is None else result._version)
-        )
+        calls.setdefault(names[module], []).append(Call(first, result, _version(result)))
 
-    modes = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_hook(record) for module in names]
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in names]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             # One sample shows as much as a batch, and every activation is held for a while.
             output = model(example_input[:1])
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     if not isinstance(output, Tensor) or output.dim() != 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"model: expected its output to be logits (B, K), got {got}")
@@ -237,8 +238,8 @@ def find_kernels(model: nn.Module) -> list[str]:
 
     The mean squared cosine of N vectors in D dimensions is (N - D) / (D (N - 1)) or more (Welch),
     that of random ones 1/D. From N = 2D on more than half of the latter must stay, as in stems of
-    few channels and depthwise convolutions; held at that bound a stem makes the training of wide
-    networks unstable (docs/accuracy.md).
+    few channels and depthwise convolutions; held at that bound a stem can make the training of
+    wide networks unstable (docs/accuracy.md).
     """
     return [
         name

@@ -65,10 +65,13 @@ def build(
     numbers = (("classes", classes, 1), ("channels", channels, 1), ("width", width, 1),
                ("image_size", image_size, SMALLEST))  # fmt: skip
     for argument, value, low in numbers:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        if not validation.is_integer(value) or value < low:
             raise ValueError(f"{argument}: expected an int of at least {low}, got {value!r}")
-    if type(stem_stride) is not int or stem_stride not in (1, 2):  # True == 1 and 2.0 == 2
+    classes, channels, width, image_size = (int(value) for _, value, _ in numbers)
+    # True == 1 and 2.0 == 2
+    if not validation.is_integer(stem_stride) or stem_stride not in (1, 2):
         raise ValueError(f"stem_stride: expected 1 or 2, got {stem_stride!r}")
+    stem_stride = int(stem_stride)
     if image_size < SMALLEST * stem_stride:
         raise ValueError(
             f"stem_stride: expected 1 for images of less than {SMALLEST * stem_stride} pixels, "

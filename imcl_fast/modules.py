@@ -26,7 +26,8 @@ class RepresentationSimilarityLoss(nn.Module):
     ) -> None:
         super().__init__()
         validation.choice("penalty", penalty, functional.PENALTIES)
-        self.penalty, self.center, self.eps, self.impl = penalty, center, eps, impl
+        self.penalty, self.impl = penalty, impl
+        self.center, self.eps = validation.plain(center), validation.plain(eps)
 
     def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
         return functional.representation_similarity(
@@ -49,7 +50,7 @@ class KernelSimilarityLoss(nn.Module):
     ) -> None:
         super().__init__()
         validation.choice("penalty", penalty, functional.PENALTIES)
-        self.penalty, self.eps, self.impl = penalty, eps, impl
+        self.penalty, self.eps, self.impl = penalty, validation.plain(eps), impl
 
     def forward(self, weights: Tensor | Sequence[Tensor]) -> Tensor:
         return functional.kernel_similarity(
@@ -84,10 +85,14 @@ class CollaborativeConsistencyLoss(nn.Module):
     ) -> None:
         super().__init__()
         validation.choice("reduction", reduction, functional.REDUCTIONS)
-        self.temperature, self.ce_weight, self.kl_weight = temperature, ce_weight, kl_weight
-        self.teacher, self.detach_teacher, self.groups = teacher, detach_teacher, groups
-        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
-        self.reduction, self.return_terms, self.impl = reduction, return_terms, impl
+        self.temperature = validation.plain(temperature)
+        self.ce_weight, self.kl_weight = validation.plain(ce_weight), validation.plain(kl_weight)
+        self.detach_teacher = validation.plain(detach_teacher)
+        self.groups = validation.plain(groups)
+        self.label_smoothing = validation.plain(label_smoothing)
+        self.ignore_index = validation.plain(ignore_index)
+        self.teacher, self.reduction, self.impl = teacher, reduction, impl
+        self.return_terms = return_terms
 
     def forward(
         self, logits: Tensor | Sequence[Tensor], target: Tensor | None

@@ -24,7 +24,7 @@ class Tape:
 
 
 class Tap:
-    """A forward hook that hands a tensor of its module to the step under way, if any.
+    """A forward hook, with kwargs, that hands a tensor of its module to the step under way.
 
     Args:
         tape: where to look for the step.
@@ -39,11 +39,11 @@ class Tap:
         self.layer = layer
         self.channels_last = channels_last
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         step = self.tape.step
         if step is None:
             return
-        features = args[0] if self.layer is None else output
+        features = output if self.layer is not None else args[0] if args else kwargs["input"]
         step.report(self.layer, module, features.movedim(-1, 1) if self.channels_last else features)
 
 
@@ -57,7 +57,8 @@ class Step:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.waiting: list[tuple[int | None, nn.Module, Tensor]] = []
+        self.weights: dict[str, Tensor] = {}  # see kernel_weights
+        self.waiting: list[tuple[int | None, nn.Module, Tensor, bool]] = []
         self.context = _autograd_context()
 
     def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
@@ -69,22 +70,26 @@ class Step:
         if _autograd_context() == self.context:
             self.take(layer, module, features)
         else:
-            self.waiting.append((layer, module, features))
+            self.waiting.append((layer, module, features, _inside_function()))
 
     def finish(self) -> None:
         """Do, outside all checkpointed segments, what had to wait.
 
+        Features without gradient, of frozen layers or under the network's own ``no_grad``,
+        contribute their value.
+
         Raises:
             RuntimeError: features have lost their gradient, as they do inside a segment
-                that runs under ``no_grad``.
+                under reentrant checkpointing, whose end has one.
         """
-        for layer, module, features in self.waiting:
-            if torch.is_grad_enabled() and not features.requires_grad:
+        for layer, module, features, inside_function in self.waiting:
+            if inside_function and torch.is_grad_enabled() and not features.requires_grad:
                 raise RuntimeError(
                     f"model: the output of a {type(module).__name__} that takes part in "
-                    "collaborative learning is computed under torch.no_grad, so nothing can "
-                    "be learnt from it; for gradient checkpointing pass use_reentrant=False "
-                    "to torch.utils.checkpoint, or name as layers modules outside"
+                    "collaborative learning is computed inside an autograd function, where "
+                    "it has no gradient, so nothing can be learnt from it; for gradient "
+                    "checkpointing pass use_reentrant=False to torch.utils.checkpoint, or "
+                    "name as layers modules outside"
                 )
             self.take(layer, module, features)
         self.waiting.clear()
@@ -94,4 +99,15 @@ def _autograd_context() -> object:
     """What distinguishes the inside of a checkpointed segment: its hooks, or ``no_grad``."""
     if torch.compiler.is_compiling():
         return None
-    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), _saved_tensors_hooks(False)
+
+
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def _inside_function() -> bool:
+    """Whether this runs in an autograd Function's forward, as reentrant checkpointing does.
+
+    There forward-mode gradients are off too, which ``no_grad`` leaves on.
+    """
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())

@@ -26,12 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     0: the run is complete; 1: the loss is not finite, or a file can't be written; 2: the flags, the
-    data or the checkpoints don't allow the run; 130, 143: interrupted and saved.
+    environment, the data, the run folder or its checkpoints don't allow the run; 130, 143:
+    interrupted and saved.
     """
     config = flags.parse(arguments, "imcl-train", DESCRIPTION)
     if config.run_dir is None:
         config = replace(config, run_dir=default_folder(config))
-    speaks = os.environ.get("RANK", "0") == "0"
+    # The first of several; also where the environment is nonsense.
+    world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    speaks = rank == "0" or not (world + rank).isdecimal() or int(rank) >= int(world)
     try:
         summary = Trainer(config).fit()
     except TrainingError as error:

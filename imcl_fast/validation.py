@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,14 @@ def tensors(name: str, value: Any, rank: str, allowed: range) -> list[Tensor]:
     if len(items) == 0:
         raise ValueError(f"{name}: expected at least one Tensor, got an empty sequence")
     for i, x in enumerate(items):
+        if (
+            isinstance(x, Tensor)
+            and x.dtype in FLOATS
+            and x.layout is torch.strided
+            and x.dim() in allowed
+            and x.device == items[0].device
+        ):
+            continue
         label = name if isinstance(value, Tensor) else f"{name}[{i}]"
         if not isinstance(x, Tensor):
             raise TypeError(f"{label}: expected a Tensor, got {type(x).__name__}")
@@ -33,11 +43,10 @@ def tensors(name: str, value: Any, rank: str, allowed: range) -> list[Tensor]:
             raise TypeError(f"{label}: expected a dense (strided) Tensor, got {x.layout}")
         if x.dim() not in allowed:
             raise ValueError(f"{label}: expected {rank}, got shape {tuple(x.shape)}")
-        if x.device != items[0].device:
-            raise ValueError(
-                f"{label}: expected all tensors on one device ({items[0].device}, as "
-                f"{name}[0]), got {x.device}"
-            )
+        raise ValueError(
+            f"{label}: expected all tensors on one device ({items[0].device}, as {name}[0]), "
+            f"got {x.device}"
+        )
     return list(items)
 
 
@@ -51,34 +60,99 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> int:
 
 
 def number(name: str, value: Any, *, low: float, high: float, open_low: bool = False) -> float:
-    """``value`` as a finite float in [low, high), or (low, high) if ``open_low``."""
+    """``value``, any real number, as a finite float in [low, high), or (low, high) if
+    ``open_low``."""
     if type(value) is float and low < value < high:
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    inside = value < high and (value > low if open_low else value >= low)
+    if not is_real(value):
+        raise TypeError(f"{name}: expected a number, got {_kind(value)}")
+    result = as_float(value)
+    inside = result < high and (result > low if open_low else result >= low)
     if not inside:  # also true of NaN
         bracket = "(" if open_low else "["
-        raise ValueError(f"{name}: expected a number in {bracket}{low:g}, {high:g}), got {value}")
-    return float(value)
+        raise ValueError(f"{name}: expected a number in {bracket}{low:g}, {high:g}), got {result}")
+    return result
+
+
+def is_real(value: Any) -> bool:
+    """Whether ``value`` is a real number, of Python's or NumPy's, and no bool."""
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    return isinstance(value, numbers.Real)
+
+
+def as_float(value: Any) -> float:
+    """The float nearest to a real number; infinite for one that is larger than any."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-    return value
+    """``value``, a bool of Python's or NumPy's, as a bool."""
+    if not is_bool(value):
+        raise TypeError(f"{name}: expected a bool, got {_kind(value)}")
+    return bool(value)
 
 
-def integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+def is_bool(value: Any) -> bool:
+    """Whether ``value`` is a bool, of Python's or NumPy's."""
+    if isinstance(value, bool):
+        return True
+    # By name, for NumPy need not be there; it is bool_ before NumPy 2.
+    kind = type(value)
+    return kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
+
+
+def integer(name: str, value: Any, low: int | None = None) -> int:
+    """``value``, an integer of 64 bits of Python's or NumPy's, as an int."""
+    if not is_integer(value):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected an int, got {_kind(value)}")
         raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
-    return value
+    result = int(value)
+    if not -(2**63) <= result < 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got one of {result.bit_length()}")
+    if low is not None and result < low:
+        raise ValueError(f"{name}: expected an int of at least {low}, got {result}")
+    return result
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an integer, of Python's or NumPy's, and no bool."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    return isinstance(value, numbers.Integral)
+
+
+def _kind(value: Any) -> str:
+    """The name of a value's type; of a Tensor or an array also what to do."""
+    if isinstance(value, Tensor):
+        return (
+            "Tensor; read it with .tolist() outside of the training step, which would wait for "
+            "its device"
+        )
+    kind = type(value).__name__
+    return f"{kind}; convert it with .tolist()" if kind == "ndarray" else kind
+
+
+def plain(value: Any) -> Any:
+    """NumPy's numbers and bools, alone or in a list or tuple, as Python's: ``torch.compile``
+    takes NumPy's for Tensors. Anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if is_bool(value):
+        return bool(value)
+    if is_integer(value):
+        return int(value)
+    return as_float(value) if is_real(value) else value
 
 
 def partition(name: str, value: Any, total: int) -> list[int]:
     """``value`` as positive sizes that sum to ``total``."""
     if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected a sequence of ints, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a sequence of ints, got {_kind(value)}")
     sizes = [integer(name, size) for size in value]
     if any(size < 1 for size in sizes) or sum(sizes) != total:
         raise ValueError(
@@ -89,12 +163,11 @@ def partition(name: str, value: Any, total: int) -> list[int]:
 
 def per(name: str, value: Any, count: int, what: str) -> list[Any]:
     """``value`` repeated for each of ``count`` things, or the sequence of one for each."""
-    if isinstance(value, (str, bool, int, float)):
+    if isinstance(value, str) or is_real(value) or is_bool(value):
         return [value] * count
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(
-            f"{name}: expected one value or a sequence of one per {what}, "
-            f"got {type(value).__name__}"
+            f"{name}: expected one value or a sequence of one per {what}, got {_kind(value)}"
         )
     if len(value) != count:
         raise ValueError(f"{name}: expected {count} values, one per {what}, got {len(value)}")

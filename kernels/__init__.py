@@ -1,2 +1,2 @@
-"""Triton kernels, one file per operation. None are written yet: CPU tensors need none,
-and tensors on a GPU fall back to ``impl="torch"``."""
+"""Triton kernels: of each operation a launcher in a file of its name, and the kernels that it
+launches in files that begin with it."""

@@ -1,8 +1,9 @@
 """Timed choice between launch configurations, only where ``IMCL_FAST_AUTOTUNE=1`` asks for it.
 
 The winner is kept in memory and in ``imcl_fast/autotune.json`` in the user's cache folder.
-Without the variable, under Triton's interpreter and while a CUDA graph is captured, the
-pinned configuration is taken, whatever the file says: so runs are the same by default.
+Without the variable and under Triton's interpreter the pinned configuration is taken, whatever
+the file says: so runs are the same by default. While a CUDA graph is captured nothing is timed:
+it is the winner that is known, or else the pinned one.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def consistency_config(
     """
     processors = processors_of(device)
     block = power_of_2(classes)
-    # What fits without spilling, as compiled for sm_80 to sm_100: scalars of each head need
-    # registers too.
+    # What fits without spilling in test_offline_compile.py, whose device is the CPU; for a GPU
+    # the same formula may spill. Scalars of each head need registers too.
     each = min(16, _power_of_2_below((43 / heads if heavy else 120 / heads) - (3 if heavy else 5)))
     if block <= 32 * _MOST_WARPS * each:
         if block < 256:
@@ -80,7 +80,7 @@ def consistency_config(
         samples = min(power_of_2((batch + 2) // 3), max(2**16 // block, 1))
         programs = 2
     programs = min(programs, (batch + samples - 1) // samples)
-    # Where that needs no spilling, twelve warps to a processor instead of eight.
+    # Where that needs no spilling in the same test, twelve warps to a processor, not eight.
     registers = 168 if heads <= 5 and not heavy else 255
     return ConsistencyConfig(samples, block, programs, warps, registers)
 

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that aren't there, and prints what became of it.
 
-Run by test_offline_compile.py and test_compiled_code.py in a process without TRITON_INTERPRET:
+Run by test_offline_compile.py and test_compiled_code.py in processes without TRITON_INTERPRET:
 the real launchers are called on CPU tensors, their launches are caught, and each kernel is
 compiled with the very arguments and options it would have been launched with on a GPU of 132
 processors. One JSON object per line.

@@ -70,12 +70,17 @@ class Matrices(NamedTuple):
     spread: float = 1.0  # norms lie between 1/spread and spread
     offset: float = 0.0  # added to every element, in units of its row's deviation
     seed: int = 0
+    shared: float = 0.0  # of a pattern all rows share, of either sign: no cosine is near 0
 
     def build(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
         rows = x.flatten(2) if self.batched else x.flatten(1).unsqueeze(0)  # [B, N, D], a view
         if rows.numel():
+            if self.shared:
+                pattern = torch.randn(rows.shape[-1], generator=generator, dtype=torch.float64)
+                sign = torch.randint(0, 2, rows.shape[:2], generator=generator) * 2 - 1
+                rows += self.shared * sign.unsqueeze(-1) * pattern
             rows += self.offset
             size = torch.rand(rows.shape[:2], generator=generator, dtype=torch.float64)
             rows *= torch.exp((2 * size - 1) * math.log(self.spread)).unsqueeze(-1)
@@ -116,6 +121,7 @@ def _matrices(shape: tuple[int, ...], batched: bool, layouts) -> st.SearchStrate
         spread=st.sampled_from([1.0, 4.0, 30.0]),
         offset=st.sampled_from([0.0, 0.0, 1.0, 10.0]),
         seed=st.integers(0, 10**6),
+        shared=st.sampled_from([0.0, 0.0, 3.0]),
     )
 
 

@@ -118,6 +118,10 @@ def test_tables_have_a_row_for_each_run_and_each_layer(tmp_path):
         "| conv1 | 4 x 9 | 0.0000 | 0.3000 | 0.2500 | 0.2500 | 0.2500 |"
     )
     assert "some CPU, torch 2, commit 0123abc, 2026-01-02" in made["penalties:facts"]
+    found["facts"]["commit"] = "unknown"
+    (tmp_path / penalties.FILE).write_text(json.dumps(found))
+    said = penalties.places(tmp_path)["penalties:facts"]()
+    assert "torch 2, commit not recorded, 2026-01-02" in said
 
 
 def test_without_results_the_places_say_so(tmp_path):

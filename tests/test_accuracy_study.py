@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.accuracy import __main__ as command
-from bench.accuracy import penalties, plot, results, runs, study_file, tables
+from bench.accuracy import migrations, penalties, plot, results, runs, study_file, tables
 from bench.accuracy import study as studies
 from bench.accuracy.analysis import Analysis
 from bench.accuracy.progress import Progress
@@ -259,6 +260,19 @@ def test_a_confirmation_runs_the_same_on_seeds_that_the_study_did_not_have() -> 
     assert {run.seed for run in fresh.runs} == {4, 5, 6}
 
 
+def test_schedules_are_compared_in_float32_under_the_settings_of_the_cpu_study() -> None:
+    final, schedules = study_file.load("cpu"), study_file.load("cpu-schedule")
+    assert schedules.train == {**final.train, "amp": "off"}
+    assert schedules.conditions == final.conditions and schedules.networks == final.networks
+    # Written out: the study must mean the same when the defaults have become what it decides.
+    intervals = {
+        (config.representation_interval, config.kernel_interval)
+        for config in (run.config for run in schedules.runs)
+    }
+    assert intervals == {(1, 1), (4, 8), (8, 16)}
+    assert {run.seed for run in schedules.runs} == {1, 2, 3, 4, 5}
+
+
 def test_what_is_no_screening_is_measured_on_test_images() -> None:
     held_out = [name for name in study_file.names() if study_file.load(name).held_out]
     assert held_out == list(SCREENINGS)
@@ -278,7 +292,7 @@ def test_what_is_no_screening_is_measured_on_test_images() -> None:
         ("ways = []", 'beta = "x"', r"\[methods.ce\] beta: expected float, got 'x'"),
         ("seeds = 3", "seeds = 0", r"\[methods.ce\] seeds: expected at least 1, got 0"),
         ("seeds = 3", "", r"\[methods.ce\] seeds: expected int, got nothing"),
-        ("[train]", "first_seed = 0\n[train]", "small.toml: first_seed: expected at least 1, got 0"),
+        ("[train]", "first_seed = 0\n[train]", "toml: first_seed: expected at least 1, got 0"),
         ('networks = ["a"]', 'networks = ["c"]', r"\[methods.kernel\] networks: expected one of a"),
         ('"imcl", "label-smoothing"', '"imcl"', "compare: expected pairs of methods"),
         ("[networks.a]", "[networks.A]", r"\[networks.A\]: expected a name of a-z"),
@@ -317,6 +331,19 @@ def test_results_are_stale_when_an_objective_gets_other_defaults(small, monkeypa
     monkeypatch.setitem(IMCL.__init__.__kwdefaults__, "dropout", 0.4)
     stale = {run.method for run in study.runs if run.fingerprint != before[run.name]}
     assert stale == {"imcl", "kernel"}
+
+
+@pytest.mark.parametrize(("default", "stale"), [(1, set()), (8, {"imcl", "kernel"})])
+def test_a_new_argument_makes_results_stale_by_a_default_that_changes_something(
+    default, stale, small, monkeypatch
+) -> None:
+    study = study_file.load(str(small))
+    before = {run.name: run.fingerprint for run in study.runs}
+    own = list(inspect.signature(IMCL).parameters.values())
+    new = inspect.Parameter("kernel_interval", inspect.Parameter.KEYWORD_ONLY, default=default)
+    others = [parameter for parameter in own if parameter.name != new.name]
+    monkeypatch.setattr(IMCL, "__signature__", inspect.Signature([*others, new]), raising=False)
+    assert {run.method for run in study.runs if run.fingerprint != before[run.name]} == stale
 
 
 def test_results_are_stale_when_other_kernels_are_found(small, monkeypatch) -> None:
@@ -641,12 +668,32 @@ def test_the_document_has_places_for_tables_that_exist(tmp_path) -> None:
     document = tmp_path / "accuracy.md"
     shutil.copy(command.ROOT / "docs/accuracy.md", document)
     studies = {name: Analysis(study_file.load(name), []) for name in study_file.names()}
-    places = {**tables.places(studies), **penalties.places(tmp_path)}
+    places = {
+        **tables.places(studies), **penalties.places(tmp_path), **migrations.places({}),
+    }  # fmt: skip
     filled = fill_places(document, "accuracy", places)
     assert {place.partition(":")[0] for place in filled} == {
-        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-screening", "gpu", "penalties",
+        "cpu", "cpu-regimes", "cpu-schedule", "cpu-screening", "cpu-wide",
+        "cpu-wide-confirmation", "cpu-wide-screening", "gpu", "migrations", "penalties",
     }  # fmt: skip
     assert "(accuracy-cpu" not in document.read_text()  # no link to a plot that isn't there
+
+
+def test_the_tables_in_the_documents_are_those_of_the_stored_results(tmp_path) -> None:
+    analyses = {}
+    for name in study_file.names():
+        study = study_file.load(name)
+        store = Store(results.FOLDER / f"{name}.csv", study)
+        analyses[name] = Analysis(study, store.results.values())
+    places = {
+        **tables.places(analyses), **penalties.places(results.FOLDER),
+        **migrations.places({name: len(found.results) for name, found in analyses.items()}),
+    }  # fmt: skip
+    for document in command.DOCUMENTS:
+        copy = tmp_path / document.name
+        copy.write_text(document.read_text())
+        fill_places(copy, "accuracy", places)
+        assert copy.read_text() == document.read_text()
 
 
 def test_a_plot_is_the_same_for_the_same_results(found, tmp_path) -> None:
@@ -693,8 +740,8 @@ def test_studies_of_other_data_train_on_their_files(name, tmp_path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "cpu", "cpu-regimes", "cpu-screening", "cpu-wide", "cpu-wide-confirmation",
-        "cpu-wide-screening", "gpu",
+        "cpu", "cpu-regimes", "cpu-schedule", "cpu-screening", "cpu-wide",
+        "cpu-wide-confirmation", "cpu-wide-screening", "gpu",
     ],
 )  # fmt: skip
 def test_every_method_of_a_study_can_be_built(name, tmp_path) -> None:

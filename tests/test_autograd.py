@@ -7,6 +7,7 @@ import torch
 from conftest import Impl, assert_same_bits, bits, leaf
 from strategies import PENALTIES, TEACHERS, Matrices, lay_out
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imcl_fast import functional as F
 
@@ -186,6 +187,27 @@ def test_only_the_gradients_needed(impl: Impl, kind: str, name: str) -> None:
             x.grad = None
         function(some).sum().backward()
         assert [x.grad is not None for x in xs] == [bool(needed >> i & 1) for i in range(3)]
+
+
+def test_a_gradient_is_scaled_where_it_lies_unless_the_graph_is_kept(impl: Impl) -> None:
+    """The one that the forward has made: a second would take as much memory as the logits."""
+
+    class Scalings(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if str(function).startswith("aten.mul") and args[0].dim() > 0:
+                self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    z = leaf(torch.randn(3, 5, 7, device=impl.device))
+    loss = F.collaborative_consistency(z, None, impl=impl.name)
+    for kept, expected in ((True, "aten.mul.Tensor"), (False, "aten.mul_.Tensor")):
+        with Scalings() as scalings:
+            torch.autograd.grad(loss, z, retain_graph=kept)
+        assert scalings.seen == [expected]
 
 
 @pytest.mark.parametrize("kind,name", CASES, ids=NAMES)

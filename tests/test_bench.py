@@ -11,10 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import competitors, instructions, memory, operations, render, roofline, scaling, shapes
+from bench import (
+    competitors,
+    host,
+    instructions,
+    memory,
+    operations,
+    render,
+    roofline,
+    scaling,
+    shapes,
+    step,
+)
 from bench.rows import Row, consistency, rows
-from bench.step import steps
-from bench.timing import interleaved, quartiles, sets_needed
+from bench.timing import Sample, interleaved, quartiles, sets_needed
 
 CPU = torch.device("cpu")
 TINY = Row("representation", "tiny", ((2, 8, 4, 4), (2, 6, 3, 3)))
@@ -23,7 +33,7 @@ RATES = {"copy_bytes_per_s": 1e9, "float32_flops_per_s": 1e9, "bfloat16_flops_pe
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_no_two_results_have_the_same_name(quick: bool) -> None:
-    for names in ([row.name for row in rows(quick)], [step.name for step in steps(quick)]):
+    for names in ([row.name for row in rows(quick)], [one.name for one in step.steps(quick)]):
         assert len(set(names)) == len(names)
 
 
@@ -107,6 +117,22 @@ def test_a_row_is_measured(row: Row) -> None:
 
 
 # ---- how it is timed -------------------------------------------------------------------
+
+
+def test_host_time_is_that_over_the_plain_step_at_each_place_of_the_period() -> None:
+    found = host.measure(torch.device("cpu"), 0, fewest=2)
+    assert list(found) == list(host.METHODS)
+    for name, one in found.items():
+        for what in ("forward", "both"):
+            assert one[what]["fullest"] >= one[what]["average"]
+            assert (one[what]["ratio"] == 1) == (name == host.PLAIN)
+    assert found[host.PLAIN]["both"]["average"] == found[host.PLAIN]["both"]["fullest"] == 0
+    plain = [[Sample(1.0, 1.0)] * host.PERIOD] * 3
+    ours = [[Sample(1.5, 1.0), *[Sample(1.0, 1.0)] * 6, Sample(1.0, 5.0)]] * 3
+    assert host._over(ours, plain, "forward") == {
+        "average": 0.5 / 8, "fullest": 0.5, "ratio": 8.5 / 8,
+    }  # fmt: skip
+    assert host._over(ours, plain, "both")["fullest"] == 4
 
 
 def test_rounds_take_everybody_in_turn_and_begin_with_another() -> None:
@@ -240,6 +266,11 @@ def method(seconds: float, overhead: float, extra: float) -> dict:
     }  # fmt: skip
 
 
+def host_times(seconds: float, average: float, fullest: float, ratio: float) -> dict:
+    return {"seconds": quartiles([seconds]), "average": average, "fullest": fullest,
+            "ratio": ratio}  # fmt: skip
+
+
 RESULTS = {
     "facts": {"cpu": "A CPU", "threads": "2", "torch": "2.13", "python": "3.11", "commit": "abc",
               "date": "2000-01-01", "ISA": "avx2"},
@@ -266,6 +297,31 @@ RESULTS = {
             "shares": {"kernel": 0.03},
             "left_out": {},
         },
+        "a middling step": {
+            "base": "plain cross entropy",
+            "methods": {
+                "plain cross entropy": method(1.0, 0.0, 0.0),
+                "four ways, fused": method(1.2, 0.19, 0.02),
+            },
+            "shares": {},
+            "left_out": {},
+        },
+        "a dear step, compiled": {
+            "base": "plain cross entropy, compiled",
+            "methods": {
+                "plain cross entropy, compiled": method(1.0, 0.0, 0.0),
+                "four ways, naive, compiled": method(1.9, 0.876, 0.5),
+                "four ways, fused, compiled": method(1.3, 0.28, 0.02),
+            },
+            "shares": {},
+            "left_out": {},
+        },
+    },
+    "host": {
+        "plain cross entropy": {what: host_times(0.008, 0.0, 0.0, 1.0)
+                                for what in ("forward", "both")},
+        "four ways": {"forward": host_times(0.009, 0.0005, 0.001, 1.1),
+                      "both": host_times(0.0105, 0.0012, 0.0025, 1.25)},
     },
     "scaling": {"batch": {"cpp": {"points": [(8, 1e-3), (16, 2e-3)], "slope": 1.0}}},
     "memory": {"auto": [(1024, 2**22)], "reference": []},
@@ -287,12 +343,62 @@ def test_tables_say_what_was_measured() -> None:
     assert "| R18 float32 | cpp | 30.0 | 30.0 | 60.0 | 60.0 - 60.0 |  | 50% | 3 |" in kernel
     assert "| R18 float32 | reference | 100 | 200 | 300 | 300 - 300 | 5.00 | 10% | 3 |" in kernel
     assert "foreign (another quantity)" in kernel
-    assert "| four ways, fused | 1100 | 1 | +8.0 % | +2.0 % |" in render.TABLES["step-summary"](
-        RESULTS
-    )
     assert "without kernel" not in render.TABLES["step"](RESULTS)
     assert "| a step | +3.0 % |" in render.TABLES["shares"](RESULTS)
+    host_row = "| four ways | 9.00 | 10.5 | +0.50 | +1.00 | +1.20 | +2.50 | 1.25 |"
+    assert host_row in render.TABLES["host"](RESULTS)
+    older = {name: found for name, found in RESULTS.items() if name != "host"}
+    assert render.TABLES["host"](older) == "Not measured yet.\n"
     assert "A CPU, 2 threads" in render.TABLES["machine"](RESULTS)
+
+
+def test_the_steps_that_cost_the_least_and_the_most_are_shown() -> None:
+    shown = render.TABLES["step-summary"](RESULTS).splitlines()
+    assert shown[0].startswith("| the least and the most of 3 training steps | objective |")
+    assert [line.split(" | ")[0] for line in shown[2:]] == (
+        2 * ["| a step"] + 3 * ["| a dear step, compiled"]
+    )
+    assert shown[3] == "| a step | four ways, fused | 1100 | 1 | +8.0 % | +2.0 % |"
+    assert shown[6].endswith("| four ways, fused, compiled | 1300 | 1 | +28.0 % | +2.0 % |")
+    # Whichever is first.
+    steps = dict(reversed(RESULTS["steps"].items()))
+    again = render.TABLES["step-summary"]({**RESULTS, "steps": steps})
+    assert again.splitlines() == shown
+    one = {"a step": RESULTS["steps"]["a step"]}
+    assert len(render.TABLES["step-summary"]({**RESULTS, "steps": one}).splitlines()) == 4
+
+
+def test_what_the_naive_form_costs_is_as_measured() -> None:
+    assert render.TABLES["naive"](RESULTS) == (
+        "Written plainly in PyTorch they make a training step 88 % longer (a dear step, "
+        "compiled).\n"
+    )
+
+
+def test_steps_of_other_kernels_are_said_to_be() -> None:
+    said = render.TABLES["step-kernels"](RESULTS)
+    assert "when way 4 still took the first layer" in said
+    known = {title: {**found, "kernels": 16} for title, found in RESULTS["steps"].items()}
+    said = render.TABLES["step-kernels"]({**RESULTS, "steps": known})
+    assert said.startswith("Layers whose kernels way 4 takes: a step: 16; a middling step: 16;")
+
+
+def test_what_took_less_than_the_floor_is_listed_and_only_that() -> None:
+    assert render.TABLES["below-floor"](RESULTS) == "None in this run.\n"
+    row = RESULTS["operations"]["kernel R18 float32"]
+    lower = {**row, "floors": {"forward": 0.02, "backward": 0.04, "both": 0.06}}
+    said = render.TABLES["below-floor"]({**RESULTS, "operations": {"kernel R18 float32": lower}})
+    assert said.splitlines()[2:] == [
+        "| kernel R18 float32 | backward | cpp | 30.0 | 40.0 | 133% |",
+    ]  # equal is not below, and what computes another quantity does not count
+
+
+def test_a_step_knows_how_many_layers_way_4_takes() -> None:
+    found = step.measure(
+        step.Step("resnet18", 2, width=8, size=8, methods=(step.PLAIN,)), CPU, 0, fewest=1
+    )
+    # 17 convolutions of 3 x 3; the first, 8 x 27, is not wide enough to be left out.
+    assert found["kernels"] == 17
 
 
 def test_losing_passes_are_listed_and_only_those() -> None:
@@ -334,7 +440,20 @@ def test_the_documents_have_places_for_tables_that_exist() -> None:
     for document in ("README.md", "docs/performance.md"):
         marked = render.marked("bench").findall((root / document).read_text())
         assert all(name in render.TABLES for _, name, _, _ in marked)
-    assert len(marked) == len(render.TABLES) - len(("summary", "step-summary"))
+    assert len(marked) == len(render.TABLES) - len(("summary", "step-summary", "naive"))
+
+
+def test_the_tables_in_the_documents_are_those_of_the_stored_results(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    for document in ("README.md", "docs/performance.md"):
+        text = (root / document).read_text()
+        copy = tmp_path / Path(document).name
+        copy.write_text(text)
+        filled = []
+        for stored in (root / "bench/results").glob("*.json"):  # one for each machine
+            render.fill(copy, json.loads(stored.read_text()))
+            filled.append(copy.read_text())
+        assert text in filled
 
 
 # ---- instruction counts ----------------------------------------------------------------

@@ -486,6 +486,7 @@ def test_published_pairs_come_with_the_data(tmp_path):
         ({"probability": -0.1}, "probability: expected a number in"),
         ({"probability": 1.1}, "probability: expected a number in"),
         ({"probability": float("nan")}, "probability: expected a number in"),
+        ({"seed": 2**64}, "seed: expected an int of 64 bits"),
         ({"classes": 1}, "classes: expected at least 2, got 1"),
         ({"kind": "wild"}, "kind: expected one of symmetric, asymmetric, got 'wild'"),
         ({"kind": "asymmetric", "pairs": {0: 10}}, "pairs: expected classes in .* 0 to 10"),
@@ -833,6 +834,27 @@ def test_an_unreadable_image_is_named(folder, workers, damage):
     with pytest.raises(DataError) as raised:
         list(loader.epoch(0))
     assert one_line(raised).startswith(f"{path}: can't be read as an image (")
+
+
+def test_numbers_may_be_numpys(folder):
+    data = load("folder", folder, image_size=np.int64(8))
+    assert data.shape == (3, 8, 8)
+    digits = load("digits")
+    part = subset(digits.train, np.int32(20), seed=np.int64(1))
+    assert torch.equal(part.labels, subset(digits.train, 20, seed=1).labels)
+    given = label_noise(part.labels, np.int64(10), np.float32(0.5), seed=np.uint8(3))
+    assert torch.equal(given, label_noise(part.labels, 10, 0.5, seed=3))
+    crop = PaddedCrop(np.int64(1), flip=np.True_)
+    assert crop == PaddedCrop(1, flip=True) and type(crop.pad) is int
+
+    def batches(number):
+        loader = TrainLoader(
+            part, digits, batch_size=number(4), augment=True, seed=number(0), device="cpu",
+            rank=number(1), world=number(2), workers=number(0),
+        )  # fmt: skip
+        return batches_of(loader, number(0))
+
+    assert_same(batches(np.int64), batches(int))
 
 
 def test_bad_folders_are_named(folder):

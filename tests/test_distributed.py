@@ -37,7 +37,8 @@ SCRIPT = """
     )
     config = TrainConfig(
         ways=("multilayer", "representation", "kernel"), train_images=160, batch_size=20,
-        accumulate=int(sys.argv[2]), epochs=2, label_noise=0.5, threads=1, log_every=1,
+        representation_interval=2, kernel_interval=4, accumulate=int(sys.argv[2]),
+        epochs=2, label_noise=0.5, threads=1, log_every=1,
         ways_warmup_epochs=1.5, run_dir=sys.argv[1], report=False, tensorboard=False,
         measure_ways=False,
     )

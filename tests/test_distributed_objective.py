@@ -13,6 +13,8 @@ from imcl_fast import IMCL, sharding
 from imcl_fast.ilr import MultiHead
 
 BATCH = 6  # divides by every number of processes
+SCHEDULE = dict(representation_interval=2, kernel_interval=4)
+CALLS = 4  # of its period
 
 
 class Small(nn.Module):
@@ -69,16 +71,24 @@ def process(rank, folder, worlds):
             "imcl": ("imcl", {}),
             "sharded": ("imcl", dict(shard_kernels=True)),
             "one layer": ("imcl", dict(shard_kernels=True, kernels=["layer4.0"])),
+            "scheduled": ("imcl", dict(shard_kernels=True, **SCHEDULE)),
             "ilr": ("ilr", {}),
+            "imcl, static graph": ("imcl", {}),
+            "ilr, static graph": ("ilr", {}),
         }
         for case, (kind, options) in cases.items():
             module, x, y = objective(kind, **options)
-            parallel = DistributedDataParallel(module)
+            parallel = DistributedDataParallel(module, static_graph="static" in case)
             order = []
             out = parallel(x[rank::world], y[rank::world])
             record_order(out.loss, order)
             out.loss.backward()
-            found[case] = (gradients(parallel), out.terms, order)
+            terms = dict(out.terms)
+            for _ in range(CALLS - 1 if case == "scheduled" else 0):
+                out = parallel(x[rank::world], y[rank::world])
+                out.loss.backward()
+                terms.update(out.terms)
+            found[case] = (gradients(parallel), terms, order)
             if case == "sharded":
                 found["kernels"] = copy.copy(module._kernel_share.kernels)
         torch.save(found, Path(folder) / f"{world}-{rank}.pt")
@@ -118,13 +128,18 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("case", ["imcl", "sharded", "one layer", "ilr"])
+@pytest.mark.parametrize(
+    "case",
+    ["imcl", "sharded", "one layer", "scheduled", "ilr", "imcl, static graph", "ilr, static graph"],
+)
 def test_gradients_are_those_of_one_process(runs, world, case):
     options = dict(kernels=["layer4.0"]) if case == "one layer" else {}
-    module, x, y = objective("ilr" if case == "ilr" else "imcl", **options)
+    module, x, y = objective("ilr" if "ilr" in case else "imcl", **options)
     out = module(x, y)
     out.loss.backward()
     expected = gradients(module)
+    if case == "scheduled":  # over a period the sum of as many steps with every way
+        expected = {name: CALLS * gradient for name, gradient in expected.items()}
     assert all(g.abs().sum() > 0 for g in expected.values())  # every parameter has a share
     for found in runs[world]:
         torch.testing.assert_close(found[case][0], expected, rtol=1e-9, atol=1e-12)

@@ -174,6 +174,17 @@ def test_branches_are_fresh_and_of_the_networks_distribution():
     assert not torch.equal(first, second) and not torch.equal(second, third)
 
 
+def test_branches_learn_where_the_network_is_frozen():
+    network = small_resnet()
+    network.layer4.requires_grad_(False).eval()
+    objective = MultiHead(network, 2, splits=["layer4"])
+    assert not any(m.training for m in network.layer4.modules())
+    assert not any(p.requires_grad for p in network.layer4.parameters())
+    assert all(m.training for m in objective.copies.modules())
+    assert all(p.requires_grad for p in objective.copies.parameters())
+    assert not any(m.training for m in MultiHead(network.eval()).copies[0][0].modules())
+
+
 def test_vgg_branches_are_initialised_as_torchvisions():
     torch.manual_seed(0)
     network = small_vgg()

@@ -7,10 +7,12 @@ import sys
 import weakref
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -247,17 +249,17 @@ def test_each_way_alone(network, batch, weight):
 def test_a_weight_of_0_costs_nothing(network, batch, monkeypatch, weight, expected):
     x, y = batch
     spies = {}
-    for key, name in (
-        ("consistency", "collaborative_consistency"),
-        ("kernel", "kernel_similarity"),
-        ("layers", "representation_similarity"),
-    ):
-        spy = Mock(wraps=getattr(functional, name))
-        monkeypatch.setattr(functional, name, spy)
-        spies[key] = spy
+    for name in ("_consistency", "_pairwise"):
+        spies[name] = Mock(wraps=getattr(functional, name))
+        monkeypatch.setattr(functional, name, spies[name])
     imcl = build(network, x, **({} if weight == "all" else only(weight)))
     imcl(x, y)
-    ran = {key: spy.call_count for key, spy in spies.items()}
+    of_layers = [call.args[4] for call in spies["_pairwise"].call_args_list]  # batched
+    ran = {
+        "consistency": spies["_consistency"].call_count,
+        "kernel": of_layers.count(False),
+        "layers": of_layers.count(True),
+    }
     found = {**ran, "hooks": hooks(network), "heads": len(imcl.heads)}
     assert found == {"kernel": 0, "layers": 0, **expected}
 
@@ -358,6 +360,25 @@ def test_building_under_autocast_keeps_float32_heads(network, batch):
     assert {p.dtype for p in imcl.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("stem", [torch.float32, torch.bfloat16])
+def test_parts_of_a_network_may_have_dtypes_of_their_own(network, batch, stem):
+    """Each head has its layer's, and the loss is near that of a float32 network."""
+    x, y = batch
+    rest = torch.bfloat16 if stem == torch.float32 else torch.float32
+    expected, _ = step(build(copy.deepcopy(network), x, dropout=0.0), x, y)
+    network.to(rest)
+    network.features[:4].to(stem)
+    network.forward = lambda x: network.fc(
+        network.features[4:](network.features[:4](x.to(stem)).to(rest)).mean((2, 3))
+    )
+    imcl = build(network, x, dropout=0.0)
+    out, gradients = step(imcl, x, y)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    for name, head in zip(imcl.layers, imcl.heads, strict=False):
+        assert head.linear.weight.dtype == (stem if int(name.split(".")[1]) < 4 else rest)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=0.05, atol=0.05)
+
+
 def test_grad_scaler_scales_what_it_takes_back(network, batch):
     x, y = batch
     imcl = build(network, x, dropout=0.0)
@@ -446,6 +467,176 @@ def test_reentrant_checkpointing_of_a_layer_works_and_within_one_is_an_error(bat
         assert imcl(x, y).loss.isfinite()  # there is no gradient to lose
 
 
+class PartlyFrozen(FlatCNN):
+    """Fine-tuning: the first two of the three stages learn nothing, for one reason or another."""
+
+    def __init__(self, how):
+        super().__init__(norm=lambda width: nn.GroupNorm(2, width), inplace=False)
+        self.how = how
+        if how != "under no_grad":
+            self.features[:8].requires_grad_(False)
+
+    def forward(self, x):
+        if self.how == "in a checkpoint":
+            return self.fc(checkpoint(self.features, x, use_reentrant=False).mean((2, 3)))
+        with torch.set_grad_enabled(self.how != "under no_grad"):
+            x = self.features[:8](x)
+        return self.fc(self.features[8:](x).mean((2, 3)))
+
+
+def test_features_without_gradient_contribute_their_value(batch):
+    x, y = batch
+    found = {}
+    for how in ("frozen", "in a checkpoint", "under no_grad"):
+        torch.manual_seed(0)
+        imcl = build(PartlyFrozen(how), x, kernels=["features.8"])
+        torch.manual_seed(3)
+        out = imcl(x, y)
+        out.loss.backward()
+        found[how] = [out.terms, {name: p.grad for name, p in imcl.named_parameters()}]
+    gradients = found["frozen"][1]
+    learning = [name for name, gradient in gradients.items() if gradient is not None]
+    stages = [f"model.features.{i}." for i in range(8)]
+    assert learning == [name for name in gradients if not name.startswith(tuple(stages))]
+    for how in ("in a checkpoint", "under no_grad"):
+        torch.testing.assert_close(found[how], found["frozen"])
+
+
+@pytest.mark.parametrize("segment", [12, 4])
+def test_a_classifier_alone_learns_on_a_frozen_network(batch, segment):
+    x, y = batch
+    network = Checkpointed(segment=segment)
+    network.features.requires_grad_(False)
+    imcl = build(network, x)
+    imcl(x, y).loss.backward()
+    learning = {name.partition(".")[0] for name, p in imcl.named_parameters() if p.grad is not None}
+    assert learning == {"heads", "model"}
+    assert all(p.grad.abs().sum() > 0 for p in imcl.parameters() if p.requires_grad)
+
+
+class DropConnect(nn.Module):
+    """A parametrization with other weights dropped whenever the weight is read."""
+
+    def forward(self, weight):
+        return torch.dropout(weight, 0.5, self.training)
+
+
+MADE_ANEW = {
+    "prune": lambda module: prune.l1_unstructured(module, "weight", 0.3),
+    "weight_norm": weight_norm,
+    "spectral_norm": spectral_norm,
+    "parametrized weight_norm": parametrizations.weight_norm,
+    "parametrized spectral_norm": parametrizations.spectral_norm,
+    "drop connect": lambda module: parametrize.register_parametrization(
+        module, "weight", DropConnect()
+    ),
+}
+MADE_ANEW_FILTER = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+
+
+def made_anew(kind, **options):
+    """A network whose second convolution makes its weight of other parameters."""
+    torch.manual_seed(0)
+    network = Checkpointed(**options)
+    MADE_ANEW[kind](network.features[4])
+    return network
+
+
+def naive_kernel_step(network, x, y):
+    """Cross entropy and kernel similarity of the weights that the forward pass computes with."""
+    network.zero_grad()
+    torch.manual_seed(3)
+    with parametrize.cached():  # every weight is made once
+        logits = network(x)
+        weights = [m.weight for m in network.features if isinstance(m, nn.Conv2d)]
+    similarity = reference.pairwise_penalty(
+        weights, center=False, batched=False, penalty="square", eps=1e-12
+    )
+    (F.cross_entropy(logits, y) + WAYS_ON["kernel_weight"] * similarity).backward()
+    return logits, similarity, {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+@MADE_ANEW_FILTER
+@pytest.mark.parametrize("kind", list(MADE_ANEW))
+@pytest.mark.parametrize("late", [False, True])
+def test_kernels_are_those_that_the_forward_pass_computes_with(batch, kind, late):
+    x, y = batch[0].double(), batch[1]
+    plain = made_anew(kind, on=False).double()
+    if late:
+        torch.manual_seed(0)
+        imcl = build(Checkpointed(on=False).double(), x, **only("kernel_weight"))
+        MADE_ANEW[kind](imcl.model.features[4])
+    else:
+        imcl = build(made_anew(kind, on=False).double(), x, **only("kernel_weight"))
+    imcl.model.load_state_dict(plain.state_dict())
+    for _ in range(3):
+        out, gradients = step(imcl, x, y)
+        logits, similarity, expected = naive_kernel_step(plain, x, y)
+        torch.testing.assert_close(out.logits, logits)
+        torch.testing.assert_close(out.terms["kernel_similarity"], similarity.detach())
+        assert len(gradients) == len(expected)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[f"model.{name}"], gradient, msg=name)
+            assert gradient.abs().sum() > 0
+        if kind == "prune":
+            pruned = plain.features[4].weight_mask == 0
+            assert pruned.any() and not gradients["model.features.4.weight_orig"][pruned].any()
+        for network in (imcl.model, plain):
+            torch.optim.SGD(network.parameters(), lr=0.01).step()
+    for name, value in plain.state_dict().items():  # that of spectral norm, too
+        torch.testing.assert_close(imcl.model.state_dict()[name], value, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@MADE_ANEW_FILTER
+@pytest.mark.parametrize("kind", ["prune", "weight_norm", "parametrized weight_norm"])
+def test_kernels_made_in_a_checkpointed_segment(batch, kind):
+    x, y = batch
+    _, _, expected = naive_kernel_step(made_anew(kind, on=False), x, y)
+    imcl = build(made_anew(kind), x, **only("kernel_weight"))
+    for _ in range(2):
+        for name, gradient in step(imcl, x, y)[1].items():
+            torch.testing.assert_close(gradient, expected[name.removeprefix("model.")], msg=name)
+    x = x.clone().requires_grad_()
+    imcl = build(made_anew(kind, use_reentrant=True), x, **only("kernel_weight"))
+    if kind == "parametrized weight_norm":  # which can be made again outside
+        for name, gradient in step(imcl, x, y)[1].items():
+            torch.testing.assert_close(gradient, expected[name.removeprefix("model.")], msg=name)
+    else:
+        with pytest.raises(RuntimeError, match="kernels: .*'features.4' .*use_reentrant=False"):
+            imcl(x, y)
+    imcl.model.features[4].requires_grad_(False)  # nothing to lose
+    imcl(x, y).loss.backward()
+
+
+@MADE_ANEW_FILTER
+@pytest.mark.parametrize("kind", ["prune", "spectral_norm", "parametrized spectral_norm"])
+def test_torch_compile_takes_kernels_made_anew(batch, kind):
+    x, y = batch
+    _, _, expected = naive_kernel_step(made_anew(kind, on=False), x, y)
+    imcl = build(made_anew(kind, on=False), x, **only("kernel_weight"))
+    torch._dynamo.reset()
+    found = step(torch.compile(imcl, fullgraph=True, backend="aot_eager"), x, y)[1]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[f"_orig_mod.model.{name}"], gradient, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["parametrized spectral_norm", "drop connect"])
+def test_building_reads_no_weight_that_a_reading_changes(batch, kind):
+    network = made_anew(kind, on=False)
+    state, generator = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    IMCL(network, batch[0], **only("kernel_weight"), kernels=["features.0", "features.4"])
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_replica_of_data_parallel_is_an_error(network, batch):
+    x, y = batch
+    replica = build(network, x)._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="nn.DataParallel.*DistributedDataParallel"):
+        replica(x, y)
+
+
 def test_copies_are_independent(network, batch):
     x, y = batch
     imcl = build(network, x)
@@ -494,7 +685,7 @@ def test_state_dict_and_whole_module_round_trip(network, batch):
     expected = step(imcl, x, y)[0].loss
     assert torch.equal(step(other, x, y)[0].loss, expected)
     assert torch.equal(step(loaded, x, y)[0].loss, expected)
-    assert {key.split(".")[0] for key in imcl.state_dict()} == {"model", "heads"}
+    assert {key.split(".")[0] for key in imcl.state_dict()} == {"model", "heads", "_extra_state"}
 
 
 def test_to_moves_the_heads(network, batch):
@@ -619,6 +810,38 @@ def test_layers_by_path_run_in_the_networks_order(network, batch):
     torch.testing.assert_close(imcl(x, y).terms["kernel_similarity"], expected)
 
 
+def test_modules_may_be_called_with_keyword_arguments(network, batch):
+    x, y = batch
+    expected = step(build(copy.deepcopy(network), x, dropout=0.0), x, y)
+
+    def forward(x):
+        for layer in network.features:
+            x = layer(input=x)
+        return network.fc(input=x.mean((2, 3)))
+
+    network.forward = forward
+    imcl = build(network, x, dropout=0.0)
+    assert imcl.classifier == "fc"
+    found = step(imcl, x, y)
+    assert torch.equal(found[0].loss, expected[0].loss)
+    torch.testing.assert_close(found[1], expected[1])
+
+
+def test_a_trunk_in_inference_mode_can_be_there(network, batch):
+    x, y = batch
+    trunk, network.features = network.features[:8], network.features[8:]
+
+    def forward(x):
+        with torch.inference_mode():
+            x = trunk(x)
+        return network.fc(network.features(x.clone()).mean((2, 3)))
+
+    network.trunk, network.forward = trunk, forward
+    imcl = build(network, x, layers=["features.10", "features.11"], kernels=["features.8"])
+    imcl(x, y).loss.backward()
+    assert network.features[0].weight.grad.abs().sum() > 0  # the third stage
+
+
 def test_outputs_that_the_network_overwrites_are_passed_over(batch):
     class Overwriting(FlatCNN):
         def forward(self, x):
@@ -675,6 +898,8 @@ def without_linear(network):
         (dict(representation_weight=float("nan")), ValueError, "representation_weight: "),
         (dict(kernel_weight=float("inf")), ValueError, "kernel_weight: "),
         (dict(views=1), ValueError, "views: "),
+        (dict(views=np.float32(2)), ValueError, "views: "),
+        (dict(dropout=torch.tensor(0.5)), TypeError, r"dropout: .*\.tolist\(\)"),
         (dict(dropout=1.0), ValueError, "dropout: "),
         (dict(output_temperature=0), ValueError, "output_temperature: "),
         (dict(multilayer_temperature=-2), ValueError, "multilayer_temperature: "),
@@ -692,6 +917,15 @@ def test_bad_arguments_are_named(network, batch, change, error, message):
     with pytest.raises(error, match=message):
         IMCL(network, change.pop("example_input", batch[0]), **change)
     assert hooks(network) == 0
+
+
+def test_numbers_may_be_numpys(network, batch):
+    x, y = batch
+    given = dict(views=np.int64(3), dropout=np.float32(0.5), kernel_weight=np.float16(2),
+                 output_temperature=np.int8(2), center=np.False_)  # fmt: skip
+    plain = dict(views=3, dropout=0.5, kernel_weight=2.0, output_temperature=2.0, center=False)
+    losses = [step(build(network, x, **options), x, y)[0].loss for options in (given, plain)]
+    assert torch.equal(*losses)
 
 
 def test_bad_networks_are_named(network, batch):

@@ -48,8 +48,11 @@ def test_there_are_levels() -> None:
     usable(CPP)
     assert "baseline" in LEVELS
     assert set(LEVELS) <= set(operators.build_info.isa_compiled())
+    # Dot products of bfloat16 are not quicker than those of float32 everywhere.
+    best = [level for level in LEVELS if level != "avx512bf16"][0]
     wanted = os.environ.get("IMCL_FAST_ISA")
-    assert operators.build_info.isa_chosen() == (wanted or LEVELS[0])
+    chosen = operators.build_info.isa_chosen()
+    assert chosen == wanted if wanted else chosen in (LEVELS[0], best)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -74,7 +77,8 @@ def cross_section() -> None:
         for penalty in PENALTIES:
             for shape in ((2, 9, 5, 5), (2, 37, 3, 3), (1, 70, 75), (2, 18, 2)):
                 for layout in ("contiguous", "channels_last", "sliced"):
-                    spec = Matrices(shape, True, layout, dead=0.1, offset=1.0, seed=1)
+                    spec = Matrices(shape, True, layout, dead=0.1, offset=1.0, seed=1,
+                                    shared=3 * (penalty == "abs"))
                     check_pairwise(
                         CPP, [spec.build(dtype)], batched=True, penalty=penalty,
                         center=layout != "contiguous",

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from imcl_fast import IMCL, data, objectives
 from imcl_fast.ilr import MultiHead
@@ -55,6 +56,26 @@ def test_every_objective_keeps_the_contract_and_learns(network, batch, method):
     assert all(v.shape == () and not v.requires_grad for v in out.terms.values())
     assert losses[-1] < 0.8 * losses[0]
     assert torch.equal(o.eval()(x), o.model(x))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "cross entropy"])
+def test_wrappers_find_every_tensor_in_an_output(network, batch, method):
+    x, y = batch
+    ways = () if method == "cross entropy" else WAYS
+    o = build("imcl" if method == "cross entropy" else method, network, x, ways=ways)
+    out = o(x, y)
+    leaves, spec = tree_flatten(out)
+    assert leaves[0] is out.loss and leaves[1] is out.logits
+    assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    assert not any(leaf.requires_grad for leaf in leaves[2:])
+    back, doubled = tree_unflatten(leaves, spec), tree_map(lambda tensor: 2 * tensor, out)
+    assert type(back) is type(out)
+    assert back.loss is out.loss and back.logits is out.logits
+    assert back.terms == out.terms
+    assert doubled.terms == {key: 2 * value for key, value in out.terms.items()}
+    assert tree_flatten(out)[1] == spec  # also with the terms worked out
+    back.loss.backward()
+    assert all(p.grad is not None for p in o.parameters())
 
 
 def test_methods_by_name(network, batch):

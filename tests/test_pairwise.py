@@ -123,7 +123,8 @@ def test_feature_shapes(impl: Impl, shape, center: bool, penalty: str) -> None:
     among = product((torch.float32, torch.bfloat16), ("contiguous", "channels_last"))
     turn = FEATURE_SHAPES.index(shape) + PENALTIES.index(penalty) + 3 * center
     for dtype, layout in cases(impl, among, turn):
-        spec = Matrices(shape, True, layout, dead=0.1, offset=0.3, seed=len(shape))
+        spec = Matrices(shape, True, layout, dead=0.1, offset=0.3, seed=len(shape),
+                        shared=3 * (penalty == "abs" and center))
         check_pairwise(
             impl, [spec.build(dtype, impl.device)], batched=True, penalty=penalty, center=center
         )

@@ -127,6 +127,8 @@ def test_the_last_row_of_a_repeated_epoch_counts(tmp_path):
         ("metrics.csv", "epoch,a\n1,2,3\n2,2\n", "line 2: expected 2 columns, got 3"),
         ("metrics.csv", "epoch,a\n1,x\n2,2\n", "column a: could not convert string to float"),
         ("metrics.csv", b"\xff\xfe\x00", "metrics.csv: expected CSV"),
+        ("metrics.csv", "\n\n", "expected CSV whose first column is epoch, got ''"),
+        ("metrics.csv", "train_loss,lr\n1,2\n", "column is epoch, got 'train_loss,lr'"),
         ("redundancy_after.json", '[{"name": "a"}]', "expected layers with columns, kind, rows"),
         ("redundancy_after.json", "{}", "expected a list, got dict"),
     ],

@@ -21,11 +21,15 @@ from training_processes import (
     wait_for,
 )
 
+from imcl_fast.reports.run import read_run
+
 # How often runs are killed: 20 and more for a study of it.
 KILLS = int(os.environ.get("IMCL_FAST_KILLS", "3"))
 EVERY_STEP = (
     "--checkpoint-every", "1", "--ema", "0.9", "--accumulate", "2", "--keep", "2",
     "--ways-warmup-epochs", "2", "--evaluate-every", "2",
+    # Of the two batches of a step the first, the second or none has such a way.
+    "--representation-interval", "3", "--kernel-interval", "6",
 )  # fmt: skip
 
 
@@ -133,6 +137,19 @@ def test_a_complete_run_is_left_as_it_is(uninterrupted, tmp_path):
     assert_identical(run, uninterrupted[0])
 
 
+def test_damaged_tables_are_mended(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    lines = (run / "steps.csv").read_bytes().splitlines(keepends=True)
+    (run / "steps.csv").write_bytes(b"".join([*lines[:5], b"\xff\0,\n", *lines[6:]]))
+    (run / "metrics.csv").write_bytes(b"\xff\0,\n")
+    command = start(run)
+    assert command.wait() == 0, command.err
+    assert f"{run}/steps.csv: 1 damaged lines are left out" in command.out
+    assert (run / "steps.csv").read_bytes() == b"".join(lines[:5] + lines[6:])
+    assert table(run / "metrics.csv") == table(uninterrupted[0] / "metrics.csv")
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -153,6 +170,28 @@ def test_a_folder_with_a_run_in_it_is_refused(uninterrupted, tmp_path):
     command = Command([*SMALL, "--run-dir", str(uninterrupted[0])], tmp_path)
     assert command.wait() == 2
     assert command.err.count("\n") == 1 and "already holds a run" in command.err
+
+
+def test_a_run_that_is_going_on_is_left_alone(tmp_path):
+    run = tmp_path / "run"
+    command = Command([*SMALL, "--epochs", "1000", "--run-dir", str(run)], tmp_path)
+    wait_for(lambda: (run / "steps.csv").exists())
+    try:
+        command.kill(signal.SIGSTOP)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        pid = command.processes[0].pid
+        for more in (["--resume", "auto", "--epochs", "1000"], ["--width", "4"]):
+            other = Command([*SMALL, *more, "--run-dir", str(run)], tmp_path / "other")
+            assert other.wait() == 2
+            assert other.err.count("\n") == 1 and f"(process {pid} on " in other.err
+            assert {path: path.read_bytes() for path in before} == before
+            assert set(before) == {path for path in run.rglob("*") if path.is_file()}
+        assert not read_run(run).finished  # whoever wants to look may
+    finally:
+        command.kill()
+        command.wait()
+    again = Command([*SMALL, "--epochs", "9", "--resume", "auto", "--run-dir", str(run)], tmp_path)
+    assert again.wait() == 2 and "was run with other settings" in again.err  # no longer locked
 
 
 @contextlib.contextmanager

@@ -24,11 +24,13 @@ DRIVER = Path(__file__).resolve().parent / "driver/kernels.cpp"
 JOBS = 2  # compilers at once
 ADDRESS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-O1", "-g1", "-fsanitize=thread"]
+STAND_IN = "-DIMCL_MATRIX_UNIT_STAND_IN"
 
 
-def flags() -> tuple[list[str], dict[str, list[str]]]:
-    """Those of every file and those of each ISA level; importing setup.py would build."""
-    wanted = ("CXXFLAGS", "AVX512", "INTRINSICS", "ISA_FLAGS")
+def flags() -> tuple[list[str], dict[str, list[str]], tuple[str, ...]]:
+    """Those of every file, those of each ISA level, and the levels of products
+    only, read out of setup.py, which isn't run."""
+    wanted = ("CXXFLAGS", "AVX512", "INTRINSICS", "ISA_FLAGS", "PRODUCTS_ONLY")
     setup = ast.parse((ROOT / "setup.py").read_text())
     setup.body = [
         node
@@ -40,7 +42,7 @@ def flags() -> tuple[list[str], dict[str, list[str]]]:
     levels = {isa: own.split() for isa, own in names["ISA_FLAGS"].items()}
     if platform.machine().lower() not in ("x86_64", "amd64"):
         levels = {"baseline": levels["baseline"]}
-    return [*names["CXXFLAGS"].split(), f"-I{CPU}"], levels
+    return [*names["CXXFLAGS"].split(), f"-I{CPU}"], levels, names["PRODUCTS_ONLY"]
 
 
 def compiler() -> str:
@@ -84,15 +86,20 @@ def compile_all(cxx: str, folder: Path, jobs: dict[str, list[object]]) -> list[P
     return outputs
 
 
-def kernel_jobs(extra: Iterable[str] = (), only: Iterable[str] | None = None) -> dict:
+def kernel_jobs(
+    extra: Iterable[str] = (), only: Iterable[str] | None = None, unit: list[str] | None = None
+) -> dict:
     """Compilations of the per-ISA kernels, the baseline before what needs a newer CPU: of what
-    several objects define the linker takes the first."""
-    common, levels = flags()
+    several objects define the linker takes the first. With ``unit``, flags for the CPU at hand,
+    the matrix unit is a stand-in."""
+    common, levels, products_only = flags()
+    if unit is not None and "amx" in levels:
+        levels["amx"] = [*unit, "-DIMCL_MATRIX_UNIT", STAND_IN]
     return {
         f"{op}_{isa}": [*common, f"-DIMCL_ISA={isa}", *own, *extra, CPU / f"{op}_kernels.cpp"]
         for op in ("consistency", "pairwise")
         for isa, own in reversed(levels.items())
-        if only is None or isa in only
+        if (only is None or isa in only) and (op == "pairwise" or isa not in products_only)
     }
 
 
@@ -145,12 +152,19 @@ def test_kernels_define_nothing_that_two_isas_share(plain_kernels: list[Path]) -
         assert not foreign, f"{path.name} defines what other objects may define too: {foreign}"
 
 
+def cpu_has(feature: str) -> bool:
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and f" {feature} " in f"{cpu.read_text()} ".replace("\n", " ")
+
+
 def test_kernels_under_address_and_undefined_sanitizer(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    """At every level of this CPU, and that of the matrix unit on a stand-in for it."""
     folder = tmp_path_factory.mktemp("address")
     cxx = sanitizing_compiler(folder, ADDRESS)
-    jobs = {**driver_jobs(ADDRESS), **kernel_jobs(ADDRESS)}
+    unit = ["-mavx2", "-mfma"] if cpu_has("avx2") else []
+    jobs = {**driver_jobs([*ADDRESS, STAND_IN]), **kernel_jobs(ADDRESS, unit=unit)}
     objects = dict(zip(jobs, compile_all(cxx, folder, jobs), strict=True))
     # A small quarantine: what is freed here is not used again, and new pages take time.
     environment = {**os.environ, "ASAN_OPTIONS": "quarantine_size_mb=8"}
@@ -166,6 +180,27 @@ def test_kernels_under_address_and_undefined_sanitizer(
         reports = [pool.submit(report, "scratch"), pool.submit(report, "own_scratch", "7")]
         for done in reports:
             print(done.result())
+            if platform.machine().lower() in ("x86_64", "amd64"):
+                assert done.result().startswith("amx ")
+
+
+def test_the_stand_in_gives_the_bits_of_the_matrix_unit(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    if not cpu_has("amx_bf16"):
+        pytest.skip("this CPU has no matrix unit (AMX) to compare the stand-in with")
+    cxx, bits = compiler(), {}
+    avx512 = flags()[1]["avx512bf16"]
+    for name, extra, unit in (("unit", [], None), ("stand_in", [STAND_IN], avx512)):
+        folder = tmp_path_factory.mktemp(name)
+        jobs = {**driver_jobs(extra), **kernel_jobs(unit=unit)}
+        del jobs["own_scratch"]
+        program = folder / name
+        run([cxx, "-pthread", *compile_all(cxx, folder, jobs), "-o", program])
+        report = run([program, "5", "amx"])
+        print(report)
+        bits[name] = report.split("bits ")[1]
+    assert bits["unit"] == bits["stand_in"]
 
 
 def test_kernels_under_thread_sanitizer(

@@ -9,11 +9,12 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_processes import SMALL, table
 
-from imcl_fast import models, objectives, train
+from imcl_fast import models, objectives, operators, train
 from imcl_fast.training import flags
 from imcl_fast.training.config import SETTINGS, TrainConfig
 from imcl_fast.training.errors import UsageError
@@ -234,6 +235,8 @@ def fails(capsys, *arguments):
          "argument --ways-warmup-epochs: expected 0 with compile, .* got 1"),
         ("--ways-warmup-epochs 10.5",
          r"argument --ways-warmup-epochs: expected at most epochs \(10\), got 10.5"),
+        ("--threads 9999999", r"argument --threads: expected a number in \[1, 4096\], got 9999999"),
+        ("--run-dir=", "argument --run-dir: expected a folder, got ''"),
         ("--evaluate-every 0", "argument --evaluate-every: expected at least 1, got 0"),
         ("--epoch 1", "unrecognized arguments: --epoch 1"),
         ("--dataset mnist", "argument --dataset: invalid choice: 'mnist'"),
@@ -256,11 +259,12 @@ def test_bad_flags_are_named(capsys, arguments, message):
         ("--image-size 64 --stem-stride 2", "stem_stride: expected 1 for a ResNet"),
         ("--layers layer9", "layers: the network has no module 'layer9'"),
         ("--kernels conv9", "kernels: the network has no module 'conv9'"),
+        ("--width 1000000", r"width: can't make the network \(.*\); make it smaller"),
         ("--device tpu9", "device: expected one that is there, got 'tpu9'"),
     ],
 )
 def test_what_the_data_or_the_network_do_not_allow_is_named(capsys, tmp_path, arguments, message):
-    flags = [*arguments.split(), "--width", "2", "--run-dir", str(tmp_path / "run")]
+    flags = ["--width", "2", *arguments.split(), "--run-dir", str(tmp_path / "run")]
     code, err = fails(capsys, *flags)
     assert code == 2 and re.search(message, err)
 
@@ -269,6 +273,51 @@ def test_a_run_folder_that_is_a_file_is_named(capsys, tmp_path):
     (tmp_path / "run").write_text("")
     code, err = fails(capsys, *SMALL, "--run-dir", str(tmp_path / "run"))
     assert code == 2 and "run_dir: can't use" in err
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected the number, at least 1, .*, got 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: expected the number, at least 1, .*, got '0'"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK: expected the number, at least 0, .*, got 'x'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2 processes .* can't find each other .*RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK: expected the number, .*, got 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK: expected the number, .*, got '-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "7"}, r"RANK: expected less than WORLD_SIZE \(2\), got 7"),
+        ({"RANK": "3", "LOCAL_RANK": "x"}, "LOCAL_RANK: "),  # alone, whatever is left in RANK
+    ],
+)
+def test_bad_variables_are_named(capsys, tmp_path, monkeypatch, variables, message):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, err = fails(capsys, *SMALL, "--run-dir", str(tmp_path / "run"))
+    assert code == 2 and re.search(message, err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(operators.build_info is None, reason=operators.LOAD_ERROR or "it is there")
+def test_a_bad_instruction_set_is_named(tmp_path):
+    """In a process of its own, for it is chosen once."""
+    code = (
+        "from imcl_fast import demo, env, train\n"
+        f"print(train.main(['--run-dir', {str(tmp_path / 'run')!r}]), demo.main([]))\n"
+        "print(env.report())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "IMCL_FAST_ISA": "mmx"},
+    )
+    assert done.returncode == 0, done.stderr
+    message = r'IMCL_FAST_ISA: expected one of .*baseline, got "mmx"'
+    assert re.search(rf"^imcl-train: {message}$", done.stderr, re.MULTILINE)
+    assert re.search(rf"^python -m imcl_fast.demo: {message}$", done.stderr, re.MULTILINE)
+    assert "2 2" in done.stdout and re.search(rf"ISA chosen +{message}", done.stdout)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(capsys, tmp_path):
@@ -304,7 +353,8 @@ def test_a_configuration_is_the_same_after_json_and_after_flags():
         ways=("output", "kernel"), weights={"kernel": 5.0}, width=8, train_images=100, ema=0.5,
         layers=("layer1", "layer2"), center=False, augment=False, run_dir=Path("a b"),
         deterministic=True, dropout=0.25, lr=1, beta=0.5, stem_stride=2, ways_warmup_epochs=1.5,
-        evaluate_every=3, kernels=("conv1", "fc"), clip_norm=2,
+        evaluate_every=3, kernels=("conv1", "fc"), clip_norm=2, representation_interval=4,
+        kernel_interval=8,
     )  # fmt: skip
     assert TrainConfig.from_json(json.loads(json.dumps(config.as_json()))) == config
     assert flags.parse(flags.command(config), "imcl-train", "") == config
@@ -313,15 +363,48 @@ def test_a_configuration_is_the_same_after_json_and_after_flags():
     assert config.label == "output+kernel" and TrainConfig(ways=()).label == "ce"
 
 
+def test_settings_may_be_numpys():
+    given = TrainConfig(
+        views=np.int64(2), lr=np.float32(0.5), center=np.False_, dataset=np.str_("digits"),
+        weights={"kernel": np.float16(5)}, warmup_epochs=np.int8(1),
+    )  # fmt: skip
+    plain = TrainConfig(
+        views=2, lr=0.5, center=False, dataset="digits", weights={"kernel": 5.0}, warmup_epochs=1.0
+    )
+    assert given == plain and json.dumps(given.as_json()) == json.dumps(plain.as_json())
+
+
 def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_path):
     config = TrainConfig(width=8, seed=3)
     content = config.as_json()
     del content["kernels"], content["ways_warmup_epochs"]
     assert TrainConfig.from_json(content) == config
     (tmp_path / "config.json").write_text(json.dumps({**content, "versions": {}, "machine": {}}))
-    Records.claim(tmp_path, replace(config, resume="auto"))
-    with pytest.raises(UsageError, match=r"kernels \(was None, is \('fc',\)\)"):
-        Records.claim(tmp_path, replace(config, resume="auto", kernels=("fc",)))
+    with Records.claim(tmp_path, replace(config, resume="auto")):
+        pass
+    other = replace(config, resume="auto", kernels=("fc",))
+    with (
+        pytest.raises(UsageError, match=r"kernels \(was None, is \('fc',\)\)"),
+        Records.claim(tmp_path, other),
+    ):
+        pass
+
+
+def test_damaged_rows_of_steps_are_left_out(tmp_path):
+    path = tmp_path / "steps.csv"
+    whole = b"step,epoch,loss,lr\n1,1,2.5,0.1\n2,1,nan,0.1\n3,1,2.25,0.1\n"
+    path.write_bytes(whole + b"4,1,2.2,0.1\n5,1,2.")
+    (tmp_path / "metrics.csv").write_text("epoch\n9\n")
+    assert Records(tmp_path).go_on(3, []) is None  # what comes after step 3 will come again
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["steps.csv"]
+    damaged = whole.replace(b"2,1,nan", b"\xff\xfe,1,") + b"\n3,1\n3,1,2.2,0.1,7\n2.5,1,2.0,0.1\n"
+    path.write_bytes(damaged)
+    line = Records(tmp_path).go_on(3, [])
+    assert line.startswith(f"{path}: 5 damaged lines are left out; ") and "\n" not in line
+    assert path.read_bytes() == b"step,epoch,loss,lr\n1,1,2.5,0.1\n3,1,2.25,0.1\n"
+    assert (tmp_path / "steps.csv.damaged").read_bytes() == damaged
+    path.write_bytes(whole[3:])
+    assert "3 damaged lines" in Records(tmp_path).go_on(3, []) and path.read_bytes() == b""
 
 
 @pytest.mark.parametrize(
@@ -331,6 +414,8 @@ def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_p
         (lambda c: c.update(sede=1), "config: unknown settings sede"),
         (lambda c: c.update(seed="1"), r"seed: expected int, got '1' \(str\)"),
         (lambda c: c.update(seed=True), r"seed: expected int, got True \(bool\)"),
+        (lambda c: c.update(seed=2**70), "seed: expected an int of 64 bits, got one of 71"),
+        (lambda c: c.update(lr=10**400), "lr: expected more than 0, got inf"),
         (lambda c: c.update(ways=[1]), r"ways: expected str, got 1 \(int\)"),
     ],
 )

@@ -1,5 +1,6 @@
 """The Trainer from Python, its parts, and the demo, on the real digits."""
 
+import copy
 import os
 import re
 import signal
@@ -10,10 +11,21 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from training_processes import table
 
 import imcl_fast
-from imcl_fast import TrainConfig, Trainer, data, demo, implementations, models, objectives
+from imcl_fast import (
+    TrainConfig,
+    Trainer,
+    data,
+    demo,
+    implementations,
+    models,
+    objectives,
+    training,
+)
+from imcl_fast.reports.run import read_run
 from imcl_fast.training.distributed import Processes
 from imcl_fast.training.errors import (
     CheckpointError,
@@ -30,6 +42,7 @@ from imcl_fast.training.optimization import (
 )
 from imcl_fast.training.preparation import build_network, build_objective, prepare_data
 from imcl_fast.training.progress import Console, Observer, epoch_text
+from imcl_fast.training.state import EpochSums, _joint_sums
 from imcl_fast.training.way_costs import way_seconds
 
 TERMS = [
@@ -144,6 +157,64 @@ def test_a_network_of_ones_own_is_trained_and_stays_plain(digits):
     assert trainer.network is network
     assert not torch.equal(network[1].weight, before)
     assert summary["last_test_accuracy"] > 0
+
+
+def normalised_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5),
+        nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ways", [(), ("output", "kernel")], ids=["cross entropy", "two ways"])
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_parts_that_are_frozen_in_eval_mode_stay_so(digits, tmp_path, ways, ema):
+    network, modes = normalised_network(), []
+    network[1].requires_grad_(False).eval()  # as in fine-tuning
+    network[3].eval()
+    network.register_forward_pre_hook(
+        lambda network, _: modes.append([module.training for module in network])
+    )
+    settings = config(
+        ways=ways, ema=ema, epochs=2, run_dir=tmp_path, resume="never", report=True,
+        measure_ways=True,
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    trainer = Trainer(settings, data_set=digits, network=network, observer=QUIET)
+    trainer.fit()
+    frozen = [i not in (1, 3) for i in range(10)]
+    assert frozen in modes and all(mode in (frozen, [False] * 10) for mode in modes)
+    for found in (network, trainer.network):
+        state = found.state_dict()
+        kept = [name for name, value in before.items() if torch.equal(state[name], value)]
+        assert kept == [name for name in before if name.startswith("1.")]
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_pruned_network_is_trained(digits, tmp_path, ema):
+    network = normalised_network()
+    prune.l1_unstructured(network[4], "weight", 0.5)
+    before = network[4].weight_orig.detach().clone()
+    settings = config(
+        ways=("kernel",), ema=ema, weight_decay=0.0, run_dir=tmp_path, measure_ways=True
+    )
+    trainer = Trainer(settings, data_set=digits, network=network, observer=QUIET)
+    trainer.fit()
+    kept = network[4].weight_mask == 1
+    assert 0 < kept.sum() < kept.numel()
+    assert ((network[4].weight_orig != before) == kept).all()
+
+
+def test_a_network_in_eval_mode_is_put_in_train_mode(digits):
+    network = normalised_network().eval()
+    before = network[1].running_var.clone()
+    modes = []
+    network[1].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    Trainer(config(ways=()), data_set=digits, network=network, observer=QUIET).fit()
+    assert not torch.equal(network[1].running_var, before)
+    assert modes.count(True) == 4  # steps
 
 
 def test_layers_and_kernels_are_those_that_are_named(digits):
@@ -270,6 +341,82 @@ def test_every_way_s_weight_rises_and_ends_as_it_was():
         share = {0: 1 / 4, 1: 1 / 2, 2: 3 / 4}.get(step, 1)
         assert [getattr(imcl, name) for name in names] == [share * weight for weight in full]
     assert len(imcl(torch.rand(2, 1, 16, 16), torch.tensor([0, 1])).terms) == 4
+
+
+def test_terms_of_ways_on_a_schedule_are_averaged_over_the_steps_that_have_them(digits, tmp_path):
+    settings = config(
+        epochs=3, batch_size=20, log_every=1, representation_interval=4, kernel_interval=8,
+        evaluate_every=2, run_dir=tmp_path / "run",
+    )  # fmt: skip
+    trainer = Trainer(settings, data_set=digits, observer=QUIET)
+    trainer.fit()
+    steps = table(tmp_path / "run" / "steps.csv")
+    assert list(steps[0]) == ["step", "epoch", "loss", *TERMS[:4], "lr", TERMS[4]]
+    # A step without the way shows what was seen last, nothing before it was seen.
+    shown = [row["kernel_similarity"] for row in steps]
+    assert shown[:2] == ["", ""] and len(set(shown[2:10])) == 1 and len(set(shown)) == 5
+    assert all(float(row["representation_similarity"]) for row in steps)
+    for epoch in range(3):
+        place = range(10 * epoch, 10 * (epoch + 1))
+        for name, every, first in (("representation", 4, 0), ("kernel", 8, 2), ("cross", 1, 0)):
+            name = next(term for term in TERMS if term.startswith(name))
+            computed = [float(steps[i][name]) for i in place if i % every == first]
+            mean = sum(computed) / len(computed)
+            assert trainer.rows[epoch][name] == pytest.approx(mean, rel=1e-6), name
+        losses = [float(steps[i]["loss"]) for i in place]
+        assert trainer.rows[epoch]["train_loss"] == pytest.approx(sum(losses) / 10, rel=1e-6)
+    assert [len(row) for row in table(tmp_path / "run" / "metrics.csv")] == 3 * [14]
+
+
+def test_an_epoch_without_a_way_s_turn_has_an_empty_cell(digits, tmp_path):
+    settings = config(
+        train_images=100, epochs=3, kernel_interval=8, evaluate_every=2, log_every=1,
+        run_dir=tmp_path / "run",
+    )  # fmt: skip
+    Trainer(settings, data_set=digits, observer=QUIET).fit()
+    rows = table(tmp_path / "run" / "metrics.csv")  # of two steps each
+    assert [bool(row["kernel_similarity"]) for row in rows] == [True, False, False]
+    assert [bool(row["test_accuracy"]) for row in rows] == [False, True, True]
+    run = read_run(tmp_path / "run")
+    assert run.terms[-1] == "kernel_similarity" and run.metrics["kernel_similarity"][1:] == [
+        None, None,
+    ]  # fmt: skip
+
+
+class Two:
+    """Stands for two processes that have added up the same."""
+
+    rank, world, first, device = 0, 2, True, torch.device("cpu")
+
+    def sum(self, values):
+        return 2 * values
+
+
+def test_sums_are_kept_for_each_term():
+    sums = EpochSums()
+    sums.add({"loss": torch.tensor(1.0), "a": torch.tensor(4.0)})
+    sums.add({"loss": torch.tensor(3.0)})
+    sums.add({"loss": torch.tensor(8.0), "a": torch.tensor(6.0), "b": torch.tensor(0.5)})
+    assert sums.means(Two()) == {"loss": 4.0, "a": 5.0, "b": 0.5}
+    assert sums.batches == 3
+
+
+def test_sums_of_other_processes_and_of_older_versions_are_gone_on_with():
+    sums = EpochSums()
+    for value in (1.0, 3.0):
+        sums.add({"loss": torch.tensor(value), "a": torch.tensor(2 * value)})
+    sums.add({"loss": torch.tensor(8.0)})
+    alone = Processes(0, 1, torch.device("cpu"))
+    joint = _joint_sums([dict(vars(sums)), dict(vars(sums)), dict(vars(sums))], alone)
+    assert joint.means(alone) == sums.means(alone) == {"loss": 4.0, "a": 4.0}
+    assert (joint.batches, sums.batches) == (9, 3)
+    # As a version stored them that had the same terms in every batch.
+    old = {"batches": 2, "names": ["loss", "a"], "totals": torch.tensor([4.0, 8.0])}
+    old = {**old, "seconds": 1.5, "data_seconds": 0.5}
+    joint = _joint_sums([old, old], alone)
+    assert joint.means(alone) == {"loss": 2.0, "a": 4.0} and joint.batches == 4
+    fresh = {"batches": 0, "names": [], "totals": None, "seconds": 0.0, "data_seconds": 0.0}
+    assert _joint_sums([fresh], alone) == EpochSums()
 
 
 def test_accuracy_is_measured_as_often_as_asked_and_at_the_end(digits, tmp_path):
@@ -485,6 +632,22 @@ def test_the_cost_of_the_only_way_is_measured_whatever_its_options(digits, tmp_p
     )
     summary = Trainer(settings, data_set=digits, observer=QUIET).fit()
     assert list(summary["way_seconds"]) == ["kernel"]
+
+
+def test_the_cost_of_a_way_on_a_schedule_is_spread_over_its_interval(
+    digits, tmp_path, monkeypatch
+):
+    def fixed(network, build, ways, step, images, labels, *, allowed):
+        imcl = build(copy.deepcopy(network), "output")
+        assert (imcl.representation_interval, imcl.kernel_interval) == (1, 1)
+        return dict.fromkeys(ways, 8.0)
+
+    monkeypatch.setattr(training.trainer, "way_seconds", fixed)
+    settings = config(
+        representation_interval=2, kernel_interval=4, measure_ways=True, run_dir=tmp_path / "run"
+    )
+    summary = Trainer(settings, data_set=digits, observer=QUIET).fit()
+    assert list(summary["way_seconds"].values()) == [8.0, 8.0, 4.0, 2.0]
 
 
 def test_importing_the_package_does_not_import_the_trainer():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import Impl
@@ -64,7 +66,9 @@ def tensors(name: str, good: torch.Tensor, low: torch.Tensor) -> list[Bad]:
 
 
 NUMBERS = [(NAN, ValueError), (INF, ValueError), ("1", TypeError), (None, TypeError),
-           (True, TypeError), (torch.tensor(1.0), TypeError)]
+           (True, TypeError), (torch.tensor(1.0), TypeError), (np.array(1.0), TypeError),
+           (np.bool_(True), TypeError), (1j, TypeError), (10**400, ValueError),
+           (np.float32("inf"), ValueError), (np.float64("nan"), ValueError)]
 CHOICES = [("cubic", ValueError), ("", ValueError), (None, TypeError), (2, TypeError)]
 IMPLS = [Bad("impl", "fast", ValueError, "'fast'"), Bad("impl", "", ValueError),
          Bad("impl", None, (TypeError, ValueError)), Bad("impl", 1, (TypeError, ValueError))]
@@ -134,6 +138,15 @@ CONSISTENCY = [
     Bad("ignore_index", None, TypeError, "NoneType"),
     Bad("ignore_index", 1.5, TypeError, "float"),
     Bad("ignore_index", "none", TypeError, "str"),
+    Bad("ignore_index", torch.tensor(1), TypeError, ".tolist()"),
+    Bad("ignore_index", 2**70, ValueError, "71"),
+    Bad("ignore_index", np.float32(1), TypeError, "float"),
+    Bad("temperature", torch.tensor(2.0), TypeError, ".tolist() outside of the training step"),
+    Bad("ce_weight", np.ones(3), TypeError, "ndarray; convert it with .tolist()"),
+    Bad("ce_weight", [torch.tensor(1.0)] * 3, TypeError, ".tolist()"),
+    Bad("temperature", Fraction(1, 10**400), ValueError, "0.0"),  # as a float
+    Bad("label_smoothing", Fraction(10**400 - 1, 10**400), ValueError, "1.0"),
+    Bad("groups", torch.tensor([3]), TypeError, ".tolist()"),
     *(Bad("reduction", value, error) for value, error in CHOICES),
     Bad("groups", [1, 1], ValueError, "[1, 1]"),
     Bad("groups", [4], ValueError, "[4]"),
@@ -253,6 +266,39 @@ def test_good_arguments_in_every_spelling(impl: Impl) -> None:
         F.representation_similarity((x,), eps=0, impl=impl.name),
         F.representation_similarity([x], impl=impl.name),
     )
+
+
+@pytest.mark.parametrize(
+    "two", [np.float16(2), np.float32(2), np.float64(2), np.longdouble(2), np.int64(2),
+            np.uint8(2), Fraction(2)], ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_numbers_may_be_numpys(two: object) -> None:
+    """The values are exactly those of Python's numbers, in functions and modules, and the modules
+    hold Python's, which torch.compile needs."""
+    options = {"temperature": 2.0, "ce_weight": 2.0, "kl_weight": [2.0, 1.0, 2.0]}
+    given = {"temperature": two, "ce_weight": two, "kl_weight": [two, 1.0, two]}
+    expected = F.collaborative_consistency(Z, Y, **options, impl="torch")
+    assert torch.equal(F.collaborative_consistency(Z, Y, **given, impl="torch"), expected)
+    module = imcl_fast.CollaborativeConsistencyLoss(**given, impl="torch")
+    assert torch.equal(module(Z, Y), expected)
+    assert {type(x) for x in (module.temperature, *module.kl_weight)} <= {int, float}
+    features = [F.representation_similarity(X, eps=e, impl="torch") for e in (2.0, two)]
+    assert torch.equal(*features)
+    weights = [imcl_fast.KernelSimilarityLoss(eps=e, impl="torch")(W) for e in (2.0, two)]
+    assert torch.equal(*weights)
+
+
+def test_integers_and_bools_may_be_numpys() -> None:
+    given = {"ignore_index": np.int16(-100), "groups": [np.int64(1), np.uint8(2)],
+             "detach_teacher": np.False_}  # fmt: skip
+    plain = {"ignore_index": -100, "groups": [1, 2], "detach_teacher": False}
+    expected = F.collaborative_consistency(Z, Y, **plain, impl="torch")
+    assert torch.equal(F.collaborative_consistency(Z, Y, **given, impl="torch"), expected)
+    module = imcl_fast.CollaborativeConsistencyLoss(**given, impl="torch")
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(Z, Y), expected)
+    centred = [imcl_fast.RepresentationSimilarityLoss(center=c, impl="torch")(X)
+               for c in (True, np.True_)]  # fmt: skip
+    assert torch.equal(*centred)
 
 
 def test_the_interpreter_of_an_old_triton_needs_an_old_numpy(

@@ -16,7 +16,7 @@ from imcl_fast.training.errors import DiskFullError
 from imcl_fast.training.flags import Parser
 
 from ..render import MarkerError, fill_places
-from . import penalties, results, runs, study_file, tables
+from . import migrations, penalties, results, runs, study_file, tables
 from .analysis import Analysis
 from .plot import plot
 from .progress import Progress
@@ -87,7 +87,10 @@ def publish(folder: Path) -> None:
         planned = study_file.load(name)
         store = results.Store(folder / f"{name}.csv", planned)
         analyses[name] = Analysis(planned, store.results.values())
-    places = {**tables.places(analyses), **penalties.places(folder)}
+    counts = {name: len(found.results) for name, found in analyses.items()}
+    places = {
+        **tables.places(analyses), **penalties.places(folder), **migrations.places(counts),
+    }  # fmt: skip
     shown: set[str] = set()
     for document in DOCUMENTS:
         filled = fill_places(document, "accuracy", places)

@@ -153,9 +153,10 @@ def layers(found: Mapping[str, Any]) -> str:
 def source(found: Mapping[str, Any]) -> str:
     """Where the figures come from."""
     made = found["facts"]
+    commit = "commit not recorded" if made["commit"] == "unknown" else f"commit {made['commit']}"
     return (
         f"ResNet-18 of the study above, seed {found['seed']}, {found['images']} training images; "
-        f"{made['cpu']}, torch {made['torch']}, commit {made['commit']}, {made['date']}.\n"
+        f"{made['cpu']}, torch {made['torch']}, {commit}, {made['date']}.\n"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from imcl_fast.reports.run import Run, UnreadableRun, read_run
-from imcl_fast.training import flags
+from imcl_fast.training import flags, lock
 from imcl_fast.training.interruption import Interruption
 from imcl_fast.training.records import CHECKPOINTS
 
@@ -230,12 +229,12 @@ def _seconds(folder: Path) -> float:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """Hold a lock that ends with the last process that has its file open."""
-    with open(folder / ".lock", "w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            descriptor = stack.enter_context(lock.hold(folder))
+        except lock.Held as error:
             raise Busy(
-                f"{folder}: in use by another python -m bench.accuracy, or by runs that one has "
-                "started and that are still stopping; wait for them, or end them"
+                f"{folder}: in use by another python -m bench.accuracy ({error}), or by runs that "
+                "one has started and that are still stopping; wait for them, or end them"
             ) from error
-        yield file.fileno()
+        yield descriptor

@@ -19,6 +19,12 @@ from imcl_fast.layers import find_kernels
 from imcl_fast.objectives import WAYS
 from imcl_fast.training.config import TrainConfig
 
+# Values at which an argument of an objective changes nothing, so that one that is new, and has such
+# a default, makes no old row stale. A default that isn't neutral belongs to the fingerprint.
+NEUTRAL: Mapping[str, Any] = {
+    "representation_interval": 1, "kernel_interval": 1, "criterion": None, "logits": None,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Part:
@@ -64,11 +70,14 @@ class PlannedRun:
         return f"{self.condition}-{self.network}-{self.method}-s{self.seed}"
 
     @property
-    def fingerprint(self) -> str:
-        """A short hash of what results depend on: the settings that aren't at their defaults, for
-        one that is new to ``TrainConfig`` doesn't make old results stale; the weight of each way
-        that is on, whoever chose it; the objective's own defaults, which stand for the settings
-        that are left to it; and the kernels that it finds, if that is left to it too."""
+    def told(self) -> dict[str, Any]:
+        """What results depend on: the settings that aren't at their defaults, for one that is new
+        to ``TrainConfig`` doesn't make old results stale; the weight of each way that is on,
+        whoever chose it; the objective's own defaults, which stand for the settings that are left
+        to it, but for ``NEUTRAL`` ones; and the kernels that it finds, if that is left to it too.
+
+        A change here, or of what is found, makes rows stale. They are run again, or moved by a
+        migration that is committed with a test (bench/accuracy/migrations)."""
         default = TrainConfig()
         settings = self.config.as_json()
         told = {name: settings[name] for name in default.differences(self.config)}
@@ -79,7 +88,12 @@ class PlannedRun:
                                for way in self.config.ways}  # fmt: skip
             if told["weights"].get("kernel") and self.config.kernels is None:
                 told["kernels"] = _found_kernels(self.config)
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+        return told
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of ``told``."""
+        return hashed(self.told)
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,11 @@ class Study:
         return self.runs[0].config.validation_images
 
 
+def hashed(told: Mapping[str, Any]) -> str:
+    """Ten hex digits for what a run is told."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+
+
 def _objective_defaults(config: TrainConfig) -> dict[str, Any]:
     if config.method.startswith("song-chai"):
         objective: Any = MultiHead
@@ -125,7 +144,10 @@ def _objective_defaults(config: TrainConfig) -> dict[str, Any]:
     else:
         return {}
     parameters = inspect.signature(objective).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {
+        p.name: p.default for p in parameters
+        if p.default is not p.empty and NEUTRAL.get(p.name, p.empty) != p.default
+    }  # fmt: skip
 
 
 def _found_kernels(config: TrainConfig) -> list[list[str]]:

@@ -10,6 +10,9 @@ namespace imcl {
 #define IMCL_KERNELS(isa) {&isa::pairwise_kernels, &isa::consistency_kernels}
 
 #if defined(__x86_64__)
+namespace amx {  // a matrix unit has nothing to do in the consistency
+extern const PairwiseKernels pairwise_kernels;
+}
 IMCL_DECLARE(avx512bf16)
 IMCL_DECLARE(avx512)
 IMCL_DECLARE(avx2)
@@ -19,6 +22,11 @@ IMCL_DECLARE(baseline)
 Kernels kernels_of(std::size_t level) {
   static const Kernels kernels[] = {
 #if defined(__x86_64__)
+#if defined(IMCL_MATRIX_UNIT_STAND_IN)
+      {&amx::pairwise_kernels, &baseline::consistency_kernels},
+#else
+      {&amx::pairwise_kernels, &avx512bf16::consistency_kernels},
+#endif
       IMCL_KERNELS(avx512bf16),
       IMCL_KERNELS(avx512),
       IMCL_KERNELS(avx2),

@@ -4,7 +4,42 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace imcl {
+
+#if defined(__x86_64__)
+namespace {
+
+// Whether this process may use the tiles of AMX with bfloat16. The system saves them for those
+// processes only that have asked.
+bool has_matrix_unit() {
+#if defined(IMCL_MATRIX_UNIT_STAND_IN)
+  return true;
+#elif defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;  // leaf 7, EDX
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBFloat16) == 0 || (d & kTile) == 0)
+    return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// Whether products of bfloat16 pairs are quicker than those of float32: on a Xeon they were not,
+// 82 ms for the kernels of a ResNet-18 against 63; on a Zen 4 46 against 76.
+bool has_quick_pairs() { return __builtin_cpu_is("amd"); }
+
+}  // namespace
+#endif
 
 const std::vector<IsaLevel>& isa_levels() {
 #if defined(__x86_64__)
@@ -16,11 +51,19 @@ const std::vector<IsaLevel>& isa_levels() {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    return std::vector<IsaLevel>{
-        {"avx512bf16", bf16}, {"avx512", avx512}, {"avx2", avx2}, {"baseline", true}};
+#if defined(IMCL_MATRIX_UNIT_STAND_IN)
+    const bool amx = has_matrix_unit();
+#else
+    const bool amx = bf16 && has_matrix_unit();
+#endif
+    return std::vector<IsaLevel>{{"amx", amx, true},
+                                 {"avx512bf16", bf16, has_quick_pairs()},
+                                 {"avx512", avx512, true},
+                                 {"avx2", avx2, true},
+                                 {"baseline", true, true}};
   }();
 #else
-  static const std::vector<IsaLevel> levels = {{"baseline", true}};
+  static const std::vector<IsaLevel> levels = {{"baseline", true, true}};
 #endif
   return levels;
 }
@@ -32,7 +75,8 @@ std::size_t chosen_isa() {
     std::string usable;
     for (std::size_t i = 0; i < levels.size(); ++i) {
       if (!levels[i].supported) continue;
-      if (!wanted || !*wanted || std::string(wanted) == levels[i].name) return i;
+      const bool named = wanted && *wanted;
+      if (named ? std::string(wanted) == levels[i].name : levels[i].pays) return i;
       usable += std::string(usable.empty() ? "" : ", ") + levels[i].name;
     }
     throw std::runtime_error("IMCL_FAST_ISA: expected one of " + usable + ", got \"" + wanted +

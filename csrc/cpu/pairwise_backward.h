@@ -25,13 +25,14 @@ struct Backward {
   T* dx;
   Axis dx_free, dx_k;
   int64_t free_count, k_count;
-  const E* symmetric;  // S in panels, or null: then every y_i is s
+  const E*
+      symmetric;  // S in panels, or null: then every y_i is s; turned if it is the left operand
   const Acc* s;
   const Acc* inverse_norm;  // of the free axis; null in the primal form: dX = Y
   double factor, grad;      // f_i = factor * (1/n_i)^power
   int power;
 
-  int64_t depth() const { return divide_up(k_count, Packed<E>::kDepth); }
+  int64_t depth() const { return packed_depth<E>(k_count); }
   const E* symmetric_panel(int64_t p) const { return symmetric + p * panel * depth(); }
 
   // f_i of one index of the free axis, times the incoming gradient.
@@ -51,11 +52,12 @@ struct Backward {
     alignas(kVectorBytes) Acc scale[panel] = {};
     for (int64_t i = 0; i < lanes; ++i) scale[i] = scale_of(first + i);
     if (!inverse_norm) {
-      alignas(kVectorBytes) Acc y[kStrip * panel];
-      for (int64_t k = 0; k < k_count; k += kStrip) {
-        micro_kernel<2>(symmetric_panel(k / panel) + k % panel, 1, panel, packed, depth(), y, panel,
-                        false);
-        emit(y, k, std::min<int64_t>(kStrip, k_count - k), first, lanes, scale);
+      alignas(kVectorBytes) Acc y[kRows<E> * panel];
+      Multiplier<E> multiplier;
+      for (int64_t k = 0; k < k_count; k += kRows<E>) {
+        const auto rows = multiplier.rows_of_panel(symmetric_panel(k / panel), k % panel, depth());
+        multiplier.multiply(rows, packed, depth(), y, panel, false);
+        emit(y, k, std::min(kRows<E>, k_count - k), first, lanes, scale);
       }
       return;
     }
@@ -112,17 +114,25 @@ struct Backward {
     }
   }
 
-  // A strip as pairs of consecutive k, zeros up to its stride; values is working memory.
-  void strip_of_pairs(int64_t first, int64_t rows, int64_t stride, Acc* values, E* pairs) const {
+  // kRows rows as pairs of consecutive k, zeros up to depth(); values is working memory for a
+  // strip.
+  void rows_of_pairs(int64_t first, int64_t rows, Acc* values, E* pairs) const {
+    const int64_t stride = 2 * depth();
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (x.k.is_unit() && x.is_plain()) {
-        std::memset(pairs, 0, static_cast<std::size_t>(kStrip * stride / 2) * sizeof(E));
+        std::memset(pairs, 0, static_cast<std::size_t>(kRows<E> * depth()) * sizeof(E));
         for (int64_t r = 0; r < rows; ++r)
-          std::memcpy(pairs + r * stride / 2, x.data + x.lane[first + r],
+          std::memcpy(pairs + r * depth(), x.data + x.lane[first + r],
                       static_cast<std::size_t>(k_count) * sizeof(T));
         return;
       }
     }
+    for (int64_t r = 0; r < kRows<E>; r += kStrip)
+      strip_of_pairs(first + r, std::clamp<int64_t>(rows - r, 0, kStrip), stride, values,
+                     pairs + r * depth());
+  }
+
+  void strip_of_pairs(int64_t first, int64_t rows, int64_t stride, Acc* values, E* pairs) const {
     pack_strip(x, first, rows, k_count, values, stride);
     for (int64_t r = 0; r < kStrip; ++r)
       std::fill(values + r * stride + k_count, values + (r + 1) * stride, Acc(0));
@@ -133,29 +143,26 @@ struct Backward {
     }
   }
 
-  // Y (free, k) = X S, one strip of the free axis; the lanes are the k axis.
-  void k_lanes(int64_t strip) const {
-    const int64_t first = strip * kStrip;
-    const int64_t rows = std::min<int64_t>(kStrip, free_count - first);
+  // Y (free, k) = X S, kRows of the free axis; the lanes are the k axis.
+  void k_lanes(int64_t index) const {
+    const int64_t first = index * kRows<E>, rows = std::min(kRows<E>, free_count - first);
     const int64_t panels = divide_up(k_count, panel), stride = panels * panel;
     Scratch scratch;
-    Acc* values = scratch.get<Acc>(kStrip * stride);
-    Acc* y = scratch.get<Acc>(kStrip * stride);
-    const E* lhs;
-    int64_t lhs_stride = stride;
+    Acc* values = scratch.get<Acc>(kStrip * std::max(stride, Packed<E>::kDepth * depth()));
+    Acc* y = scratch.get<Acc>(kRows<E> * stride);
+    LeftOperand<E> left{nullptr, stride, 1};
     if constexpr (std::is_same_v<E, Acc>) {
       pack_strip(x, first, rows, k_count, values, stride);
-      lhs = values;
+      left.data = values;
     } else {  // the primal form only, which needs no values
-      E* pairs = scratch.get<E>(kStrip * stride / 2);
-      strip_of_pairs(first, rows, stride, values, pairs);
-      lhs = pairs;
-      lhs_stride = stride / 2;
+      E* pairs = scratch.get<E>(kRows<E> * depth());
+      rows_of_pairs(first, rows, values, pairs);
+      left = {pairs, depth(), 1};
     }
     if (symmetric) {
+      Multiplier<E> multiplier;
       for (int64_t p = 0; p < panels; ++p)
-        micro_kernel<2>(lhs, lhs_stride, 1, symmetric_panel(p), depth(), y + p * panel, stride,
-                        false);
+        multiplier.multiply(left, symmetric_panel(p), depth(), y + p * panel, stride, false);
     } else {
       for (int64_t r = 0; r < rows; ++r) std::copy_n(s, k_count, y + r * stride);
     }
@@ -183,9 +190,12 @@ struct Backward {
     }
   }
 
+  // Whether the gradient is stored along k, so that S is the right operand.
+  bool k_in_lanes() const { return dx_k.is_unit() && !dx_free.is_unit(); }
+
   void run(const Parallel& parallel) const {
-    if (dx_k.is_unit() && !dx_free.is_unit()) {
-      parallel(divide_up(free_count, kStrip), [&](int64_t strip) { k_lanes(strip); });
+    if (k_in_lanes()) {
+      parallel(divide_up(free_count, kRows<E>), [&](int64_t index) { k_lanes(index); });
     } else {
       parallel(divide_up(free_count, panel), [&](int64_t p) { free_lanes(p); });
     }

@@ -64,9 +64,19 @@ void backward_matrix(const Matrices& m, int64_t index, const PairwiseSettings& s
     const int64_t panels = divide_up(work.k_count, panel), panel_size = panel * work.depth();
     E* packed = scratch.get<E>(panels * panel_size);
     const Source<Acc> source{state.core, {1, nullptr}, {work.k_count, nullptr}};
+    const bool turned = kOnMatrixUnit<E> && !work.k_in_lanes();
     parallel(panels, [&](int64_t p) {
-      pack(source, p * panel, std::min(panel, work.k_count - p * panel), 0, work.k_count,
-           packed + p * panel_size);
+      const int64_t first = p * panel, lanes = std::min(panel, work.k_count - first);
+      E* out = packed + p * panel_size;
+      if constexpr (kOnMatrixUnit<E>) {
+        if (turned) {
+          Scratch own;
+          E* flat = own.get<E>(panel_size);
+          pack(source, first, lanes, 0, work.k_count, flat);
+          return turn(flat, work.depth(), out);
+        }
+      }
+      pack(source, first, lanes, 0, work.k_count, out);
     });
     work.symmetric = packed;
   }
@@ -96,7 +106,7 @@ double forward_matrix(const Matrices& m, int64_t index, const PairwiseSettings& 
 // Calls run(element, x) with null pointers of the packed and the tensor's type.
 template <class Run>
 auto with_types(const Matrices& m, const PairwiseSettings& settings, const Run& run) {
-  if constexpr (kHasBFloat16Dot) {
+  if constexpr (kHasBFloat16Dot || kHasMatrixUnit) {
     using Pair = BFloat16Pair*;
     if (m.dtype == DType::kBFloat16) return run(Pair{}, static_cast<BFloat16*>(nullptr));
     if (m.dtype == DType::kFloat32 && settings.precision == Precision::kMedium)

@@ -25,7 +25,7 @@
 namespace imcl {
 inline namespace IMCL_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(IMCL_MATRIX_UNIT_STAND_IN)  // which stands in for a level of it
 inline constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;

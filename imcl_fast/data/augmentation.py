@@ -40,9 +40,10 @@ class PaddedCrop:
     fill: str = "black"
 
     def __post_init__(self) -> None:
-        if validation.integer("pad", self.pad) < 0:
+        object.__setattr__(self, "pad", validation.integer("pad", self.pad))
+        if self.pad < 0:
             raise ValueError(f"pad: expected at least 0 pixels, got {self.pad}")
-        validation.boolean("flip", self.flip)
+        object.__setattr__(self, "flip", validation.boolean("flip", self.flip))
         validation.choice("fill", self.fill, FILLS)
 
     def scaled(self, factor: float) -> PaddedCrop:

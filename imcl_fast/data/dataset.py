@@ -118,9 +118,12 @@ def in_memory(
 
 def check_image_size(image_size: int | None) -> int | None:
     """``image_size``, if it is None or an int of at least 8 pixels."""
-    if image_size is not None and validation.integer("image_size", image_size) < 8:
-        raise ValueError(f"image_size: expected at least 8 pixels, got {image_size}")
-    return image_size
+    if image_size is None:
+        return None
+    size = validation.integer("image_size", image_size)
+    if size < 8:
+        raise ValueError(f"image_size: expected at least 8 pixels, got {size}")
+    return size
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..models import import_torchvision
+from . import image_file
 from .augmentation import ResizedCrop
 from .dataset import DataError, DataSet, MissingData, Split, check_image_size
 
@@ -23,7 +24,7 @@ LAYOUT = (
 
 
 class ImageFiles(Dataset):
-    """Image files, as PIL images in RGB, decoded when asked for."""
+    """Image files, as PIL images in RGB (see ``image_file.read``), decoded when asked for."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = list(paths)
@@ -32,15 +33,7 @@ class ImageFiles(Dataset):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Any:
-        from PIL import Image
-
-        path = self._paths[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            problem = " ".join(str(error).split())
-            raise DataError(f"{path}: can't be read as an image ({problem})") from error
+        return image_file.read(self._paths[index])
 
 
 def load(root: Path | None, *, download: bool, image_size: int | None) -> DataSet:

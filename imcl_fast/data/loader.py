@@ -66,7 +66,7 @@ class TrainLoader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        _check(batch_size, rank, world, workers)
+        batch_size, rank, world, workers = _checked(batch_size, rank, world, workers)
         if batch_size % world:
             raise ValueError(
                 f"batch_size: expected a multiple of the {world} processes (world) that share it, "
@@ -101,7 +101,9 @@ class TrainLoader:
             ValueError: the epoch has no such step.
             DataError: an image file can't be read.
         """
-        if not 0 <= validation.integer("first_step", first_step) <= len(self):
+        epoch = validation.integer("epoch", epoch)
+        first_step = validation.integer("first_step", first_step)
+        if not 0 <= first_step <= len(self):
             raise ValueError(f"first_step: expected 0 to {len(self)}, got {first_step}")
         return self._source.batches(self._orders(epoch, first_step), self._augmentation)
 
@@ -141,7 +143,7 @@ class TestLoader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        _check(batch_size, rank, world, workers)
+        batch_size, rank, world, workers = _checked(batch_size, rank, world, workers)
         self._mine = range(len(split) * rank // world, len(split) * (rank + 1) // world)
         self._batch = batch_size
         self._source = _source(split, data_set, torch.device(device), workers)
@@ -287,10 +289,12 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _check(batch_size: int, rank: int, world: int, workers: int) -> None:
-    for name, value, low in (("batch_size", batch_size, 1), ("world", world, 1),
-                             ("workers", workers, 0)):  # fmt: skip
-        if validation.integer(name, value) < low:
-            raise ValueError(f"{name}: expected at least {low}, got {value}")
-    if not 0 <= validation.integer("rank", rank) < world:
-        raise ValueError(f"rank: expected 0 to {world - 1}, got {rank}")
+def _checked(batch_size: int, rank: int, world: int, workers: int) -> list[int]:
+    numbers = {"batch_size": batch_size, "rank": rank, "world": world, "workers": workers}
+    checked = {name: validation.integer(name, value) for name, value in numbers.items()}
+    for name, low in (("batch_size", 1), ("world", 1), ("workers", 0)):
+        if checked[name] < low:
+            raise ValueError(f"{name}: expected at least {low}, got {checked[name]}")
+    if not 0 <= checked["rank"] < checked["world"]:
+        raise ValueError(f"rank: expected 0 to {checked['world'] - 1}, got {checked['rank']}")
+    return list(checked.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -39,10 +40,12 @@ def label_noise(
     Raises:
         TypeError, ValueError: an argument is outside its range.
     """
-    if validation.integer("classes", classes) < 2:
+    classes = validation.integer("classes", classes)
+    if classes < 2:
         raise ValueError(f"classes: expected at least 2, got {classes}")
-    if probability != 1:
-        probability = validation.number("probability", probability, low=0, high=1)
+    probability = validation.number("probability", probability, low=0, high=math.inf)
+    if probability > 1:
+        raise ValueError(f"probability: expected a number in [0, 1], got {probability}")
     validation.choice("kind", kind, KINDS)
     generator = torch.Generator().manual_seed(validation.integer("seed", seed))
     wrong = torch.rand(len(labels), generator=generator) < probability

@@ -46,7 +46,8 @@ def _stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Sorted indices of ``n`` samples, and of the others."""
     counts = labels.bincount()
     present = int((counts > 0).sum())
-    if not present <= validation.integer("n", n) <= len(labels):
+    n = validation.integer("n", n)
+    if not present <= n <= len(labels):
         raise ValueError(
             f"n: expected at least one image per class ({present}) and at most all "
             f"{len(labels)}, got {n}"

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..autograd import without_autocast
 from ..layers import PASSIVE
+from ..modes import evaluating
 
 BINS = 40
 HEAT_MAP_SIZE = 64
@@ -69,9 +70,8 @@ def profile(
           max(0, (N-D)/(D(N-1))) (Welch 1974), with D-1 instead of D if centred;
         * ``histogram``: how many unordered pairs have \|cos\| in each of 40 equal parts of
           [0, 1], over all images;
-        * ``heatmap``: \|cos\| of every pair, mean over the images, the diagonal 0; in
-          networks of more than 64 rows each of 64 x 64 cells is the mean over a block of
-          pairs.
+        * ``heatmap``: \|cos\| of every pair, mean over the images, the diagonal 0; of more
+          than 64 rows each of 64 x 64 cells is the mean over a block of pairs.
 
         Where a matrix is not finite, what would be computed from it is None.
 
@@ -296,15 +296,16 @@ def _with_hooks(model: nn.Module, images: Tensor, record: Any) -> None:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradients, full precision; then everything as it was."""
-    modes = {module: module.training for module in model.modules()}
     precision = torch.get_float32_matmul_precision()
     generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators), torch.no_grad(), without_autocast(device):
+    with (
+        torch.random.fork_rng(devices=generators),
+        torch.no_grad(),
+        without_autocast(device),
+        evaluating(model),
+    ):
         try:
             torch.set_float32_matmul_precision("highest")
-            model.eval()
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
-            for module, training in modes.items():
-                module.training = training

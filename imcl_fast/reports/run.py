@@ -172,6 +172,10 @@ def _read_metrics(path: Path) -> dict[str, list[float | None]]:
             header, *lines = list(csv.reader(file)) or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise UnreadableRun(f"{path}: expected CSV, {_one_line(error)}") from error
+    if (header or lines) and header[:1] != ["epoch"]:
+        raise UnreadableRun(
+            f"{path}: expected CSV whose first column is epoch, got {','.join(header)[:40]!r}"
+        )
     if lines and len(lines[-1]) < len(header):  # being written
         lines.pop()
     epochs: dict[str, list[str]] = {}

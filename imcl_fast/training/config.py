@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import data, models
+from .. import data, models, validation
 from ..functional import PENALTIES, TEACHERS
 from ..implementations import IMPLEMENTATIONS
 from ..objectives import METHODS, WAYS
@@ -180,6 +180,20 @@ class TrainConfig:
     kernel_penalty: str | None = _set(
         None, "of the kernels", OBJECTIVE, choices=PENALTIES, option="kernel_penalty"
     )
+    representation_interval: int | None = _set(
+        None,
+        "compute way 3 in every N-th batch only, with N times its weight",
+        OBJECTIVE,
+        low=1,
+        option="representation_interval",
+    )
+    kernel_interval: int | None = _set(
+        None,
+        "compute way 4 in every N-th batch only, with N times its weight",
+        OBJECTIVE,
+        low=1,
+        option="kernel_interval",
+    )
     beta: float | None = _set(
         None, "weight of the labels in a song-chai method", OBJECTIVE, low=0, high=1, option="beta"
     )
@@ -240,7 +254,7 @@ class TrainConfig:
         fixed=False,
     )  # fmt: skip
     threads: int | None = _set(
-        None, "CPU threads, PyTorch's choice by default", HARDWARE, low=1, fixed=False
+        None, "CPU threads, PyTorch's choice by default", HARDWARE, low=1, high=4096, fixed=False
     )
     amp: str = _set("off", "autocast to half precision", HARDWARE, choices=("off", "bf16", "fp16"))
     deterministic: bool = _set(
@@ -422,11 +436,12 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         return tuple(_typed(name, element, str) for element in value)
     if typing.get_origin(kind) is dict and isinstance(value, Mapping):
         return {_typed(name, k, str): _typed(name, v, float) for k, v in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    # A bool is an int to isinstance.
-    if type(value) is kind:
-        return value
+    if kind is float and validation.is_real(value):
+        return validation.as_float(value)
+    if kind is int and validation.is_integer(value):
+        return validation.integer(name, value)
+    if (kind is bool and validation.is_bool(value)) or (kind is str and isinstance(value, str)):
+        return kind(value)
     named = kind.__name__ if isinstance(kind, type) else str(kind)
     raise TypeError(f"{name}: expected {named}, got {value!r} ({type(value).__name__})")
 

@@ -135,22 +135,42 @@ def joined(device: str) -> Iterator[Processes]:
         device: such as "cpu" or "cuda"; "auto" takes an accelerator if there is one.
 
     Raises:
-        UsageError: the device isn't there.
+        UsageError: the device isn't there, or the environment variables aren't torchrun's.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), world)
+    world = _variable("WORLD_SIZE", 1, low=1)
+    place = choose_device(device, _variable("LOCAL_RANK", 0), world)
     if world == 1:
         yield Processes(0, 1, place)
         return
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    if (rank := _variable("RANK", 0)) >= world:  # which would wait for the others for long
+        raise UsageError(f"RANK: expected less than WORLD_SIZE ({world}), got {rank}; unset both")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UsageError(
+            f"WORLD_SIZE: {world} processes of one run can't find each other ({reason}); start "
+            "them with torchrun, or unset it"
+        ) from error
     processes = Processes(dist.get_rank(), world, place)
     try:
         yield processes
     finally:
         processes.release()
         dist.destroy_process_group()
+
+
+def _variable(name: str, default: int, low: int = 0) -> int:
+    """A number that torchrun sets in the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < low:
+        raise UsageError(
+            f"{name}: expected the number, at least {low}, that torchrun sets, got {text!r}; unset "
+            "it"
+        )
+    return int(text)
 
 
 def choose_device(name: str, local_rank: int, world: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""How good a network is on images it isn't training on, and how much it has memorised."""
+"""What a network makes of images: its predictions and its cross entropy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..modes import evaluating
 
 
 @torch.no_grad()
@@ -17,13 +19,12 @@ def predict(
 
     The network runs in eval mode, as it would when deployed, and is left as it was.
     """
-    training = network.training
-    network.eval()
     predictions, total = [], torch.zeros((), dtype=torch.float64)
-    for images, labels in batches:
-        logits = network(images).float()
-        predictions.append(logits.argmax(1))
-        total = total.to(logits.device) + F.cross_entropy(logits, labels, reduction="sum").double()
-    network.train(training)
+    with evaluating(network):
+        for images, labels in batches:
+            logits = network(images).float()
+            predictions.append(logits.argmax(1))
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            total = total.to(logits.device) + loss.double()
     empty = torch.zeros(0, dtype=torch.int64, device=total.device)
     return torch.cat([empty, *predictions]), total

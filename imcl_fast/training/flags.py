@@ -155,8 +155,14 @@ def _reader(kind: Any, name: str) -> Callable[[str], Any]:
     if kind is dict:
         return _weights
     if kind is Path:
-        return Path
+        return _folder
     return typing.cast(Callable[[str], Any], kind)
+
+
+def _folder(text: str) -> Path:
+    if not text:  # which Path would take for the current one
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -56,12 +56,14 @@ class Loop:
         self.config, self.processes, self.material = config, processes, material
         self.records, self.observer = records, observer
         device = processes.device
-        network = network.to(device).train()
+        network = network.to(device)
+        if not network.training:  # otherwise parts in eval mode are frozen and stay so
+            network.train()
         if config.channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Before the objective hooks onto its layers, for some of them are replaced.
         network = processes.synchronised(network)
-        objective = build_objective(config, network, material, processes).train()
+        objective = build_objective(config, network, material, processes)
         trained = torch.compile(objective) if config.compile else objective
         self.parallel = processes.wrap(cast(nn.Module, trained))
         self.loader = material.train_loader(config, processes)
@@ -189,6 +191,7 @@ class Loop:
             if logged:
                 own.add(values)
             state.sums.add(values)
+            state.latest.update(values)
         self.last_batch = group[-1]
         if self.config.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
@@ -208,6 +211,10 @@ class Loop:
         state.step_in_epoch += 1
         known = None
         if logged:
+            # Of a way whose turn it wasn't, what was seen last.
+            seen = {name for names in own.totals for name in names}
+            if unseen := {n: value for n, value in state.latest.items() if n not in seen}:
+                own.add(unseen)
             known = self._read(own)
             if self.records is not None and self.processes.first:
                 row = {"step": state.step, "epoch": state.epoch + 1, **known, "lr": lr}
@@ -281,7 +288,7 @@ class Loop:
         self.observer.epoch_finished(row, epochs)
 
     def _measure(self) -> dict[str, float]:
-        """Loss and accuracy on the test images."""
+        """Loss and accuracy on the test images, or on those held out in their place."""
         test = self.material.test
         predicted, loss = self._predict(test)
         return {

@@ -12,6 +12,7 @@ from ..data import DataSet, Split
 from ..data.loader import TestLoader, TrainLoader
 from ..data.noise import label_noise
 from ..data.split import subset, validation_split
+from ..modes import evaluating
 from .config import TrainConfig
 from .distributed import Processes
 from .errors import UsageError
@@ -138,6 +139,9 @@ def build_network(config: TrainConfig, data_set: DataSet) -> nn.Module:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"width: can't make the network ({reason}); make it smaller") from error
 
 
 def build_objective(
@@ -188,11 +192,8 @@ def build_objective(
 
 
 def _check_classes(network: nn.Module, example: Tensor, classes: int) -> None:
-    training = network.training
-    network.eval()
-    with torch.no_grad():
+    with evaluating(network), torch.no_grad():
         shape = tuple(network(example).shape)
-    network.train(training)
     if shape != (len(example), classes):
         raise ValueError(
             f"model: expected logits of the data's {classes} classes, its output for "

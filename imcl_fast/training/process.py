@@ -10,7 +10,23 @@ from collections.abc import Iterator
 
 import torch
 
+from .. import operators
 from .config import TrainConfig
+from .errors import UsageError
+
+
+def check_environment() -> None:
+    """See that the compiled extension takes its environment variables.
+
+    Raises:
+        UsageError: it doesn't; a training step would be the first to say so.
+    """
+    if operators.build_info is None:
+        return
+    try:
+        operators.build_info.isa_chosen()
+    except RuntimeError as error:
+        raise UsageError(str(error)) from error
 
 
 @contextlib.contextmanager

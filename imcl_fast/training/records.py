@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from .. import __version__
-from . import files
+from . import files, lock
 from .config import TrainConfig
 from .errors import UsageError
 
@@ -27,24 +28,45 @@ class Records:
     """The files of a run folder, written by one process.
 
     Args:
-        folder: of the run, which ``claim`` has made.
+        folder: of the run, which ``claim`` holds.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._steps: TextIO | None = None
+        self._columns: list[str] = []
         self._board: Any = None
 
     @staticmethod
-    def claim(folder: Path, config: TrainConfig) -> None:
-        """Make ``folder`` if it isn't there, and see that it has no other run in it.
+    @contextlib.contextmanager
+    def claim(folder: Path, config: TrainConfig) -> Iterator[None]:
+        """Make ``folder`` if it isn't there, and see that it has no other run in it, nor gets
+        one as long as the context lasts.
 
         Raises:
-            UsageError: it can't be made, or holds a run that ``config`` doesn't go on with.
+            UsageError: it can't be made, another process trains in it, or it holds a run that
+                ``config`` doesn't go on with.
         """
+        with contextlib.ExitStack() as stack:
+            try:
+                with files.disk_full_named(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(lock.hold(folder))
+            except OSError as error:
+                raise UsageError(
+                    f"run_dir: can't use {folder}: {error.strerror or error}"
+                ) from error
+            except lock.Held as error:
+                raise UsageError(
+                    f"run_dir: a run is going on in {folder} ({error}); wait for it or stop it, "
+                    "then --resume auto goes on with it, or name another folder"
+                ) from error
+            Records._check(folder, config)
+            yield
+
+    @staticmethod
+    def _check(folder: Path, config: TrainConfig) -> None:
         try:
-            with files.disk_full_named(folder):
-                folder.mkdir(parents=True, exist_ok=True)
             if not (folder / CONFIG).exists():
                 if any((folder / CHECKPOINTS).glob("*.pt")):
                     raise UsageError(
@@ -80,12 +102,19 @@ class Records:
         if noise is not None:
             self._tensors(NOISE, noise)
 
-    def go_on(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Make the tables what they were after ``step``, when ``rows`` were complete."""
+    def go_on(self, step: int, rows: Sequence[Mapping[str, Any]]) -> str | None:
+        """Make the tables what they were after ``step``, when ``rows`` were complete.
+
+        Returns:
+            A line about what was damaged in ``steps.csv``, which alone is made from itself and
+            not from ``rows``; None if nothing was.
+        """
         files.remove_temporaries(self.folder)
-        self._keep_steps_until(step)
         if rows:
             self._write_metrics(rows)
+        else:
+            (self.folder / METRICS).unlink(missing_ok=True)
+        return self._keep_steps_until(step)
 
     def metrics(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Write the rows of all epochs, the last of which ended with ``step``."""
@@ -95,40 +124,59 @@ class Records:
     def _write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         # The whole file, so that it never has half a row, or one twice.
         text = io.StringIO()
-        # The row of an epoch without measurements is shorter, and gets empty cells.
-        longest = max(rows, key=len)
-        writer = csv.DictWriter(text, list(longest), lineterminator="\n")
+        # The row of an epoch without measurements, or without a way's turn, gets empty cells.
+        columns = dict.fromkeys(name for row in sorted(rows, key=len)[::-1] for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         files.write(self.folder / METRICS, text.getvalue().encode())
 
-    def _keep_steps_until(self, step: int) -> None:
+    def _keep_steps_until(self, step: int) -> str | None:
         """Drop the rows of ``steps.csv`` that come after ``step``: they will come again."""
         path = self.folder / STEPS
         if not path.exists():
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [
-            line
-            for i, line in enumerate(lines)
-            # The last line may be half of one.
-            if line.endswith("\n") and (i == 0 or int(line.split(",")[0]) <= step)
-        ]
-        files.write(path, "".join(kept).encode())
+            return None
+        content = path.read_bytes()
+        # What comes after the last line's end may be half a line.
+        header, *lines = content.split(b"\n")[:-1] or [b""]
+        rows = [(line, _step_of(line, header)) for line in lines]
+        kept = [line for line, number in rows if number is not None and number <= step]
+        if header.startswith(b"step,"):
+            kept.insert(0, header)
+        files.write(path, b"".join(line + b"\n" for line in kept))
+        damaged = [number for _, number in rows].count(None)
+        if not damaged:
+            return None
+        aside = path.with_name(f"{STEPS}.damaged")
+        files.write(aside, content)
+        return f"{path}: {damaged} damaged lines are left out; the file as it was is {aside}"
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Append a row to ``steps.csv``."""
+        """Append a row to ``steps.csv``, and a column for each value that is new in it."""
         path = self.folder / STEPS
         with files.disk_full_named(path):
+            if self._steps is None and path.exists():
+                header = path.read_text(encoding="utf-8").partition("\n")[0]
+                self._columns = header.split(",") if header else []
+            if new := [name for name in row if name not in self._columns]:
+                self._add_columns(path, new)
             if self._steps is None:
-                new = not path.exists() or path.stat().st_size == 0
                 self._steps = open(path, "a", encoding="utf-8")  # noqa: SIM115
-                if new:
-                    self._steps.write(",".join(row) + "\n")
-            self._steps.write(",".join(map(repr, row.values())) + "\n")
+            cells = (repr(row[name]) if name in row else "" for name in self._columns)
+            self._steps.write(",".join(cells) + "\n")
             self._steps.flush()
         values = {name: value for name, value in row.items() if name not in ("step", "epoch")}
         self._show("step", values, row["step"])
+
+    def _add_columns(self, path: Path, names: list[str]) -> None:
+        """Give ``steps.csv`` more columns, empty in the rows there are."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        self._columns += names
+        rows = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+        lines = [",".join(self._columns), *(row + "," * len(names) for row in rows)]
+        files.write(path, ("\n".join(lines) + "\n").encode())
 
     def sync(self) -> None:
         """Have ``steps.csv`` reach the disk, before the checkpoint that it must not lag."""
@@ -179,6 +227,19 @@ class Records:
         if self._board is not None:
             self._board.close()
             self._board = None
+
+
+def _step_of(line: bytes, header: bytes) -> int | None:
+    """The step that a row of ``steps.csv`` is of; None if it isn't a whole row."""
+    cells = line.split(b",")
+    if not header.startswith(b"step,") or len(cells) != len(header.split(b",")):
+        return None
+    try:
+        for cell in cells:
+            float(cell)
+        return int(cells[0])
+    except ValueError:
+        return None
 
 
 def versions() -> dict[str, str | None]:

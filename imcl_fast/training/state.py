@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -21,31 +22,40 @@ class EpochSums:
 
     Attributes:
         batches: number of batches the sums are over.
-        names: of what is summed: the loss and its terms.
-        totals: (n,) float64 on the device, where they are added up without waiting for it;
-            None before the first batch. What is not finite stays so.
+        counts: the number of those with the same values, the loss and its terms, by their names:
+            a way on a schedule has a term in some batches only.
+        totals: by the same names their sums, (n,) float64 on the device, where they are added up
+            without waiting for it. What is not finite stays so.
         seconds, data_seconds: wall time, and the part of it spent waiting for a batch.
     """
 
     batches: int = 0
-    names: list[str] = field(default_factory=list)
-    totals: Tensor | None = None
+    counts: dict[tuple[str, ...], int] = field(default_factory=dict)
+    totals: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     data_seconds: float = 0.0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Count one batch with these detached scalars."""
+        names = tuple(values)
         stacked = torch.stack([value.float() for value in values.values()]).double()
         self.batches += 1
-        self.names = list(values)
-        self.totals = stacked if self.totals is None else self.totals + stacked
+        self.counts[names] = self.counts.get(names, 0) + 1
+        self.totals[names] = self.totals[names] + stacked if names in self.totals else stacked
 
     def means(self, processes: Processes) -> dict[str, float]:
-        """The mean of each over the batches of all processes, read on the host at once."""
-        assert self.totals is not None
-        batches = self.totals.new_tensor([self.batches])
-        *totals, count = processes.sum(torch.cat([self.totals, batches])).tolist()
-        return {name: total / count for name, total in zip(self.names, totals, strict=True)}
+        """The mean of each over those batches of all processes that have it, read on the host
+        at once. All processes have the same values in the same order, being at the same place
+        of a schedule."""
+        totals = list(self.totals.values())
+        counts = totals[0].new_tensor(list(self.counts.values()))
+        numbers = iter(processes.sum(torch.cat([counts, *totals])).tolist())
+        total, count = dict[str, float](), dict[str, float]()
+        for names, batches in zip(self.totals, list(islice(numbers, len(counts))), strict=True):
+            for name in names:
+                total[name] = total.get(name, 0.0) + next(numbers)
+                count[name] = count.get(name, 0.0) + batches
+        return {name: total[name] / count[name] for name in total}
 
 
 @dataclass
@@ -58,6 +68,7 @@ class TrainingState:
         epoch: finished epochs.
         step_in_epoch, step: optimizer steps done in this epoch and in the whole run.
         sums: of the epoch under way.
+        latest: of each value in ``sums`` the latest one, detached scalars.
         rows: those of metrics.csv, one per finished epoch; what was not measured is missing.
     """
 
@@ -70,6 +81,7 @@ class TrainingState:
     step_in_epoch: int = 0
     step: int = 0
     sums: EpochSums = field(default_factory=EpochSums)
+    latest: dict[str, Tensor] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def state_dict(self, processes: Processes) -> dict[str, Any]:
@@ -77,6 +89,7 @@ class TrainingState:
         own = {
             "random": random_state(processes.device),
             "sums": dict(vars(self.sums)),
+            "latest": self.latest,
         }
         return {
             "objective": self.objective.state_dict(),
@@ -111,8 +124,12 @@ class TrainingState:
         self.rows = list(stored["rows"])
         shares = stored["processes"]
         same = len(shares) == processes.world
+        self.latest = {}
         if same:
-            self.sums = _sums(shares[processes.rank]["sums"], processes.device)
+            own = shares[processes.rank]
+            self.sums = _sums(own["sums"], processes.device)
+            for name, value in own.get("latest", {}).items():
+                self.latest[name] = value.to(processes.device)
         else:
             self.sums = _joint_sums([share["sums"] for share in shares], processes)
         return same and set_random_state(shares[processes.rank]["random"], processes.device)
@@ -147,21 +164,26 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> bool:
 
 
 def _sums(stored: Mapping[str, Any], device: torch.device) -> EpochSums:
-    sums = EpochSums(**stored)
-    if sums.totals is not None:
-        sums.totals = sums.totals.to(device)
-    return sums
+    stored = dict(stored)
+    if "names" in stored:  # by a version whose batches all had the same values
+        names, totals = tuple(stored.pop("names")), stored["totals"]
+        stored["counts"] = {names: stored["batches"]} if names else {}
+        stored["totals"] = {names: totals} if names else {}
+    stored["counts"] = dict(stored["counts"])
+    stored["totals"] = {names: total.to(device) for names, total in stored["totals"].items()}
+    return EpochSums(**stored)
 
 
 def _joint_sums(shares: list[dict[str, Any]], processes: Processes) -> EpochSums:
     """The sums of other processes than these: their total counts, and the first takes it."""
-    sums = _sums(shares[0], processes.device)
-    if sums.totals is None:
-        return sums
-    if processes.first:
-        sums.batches = sum(share["batches"] for share in shares)
-        sums.totals = torch.stack([share["totals"].cpu() for share in shares]).sum(0)
-        sums.totals = sums.totals.to(processes.device)
-    else:
-        sums.batches, sums.totals = 0, torch.zeros_like(sums.totals)
+    all_sums = [_sums(share, processes.device) for share in shares]
+    sums = all_sums[0]
+    for other in all_sums[1:]:
+        sums.batches += other.batches
+        for names, total in other.totals.items():
+            sums.counts[names] += other.counts[names]
+            sums.totals[names] = sums.totals[names] + total
+    if not processes.first:
+        sums.batches, sums.counts = 0, dict.fromkeys(sums.counts, 0)
+        sums.totals = {names: torch.zeros_like(total) for names, total in sums.totals.items()}
     return sums

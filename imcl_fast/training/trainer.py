@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +12,14 @@ from torch import nn
 
 from ..data import DataError, DataSet
 from ..data.split import take
+from ..imcl import IMCL
 from .config import TrainConfig
 from .distributed import Processes, joined
 from .errors import UsageError
 from .interruption import Interruption
 from .loop import Loop
 from .preparation import Material, build_network, build_objective, prepare_data
-from .process import peak_memory, settings
+from .process import check_environment, peak_memory, settings
 from .progress import Console, Observer
 from .records import LOG, Records
 from .way_costs import way_seconds
@@ -33,7 +36,10 @@ class Trainer:
         config: every setting of the run. Without ``run_dir`` nothing is written.
         data_set: to train on instead of the one that ``config`` names.
         network: to train instead of the one that ``config`` names: any classifier of the
-            data's images. It is trained in place and moved to the run's device.
+            data's images. It is trained in place and moved to the run's device. Given in
+            train mode, its parts in eval mode are frozen: batch normalisation keeps its
+            statistics, dropout drops nothing. Given in eval mode, as after loading, all of it
+            is put in train mode.
         observer: told what happens; by default a ``Console``.
 
     Attributes:
@@ -65,21 +71,27 @@ class Trainer:
             The results, as summary.json holds them.
 
         Raises:
-            UsageError: the settings, the data or the run folder don't allow the run.
+            UsageError: the settings, the environment, the data or the run folder don't allow the
+                run; another process may be training in that folder.
             CheckpointError: there are checkpoints to resume from, and none can be read.
             NonFiniteError: the loss or the weights are no longer numbers.
             DiskFullError: a file of the run folder can't be written.
             Interrupted: SIGINT or SIGTERM came; the state was saved if there is a run folder.
         """
         config, folder = self.config, self.config.run_dir
-        with joined(config.device) as processes, settings(config, processes.device):
+        check_environment()
+        with (
+            joined(config.device) as processes,
+            settings(config, processes.device),
+            contextlib.ExitStack() as claim,
+        ):
             observer = Observer()
             if processes.first:
                 observer = self._observer or Console()
             material = prepare_data(config, self._data_set)
             records = None
             if folder is not None:
-                processes.on_first(lambda: Records.claim(folder, config))
+                processes.on_first(lambda: claim.enter_context(Records.claim(folder, config)))
                 records = Records(folder) if processes.first else None
                 observer.logs_to(folder / LOG)
             torch.manual_seed(config.seed)
@@ -109,7 +121,9 @@ def _begin(loop: Loop) -> None:
     resumed = loop.resume()
     if records is not None:
         if resumed:
-            records.go_on(loop.state.step, loop.state.rows)
+            damage = records.go_on(loop.state.step, loop.state.rows)
+            if damage is not None:
+                loop.observer.said(damage)
         else:
             noise = None
             if material.noisy:
@@ -213,15 +227,23 @@ def _profile(loop: Loop, records: Records, name: str) -> None:
 
 
 def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
-    """What each way costs per step; None if there was too little time to tell."""
+    """What each way costs per step on average; None if there was too little time to tell."""
     config = loop.config
     if config.method != "imcl" or not config.ways or loop.last_batch is None:
         return None
+    intervals = {}
+    if isinstance(objective := loop.state.objective, IMCL):
+        intervals = {
+            "representation": objective.representation_interval,
+            "kernel": objective.kernel_interval,
+        }
+        # What a way costs is seen where it is computed, and spread over its interval.
+        config = replace(config, representation_interval=1, kernel_interval=1)
 
     def build(network: nn.Module, without: str | None) -> nn.Module:
         return build_objective(config, network, loop.material, loop.processes, without=without)
 
-    return way_seconds(
+    costs = way_seconds(
         loop.plain,
         build,
         config.ways,
@@ -229,3 +251,4 @@ def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
         *loop.last_batch,
         allowed=max(WAYS_SECONDS, WAYS_SHARE * trained),
     )
+    return costs and {way: cost / intervals.get(way, 1) for way, cost in costs.items()}

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..modes import evaluating
+
 MOST_ROUNDS = 10
 FEWEST_ROUNDS = 3
 
@@ -39,9 +41,9 @@ def way_seconds(
     Returns:
         By way; None if ``allowed`` is too little for three rounds.
     """
-    variants = {
-        name: build(copy.deepcopy(network), name).train() for name in (None, *ways)
-    }
+    with evaluating(network), torch.no_grad():
+        network(images[:1])  # a weight made anew in each run, as if pruned, can now be copied
+    variants = {name: build(copy.deepcopy(network), name) for name in (None, *ways)}
     seconds: dict[str | None, list[float]] = {name: [] for name in variants}
     start = time.perf_counter()
     for objective in variants.values():

@@ -135,6 +135,8 @@ void pairwise_case(Tally& tally, const Level& level, DType dtype,
     t.check(tally, serial.dx[i], dtype, unit);
   }
   compare(tally, "loss", 0, serial.loss, loss, 16 * unit * bound);
+  tally.hash(&serial.loss, sizeof serial.loss);
+  for (const Buffer& dx : serial.dx) tally.hash(dx.data(), dx.bytes());
 
   // However the work is shared out, the bits are the same: by schedule(), and by the kernels
   // themselves, which schedule() leaves to one thread where a matrix is small.
@@ -280,9 +282,10 @@ int main(int argc, char** argv) {
     const Tally &pairwise = sweep.pairwise[i], &consistency = sweep.consistency[i];
     std::printf(
         "%-10s pairwise %5lld cases, consistency %4lld; errors up to %.2g and %.2g of "
-        "what is allowed\n",
+        "what is allowed; pairwise's bits %016llx\n",
         sweep.levels[i].name, static_cast<long long>(pairwise.cases),
-        static_cast<long long>(consistency.cases), pairwise.worst, consistency.worst);
+        static_cast<long long>(consistency.cases), pairwise.worst, consistency.worst,
+        static_cast<unsigned long long>(pairwise.bits));
   }
   return 0;
 }

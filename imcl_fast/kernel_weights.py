@@ -1,0 +1,87 @@
+"""The weights of kernel similarity: those that the network computes with in this very step.
+
+Most are parameters, and there at any time. Others are made anew from parameters: in a hook
+before each run of their module (``torch.nn.utils.prune``, the older ``weight_norm`` and
+``spectral_norm``), or by a parametrization whenever they are read, at a cost, and perhaps
+with a change of state (spectral norm) or another random part. Those are taken as the run
+made them. All is looked up in every step: a network may be pruned while it trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from .taps import Tape
+
+
+def are_parameters(modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the weights can be had before the network runs."""
+    return all(
+        "weight" in module._parameters and not module._forward_pre_hooks
+        for module in modules.values()
+    )
+
+
+def tap(modules: Mapping[str, nn.Module], tape: Tape) -> list[RemovableHandle]:
+    """Hook onto the parametrizations of the weights that have none of ``tape``'s taps yet."""
+    handles = []
+    for path, module in modules.items():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrization = cast(nn.ModuleDict, module.parametrizations)["weight"]
+            hooks = parametrization._forward_hooks.values()
+            if not any(isinstance(hook, _Tap) and hook.tape is tape for hook in hooks):
+                handles.append(parametrization.register_forward_hook(_Tap(tape, path)))
+    return handles
+
+
+def used(modules: Mapping[str, nn.Module], made: Mapping[str, Tensor]) -> list[Tensor]:
+    """The weights that the run computed with, which is over.
+
+    Args:
+        made: what taps have seen in it, by path.
+
+    Raises:
+        RuntimeError: a weight has lost its gradient.
+    """
+    weights = []
+    for path, module in modules.items():
+        weight = made.get(path)
+        if weight is None or _lost_gradient(module, weight):
+            # Of a parametrization: made again.
+            weight = cast(Tensor, module.weight)
+        if _lost_gradient(module, weight):
+            raise RuntimeError(
+                f"kernels: the weight of {path!r} is computed from others under torch.no_grad, "
+                "so nothing can be learnt from it; for gradient checkpointing pass "
+                "use_reentrant=False to torch.utils.checkpoint, or name other modules"
+            )
+        weights.append(weight)
+    return weights
+
+
+class _Tap:
+    """A forward hook that hands the weight a parametrization makes to the step under way."""
+
+    def __init__(self, tape: Tape, path: str) -> None:
+        self.tape = tape
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.tape.step is not None:
+            self.tape.step.weights[self.path] = output
+
+
+def _lost_gradient(module: nn.Module, weight: Tensor) -> bool:
+    if weight.requires_grad or not torch.is_grad_enabled() or "weight" in module._parameters:
+        return False
+    return any(
+        parameter.requires_grad
+        for name, parameter in module.named_parameters()
+        if name.startswith(("weight", "parametrizations.weight"))
+    )
