@@ -48,7 +48,7 @@ def pairwise_config(dtype: torch.dtype, tensor_cores: bool) -> PairwiseConfig:
         return PairwiseConfig(64, 3, 64, 64, 3, 8, 255)
     if tensor_cores:
         return PairwiseConfig(32, 3, 64, 32, 3, 8, 255)
-    return PairwiseConfig(16, 2, 64, 32, 3, 8, 255)
+    return PairwiseConfig(16, 2, 64, 16, 3, 8, 255)
 
 
 @functools.lru_cache(maxsize=256)
