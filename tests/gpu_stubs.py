@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
+from bench.gpu import rows
 from imcl_fast import implementations
 from imcl_fast.algebra import consistency as algebra_consistency
 from imcl_fast.algebra import pairwise as algebra_pairwise
-from imcl_fast.kernels import config, consistency, kept, pairwise
+from imcl_fast.kernels import config, consistency, kept, launch, pairwise
 
 PROCESSORS = 132
+EVERY = os.environ.get("IMCL_FAST_TEST_ALL") == "1"
+FEW = (  # rows: one of each kind
+    "kernel R18, bfloat16", "representation R18 NHWC, bfloat16",
+    "representation R18 NCHW centred, float32", "consistency 5 x 4 x 10, float32",
+)  # fmt: skip
 KEYS: collections.Counter[str] = collections.Counter()  # launches of each kernel compiled
 capturing = False
 
@@ -55,13 +63,19 @@ def _record(kernel: Any, programs: int, device: torch.device, *args: Any, **opti
     KEYS[key(kernel, args, options)] += 1
 
 
+def few_rows(of: Callable[[], list[rows.Row]] = rows.rows) -> list[rows.Row]:
+    """What is walked through in place of all rows."""
+    return [row for row in of() if EVERY or row.name in FEW]
+
+
 @contextlib.contextmanager
-def _not_capturing() -> Iterator[None]:
-    """The algebra may copy what a kernel doesn't."""
+def _unseen() -> Iterator[None]:
+    """The algebra may copy and fill what a kernel doesn't."""
     global capturing
     before, capturing = capturing, False
     try:
-        yield
+        with _disable_current_modes():
+            yield
     finally:
         capturing = before
 
@@ -73,20 +87,20 @@ _launch_consistency = consistency.forward
 
 def _forward(xs, *options):
     _, state = _launch_forward(xs, *options)
-    with _not_capturing():
+    with _unseen():
         return algebra_pairwise.forward(xs, *options)[0], state
 
 
 def _backward(grad, xs, state, *options):
     _launch_backward(grad, xs, state, *options)
-    with _not_capturing():
+    with _unseen():
         _, mine = algebra_pairwise.forward(xs, *options, True)
         return algebra_pairwise.backward(grad, xs, mine, *options)
 
 
 def _consistency(*arguments):
     *_, gradients = _launch_consistency(*arguments)
-    with _not_capturing():
+    with _unseen():
         loss, terms, values = algebra_consistency.forward(*arguments)
     if len(gradients) == len(values):
         return loss, terms, values
@@ -111,7 +125,7 @@ def record_launches() -> None:
     chosen = config.consistency_config
     consistency.consistency_config = lambda *sizes: chosen(*sizes[:-1], _Device)
     config.processors_of = lambda device: PROCESSORS
-    pairwise.launch = consistency.launch = _record
+    pairwise.launch = consistency.launch = launch.launch = _record
     kept.capturing = pairwise.capturing = lambda device: capturing
     implementations._why_not_triton = _why_not_triton
     implementations._why_not_cuda = lambda device: "there is no GPU for it"

@@ -28,7 +28,7 @@ launches, FAULTY = Path(sys.argv[1]), sys.argv[2]
 gpu_stubs.record_launches()
 gpu_stubs.pretend_cuda()
 rows.R18_FEATURES, rows.resnet18_weights = SMALL, lambda: WEIGHTS
-rows.CONSISTENCIES = ((5, 4, 10),)
+rows.CONSISTENCIES, rows.rows = ((5, 4, 10),), gpu_stubs.few_rows
 measure.COPIED, measure.EDGE = 1024, 16
 measure.BATCH, measure.WIDTH, measure.WARM_UP, measure.ROTATED = 4, 4, 1, 2
 worker.main(answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,16 @@ import pytest
 
 pytest.importorskip("triton")
 
+import gpu_stubs
+from gpu_stubs import EVERY
+
 from bench.gpu import __main__ as gpu
 from bench.gpu import rows, suite, workers
 
 HERE = Path(__file__).parent
 FAULTY = "kernel R18, bfloat16"
-# A test for each way of reading and each operation; all of them where that is asked for.
-EVERY = os.environ.get("IMCL_FAST_TEST_ALL") == "1"
+# Beside tests for a GPU, those of compilers, which are not.
+FILES = ("tests/test_triton.py", "tests/test_autograd.py", "tests/test_offline_compile.py")
 
 
 def stub_worker(launches: Path, faulty: str = "") -> list[str]:
@@ -33,6 +37,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, collect
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "processes", lambda: 1)
         patch.setattr(rows, "CONSISTENCIES", ((5, 4, 10),))
+        patch.setattr(rows, "rows", gpu_stubs.few_rows)
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (workers.ROOT, HERE))))
         names = {row.name for row in rows.rows()}
         code = gpu.main(["--out", str(out), "--rounds", "2", "--no-tests", "--minutes", "20"],
@@ -111,36 +116,35 @@ def test_it_needs_no_installed_package_and_no_git(tmp_path: Path) -> None:
         assert done.returncode == 1 and "torch sees no GPU" in done.stderr, done.stderr
 
 
-def test_the_tests_selected_for_a_gpu_pass_as_far_as_set_up_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launches = tmp_path / "launches"
-    monkeypatch.setenv("IMCL_FAST_LAUNCHES", str(launches))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    files = suite.FILES if EVERY else ["tests/test_autograd.py", "tests/test_triton.py"]
-    found = suite.run(tmp_path, 1200, lambda found: None, ("as_gpu", *suite.PLUGINS), files, 1)
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, dict]:
+    """What became of the tests selected for a GPU, their log, and their launches."""
+    out = tmp_path_factory.mktemp("selected")
+    launches = out / "launches"
+    files = (*suite.FILES, *FILES[-1:]) if EVERY else FILES
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMCL_FAST_LAUNCHES", str(launches))
+        patch.setenv("PYTHONPATH", str(HERE))
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        found = suite.run(out, 1200, lambda found: None, ("as_gpu", *suite.PLUGINS), files, 1)
+    return found, (out / "part-0-of-1.log").read_text(), json.loads(launches.read_text())
+
+
+def test_the_tests_selected_for_a_gpu_pass_as_far_as_set_up_goes(selected: tuple) -> None:
+    found, log, kernels = selected
     # test_gpu.py alone finds nothing to run, for it asks torch itself.
-    log = (tmp_path / "part-0-of-1.log").read_text()
     assert suite.failures(found) == ["test_gpu"] and found["test_gpu"]["exit"] == 5, log
     assert found["part 0 of 1"]["outcomes"]["passed"] > 10
-    kernels = json.loads(launches.read_text())
     assert len(kernels) < (560 if EVERY else 120), "too many kernels to compile in four minutes"
 
 
-def test_what_is_not_for_a_gpu_is_not_selected() -> None:
-    """Neither compilers nor sanitizers, and no float64 for Triton."""
-    done = subprocess.run(
-        suite._pytest(("as_gpu", *suite.PLUGINS), ["tests", "--collect-only", "-q", "-q"])[0],
-        cwd=workers.ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (workers.ROOT, HERE))),
-             "IMCL_FAST_LAUNCHES": os.devnull},
-    )  # fmt: skip
-    selected = [line for line in done.stdout.splitlines() if "::" in line]
-    assert len(selected) > 100, done.stdout + done.stderr
-    files = {line.split("::")[0] for line in selected}
-    assert not {f for f in files if "build" in f or "sanitizers" in f or "offline" in f}
-    assert not [line for line in selected if "triton" in line and "float64" in line]
+def test_what_is_not_for_a_gpu_is_not_selected(selected: tuple) -> None:
+    """No compilers, and no float64 for Triton."""
+    _, log, _ = selected
+    names = re.findall(r"^(tests/\S+::\S+)", log, re.MULTILINE)
+    files = {name.split("::")[0] for name in names}
+    assert files == {*(suite.FILES if EVERY else FILES[:-1])}
+    assert not [name for name in names if "[" in name and "triton" in name and "float64" in name]
 
 
 def test_where_hypothesis_is_missing_its_tests_are_skipped(tmp_path: Path) -> None:

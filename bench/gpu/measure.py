@@ -100,7 +100,8 @@ def operation(row: Row, name: str, rounds: int) -> dict[str, float | str]:
         float((g.float() - t).abs().max() / t.abs().max())
         for g, t in zip(step(sets[0]), truth, strict=True)
     )
-    if not error <= TOLERANCE[row.dtype]:
+    # The naive form rounds every step to its dtype, and is timed for all that.
+    if name != "reference" and not error <= TOLERANCE[row.dtype]:
         raise NotTimed(f"its gradients are off by {error:.1e}")
     del wide, truth
     found: dict[str, float | str] = {"called_ms": called_ms(step, sets, rounds)}

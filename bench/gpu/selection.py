@@ -2,9 +2,10 @@
 
     python -m pytest -p bench.gpu.selection tests
 
-runs those that take an implementation with a kernel for GPUs, and those of test_gpu.py; with
-``IMCL_FAST_PART=2/12`` the third of twelve parts. Tests of compilers and sanitizers are for
-the machines that have them. Where hypothesis isn't installed, its tests are skipped.
+runs those that take an implementation with a kernel for GPUs, and those of test_gpu.py and
+test_triton.py; with ``IMCL_FAST_PART=2/12`` the third of twelve parts. Tests of compilers and
+sanitizers are for the machines that have them. Where hypothesis isn't installed, its tests are
+skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from imcl_fast.implementations import why_not
 
 from .rows import FUSED
 
-GPU_ONLY = "test_gpu.py"
+GPU_ONLY = ("test_gpu.py", "test_triton.py")
 
 
 def refused(name: str, device: str, dtype: torch.dtype) -> str | None:
@@ -34,7 +35,7 @@ def refused(name: str, device: str, dtype: torch.dtype) -> str | None:
 
 def wanted(item: pytest.Item) -> bool:
     """Whether a GPU is what a test is for, and takes its dtype."""
-    if item.path.name == GPU_ONLY:
+    if item.path.name in GPU_ONLY:
         return True
     parameters = getattr(item, "callspec", None)
     values = list(parameters.params.values()) if parameters else []
