@@ -194,6 +194,7 @@ def pretend_cuda() -> None:
     torch.nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign]
     torch.autocast = _Autocast  # type: ignore[misc]
     torch.compile = lambda function: function  # the compiler asks the driver itself
+    torch.compiler.reset = lambda: None  # of which even that takes a second to import
     for name, value in {
         "is_available": lambda: True, "Event": _Event, "Stream": _Stream,
         "current_stream": lambda *_: _Stream(), "stream": lambda _: contextlib.nullcontext(),

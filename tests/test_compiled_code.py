@@ -6,7 +6,8 @@ K step of every main loop is. After an intended change, or with another Triton:
 
     python tests/test_compiled_code.py [CASES]
 
-writes the table anew, or the rows of those cases (a regular expression). ``make test`` compiles a few cases, IMCL_FAST_TEST_ALL=1 all of them.
+writes the table anew, or the rows of those cases (a regular expression). ``make test`` compiles
+a few of them, IMCL_FAST_TEST_ALL=1 all.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from bench.gpu import rows, suite, workers
 
 HERE = Path(__file__).parent
 FAULTY = "kernel R18, bfloat16"
-# Beside tests for a GPU, those of compilers, which are not.
-FILES = ("tests/test_triton.py", "tests/test_autograd.py", "tests/test_offline_compile.py")
+FEW = ("tests/test_triton.py", "tests/test_autograd.py")
+DRAWN = "tests/test_consistency.py::test_drawn"
+COMPILERS = "tests/test_offline_compile.py"  # which are not for a GPU
 
 
 def stub_worker(launches: Path, faulty: str = "") -> list[str]:
@@ -116,18 +118,28 @@ def test_it_needs_no_installed_package_and_no_git(tmp_path: Path) -> None:
         assert done.returncode == 1 and "torch sees no GPU" in done.stderr, done.stderr
 
 
+def select(out: Path, files: Sequence[str], hypothesis: bool) -> tuple[dict, str, dict]:
+    """What became of the tests selected for a GPU, their log, and their launches."""
+    (out / "hide.py").write_text(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: None if n == 'hypothesis' else find(n, *a)\n"
+    )
+    plugins = () if hypothesis else ("hide",)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMCL_FAST_LAUNCHES", str(out / "launches"))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (out, HERE))))
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        plugins = (*plugins, "as_gpu", *suite.PLUGINS)
+        found = suite.run(out, 1200, lambda found: None, plugins, files, 1)
+    return found, (out / "part-0-of-1.log").read_text(), json.loads((out / "launches").read_text())
+
+
 @pytest.fixture(scope="module")
 def selected(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, dict]:
-    """What became of the tests selected for a GPU, their log, and their launches."""
-    out = tmp_path_factory.mktemp("selected")
-    launches = out / "launches"
-    files = (*suite.FILES, *FILES[-1:]) if EVERY else FILES
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IMCL_FAST_LAUNCHES", str(launches))
-        patch.setenv("PYTHONPATH", str(HERE))
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        found = suite.run(out, 1200, lambda found: None, ("as_gpu", *suite.PLUGINS), files, 1)
-    return found, (out / "part-0-of-1.log").read_text(), json.loads(launches.read_text())
+    """Few of them, as where hypothesis isn't installed; or all of them, as where it is."""
+    files = (*suite.FILES, COMPILERS) if EVERY else (*FEW, DRAWN, COMPILERS)
+    return select(tmp_path_factory.mktemp("selected"), files, EVERY)
 
 
 def test_the_tests_selected_for_a_gpu_pass_as_far_as_set_up_goes(selected: tuple) -> None:
@@ -143,22 +155,11 @@ def test_what_is_not_for_a_gpu_is_not_selected(selected: tuple) -> None:
     _, log, _ = selected
     names = re.findall(r"^(tests/\S+::\S+)", log, re.MULTILINE)
     files = {name.split("::")[0] for name in names}
-    assert files == {*(suite.FILES if EVERY else FILES[:-1])}
+    assert files == {*(suite.FILES if EVERY else (*FEW, DRAWN.split("::")[0]))}
     assert not [name for name in names if "[" in name and "triton" in name and "float64" in name]
 
 
-def test_where_hypothesis_is_missing_its_tests_are_skipped(tmp_path: Path) -> None:
-    (tmp_path / "hide.py").write_text(
-        "import importlib.util\nfind = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda n, *a: None if n == 'hypothesis' else find(n, *a)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "-o", "addopts=", "-p", "hide", "-p",
-         "no:hypothesispytest", "-p", "as_gpu", "-p", "bench.gpu.selection",
-         "tests/test_pairwise.py", "-k", "triton and drawn"],
-        cwd=workers.ROOT, capture_output=True, text=True,
-        env={**os.environ, "IMCL_FAST_LAUNCHES": os.devnull, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-             "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, workers.ROOT, HERE)))},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "hypothesis is not installed" in done.stdout, done.stdout
+def test_where_hypothesis_is_missing_its_tests_are_skipped(selected: tuple, tmp_path: Path) -> None:
+    _, log, _ = select(tmp_path, [DRAWN], False) if EVERY else selected
+    assert re.search(rf"^{DRAWN}.* SKIPPED", log, re.MULTILINE), log
+    assert "hypothesis is not installed" in log

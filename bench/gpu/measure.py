@@ -73,7 +73,7 @@ def step_of(row: Row, name: str) -> Step:
     grad = torch.ones((), device="cuda")
     loss_of = lambda xs: row.loss(xs, name)  # noqa: E731
     if name == "torch.compile":
-        torch._dynamo.reset()
+        torch.compiler.reset()
         loss_of = torch.compile(lambda xs: row.loss(xs, "torch"))
     return lambda xs: torch.autograd.grad(loss_of(xs), xs, grad)
 

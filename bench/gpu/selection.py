@@ -130,9 +130,9 @@ def _skipped(*_: Any, **drawn: Any) -> Callable:
 def _stand_in_for_hypothesis() -> None:
     anything = _Anything()
     strategies = types.ModuleType("hypothesis.strategies")
-    strategies.__getattr__ = lambda name: anything  # type: ignore[method-assign]
     module = types.ModuleType("hypothesis")
-    module.__getattr__ = lambda name: anything  # type: ignore[method-assign]
+    # A module without a file has no __file__ either, for those who go through sys.modules.
+    strategies.__getattr__ = module.__getattr__ = anything.__getattr__  # type: ignore
     module.given, module.strategies = _skipped, strategies  # type: ignore[attr-defined]
     module.settings = _Settings  # type: ignore[attr-defined]
     sys.modules.update({"hypothesis": module, "hypothesis.strategies": strategies})
