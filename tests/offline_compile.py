@@ -3,7 +3,7 @@
 Run by test_offline_compile.py and test_compiled_code.py in processes without TRITON_INTERPRET:
 the real launchers are called on CPU tensors, their launches are caught, and each kernel is
 compiled with the very arguments and options it would have been launched with on a GPU of 132
-processors. One JSON object per line.
+processors; but the consistency is planned as for CPU tensors. One JSON object per line.
 """
 
 from __future__ import annotations
