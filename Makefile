@@ -66,9 +66,11 @@ accuracy: $(READY)
 mutants: $(READY)
 	$(RUN) -m bench.mutants
 
-# For a machine with a GPU and its own torch: tests there, then measurements, into $OUT.
-gpu: $(READY)
-	$(RUN) bench/gpu.py
+# For a machine with a GPU and its own torch: measurements there, then tests, into $OUT. Without
+# a compiler, ninja or pybind11 there is no impl="cuda" to measure, but there is impl="triton".
+gpu: $(filter .venv/ready,$(READY))
+	-$(if $(filter build/ready,$(READY)),$(RUN) setup.py --quiet build_ext --inplace)
+	$(RUN) -m bench.gpu
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

@@ -35,8 +35,13 @@ _CONSISTENCY = {
 }
 
 
-def why_not(impl: str, device: str, dtypes: Sequence[torch.dtype] = ()) -> str | None:
-    """Why ``impl`` can't run on tensors of that device type, or None where it can."""
+def why_not(
+    impl: str, device: str, dtypes: Sequence[torch.dtype] = (), index: int | None = None
+) -> str | None:
+    """Why ``impl`` can't run on tensors of that device type, or None where it can.
+
+    ``index`` is that of the device among those of its type; None is the current one.
+    """
     if impl in ("torch", "reference"):
         return None
     if impl == "cpp":
@@ -46,7 +51,10 @@ def why_not(impl: str, device: str, dtypes: Sequence[torch.dtype] = ()) -> str |
     if impl == "triton":
         return _why_not_triton(device, dtypes)
     if impl == "cuda":
-        return _why_not_cuda(device)
+        reason = _why_not_cuda(device)
+        if reason is not None or device != "cuda":
+            return reason
+        return _why_not_capability(torch.cuda.current_device() if index is None else index)
     raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
@@ -58,22 +66,41 @@ def _why_not_triton(device: str, dtypes: Sequence[torch.dtype]) -> str | None:
         return f"it runs on CUDA, ROCm and XPU tensors, and these are on {device}"
     if torch.float64 in dtypes and not interpreted:
         return "its kernels take float64 under TRITON_INTERPRET=1 only"
-    return _why_not_triton_version()
+    return _why_not_triton_version() or (_why_not_interpreter() if interpreted else None)
+
+
+@functools.cache
+def _why_not_interpreter() -> str | None:
+    found, numpy = _triton_version() or "", version("numpy")
+    if _numbers(found) >= (3, 7) or _numbers(numpy) < (2, 4):
+        return None
+    return (
+        f"the interpreter of Triton {found} doesn't run with NumPy {numpy}; "
+        "`pip install 'triton>=3.7'`, or 'numpy<2.4'"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
 
 
 @functools.cache
 def _why_not_triton_version() -> str | None:
-    found = None
-    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
-        try:
-            found = version(name)
-            break
-        except PackageNotFoundError:
-            continue
+    found = _triton_version()
     wanted = ".".join(map(str, TRITON_VERSION))
     if found is None:
         return f"Triton is not installed; `pip install 'triton>={wanted}'`"
-    if tuple(int(part) for part in found.split(".")[:2]) < TRITON_VERSION:
+    if _numbers(found) < TRITON_VERSION:
         return f"it needs Triton {wanted} or later, and {found} is installed"
     return None
 
@@ -89,7 +116,7 @@ def _why_not_cuda(device: str) -> str | None:
     if device != "cuda" or torch.version.hip:
         where = "an AMD GPU" if torch.version.hip else device
         return f"it runs on tensors of an NVIDIA GPU only, and these are on {where}"
-    return _why_not_capability(torch.cuda.current_device())
+    return None
 
 
 @functools.cache
@@ -117,8 +144,8 @@ def choose(
         RuntimeError: the implementation asked for can't run, and why.
     """
     if impl == "auto":
-        return _fastest(operation, device.type, dtypes)
-    reason = why_not(impl, device.type, dtypes)
+        return _fastest(operation, device.type, dtypes, device.index)
+    reason = why_not(impl, device.type, dtypes, device.index)
     if reason is not None:
         raise RuntimeError(
             f'impl="{impl}" can\'t run: {reason}. Use impl="auto"; '
@@ -128,11 +155,13 @@ def choose(
 
 
 @tracing.constant
-def _fastest(operation: str, device: str, dtypes: Sequence[torch.dtype]) -> str:
+def _fastest(
+    operation: str, device: str, dtypes: Sequence[torch.dtype], index: int | None
+) -> str:
     candidates = ("cpp",) if device == "cpu" else GPU_PREFERENCE[operation]
     reasons = []
     for name in candidates:
-        reason = why_not(name, device, dtypes)
+        reason = why_not(name, device, dtypes, index)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")

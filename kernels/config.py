@@ -12,7 +12,8 @@ _WARPS_PER_PROCESSOR = 16  # leaves each thread 128 registers
 
 
 class PairwiseConfig(NamedTuple):
-    """Columns a program takes at a time, rows a product sums at a time, stages of loads."""
+    """Columns a program takes at a time, rows a product sums at a time, stages of loads, warps,
+    a thread's registers."""
 
     forward_block: int
     forward_stages: int
@@ -20,6 +21,7 @@ class PairwiseConfig(NamedTuple):
     backward_depth: int
     backward_stages: int
     num_warps: int
+    registers: int
 
 
 class ConsistencyConfig(NamedTuple):
@@ -32,17 +34,21 @@ class ConsistencyConfig(NamedTuple):
     registers: int
 
 
-def pairwise_config(dtype: torch.dtype) -> PairwiseConfig:
-    """What needs no register spilled on sm_80, sm_90 and sm_100 in test_offline_compile.py: cases
-    of batch 2, planned as for a CPU tensor.
+def pairwise_config(dtype: torch.dtype, tensor_cores: bool) -> PairwiseConfig:
+    """What needs no register spilled (test_offline_compile.py, test_compiled_code.py).
+
+    At 128 registers a processor would hold two blocks, but ptxas spills to get there, of
+    centred layers hundreds of bytes; left alone it tries. So it is given them all.
 
     Eight warps, so that a tile of 64 x 64 takes 16 registers of each thread: its epilogue
     holds half a dozen of them. Products of float32 without tensor cores keep their
     operands in registers too, and take them in thinner slices.
     """
     if dtype.itemsize == 2:
-        return PairwiseConfig(64, 3, 64, 64, 3, 8)
-    return PairwiseConfig(16, 2, 64, 32, 3, 8)
+        return PairwiseConfig(64, 3, 64, 64, 3, 8, 255)
+    if tensor_cores:
+        return PairwiseConfig(32, 3, 64, 32, 3, 8, 255)
+    return PairwiseConfig(16, 2, 64, 16, 3, 8, 255)
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from . import plan
 
 _FIELDS = tl.constexpr(plan.FIELDS)
+_ROWS, _COLUMNS = tl.constexpr(plan.ROWS), tl.constexpr(plan.COLUMNS)
+_BY_ROWS, _BY_COLUMNS = tl.constexpr(plan.BY_ROWS), tl.constexpr(plan.BY_COLUMNS)
+
+
+class Matrix(NamedTuple):
+    """One matrix of a layer, as a kernel reads or writes it: see plan.py for the LAYOUT."""
+
+    start: Any  # pointer to its first element
+    n: Any  # rows
+    d: Any  # columns
+    row: Any  # strides
+    column: Any
+    offsets: Any  # of its columns, where they are gathered
 
 
 @triton.jit
@@ -23,6 +38,26 @@ def find_layer(starts, program, LAYERS: tl.constexpr, PADDED: tl.constexpr):
 @triton.jit
 def record_of(table, layer, LAYERS: tl.constexpr):
     return table + 2 * LAYERS + layer * _FIELDS
+
+
+@triton.jit
+def matrix_of(
+    x, table, record, geometry, number, LAYOUT: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    """Matrix ``number`` of the layer at ``x``; ``geometry`` is the field of x's or dx's.
+
+    Made where its layout is known, for what a compiler knows of the alignment of a pointer
+    it forgets where two of them join: every load would then be of a single element.
+    """
+    n, d = tl.load(record + _ROWS).to(tl.int32), tl.load(record + _COLUMNS).to(tl.int32)
+    batch = tl.load(record + geometry)
+    row, column = tl.load(record + geometry + 1), tl.load(record + geometry + 2)
+    if LAYOUT == _BY_ROWS:
+        batch, n, column = multiple(batch, VECTOR), multiple(n, VECTOR), multiple(column, VECTOR)
+    elif LAYOUT == _BY_COLUMNS:
+        batch, d, row = multiple(batch, VECTOR), multiple(d, VECTOR), multiple(row, VECTOR)
+    offsets = table + tl.load(record + geometry + 3)
+    return Matrix(x + number * batch, n, d, row, column, offsets)
 
 
 @triton.jit
@@ -61,48 +96,28 @@ def select(tensors, layer, LAYERS: tl.constexpr):
 
 
 @triton.jit
-def pointers(
-    x, rows, columns, d, row_stride, column_stride, offsets,
-    FAST: tl.constexpr, ROWS_UNIT: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Pointers to the elements [rows, columns] of a matrix.
-
-    What makes a layer fast is told to the compiler here. No test looks at whether it then reads
-    16 bytes at once; in code compiled for sm_90 it did not.
-    """
-    if FAST and ROWS_UNIT:
-        stride = multiple(column_stride, VECTOR)
-        return x + (columns.to(tl.int64) * stride)[None, :] + rows[:, None]
-    elif FAST:
-        stride = multiple(row_stride, VECTOR)
-        return x + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
+def pointers(m, rows, columns, LAYOUT: tl.constexpr):
+    """Pointers to the elements [rows, columns] of a matrix."""
+    if LAYOUT == _BY_ROWS:
+        return m.start + (columns.to(tl.int64) * m.column)[None, :] + rows[:, None]
+    elif LAYOUT == _BY_COLUMNS:
+        return m.start + (rows.to(tl.int64) * m.row)[:, None] + columns[None, :]
     else:
-        column = tl.load(offsets + columns, mask=columns < d, other=0)  # [columns]
-        return x + (rows.to(tl.int64) * row_stride)[:, None] + column[None, :]
+        column = tl.load(m.offsets + columns, mask=columns < m.d, other=0)  # [columns]
+        return m.start + (rows.to(tl.int64) * m.row)[:, None] + column[None, :]
 
 
 @triton.jit
-def inside(
-    rows, columns, n, d, FAST: tl.constexpr, ROWS_UNIT: tl.constexpr, VECTOR: tl.constexpr
-):
+def inside(m, rows, columns):
     """Which of [rows, columns] exist; of a fast layer whole vectors do or don't."""
-    if FAST and ROWS_UNIT:
-        n = multiple(n, VECTOR)
-    elif FAST:
-        d = multiple(d, VECTOR)
-    return (rows < n)[:, None] & (columns < d)[None, :]
+    return (rows < m.n)[:, None] & (columns < m.d)[None, :]
 
 
 @triton.jit
-def read(
-    x, rows, columns, n, d, row_stride, column_stride, offsets,
-    FAST: tl.constexpr, ROWS_UNIT: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+def read(m, rows, columns, LAYOUT: tl.constexpr):
     """Elements [rows, columns] of a matrix, 0 beyond it."""
-    where = pointers(x, rows, columns, d, row_stride, column_stride, offsets, FAST, ROWS_UNIT,
-                     VECTOR)  # fmt: skip
-    mask = inside(rows, columns, n, d, FAST, ROWS_UNIT, VECTOR)
-    return tl.load(where, mask=mask, other=0.0)
+    where = pointers(m, rows, columns, LAYOUT)
+    return tl.load(where, mask=inside(m, rows, columns), other=0.0)
 
 
 @triton.jit

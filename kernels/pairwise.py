@@ -15,10 +15,11 @@ from torch import Tensor
 
 from . import numerics
 from .config import PairwiseConfig, pairwise_config
+from .kept import capturing, keep_for_graph, ticket
 from .launch import launch
 from .pairwise_backward import backward_kernel
 from .pairwise_forward import forward_kernel
-from .plan import Plan, layer_of, plan
+from .plan import BY_COLUMNS, BY_ROWS, Plan, layer_of, plan
 
 
 class _Group(NamedTuple):
@@ -41,7 +42,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The penalty (), and per dtype of the layers what the backward needs."""
-    groups = _groups(xs, penalty, center, batched)
+    groups = _groups(xs, penalty, center, batched, precision)
     wide = any(g.dtype == torch.float64 for g in groups)
     loss_type = torch.float64 if wide else torch.float32
     device = xs[0].device
@@ -51,7 +52,7 @@ def forward(
     else:
         loss = torch.empty((), dtype=loss_type, device=device)
     partials = torch.empty(programs, dtype=loss_type, device=device)
-    tickets = torch.zeros((), dtype=torch.int32, device=device)
+    tickets = ticket(device) if programs else partials
     state, first = [], 0
     for g in groups:
         accumulation = _accumulation(g.dtype)
@@ -74,10 +75,12 @@ def forward(
                 len(xs),
                 LAYERS=len(g.xs),
                 PADDED=triton.next_power_of_2(len(g.xs)),
+                FORMS=g.plan.forms,
+                PATHS=g.plan.paths,
                 PENALTY=penalty,
                 CENTER=center,
                 KEEP=keep,
-                ROWS_UNIT=g.plan.rows_unit,
+                FAST=BY_ROWS if g.plan.rows_unit else BY_COLUMNS,
                 VECTOR=16 // g.dtype.itemsize,
                 BLOCK=g.config.forward_block,
                 PRODUCT=_gram_product(g.dtype, center, precision),
@@ -86,8 +89,7 @@ def forward(
                 LOSS=_TRITON[loss_type],
                 num_warps=g.config.num_warps,
                 num_stages=g.config.forward_stages,
-                # Left alone, ptxas spills to get to 128, for a second block at a time.
-                maxnreg=255,
+                maxnreg=g.config.registers,
             )
         first += g.plan.forward
     return loss, state if keep else []
@@ -105,7 +107,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradient of every layer, scaled by ``grad`` () on its device."""
     gradients = [torch.empty_like(x) for x in xs]
-    for g, kept in zip(_groups(xs, penalty, center, batched), state, strict=True):
+    for g, kept in zip(_groups(xs, penalty, center, batched, precision), state, strict=True):
         if not g.plan.backward:
             continue
         launch(
@@ -120,9 +122,11 @@ def backward(
             len(xs),
             LAYERS=len(g.xs),
             PADDED=triton.next_power_of_2(len(g.xs)),
+            FORMS=g.plan.forms,
+            PATHS=g.plan.paths,
             PENALTY=penalty,
             CENTER=center,
-            ROWS_UNIT=g.plan.rows_unit,
+            FAST=BY_ROWS if g.plan.rows_unit else BY_COLUMNS,
             VECTOR=16 // g.dtype.itemsize,
             BLOCK=g.config.backward_block,
             DEPTH=g.config.backward_depth,
@@ -131,6 +135,7 @@ def backward(
             ACC=_TRITON[_accumulation(g.dtype)],
             num_warps=g.config.num_warps,
             num_stages=g.config.backward_stages,
+            maxnreg=g.config.registers,
         )
     return gradients
 
@@ -142,19 +147,23 @@ def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _groups(xs: Sequence[Tensor], penalty: int, center: bool, batched: bool) -> list[_Group]:
+def _groups(
+    xs: Sequence[Tensor], penalty: int, center: bool, batched: bool, precision: int
+) -> list[_Group]:
     indices: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(xs):
         indices.setdefault(x.dtype, []).append(i)
     groups = []
     for dtype, members in indices.items():
         mine = tuple(xs[i] for i in members)
-        config = pairwise_config(dtype)
+        config = pairwise_config(dtype, _gradient_product(dtype, precision) != numerics.IEEE)
         layers = tuple(layer_of(x) for x in mine)
         geometry = plan(
             layers, dtype.itemsize, penalty, center, batched, config.backward_block,
             mine[0].device,
         )
+        if capturing(mine[0].device):
+            keep_for_graph(geometry.table)
         groups.append(_Group(dtype, members, mine, geometry, config))
     return groups
 

@@ -29,6 +29,7 @@ from .matrices import (
     core_pointers,
     find_layer,
     inverse_norm,
+    matrix_of,
     multiple,
     padded,
     read,
@@ -42,11 +43,14 @@ from .reduction import draws_last_ticket, total
 _TILE, _ROW_BLOCK = tl.constexpr(plan.TILE), tl.constexpr(plan.ROW_BLOCK)
 _REDUCE = tl.constexpr(_REDUCTION)
 _RATIO = tl.constexpr(CENTERED_DEAD_RATIO)
+_ALL = tl.constexpr(tl.PropagateNan.ALL)
 _SQUARE, _SIGNED = tl.constexpr(algebra.SQUARE), tl.constexpr(algebra.SIGNED)
-_BATCH, _ROWS, _COLUMNS = (tl.constexpr(f) for f in (plan.BATCH, plan.ROWS, plan.COLUMNS))
-_DUAL, _FAST, _FORWARD = (tl.constexpr(f) for f in (plan.DUAL, plan.FAST, plan.FORWARD))
-_X_BATCH, _X_ROW = tl.constexpr(plan.X_BATCH), tl.constexpr(plan.X_ROW)
-_X_COLUMN, _X_OFFSETS = tl.constexpr(plan.X_COLUMN), tl.constexpr(plan.X_OFFSETS)
+_BATCH, _ROWS, _FORWARD = (tl.constexpr(f) for f in (plan.BATCH, plan.ROWS, plan.FORWARD))
+_OVER_ROWS, _FAST = tl.constexpr(plan.OVER_ROWS), tl.constexpr(plan.FAST)
+_BY_COLUMNS = tl.constexpr(plan.BY_COLUMNS)
+_GATHERED_BLOCK = tl.constexpr(16)  # columns: each element has a pointer of its own
+_SOME, _EVERY, _GATHERED = (tl.constexpr(f) for f in (plan.SOME, plan.EVERY, plan.GATHERED))
+_X_BATCH = tl.constexpr(plan.X_BATCH)
 _STATE, _STATE_SIZE = tl.constexpr(plan.STATE), tl.constexpr(plan.STATE_SIZE)
 
 
@@ -70,82 +74,87 @@ def _shifted(x, shift, columns, d, CENTER: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _first_mean(
-    x, rows, n, d, row_stride, column_stride, offsets, FAST: tl.constexpr,
-    ROWS_UNIT: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _first_mean(m, rows, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Mean of the first BLOCK columns of each row: the shift of a centred row."""
-    block = read(x, rows, tl.arange(0, BLOCK), n, d, row_stride, column_stride, offsets,
-                 FAST, ROWS_UNIT, VECTOR)  # fmt: skip
-    return tl.sum(block.to(ACC), 1) / tl.minimum(d, BLOCK).to(ACC)
+    block = read(m, rows, tl.arange(0, BLOCK), LAYOUT)
+    return tl.sum(block.to(ACC), 1) / tl.minimum(m.d, BLOCK).to(ACC)
+
+
+@triton.jit
+def _shares(x, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
+    """[rows, columns] summed to fewer columns, of what a thread holds: nothing is exchanged."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    if LAYOUT == _BY_COLUMNS:
+        return tl.sum(tl.reshape(x, [ROWS, COLUMNS // VECTOR, VECTOR]), 2)
+    elif COLUMNS > 32:
+        return tl.sum(tl.reshape(x, [ROWS, COLUMNS // 32, 32]), 1)
+    else:
+        return x
 
 
 @triton.jit
 def _gram(
-    x, rows_i, rows_j, n, d, row_stride, column_stride, offsets, DIAGONAL: tl.constexpr,
-    FAST: tl.constexpr, ROWS_UNIT: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-    CENTER: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr,
+    m, rows_i, rows_j, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, DIAGONAL: tl.constexpr,
+    BLOCK: tl.constexpr, CENTER: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the Gram matrix of shifted rows; their squares, sums and shifts."""
+    """A tile of the Gram matrix of shifted rows; their squares, sums and shifts.
+
+    Threads add up what they hold themselves, and each other's sums after the last column.
+    """
     gram = tl.zeros([_TILE, _TILE], ACC)
-    square_i, square_j = tl.zeros([_TILE], ACC), tl.zeros([_TILE], ACC)
-    sum_i, sum_j = tl.zeros([_TILE], ACC), tl.zeros([_TILE], ACC)
+    none = _shares(tl.zeros([_TILE, BLOCK], ACC), LAYOUT, VECTOR)  # [TILE, shares]
+    square_i, square_j, sum_i, sum_j = none, none, none, none
     shift_i, shift_j = tl.zeros([_TILE], ACC), tl.zeros([_TILE], ACC)
     if CENTER:
-        shift_i = _first_mean(x, rows_i, n, d, row_stride, column_stride, offsets, FAST,
-                              ROWS_UNIT, VECTOR, BLOCK, ACC)  # fmt: skip
-        shift_j = shift_i
+        shift_i = _first_mean(m, rows_i, LAYOUT, BLOCK, ACC)
         if not DIAGONAL:
-            shift_j = _first_mean(x, rows_j, n, d, row_stride, column_stride, offsets, FAST,
-                                  ROWS_UNIT, VECTOR, BLOCK, ACC)  # fmt: skip
-    for k in range(0, d, BLOCK):
+            shift_j = _first_mean(m, rows_j, LAYOUT, BLOCK, ACC)
+    for k in range(0, m.d, BLOCK):
         columns = k + tl.arange(0, BLOCK)
-        a = read(x, rows_i, columns, n, d, row_stride, column_stride, offsets, FAST,
-                 ROWS_UNIT, VECTOR)  # [TILE, BLOCK] # fmt: skip
-        a = _shifted(a, shift_i, columns, d, CENTER, ACC)
+        a = _shifted(read(m, rows_i, columns, LAYOUT), shift_i, columns, m.d, CENTER, ACC)
         exact = a.to(ACC)
-        square_i += tl.sum(exact * exact, 1)
+        square_i += _shares(exact * exact, LAYOUT, VECTOR)
         if CENTER:
-            sum_i += tl.sum(exact, 1)
+            sum_i += _shares(exact, LAYOUT, VECTOR)
         b = a
         if not DIAGONAL:
-            b = read(x, rows_j, columns, n, d, row_stride, column_stride, offsets, FAST,
-                     ROWS_UNIT, VECTOR)  # [TILE, BLOCK] # fmt: skip
-            b = _shifted(b, shift_j, columns, d, CENTER, ACC)
+            b = _shifted(read(m, rows_j, columns, LAYOUT), shift_j, columns, m.d, CENTER, ACC)
             exact = b.to(ACC)
-            square_j += tl.sum(exact * exact, 1)
+            square_j += _shares(exact * exact, LAYOUT, VECTOR)
             if CENTER:
-                sum_j += tl.sum(exact, 1)
+                sum_j += _shares(exact, LAYOUT, VECTOR)
         gram = dot(a, tl.trans(b), gram, PRODUCT)
+    squares_i, sums_i = tl.sum(square_i, 1), tl.sum(sum_i, 1)  # [TILE]
     if DIAGONAL:
-        square_j, sum_j, shift_j = square_i, sum_i, shift_i
-    return gram, square_i, square_j, sum_i, sum_j, shift_i, shift_j
+        return gram, squares_i, squares_i, sums_i, sums_i, shift_i, shift_i
+    else:
+        return gram, squares_i, tl.sum(square_j, 1), sums_i, tl.sum(sum_j, 1), shift_i, shift_j
 
 
 @triton.jit
 def _primal(
-    x, state, n, d, tile, row_stride, column_stride, offsets, fast, k, eps,
-    PENALTY: tl.constexpr, CENTER: tl.constexpr, KEEP: tl.constexpr, ROWS_UNIT: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr,
+    m, state, tile, k, eps, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, PENALTY: tl.constexpr,
+    CENTER: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """The loss of one tile of the Gram matrix; leaves its part of A in the state."""
+    n = m.n
     i, j = _triangle(tile)
     rows_i, rows_j = i * _TILE + tl.arange(0, _TILE), j * _TILE + tl.arange(0, _TILE)
-    if fast:
+    if LAYOUT != _GATHERED:
         if i == j:
             gram, square_i, square_j, sum_i, sum_j, shift_i, shift_j = _gram(
-                x, rows_i, rows_j, n, d, row_stride, column_stride, offsets, True, True,
-                ROWS_UNIT, VECTOR, BLOCK, CENTER, PRODUCT, ACC)  # fmt: skip
+                m, rows_i, rows_j, LAYOUT, VECTOR, True, BLOCK, CENTER, PRODUCT, ACC)  # fmt: skip
         else:
             gram, square_i, square_j, sum_i, sum_j, shift_i, shift_j = _gram(
-                x, rows_i, rows_j, n, d, row_stride, column_stride, offsets, False, True,
-                ROWS_UNIT, VECTOR, BLOCK, CENTER, PRODUCT, ACC)  # fmt: skip
+                m, rows_i, rows_j, LAYOUT, VECTOR, False, BLOCK, CENTER, PRODUCT, ACC)  # fmt: skip
     else:
         gram, square_i, square_j, sum_i, sum_j, shift_i, shift_j = _gram(
-            x, rows_i, rows_j, n, d, row_stride, column_stride, offsets, False, False,
-            ROWS_UNIT, VECTOR, BLOCK, CENTER, PRODUCT, ACC)  # fmt: skip
+            m, rows_i, rows_j, LAYOUT, VECTOR, False, _GATHERED_BLOCK, CENTER, PRODUCT,
+            ACC)  # fmt: skip
 
-    width = d.to(ACC)
+    width = m.d.to(ACC)
     mean_i, mean_j = shift_i, shift_j
     if CENTER:
         sum_i, sum_j = sum_i / width, sum_j / width  # m - a
@@ -185,43 +194,36 @@ def _primal(
     return k * tl.sum(phi) * tl.where(i == j, 1.0, 2.0).to(ACC)
 
 
-_ALL = tl.constexpr(tl.PropagateNan.ALL)
-
-
 @triton.jit
-def _row_norms(
-    x, rows, n, d, row_stride, column_stride, offsets, eps, FAST: tl.constexpr,
-    ROWS_UNIT: tl.constexpr, VECTOR: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _row_norms(m, rows, eps, LAYOUT: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
     """Means (0 if not centred) and 1/n of whole rows."""
-    square, sums = tl.zeros([_ROW_BLOCK], ACC), tl.zeros([_ROW_BLOCK], ACC)
+    square, sums = tl.zeros([_ROW_BLOCK, _TILE], ACC), tl.zeros([_ROW_BLOCK, _TILE], ACC)
     shift = tl.zeros([_ROW_BLOCK], ACC)
     if CENTER:
-        shift = _first_mean(x, rows, n, d, row_stride, column_stride, offsets, FAST, ROWS_UNIT,
-                            VECTOR, _TILE, ACC)  # fmt: skip
-    for k in range(0, d, _TILE):
+        shift = _first_mean(m, rows, LAYOUT, _TILE, ACC)
+    for k in range(0, m.d, _TILE):
         columns = k + tl.arange(0, _TILE)
-        block = read(x, rows, columns, n, d, row_stride, column_stride, offsets, FAST,
-                     ROWS_UNIT, VECTOR)  # [ROW_BLOCK, TILE] # fmt: skip
-        block = _shifted(block, shift, columns, d, CENTER, ACC).to(ACC)
-        square += tl.sum(block * block, 1)
+        block = _shifted(read(m, rows, columns, LAYOUT), shift, columns, m.d, CENTER, ACC)
+        block = block.to(ACC)  # [ROW_BLOCK, TILE]
+        square += block * block
         if CENTER:
-            sums += tl.sum(block, 1)
-    width = d.to(ACC)
+            sums += block
+    width = m.d.to(ACC)
+    squares = tl.sum(square, 1)
     if CENTER:
-        sums = sums / width
-        square = tl.maximum(square - width * sums * sums, 0.0, propagate_nan=_ALL)
-        shift += sums
-    return shift, inverse_norm(square, shift, width, eps, CENTER, _RATIO)
+        over = tl.sum(sums, 1) / width
+        squares = tl.maximum(squares - width * over * over, 0.0, propagate_nan=_ALL)
+        shift += over
+    return shift, inverse_norm(squares, shift, width, eps, CENTER, _RATIO)
 
 
 @triton.jit
 def _over_rows(
-    x, state, n, d, tile, row_stride, column_stride, offsets, k, eps, FAST: tl.constexpr,
-    PENALTY: tl.constexpr, CENTER: tl.constexpr, KEEP: tl.constexpr, ROWS_UNIT: tl.constexpr,
-    VECTOR: tl.constexpr, FORM_PRODUCT: tl.constexpr, ACC: tl.constexpr,
+    m, state, tile, k, eps, LAYOUT: tl.constexpr, PENALTY: tl.constexpr, CENTER: tl.constexpr,
+    KEEP: tl.constexpr, FORM_PRODUCT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The loss of one tile of M (dual) or 64 columns of s (signed), summed over all rows."""
+    n, d = m.n, m.d
     length = padded(d)
     if PENALTY == _SIGNED:
         p, q, inverses = tile, tile, state + length
@@ -229,22 +231,19 @@ def _over_rows(
         p, q = _triangle(tile)
         inverses = state + d.to(tl.int64) * length
     columns_p, columns_q = p * _TILE + tl.arange(0, _TILE), q * _TILE + tl.arange(0, _TILE)
-    m, s = tl.zeros([_TILE, _TILE], ACC), tl.zeros([_TILE], ACC)
+    form, s = tl.zeros([_TILE, _TILE], ACC), tl.zeros([_TILE], ACC)
     live = tl.zeros([_ROW_BLOCK], ACC)
     for first in range(0, n, _ROW_BLOCK):
         rows = first + tl.arange(0, _ROW_BLOCK)
-        mean, inverse = _row_norms(x, rows, n, d, row_stride, column_stride, offsets, eps,
-                                   FAST, ROWS_UNIT, VECTOR, CENTER, ACC)  # fmt: skip
-        u = read(x, rows, columns_p, n, d, row_stride, column_stride, offsets, FAST, ROWS_UNIT,
-                 VECTOR)  # [ROW_BLOCK, TILE] # fmt: skip
-        u = _shifted(u, mean, columns_p, d, CENTER, ACC).to(ACC) * inverse[:, None]
+        mean, inverse = _row_norms(m, rows, eps, LAYOUT, CENTER, ACC)
+        u = _shifted(read(m, rows, columns_p, LAYOUT), mean, columns_p, d, CENTER, ACC)
+        u = u.to(ACC) * inverse[:, None]  # [ROW_BLOCK, TILE]
         if PENALTY == _SIGNED:
             s += tl.sum(u, 0)
         else:
-            v = read(x, rows, columns_q, n, d, row_stride, column_stride, offsets, FAST,
-                     ROWS_UNIT, VECTOR)  # [ROW_BLOCK, TILE] # fmt: skip
-            v = _shifted(v, mean, columns_q, d, CENTER, ACC).to(ACC) * inverse[:, None]
-            m = dot(tl.trans(u), v, m, FORM_PRODUCT)
+            v = _shifted(read(m, rows, columns_q, LAYOUT), mean, columns_q, d, CENTER, ACC)
+            v = v.to(ACC) * inverse[:, None]  # [ROW_BLOCK, TILE]
+            form = dot(tl.trans(u), v, form, FORM_PRODUCT)
         if tile == 0:
             live += tl.where(inverse != 0, 1.0, 0.0)
             if KEEP:
@@ -258,60 +257,77 @@ def _over_rows(
     else:
         if KEEP:
             mask = core_mask(columns_p, columns_q, d, length)
-            tl.store(core_pointers(state, columns_p, columns_q, length), m, mask=mask)
+            tl.store(core_pointers(state, columns_p, columns_q, length), form, mask=mask)
             if p != q:
                 mask = core_mask(columns_q, columns_p, d, length)
                 mirrored = core_pointers(state, columns_q, columns_p, length)
-                tl.store(mirrored, tl.trans(m), mask=mask)
-        return k * tl.sum(m * m) * tl.where(p == q, 1.0, 2.0).to(ACC) - k * tl.sum(live)
+                tl.store(mirrored, tl.trans(form), mask=mask)
+        total_of_tile = tl.sum(form * form) * tl.where(p == q, 1.0, 2.0).to(ACC)
+        return k * total_of_tile - k * tl.sum(live)
 
 
 @triton.jit
+def _tile(
+    x, table, record, number, state, tile, over_rows, k, eps, LAYOUT: tl.constexpr,
+    VECTOR: tl.constexpr, FORMS: tl.constexpr, PENALTY: tl.constexpr, CENTER: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr, FORM_PRODUCT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    m = matrix_of(x, table, record, _X_BATCH, number, LAYOUT, VECTOR)
+    if FORMS == _SOME:
+        if over_rows:
+            part = _over_rows(m, state, tile, k, eps, LAYOUT, PENALTY, CENTER, KEEP,
+                              FORM_PRODUCT, ACC)  # fmt: skip
+        else:
+            part = _primal(m, state, tile, k, eps, LAYOUT, VECTOR, PENALTY, CENTER, KEEP, BLOCK,
+                           PRODUCT, ACC)  # fmt: skip
+    elif FORMS == _EVERY:
+        part = _over_rows(m, state, tile, k, eps, LAYOUT, PENALTY, CENTER, KEEP, FORM_PRODUCT,
+                          ACC)  # fmt: skip
+    else:
+        part = _primal(m, state, tile, k, eps, LAYOUT, VECTOR, PENALTY, CENTER, KEEP, BLOCK,
+                       PRODUCT, ACC)  # fmt: skip
+    return part
+
+
+@triton.jit(do_not_specialize=["first_partial", "programs", "layers"])
 def forward_kernel(
     xs, table, state, partials, tickets, loss, eps, first_partial, programs, layers,
-    LAYERS: tl.constexpr, PADDED: tl.constexpr, PENALTY: tl.constexpr, CENTER: tl.constexpr,
-    KEEP: tl.constexpr, ROWS_UNIT: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-    PRODUCT: tl.constexpr, FORM_PRODUCT: tl.constexpr, ACC: tl.constexpr, LOSS: tl.constexpr,
+    LAYERS: tl.constexpr, PADDED: tl.constexpr, FORMS: tl.constexpr, PATHS: tl.constexpr,
+    PENALTY: tl.constexpr, CENTER: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr, FORM_PRODUCT: tl.constexpr,
+    ACC: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
-    """One program for one tile of one matrix of one layer."""
+    """One program for one tile of one matrix of one layer.
+
+    FORMS and PATHS say which layers there are: none, some or all of them over whole rows,
+    none, some or all of them in the layout FAST. Code for others would cost registers.
+    """
     program = tl.program_id(0)
     layer, local = find_layer(table, program, LAYERS, PADDED)
     record = record_of(table, layer, LAYERS)
-    n, d = tl.load(record + _ROWS).to(tl.int32), tl.load(record + _COLUMNS).to(tl.int32)
     batch, tiles = tl.load(record + _BATCH), tl.load(record + _FORWARD).to(tl.int32)
-    row_stride, column_stride = tl.load(record + _X_ROW), tl.load(record + _X_COLUMN)
-    offsets = table + tl.load(record + _X_OFFSETS)
-    fast = tl.load(record + _FAST) != 0
-    matrix, tile = (local // tiles).to(tl.int64), local % tiles
+    over_rows = tl.load(record + _OVER_ROWS) != 0
+    number, tile = (local // tiles).to(tl.int64), local % tiles
     x = select(xs, layer, LAYERS)
-    if fast:
-        x += matrix * multiple(tl.load(record + _X_BATCH), VECTOR)
-    else:
-        x += matrix * tl.load(record + _X_BATCH)
     mine = state
     if KEEP:
         size = multiple(tl.load(record + _STATE_SIZE), 4)
-        mine += multiple(tl.load(record + _STATE), 4) + matrix * size
-    rows = n.to(ACC)
+        mine += multiple(tl.load(record + _STATE), 4) + number * size
+    rows = tl.load(record + _ROWS).to(ACC)
     k = 1.0 / (layers * batch.to(ACC)) / rows / (rows - 1.0)
 
-    if PENALTY == _SIGNED:
-        over_rows = tl.full([], 1, tl.int64)
+    if PATHS == _SOME:
+        fast = tl.load(record + _FAST) != 0
     else:
-        over_rows = tl.load(record + _DUAL)
-    if over_rows != 0:
-        if fast:
-            part = _over_rows(x, mine, n, d, tile, row_stride, column_stride, offsets, k, eps,
-                              True, PENALTY, CENTER, KEEP, ROWS_UNIT, VECTOR, FORM_PRODUCT,
-                              ACC)  # fmt: skip
-        else:
-            part = _over_rows(x, mine, n, d, tile, row_stride, column_stride, offsets, k, eps,
-                              False, PENALTY, CENTER, KEEP, ROWS_UNIT, VECTOR, FORM_PRODUCT,
-                              ACC)  # fmt: skip
+        fast = PATHS == _EVERY
+    if fast:
+        part = _tile(x, table, record, number, mine, tile, over_rows, k, eps, FAST, VECTOR, FORMS,
+                     PENALTY, CENTER, KEEP, BLOCK, PRODUCT, FORM_PRODUCT, ACC)  # fmt: skip
     else:
-        part = _primal(x, mine, n, d, tile, row_stride, column_stride, offsets, fast, k, eps,
-                       PENALTY, CENTER, KEEP, ROWS_UNIT, VECTOR, BLOCK, PRODUCT,
-                       ACC)  # fmt: skip
+        part = _tile(x, table, record, number, mine, tile, over_rows, k, eps, _GATHERED, VECTOR,
+                     FORMS, PENALTY, CENTER, KEEP, BLOCK, PRODUCT, FORM_PRODUCT,
+                     ACC)  # fmt: skip
 
     tl.store(partials + first_partial + program, part)
     if draws_last_ticket(tickets, programs):

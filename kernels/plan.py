@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.pairwise import SIGNED, is_dual
+from .kept import on_device
 
 TILE = 64  # edge of a tile of the Gram matrix, in both GPU backends
 ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on whole rows
@@ -23,7 +24,7 @@ ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on who
     BATCH,  # number of matrices
     ROWS,
     COLUMNS,
-    DUAL,
+    OVER_ROWS,  # dual or signed: each program takes all rows, or all columns
     FAST,  # unit stride and aligned: no offset table
     X_BATCH,  # strides of x
     X_ROW,
@@ -39,6 +40,13 @@ ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on who
     BACKWARD,
     FIELDS,
 ) = range(18)
+
+# How many layers are something: over rows, or fast.
+NONE, SOME, EVERY = range(3)
+
+# In which order a kernel reads a matrix. The fast ones take 16 bytes at a time: down a column
+# (channels_last), or along a row.
+GATHERED, BY_ROWS, BY_COLUMNS = range(3)
 
 
 def divide_up(a, b):
@@ -77,6 +85,8 @@ class Plan(NamedTuple):
 
     table: Tensor  # first programs forward (L), backward (L), records (L, FIELDS), offsets
     rows_unit: bool  # whether the fast layers have unit stride in their rows (channels_last)
+    forms: int  # NONE, SOME or EVERY of the layers work over rows
+    paths: int  # the same of fast ones
     state: int  # elements of the state
     forward: int  # programs in all
     backward: int
@@ -115,7 +125,8 @@ def plan(
         record = [0] * FIELDS
         dual = is_dual(penalty, v.n, v.d)
         record[BATCH], record[ROWS], record[COLUMNS] = v.batch, v.n, v.d
-        record[DUAL], record[FAST] = dual, _is_fast(v, vector, rows_unit)
+        record[OVER_ROWS] = dual or penalty == SIGNED
+        record[FAST] = _is_fast(v, vector, rows_unit)
         record[X_BATCH], record[X_ROW] = v.x_batch, v.x_row
         record[DX_BATCH], record[DX_ROW] = v.dx_batch, v.dx_row
         if record[FAST]:
@@ -145,8 +156,15 @@ def plan(
         backward += v.batch * record[BACKWARD]
         records.append(record)
     flat = [*starts[0], *starts[1], *(f for record in records for f in record), *offsets]
-    table = torch.tensor(flat, dtype=torch.int64).to(device)
-    return Plan(table, rows_unit, state, forward, backward)
+    table = on_device(torch.tensor(flat, dtype=torch.int64, device="cpu"), device)
+    working = [record for record in records if record[FORWARD]]
+    forms, paths = (_how_many(working, field) for field in (OVER_ROWS, FAST))
+    return Plan(table, rows_unit, forms, paths, state, forward, backward)
+
+
+def _how_many(records: Sequence[Sequence[int]], field: int) -> int:
+    having = {record[field] for record in records}
+    return SOME if len(having) > 1 else EVERY if having == {1} else NONE
 
 
 class _Column(NamedTuple):

@@ -15,9 +15,13 @@ BLOCK = 1024  # elements added at a time
 
 @triton.jit
 def draws_last_ticket(tickets, programs):
-    """Whether all ``programs`` programs have stored; tickets () int32 was 0 before the first."""
+    """Whether all ``programs`` programs have stored; tickets () int32 was 0 before the first,
+    and is again after the last."""
     tl.debug_barrier()  # all threads of this program have stored
-    return tl.atomic_add(tickets, 1, sem="acq_rel") == programs - 1
+    last = tl.atomic_add(tickets, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(tickets, 0)  # nobody else draws one any more: for the next launch
+    return last
 
 
 @triton.jit

@@ -1,12 +1,14 @@
 """Compiles every Triton kernel for GPUs that aren't there, and prints what became of it.
 
-Run by test_offline_compile.py in processes without TRITON_INTERPRET: the real launchers are called
-on CPU tensors, their launches are caught, and each kernel is compiled with the very
-arguments and options it would have been launched with. One JSON object per line.
+Run by test_offline_compile.py and test_compiled_code.py in processes without TRITON_INTERPRET:
+the real launchers are called on CPU tensors, their launches are caught, and each kernel is
+compiled with the very arguments and options it would have been launched with on a GPU of 132
+processors; but the consistency is planned as for CPU tensors. One JSON object per line.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -14,12 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from imcl_fast.kernels import consistency, launch, pairwise
+from bench.shapes import R18_FEATURES, resnet18_weights
+from imcl_fast.kernels import config, consistency, launch, pairwise
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,7 +35,9 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# Of one processor: bytes of shared memory, of which each block costs 1 KiB more than it has.
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 
 
 def describe(value):
@@ -79,7 +85,10 @@ def compile_launch(case: str, targets, kernel, args, options) -> None:
                "shared": compiled.metadata.shared}  # fmt: skip
         if "ptx" in compiled.asm:
             row |= resources(compiled.asm["ptx"])
-            row["tensor_cores"] = tensor_cores(compiled.asm["cubin"])
+            row["blocks"] = blocks(name, row["registers"], row["shared"], build["num_warps"])
+            code = sass.disassembled(compiled.asm["cubin"])
+            row["tensor_cores"] = re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", code) is not None
+            row["loops"] = [loop._asdict() for loop in sass.main_loops(code)]
         print(json.dumps(row), flush=True)
 
 
@@ -101,18 +110,36 @@ def resources(ptx: str) -> dict[str, int]:
 
 
 def tool(name: str, target: str) -> Path:
-    newer = TOOLS / f"{name}-blackwell"
-    return newer if int(re.sub(r"\D", "", target)) >= 100 and newer.exists() else TOOLS / name
+    newer = sass.TOOLS / f"{name}-blackwell"
+    return newer if int(re.sub(r"\D", "", target)) >= 100 and newer.exists() else sass.TOOLS / name
 
 
-def tensor_cores(cubin: bytes) -> bool:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = subprocess.run(
-            [TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True
-        ).stdout
-    return re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", sass) is not None
+def blocks(target: str, registers: int, shared: int, warps: int) -> int:
+    """How many blocks a processor runs at a time."""
+    each = -(-registers * 32 // 256) * 256 * warps
+    return min(REGISTERS // each, SHARED[target] // (shared + 1024), WARPS // warps, BLOCKS)
+
+
+def benched():
+    """Name and call of what `make gpu` measures; the batch, which no code depends on, is 2."""
+    grad = torch.ones(())
+    for dtype, precision in (
+        (torch.bfloat16, 0), (torch.float16, 0), (torch.float32, 0), (torch.float32, 2),
+    ):  # fmt: skip
+        name = TYPES[dtype] + ("", " high", " medium")[precision]
+        for layout in (torch.channels_last, torch.contiguous_format):
+            xs = [torch.empty((2, *s[1:]), dtype=dtype).contiguous(memory_format=layout)
+                  for s in R18_FEATURES]  # fmt: skip
+            lies = "NHWC" if layout == torch.channels_last else "NCHW"
+            for center in (False, True):
+                options = (0, center, 1e-12, True, precision)
+                for layers in (xs, xs[:1]):
+                    case = (f"R18 {len(layers)} features {name} {lies}"
+                            f"{' centred' if center else ''}")  # fmt: skip
+                    yield case, lambda xs=layers, o=options: pairwise_both(xs, o, grad)
+        ws = [torch.empty(s, dtype=dtype) for s in resnet18_weights()]
+        options = (0, False, 1e-12, False, precision)
+        yield f"R18 kernels {name}", lambda ws=ws, o=options: pairwise_both(ws, o, grad)
 
 
 def cases():
@@ -153,8 +180,9 @@ def pairwise_both(xs, options, grad) -> None:
 
 
 def main() -> None:
+    config.processors_of = lambda device: 132
     targets, wanted = sys.argv[1].split(","), re.compile(sys.argv[2])
-    for case, call in cases():
+    for case, call in itertools.chain(cases(), benched()):
         if not wanted.search(case):
             continue
         caught = []

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # What differs in code: dtypes with their products, both layouts, centring, every penalty.
 CASES = (
@@ -31,6 +32,8 @@ CASES = (
 def compiled() -> list[dict]:
     """What became of every case on every target, compiled two at a time."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     runs = [
         subprocess.Popen(
             [sys.executable, HERE / "offline_compile.py", ",".join(TARGETS), "|".join(half)],

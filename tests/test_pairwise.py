@@ -278,7 +278,7 @@ def test_rows_of_zeros_are_dead_without_eps(impl: Impl, center: bool, penalty: s
 def test_constant_rows_are_dead_when_centred(impl: Impl, columns: int, penalty: str) -> None:
     """Rounding noise about a large mean (1e-6 of it) is not a direction."""
     generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float64, torch.float32):
+    for dtype in [t for t in (torch.float64, torch.float32) if t in DTYPES]:
         x = torch.randn(2, 11, columns, generator=generator, dtype=torch.float64)
         x[:, 2] = 1000 + 1e-3 * x[:, 2]
         x[:, 5] = 1000.1

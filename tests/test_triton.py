@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TESTED
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imcl_fast import functional as F
 
@@ -84,10 +85,55 @@ def test_geometry_is_made_once() -> None:
     assert plan.cache_info().misses == before + 1
 
 
+def test_a_step_fills_nothing() -> None:
+    """The ticket lasts: the last program leaves it at 0, where each call would launch a fill."""
+    from imcl_fast.kernels import kept
+
+    x = torch.randn(2, 5, 4, 4, device=DEVICE, requires_grad=True)
+    losses = [F.representation_similarity(x, impl="triton")]
+    with Operators() as seen:
+        losses += [F.representation_similarity(x, impl="triton") for _ in range(2)]
+    assert not [name for name in seen.names if "zero" in name or "fill" in name]
+    assert losses[1].equal(losses[0]) and losses[2].equal(losses[0])
+    assert kept.ticket(x.device).item() == 0
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch has a ticket of its own, tables are kept, and nothing new is uploaded."""
+    from imcl_fast.kernels import kept, pairwise
+
+    x = torch.randn(2, 5, 4, 4, device=DEVICE)
+    F.representation_similarity(x, impl="triton")
+    for module in (kept, pairwise):
+        monkeypatch.setattr(module, "capturing", lambda device: True)
+    mine = [kept.ticket(x.device).data_ptr() for _ in range(3)]
+    assert len(set(mine)) == 3 and all(address % 16 == 0 for address in mine)
+    tables = len(kept._of_graphs)
+    F.representation_similarity(x, impl="triton")
+    F.representation_similarity(x, impl="triton")
+    assert len(kept._of_graphs) in (tables, tables + 1)
+    with pytest.raises(RuntimeError, match="run the step once before"):
+        kept.on_device(torch.zeros(1), torch.device("meta"))
+    monkeypatch.setattr(kept._tickets[x.device], "free", [])
+    assert kept.ticket(x.device).item() == 0  # one that the graph sets to 0 itself
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_fast_path_is_taken(layout: str) -> None:
     """Dense aligned layers are planned to be read 16 bytes at a time, in the order they lie in;
-    what the compiler makes of it is not looked at."""
+    what the compiler makes of it is in test_compiled_code.py."""
     from imcl_fast.kernels import plan as plans
 
     x = torch.empty(2, 8, 4, 4)

@@ -299,3 +299,40 @@ def test_integers_and_bools_may_be_numpys() -> None:
     centred = [imcl_fast.RepresentationSimilarityLoss(center=c, impl="torch")(X)
                for c in (True, np.True_)]  # fmt: skip
     assert torch.equal(*centred)
+
+
+def test_the_interpreter_of_an_old_triton_needs_an_old_numpy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed = {"triton": "3.6.0", "numpy": "2.4.1"}
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(implementations, "version", installed.__getitem__)
+    caches = (
+        implementations._triton_version, implementations._why_not_triton_version,
+        implementations._why_not_interpreter,
+    )  # fmt: skip
+
+    def reason() -> str | None:
+        for cache in caches:
+            cache.cache_clear()
+        return implementations._why_not_triton("cpu", [])
+
+    try:
+        assert "NumPy 2.4.1" in (reason() or "") and "triton>=3.7" in (reason() or "")
+        installed["numpy"] = "2.3.5"
+        assert reason() is None
+        installed.update(triton="3.7.1", numpy="2.4.1")
+        assert reason() is None
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def test_the_capability_asked_for_is_that_of_the_tensors_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(implementations, "_why_not_cuda", lambda device: None)
+    monkeypatch.setattr(implementations, "_why_not_capability", asked.append)
+    implementations.choose("cuda", "pairwise", torch.device("cuda", 1))
+    assert asked == [1]

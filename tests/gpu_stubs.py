@@ -1,0 +1,205 @@
+"""A GPU that isn't there: what torch.cuda says of one, and Triton's launches recorded.
+
+The launchers run as they are; the values come from the algebra.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from bench.gpu import rows
+from imcl_fast import implementations
+from imcl_fast.algebra import consistency as algebra_consistency
+from imcl_fast.algebra import pairwise as algebra_pairwise
+from imcl_fast.kernels import config, consistency, kept, launch, pairwise
+
+PROCESSORS = 132
+EVERY = os.environ.get("IMCL_FAST_TEST_ALL") == "1"
+FEW = (  # rows: one of each kind
+    "kernel R18, bfloat16", "representation R18 NHWC, bfloat16",
+    "representation R18 NCHW centred, float32", "consistency 5 x 4 x 10, float32",
+)  # fmt: skip
+KEYS: collections.Counter[str] = collections.Counter()  # launches of each kernel compiled
+capturing = False
+
+
+def key(kernel: Any, args: tuple, options: dict[str, Any]) -> str:
+    """What Triton compiles a kernel anew for."""
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+    parts: list[object] = [kernel.__name__]
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            parts.append(repr(value))
+        else:
+            parts.append(_specialised(value, not parameter.do_not_specialize))
+    build = {k: options[k] for k in ("num_warps", "num_stages", "maxnreg") if k in options}
+    return repr((*parts, build))
+
+
+def _specialised(value: Any, by_value: bool) -> object:
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.data_ptr() % 16 == 0
+    if isinstance(value, tuple):
+        return tuple(_specialised(v, by_value) for v in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if not by_value:
+            return kind
+        return 1 if value == 1 else (kind, value % 16 == 0)
+    return type(value).__name__ if isinstance(value, float) else value
+
+
+def _record(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
+    KEYS[key(kernel, args, options)] += 1
+
+
+def few_rows(of: Callable[[], list[rows.Row]] = rows.rows) -> list[rows.Row]:
+    """What is walked through in place of all rows."""
+    return [row for row in of() if EVERY or row.name in FEW]
+
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    """The algebra may copy and fill what a kernel doesn't."""
+    global capturing
+    before, capturing = capturing, False
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        capturing = before
+
+
+# The launchers' own results, of the shapes that a GPU would leave, with the algebra's values.
+_launch_forward, _launch_backward = pairwise.forward, pairwise.backward
+_launch_consistency = consistency.forward
+
+
+def _forward(xs, *options):
+    _, state = _launch_forward(xs, *options)
+    with _unseen():
+        return algebra_pairwise.forward(xs, *options)[0], state
+
+
+def _backward(grad, xs, state, *options):
+    _launch_backward(grad, xs, state, *options)
+    with _unseen():
+        _, mine = algebra_pairwise.forward(xs, *options, True)
+        return algebra_pairwise.backward(grad, xs, mine, *options)
+
+
+def _consistency(*arguments):
+    *_, gradients = _launch_consistency(*arguments)
+    with _unseen():
+        loss, terms, values = algebra_consistency.forward(*arguments)
+    if len(gradients) == len(values):
+        return loss, terms, values
+    heads = [v if v.dim() == 3 else v.unsqueeze(0) for v in values]
+    return loss, terms, [torch.cat(heads).to(g.dtype) for g in gradients]
+
+
+def _why_not_triton(device: str, dtypes=()) -> str | None:
+    if device not in ("cpu", "cuda"):
+        return f"it runs on CUDA, ROCm and XPU tensors, and these are on {device}"
+    if torch.float64 in dtypes:
+        return "its kernels take float64 under TRITON_INTERPRET=1 only"
+    return None
+
+
+class _Device:
+    type = "cuda"
+
+
+def record_launches() -> None:
+    """impl="triton" takes CPU tensors from now on, and refuses what it refuses on a GPU."""
+    chosen = config.consistency_config
+    consistency.consistency_config = lambda *sizes: chosen(*sizes[:-1], _Device)
+    config.processors_of = lambda device: PROCESSORS
+    pairwise.launch = consistency.launch = launch.launch = _record
+    kept.capturing = pairwise.capturing = lambda device: capturing
+    implementations._why_not_triton = _why_not_triton
+    implementations._why_not_cuda = lambda device: "there is no GPU for it"
+    pairwise.forward, pairwise.backward = _forward, _backward
+    consistency.forward = _consistency
+
+
+# ---- torch.cuda ------------------------------------------------------------------------
+
+
+class _OnCpu(TorchFunctionMode):
+    """Device "cuda" is "cpu"; what copies numbers to it while capturing is an error."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", ""))[:4] == "cuda":
+            kwargs["device"] = "cpu"
+        if capturing and function is torch.tensor:
+            raise RuntimeError(
+                "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the "
+                "CPU tensor is pinned."
+            )
+        args = tuple("cpu" if isinstance(a, str) and a == "cuda" else a for a in args)
+        return function(*args, **kwargs)
+
+
+class _Event:
+    def __init__(self, **_: Any) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class _Stream:
+    def wait_stream(self, other: object) -> None: ...
+
+
+class _Graph:
+    def replay(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _capture(graph: object) -> Iterator[None]:
+    global capturing
+    capturing = True
+    try:
+        yield
+    finally:
+        capturing = False
+
+
+class _Autocast(torch.autocast):
+    def __init__(self, device: str, **options: Any) -> None:
+        super().__init__("cpu", **options)
+
+
+def pretend_cuda() -> None:
+    """torch.cuda is there, works on the CPU, and counts no memory."""
+    _OnCpu().__enter__()
+    torch.nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign]
+    torch.autocast = _Autocast  # type: ignore[misc]
+    torch.compile = lambda function: function  # the compiler asks the driver itself
+    torch.compiler.reset = lambda: None  # of which even that takes a second to import
+    for name, value in {
+        "is_available": lambda: True, "Event": _Event, "Stream": _Stream,
+        "current_stream": lambda *_: _Stream(), "stream": lambda _: contextlib.nullcontext(),
+        "CUDAGraph": _Graph, "graph": _capture, "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0, "max_memory_allocated": lambda: 1,
+        "synchronize": lambda: None, "get_device_name": lambda *_: "a stub",
+    }.items():  # fmt: skip
+        setattr(torch.cuda, name, value)

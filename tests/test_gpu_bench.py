@@ -1,0 +1,165 @@
+"""``make gpu`` walked through where there is no GPU: it must come to its end, whatever fails."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import gpu_stubs
+from gpu_stubs import EVERY
+
+from bench.gpu import __main__ as gpu
+from bench.gpu import rows, suite, workers
+
+HERE = Path(__file__).parent
+FAULTY = "kernel R18, bfloat16"
+FEW = ("tests/test_triton.py", "tests/test_autograd.py")
+DRAWN = "tests/test_consistency.py::test_drawn"
+COMPILERS = "tests/test_offline_compile.py"  # which are not for a GPU
+
+
+def stub_worker(launches: Path, faulty: str = "") -> list[str]:
+    return [sys.executable, str(HERE / "stub_worker.py"), str(launches), faulty]
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, collections.Counter, set]:
+    """Results, report, launches and rows of a walk on which one row's kernel faults."""
+    out = tmp_path_factory.mktemp("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "processes", lambda: 1)
+        patch.setattr(rows, "CONSISTENCIES", ((5, 4, 10),))
+        patch.setattr(rows, "rows", gpu_stubs.few_rows)
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (workers.ROOT, HERE))))
+        names = {row.name for row in rows.rows()}
+        code = gpu.main(["--out", str(out), "--rounds", "2", "--no-tests", "--minutes", "20"],
+                        stub_worker(out / "launches", FAULTY))  # fmt: skip
+    assert code == 1  # for something failed, and the rest went on
+    launches: collections.Counter = collections.Counter()
+    for line in (out / "launches").read_text().splitlines():
+        launches.update(json.loads(line))
+    results = json.loads((out / "gpu.json").read_text())
+    return results, (out / "gpu.txt").read_text(), launches, names
+
+
+def test_every_implementation_of_every_row_gets_an_answer(walked: tuple) -> None:
+    results, report, _, names = walked
+    assert set(results["operations"]) == names
+    for name, row in results["operations"].items():
+        assert set(row["impls"]) == set(rows.COMPETITORS), name
+        for impl, said in row["impls"].items():
+            if impl == "cuda":
+                assert "not_timed" in said
+            elif (name, impl) == (FAULTY, "triton"):
+                assert "illegal memory access" in said["failed"]
+            else:
+                assert said["found"]["called_ms"] > 0, (name, impl, said)
+        assert name in report
+    assert "found" in results["step"]["triton"] and "not timed" in report
+
+
+def test_what_copies_to_the_device_is_not_captured_and_the_rest_goes_on(walked: tuple) -> None:
+    results, *_ = walked
+    for name, row in results["operations"].items():
+        fused, plain = (row["impls"][impl].get("found", {}) for impl in ("triton", "torch"))
+        assert not fused or "device_ms" in fused, name  # the fused kernels capture everything
+        assert ("device_ms" in plain) != ("no_graph" in plain), name
+
+
+def test_few_kernels_are_compiled(walked: tuple) -> None:
+    _, _, launches, _ = walked
+    kernels = collections.Counter(kernel.split("'")[1] for kernel in launches)
+    print(dict(kernels))
+    # One for each dtype, layout, centring and direction that the rows and the step have.
+    assert kernels["forward_kernel"] <= 16 and kernels["backward_kernel"] <= 12
+
+
+def test_a_worker_that_hangs_is_ended_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    program = "import sys, time\nfor line in sys.stdin:\n" \
+        " time.sleep(60 if 'hang' in line else 0); print('{}', flush=True)"
+    with (tmp_path / "log").open("w") as log:
+        worker = workers.Workers(log, [sys.executable, "-c", program])
+        assert worker.ask(30, kind="answer") == {}
+        assert "no answer within" in worker.ask(0.5, kind="hang")["failed"]
+        assert worker.ask(30, kind="answer") == {}
+        worker.command = [sys.executable, "-c", "raise SystemExit(3)"]
+        worker.close()
+        assert "exit status 3" in worker.ask(30, kind="answer")["failed"]
+
+
+def test_measuring_ends_at_its_deadline(tmp_path: Path) -> None:
+    results = gpu.Results(tmp_path)
+    program = "import sys\nfor line in sys.stdin: print('{\"found\": {}}', flush=True)"
+    gpu.measure(results, 0.0, 2, [sys.executable, "-c", program])
+    said = [s for row in results.found["operations"].values() for s in row["impls"].values()]
+    assert said and all(s == {"left_out": "the time for measuring was over"} for s in said)
+
+
+def test_it_needs_no_installed_package_and_no_git(tmp_path: Path) -> None:
+    """Without a GPU it says so, from any folder, with nothing in its path but the checkout."""
+    environment = {"PATH": str(tmp_path), "PYTHONPATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "out")],
+        cwd=workers.ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    import torch
+
+    if not torch.cuda.is_available():
+        assert done.returncode == 1 and "torch sees no GPU" in done.stderr, done.stderr
+
+
+def select(out: Path, files: Sequence[str], hypothesis: bool) -> tuple[dict, str, dict]:
+    """What became of the tests selected for a GPU, their log, and their launches."""
+    (out / "hide.py").write_text(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: None if n == 'hypothesis' else find(n, *a)\n"
+    )
+    plugins = () if hypothesis else ("hide",)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMCL_FAST_LAUNCHES", str(out / "launches"))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (out, HERE))))
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        plugins = (*plugins, "as_gpu", *suite.PLUGINS)
+        found = suite.run(out, 1200, lambda found: None, plugins, files, 1)
+    return found, (out / "part-0-of-1.log").read_text(), json.loads((out / "launches").read_text())
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, dict]:
+    """Few of them, as where hypothesis isn't installed; or all of them, as where it is."""
+    files = (*suite.FILES, COMPILERS) if EVERY else (*FEW, DRAWN, COMPILERS)
+    return select(tmp_path_factory.mktemp("selected"), files, EVERY)
+
+
+def test_the_tests_selected_for_a_gpu_pass_as_far_as_set_up_goes(selected: tuple) -> None:
+    found, log, kernels = selected
+    # test_gpu.py alone finds nothing to run, for it asks torch itself.
+    assert suite.failures(found) == ["test_gpu"] and found["test_gpu"]["exit"] == 5, log
+    assert found["part 0 of 1"]["outcomes"]["passed"] > 10
+    assert len(kernels) < (600 if EVERY else 120), "too many kernels to compile in four minutes"
+
+
+def test_what_is_not_for_a_gpu_is_not_selected(selected: tuple) -> None:
+    """No compilers, and no float64 for Triton."""
+    _, log, _ = selected
+    names = re.findall(r"^(tests/\S+::\S+)", log, re.MULTILINE)
+    files = {name.split("::")[0] for name in names}
+    assert files == {*(suite.FILES if EVERY else (*FEW, DRAWN.split("::")[0]))}
+    assert not [name for name in names if "[" in name and "triton" in name and "float64" in name]
+
+
+def test_where_hypothesis_is_missing_its_tests_are_skipped(selected: tuple, tmp_path: Path) -> None:
+    _, log, _ = select(tmp_path, [DRAWN], False) if EVERY else selected
+    assert re.search(rf"^{DRAWN}.* SKIPPED", log, re.MULTILINE), log
+    assert "hypothesis is not installed" in log
