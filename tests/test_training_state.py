@@ -34,6 +34,9 @@ class Together(Processes):
         return values
 
 
+LOSS = ("loss",)
+
+
 def state(seed):
     """A state that seeds, and whatever else has been done to it, tell from others."""
     torch.manual_seed(seed)
@@ -51,8 +54,9 @@ def state(seed):
         averaged.update_parameters(objective)
     return TrainingState(
         objective, optimizer, schedule, scaler, averaged, seed, 2 * seed, 3 * seed,
-        EpochSums(seed, ["loss"], torch.tensor([seed], dtype=torch.float64), 4.0 * seed, 0.5),
-        [{"epoch": epoch} for epoch in range(seed)],
+        EpochSums(seed, {LOSS: seed}, {LOSS: torch.tensor([seed], dtype=torch.float64)},
+                  4.0 * seed, 0.5),
+        {"loss": torch.tensor(5.0 * seed)}, [{"epoch": epoch} for epoch in range(seed)],
     )  # fmt: skip
 
 
@@ -88,6 +92,7 @@ def test_a_state_comes_back_whole() -> None:
     assert other.scaler.get_scale() == 2.0**6
     assert (other.epoch, other.step_in_epoch, other.step) == (3, 6, 9)
     assert (other.sums, other.rows) == (before.sums, before.rows)
+    assert other.latest == before.latest
 
 
 def test_each_process_goes_on_with_its_own_generators_and_sums() -> None:
@@ -111,13 +116,14 @@ def test_other_processes_share_the_sums_of_those_before(world) -> None:
     alone = Processes(0, 1, torch.device("cpu"))
     shares = [state(seed).state_dict(alone)["processes"][0] for seed in (2, 5)]
     stored = {**state(3).state_dict(alone), "processes": shares}
-    batches, totals = 0, torch.zeros(1, dtype=torch.float64)
+    batches, counts, totals = 0, 0, torch.zeros(1, dtype=torch.float64)
     for rank in range(world):
         again = state(1)
         assert not again.load_state_dict(stored, Together(rank, [None] * (world - 1)))
         batches += again.sums.batches
-        totals += again.sums.totals
-    assert batches == 7 and totals.item() == 7
+        counts += again.sums.counts[LOSS]
+        totals += again.sums.totals[LOSS]
+    assert batches == counts == 7 and totals.item() == 7
 
 
 # Whole runs
