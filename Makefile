@@ -26,6 +26,9 @@ ON_EVERY_DEVICE := tests/test_triton.py tests/test_pairwise.py tests/test_consis
     tests/test_masked_classes.py tests/test_autograd.py tests/test_exactness.py
 AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
 
+# What takes longest begins first, for a file is not shared out.
+LONGEST := tests/test_offline_compile.py tests/test_sanitizers.py tests/test_cuda_sanitizers.py
+
 .PHONY: demo test lint bench bench-quick bench-check accuracy mutants gpu format clean
 
 demo: $(READY)
@@ -37,7 +40,8 @@ test: $(READY)
 	else \
 	    echo "lint is skipped: $(RUN) has no clang-format, mypy or ruff"; \
 	fi
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest $(AT_ONCE) $(if $(AT_ONCE),--dist loadfile)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest $(LONGEST) tests \
+	    $(AT_ONCE) $(if $(AT_ONCE),--dist loadfile)
 	@echo "the GPU kernels on the CPU: Triton's under its interpreter, then the CUDA kernels as C++"
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k triton $(AT_ONCE)
 	CUDA_ON_CPU=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k cuda $(AT_ONCE)
