@@ -301,6 +301,16 @@ def test_zero_size_batch(impl: Impl, reduction: str) -> None:
             assert g.shape == z.shape and g.dtype == dtype
 
 
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_out_of_range_that_nobody_checked_is_no_class(impl: Impl, label: int) -> None:
+    """On a GPU, and in a trace, the labels can't be looked at beforehand."""
+    logits = [leaf(z) for z in spec(2, 3, 5, size=1.0).build(torch.float32, impl.device)[0]]
+    target = torch.tensor([0, label, 4], device=impl.device)
+    options = F._consistency_options(len(logits), reduction="none")
+    loss, _ = F._consistency(logits, target, options, impl.name)
+    assert loss.isnan().tolist() == [False, True, False]
+
+
 # --- extreme values
 
 
