@@ -17,6 +17,7 @@ from imcl_fast.training.distributed import Processes
 from imcl_fast.training.errors import CheckpointError
 from imcl_fast.training.loop import Loop
 from imcl_fast.training.progress import Observer
+from imcl_fast.training.records import Records
 from imcl_fast.training.state import EpochSums, TrainingState
 from imcl_fast.training.trainer import Trainer
 
@@ -220,3 +221,12 @@ def test_checkpoints_of_other_labels_are_not_gone_on_with(
     monkeypatch.setattr(Loop, "_labels", others)
     with pytest.raises(CheckpointError, match="of other training labels"):
         train(digits, tmp_path / "run", label_noise=0.5, resume="auto")
+
+
+def test_a_row_of_steps_that_lost_a_part_is_left_out_and_kept_aside(tmp_path) -> None:
+    whole = "step,epoch,loss\n1,1,0.5\n2,1\n3,1,0.25\n4,1,0.125\n"
+    (tmp_path / "steps.csv").write_text(whole)
+    said = Records(tmp_path).go_on(3, [])
+    assert (tmp_path / "steps.csv").read_text() == "step,epoch,loss\n1,1,0.5\n3,1,0.25\n"
+    assert (tmp_path / "steps.csv.damaged").read_text() == whole
+    assert "1 damaged" in said
