@@ -234,15 +234,15 @@ def collaborative_consistency(
 def _consistency_options(
     heads: int,
     *,
-    temperature: float | Sequence[float] = 2.0,
-    ce_weight: float | Sequence[float] = 1.0,
-    kl_weight: float | Sequence[float] = 1.0,
-    teacher: str | Sequence[str] = "others",
-    detach_teacher: bool | Sequence[bool] = True,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    groups: Sequence[int] | None = None,
+    temperature: float | Sequence[float],
+    ce_weight: float | Sequence[float],
+    kl_weight: float | Sequence[float],
+    teacher: str | Sequence[str],
+    detach_teacher: bool | Sequence[bool],
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    groups: Sequence[int] | None,
 ) -> ConsistencyOptions:
     """Arguments of ``collaborative_consistency`` for so many heads, validated, with its errors."""
     sizes = [heads] if groups is None else validation.partition("groups", groups, heads)

@@ -453,8 +453,10 @@ class IMCL(nn.Module):
             groups=[n + 1, views][:groups],
             temperature=[self.multilayer_temperature, self.output_temperature][:groups],
             teacher=[self.multilayer_teacher, "pairwise"][:groups],
+            detach_teacher=True,
             label_smoothing=self.label_smoothing,
             ignore_index=IGNORED,
+            reduction="mean",
         )
 
 

@@ -306,7 +306,10 @@ def test_a_label_out_of_range_that_nobody_checked_is_no_class(impl: Impl, label:
     """On a GPU, and in a trace, the labels can't be looked at beforehand."""
     logits = [leaf(z) for z in spec(2, 3, 5, size=1.0).build(torch.float32, impl.device)[0]]
     target = torch.tensor([0, label, 4], device=impl.device)
-    options = F._consistency_options(len(logits), reduction="none")
+    options = F._consistency_options(
+        len(logits), temperature=2.0, ce_weight=1.0, kl_weight=1.0, teacher="others",
+        detach_teacher=True, label_smoothing=0.0, ignore_index=-100, reduction="none", groups=None,
+    )  # fmt: skip
     loss, _ = F._consistency(logits, target, options, impl.name)
     assert loss.isnan().tolist() == [False, True, False]
 

@@ -18,15 +18,15 @@ namespace imcl {
 namespace {
 
 // Whether this process may use the tiles of AMX with bfloat16. The system saves them for those
-// processes only that have asked.
-bool has_matrix_unit() {
+// processes only that have asked. Its level is one of avx512bf16 and more.
+bool has_matrix_unit([[maybe_unused]] bool avx512bf16) {
 #if defined(IMCL_MATRIX_UNIT_STAND_IN)
   return true;
 #elif defined(__linux__) && defined(SYS_arch_prctl)
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;  // leaf 7, EDX
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBFloat16) == 0 || (d & kTile) == 0)
-    return false;
+  if (!avx512bf16 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & kBFloat16) == 0 || (d & kTile) == 0) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -51,12 +51,7 @@ const std::vector<IsaLevel>& isa_levels() {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-#if defined(IMCL_MATRIX_UNIT_STAND_IN)
-    const bool amx = has_matrix_unit();
-#else
-    const bool amx = bf16 && has_matrix_unit();
-#endif
-    return std::vector<IsaLevel>{{"amx", amx, true},
+    return std::vector<IsaLevel>{{"amx", has_matrix_unit(bf16), true},
                                  {"avx512bf16", bf16, has_quick_pairs()},
                                  {"avx512", avx512, true},
                                  {"avx2", avx2, true},
@@ -73,9 +68,9 @@ std::size_t chosen_isa() {
     const char* wanted = std::getenv("IMCL_FAST_ISA");
     const std::vector<IsaLevel>& levels = isa_levels();
     std::string usable;
+    const bool named = wanted && *wanted;
     for (std::size_t i = 0; i < levels.size(); ++i) {
       if (!levels[i].supported) continue;
-      const bool named = wanted && *wanted;
       if (named ? std::string(wanted) == levels[i].name : levels[i].pays) return i;
       usable += std::string(usable.empty() ? "" : ", ") + levels[i].name;
     }

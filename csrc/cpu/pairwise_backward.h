@@ -25,8 +25,7 @@ struct Backward {
   T* dx;
   Axis dx_free, dx_k;
   int64_t free_count, k_count;
-  const E*
-      symmetric;  // S in panels, or null: then every y_i is s; turned if it is the left operand
+  const E* symmetric;  // S in panels, turned where it is the left operand; null: every y_i is s
   const Acc* s;
   const Acc* inverse_norm;  // of the free axis; null in the primal form: dX = Y
   double factor, grad;      // f_i = factor * (1/n_i)^power
