@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from imcl_fast.training.files import write
+from imcl_fast.runs.files import write
 
 from .rows import OPERATIONS
 from .step import FUSED as FUSED_WAYS

@@ -12,7 +12,7 @@ from .modules import (
 )
 
 if TYPE_CHECKING:
-    from .training.config import TrainConfig
+    from .runs.config import TrainConfig
     from .training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
 
         return Trainer
     if name == "TrainConfig":
-        from .training.config import TrainConfig
+        from .runs.config import TrainConfig
 
         return TrainConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from . import data, implementations
 from .objectives import WAYS
 from .reports.table import text_table
-from .training import flags
-from .training.config import TrainConfig
-from .training.errors import Interrupted, TrainingError
+from .runs import flags
+from .runs.config import TrainConfig
+from .runs.errors import Interrupted, TrainingError
 from .training.progress import Observer
 from .training.trainer import Trainer
 

@@ -1,11 +1,32 @@
-"""``import imcl_fast`` brings nothing along that a training loop of one's own has no use for."""
+"""What ``import imcl_fast`` brings along, and that no import in the package goes upwards."""
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import subprocess
 import sys
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 SLOW = ("torch._dynamo", "triton", "torchvision", "sklearn", "matplotlib", "PIL", "sympy")
+
+# From the commands down to what needs nothing. A module or folder imports what stands on a line
+# below its own, and within a folder no two modules import each other, however indirectly.
+LAYERS = """
+    train demo env
+    training reports
+    runs redundancy
+    data objectives
+    models imcl ilr
+    modules layers kernel_weights
+    functional
+    implementations autograd
+    operators
+    kernels
+    algebra
+    reference validation schedule sharding taps modes tracing
+""".split("\n")[1:-1]
 
 
 def imported_by(statement: str) -> set[str]:
@@ -19,10 +40,55 @@ def test_the_losses_import_neither_the_compiler_nor_the_trainer() -> None:
     own = imported_by("import imcl_fast") - imported_by("import torch")
     assert "imcl_fast.functional" in own
     assert not [name for name in SLOW if name in own]
-    assert not [name for name in own if name.startswith(("imcl_fast.training", "imcl_fast.data"))]
+    above = tuple(f"imcl_fast.{name}" for name in ("training", "data", "runs", "reports"))
+    assert not [name for name in own if name.startswith(above)]
 
 
 def test_the_first_loss_imports_no_compiler_either() -> None:
     call = "import torch; from imcl_fast import functional as F; " \
         "F.kernel_similarity(torch.ones(2, 3))"
     assert "torch._dynamo" not in imported_by(call)
+
+
+def imports() -> dict[str, set[str]]:
+    """By module of the package, those of the package that it imports anywhere in its text."""
+    paths = [*ROOT.glob("imcl_fast/**/*.py"), *ROOT.glob("imcl_fast/kernels/*.py")]
+    texts = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text() for path in paths
+    }
+
+    def known(*names: str) -> set[str]:
+        """The modules of these names: of one that is none, what it is defined in."""
+        found = set[str]()
+        for name in names:
+            places = name, f"{name}.__init__", name.rpartition(".")[0]
+            places += (f"{places[-1]}.__init__",)
+            found |= {next((place for place in places if place in texts), "")}
+        return found - {"", "imcl_fast.__init__"}  # what that has is there for users
+
+    found: dict[str, set[str]] = {}
+    for module, text in texts.items():
+        package = module.split(".")[:-1]
+        found[module] = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                above = package[: len(package) - node.level + 1] if node.level else []
+                base = ".".join([*above, *([node.module] if node.module else [])])
+                found[module] |= known(*(f"{base}.{alias.name}" for alias in node.names))
+            elif isinstance(node, ast.Import):
+                found[module] |= known(*(alias.name for alias in node.names))
+    return found
+
+
+def test_no_import_goes_upwards() -> None:
+    line_of = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
+    graph = imports()
+    del graph["imcl_fast.__init__"]
+    assert len(graph) > 50
+    for module, names in graph.items():
+        part = module.split(".")[1]
+        assert part in line_of, f"{module}: expected {part} in LAYERS, which says what is above what"
+        for name in names:
+            other = name.split(".")[1]
+            assert other == part or line_of[other] > line_of[part], f"{module} imports {name}"
+    graphlib.TopologicalSorter(graph).prepare()  # or there is a cycle, which it names

@@ -15,9 +15,9 @@ import torch
 from training_processes import SMALL, table
 
 from imcl_fast import models, objectives, operators, train
-from imcl_fast.training import flags
-from imcl_fast.training.config import SETTINGS, TrainConfig
-from imcl_fast.training.errors import UsageError
+from imcl_fast.runs import flags
+from imcl_fast.runs.config import SETTINGS, TrainConfig
+from imcl_fast.runs.errors import UsageError
 from imcl_fast.training.records import Records
 
 TERMS = [
@@ -157,7 +157,7 @@ def test_the_summary_and_the_configuration(run):
 
 
 def test_the_reports_can_read_it(run):
-    from imcl_fast.reports.run import read_run
+    from imcl_fast.runs.folder import read_run
 
     read = read_run(run[0])
     assert read.finished and read.epochs == 2 and read.label == "imcl"

@@ -25,22 +25,23 @@ from imcl_fast import (
     objectives,
     training,
 )
-from imcl_fast.reports.run import read_run
-from imcl_fast.training.distributed import Processes
-from imcl_fast.training.errors import (
+from imcl_fast.runs.errors import (
     CheckpointError,
     DiskFullError,
     Interrupted,
     NonFiniteError,
     UsageError,
 )
+from imcl_fast.runs.folder import read_run
+from imcl_fast.runs.network import build_network
+from imcl_fast.training.distributed import Processes
 from imcl_fast.training.optimization import (
     WaysWarmup,
     build_optimizer,
     build_schedule,
     parameter_groups,
 )
-from imcl_fast.training.preparation import build_network, build_objective, prepare_data
+from imcl_fast.training.preparation import build_objective, prepare_data
 from imcl_fast.training.progress import Console, Observer, epoch_text
 from imcl_fast.training.state import EpochSums, _joint_sums
 from imcl_fast.training.way_costs import way_seconds
@@ -500,7 +501,7 @@ def test_weights_that_are_no_numbers_are_not_saved(digits, tmp_path):
 
 
 def test_a_disk_that_fills_up_keeps_the_checkpoint_before(digits, tmp_path, monkeypatch):
-    from imcl_fast.training import files
+    from imcl_fast.runs import files
 
     fsync, calls = os.fsync, []
 

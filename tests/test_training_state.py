@@ -12,9 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 from training_processes import checkpoints, table
 
 from imcl_fast import data
-from imcl_fast.training.config import TrainConfig
+from imcl_fast.runs.config import TrainConfig
+from imcl_fast.runs.errors import CheckpointError
 from imcl_fast.training.distributed import Processes
-from imcl_fast.training.errors import CheckpointError
 from imcl_fast.training.loop import Loop
 from imcl_fast.training.progress import Observer
 from imcl_fast.training.records import Records

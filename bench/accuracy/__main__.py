@@ -12,8 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from imcl_fast.reports.charts import MissingMatplotlib
-from imcl_fast.training.errors import DiskFullError
-from imcl_fast.training.flags import Parser
+from imcl_fast.runs.errors import DiskFullError
+from imcl_fast.runs.flags import Parser
 
 from ..render import MarkerError, fill_places
 from . import migrations, penalties, results, runs, study_file, tables

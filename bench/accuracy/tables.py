@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from imcl_fast.reports.paired import Interval, deviation
-from imcl_fast.training import flags
-from imcl_fast.training.config import TrainConfig
+from imcl_fast.runs import flags
+from imcl_fast.runs.config import TrainConfig
 
 from ..render import mebibytes, milliseconds, table
 from .analysis import Analysis

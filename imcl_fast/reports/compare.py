@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..training import files
-from ..training.flags import Parser
+from ..runs import files
+from ..runs.flags import Parser
+from ..runs.folder import Run, UnreadableRun, read_run
 from . import charts
 from .groups import Group, NotComparable, group
 from .page import heading, page, paragraph, table
 from .paired import deviation
-from .run import Run, UnreadableRun, read_run
 from .table import number, show, text_table
 
 NOTE = (

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training import files
-from ..training.config import PROVENANCE, SETTINGS
+from ..runs import files
+from ..runs.config import PROVENANCE, SETTINGS
+from ..runs.folder import LABELS, Run, read_run
 from . import charts
 from .page import facts, heading, page, paragraph, table
-from .run import LABELS, Run, read_run
 from .table import number
 
 NAME = "report.html"

@@ -15,11 +15,11 @@ from torch.nn.modules.conv import _ConvNd
 from .. import data
 from ..data.loader import TestLoader
 from ..data.split import take
-from ..training import files
-from ..training.flags import Parser
+from ..redundancy import profile
+from ..runs import files
+from ..runs.flags import Parser
 from . import charts
 from .networks import Found, UnknownNetwork, find
-from .redundancy import profile
 from .table import number, show, text_table
 
 HEAD = ["layer", "kind", "N x D", "mean |cos|", "mean cos^2", "Welch", "dead %", "eff. rank"]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .. import data
 from ..models import import_torchvision
-from ..training import checkpoint
-from ..training.config import TrainConfig
-from ..training.errors import CheckpointError, UsageError
-from ..training.preparation import build_network
-from ..training.records import CHECKPOINTS, CONFIG, WEIGHTS
+from ..runs import checkpoint
+from ..runs.config import TrainConfig
+from ..runs.errors import CheckpointError, UsageError
+from ..runs.folder import CHECKPOINTS, CONFIG, WEIGHTS
+from ..runs.network import build_network
 
 BEST = "best.pt"
 OBJECTIVE_PREFIX = "model."  # of the plain network in its objective's state_dict

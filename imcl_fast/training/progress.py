@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from . import files
+from ..runs import files
 
 # As few letters as a bar needs.
 SHORT = {

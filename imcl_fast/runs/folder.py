@@ -1,4 +1,4 @@
-"""Reads a run folder, as ``imcl-train`` writes it, also while the run is going on."""
+"""The files of a run folder, read as ``imcl-train`` writes them, also while the run goes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..objectives import WAYS
+from .config import label_of
+
+CONFIG, METRICS, STEPS, SUMMARY = "config.json", "metrics.csv", "steps.csv", "summary.json"
+NOISE, WEIGHTS, LOG = "noise.pt", "network.pt", "log.txt"
+BEFORE, AFTER = "redundancy_before.json", "redundancy_after.json"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tb"
 
 # The columns of metrics.csv that are no terms of the objective.
 MEASURES = (
@@ -84,14 +89,8 @@ class Run:
     @property
     def label(self) -> str:
         """What was trained, in a word: ``ce``, ``imcl``, ``output+kernel``, another method."""
-        method = str(self.setting("method", "imcl"))
-        ways = self.setting("ways") or ()
-        ways = ways.split(",") if isinstance(ways, str) else [str(way) for way in ways]
-        if method != "imcl" or "all" in ways:
-            return method
-        if not ways or "none" in ways:
-            return "ce"
-        return "imcl" if set(ways) == set(WAYS) else "+".join(ways)
+        ways = [str(way) for way in self.setting("ways") or ()]
+        return label_of(str(self.setting("method", "imcl")), ways)
 
     @property
     def held_out(self) -> str:
@@ -127,15 +126,15 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UnreadableRun(f"{folder}: expected a run folder, as imcl-train writes it")
-    if not (folder / "config.json").is_file():
-        raise UnreadableRun(f"{folder}: expected a run folder, it has no config.json")
+    if not (folder / CONFIG).is_file():
+        raise UnreadableRun(f"{folder}: expected a run folder, it has no {CONFIG}")
     return Run(
         folder=folder,
-        config=_read_json(folder / "config.json", dict),
-        metrics=_read_metrics(folder / "metrics.csv"),
-        summary=_read_json(folder / "summary.json", dict),
-        before=_read_profile(folder / "redundancy_before.json"),
-        after=_read_profile(folder / "redundancy_after.json"),
+        config=_read_json(folder / CONFIG, dict),
+        metrics=_read_metrics(folder / METRICS),
+        summary=_read_json(folder / SUMMARY, dict),
+        before=_read_profile(folder / BEFORE),
+        after=_read_profile(folder / AFTER),
     )
 
 

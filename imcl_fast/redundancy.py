@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..autograd import without_autocast
-from ..layers import PASSIVE
-from ..modes import evaluating
+from .autograd import without_autocast
+from .layers import PASSIVE
+from .modes import evaluating
 
 BINS = 40
 HEAT_MAP_SIZE = 64

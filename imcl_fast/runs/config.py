@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -352,11 +352,7 @@ class TrainConfig:
     @property
     def label(self) -> str:
         """The method and its ways in a word, for names and tables."""
-        if self.method != "imcl":
-            return self.method
-        if not self.ways:
-            return "ce"
-        return "imcl" if set(self.ways) == set(WAYS) else "+".join(self.ways)
+        return label_of(self.method, self.ways)
 
     @property
     def objective_options(self) -> dict[str, Any]:
@@ -422,6 +418,15 @@ class TrainConfig:
 SETTINGS: dict[str, Setting] = {
     entry.name: entry.metadata["setting"] for entry in dataclasses.fields(TrainConfig)
 }
+
+
+def label_of(method: str, ways: Sequence[str]) -> str:
+    """A method and its ways in a word: ``ce``, ``imcl``, ``output+kernel``, another method."""
+    if method != "imcl":
+        return method
+    if not ways:
+        return "ce"
+    return "imcl" if set(ways) == set(WAYS) else "+".join(ways)
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
