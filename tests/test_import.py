@@ -13,20 +13,20 @@ SLOW = ("torch._dynamo", "triton", "torchvision", "sklearn", "matplotlib", "PIL"
 
 # From the commands down to what needs nothing. A module or folder imports what stands on a line
 # below its own, and within a folder no two modules import each other, however indirectly.
-LAYERS = """
-    train demo env
-    training reports
-    runs redundancy
-    data objectives
-    models imcl ilr
-    modules layers kernel_weights
-    functional
-    implementations autograd
-    operators
-    kernels
-    algebra
-    reference validation schedule sharding taps modes tracing
-""".split("\n")[1:-1]
+LAYERS = [
+    "train demo env",
+    "training reports",
+    "runs redundancy",
+    "data objectives",
+    "models imcl ilr",
+    "modules layers kernel_weights",
+    "functional",
+    "implementations autograd",
+    "operators",
+    "kernels",
+    "algebra",
+    "reference validation schedule sharding taps modes tracing",
+]
 
 
 def imported_by(statement: str) -> set[str]:
@@ -87,7 +87,7 @@ def test_no_import_goes_upwards() -> None:
     assert len(graph) > 50
     for module, names in graph.items():
         part = module.split(".")[1]
-        assert part in line_of, f"{module}: expected {part} in LAYERS, which says what is above what"
+        assert part in line_of, f"{module}: expected {part} in LAYERS, on the line it belongs to"
         for name in names:
             other = name.split(".")[1]
             assert other == part or line_of[other] > line_of[part], f"{module} imports {name}"

@@ -16,7 +16,7 @@ from ..runs.flags import Parser
 from ..runs.folder import Run, UnreadableRun, read_run
 from . import charts
 from .groups import Group, NotComparable, group
-from .page import heading, page, paragraph, table
+from .page import page
 from .paired import deviation
 from .table import number, show, text_table
 
@@ -138,54 +138,43 @@ def as_csv(groups: Sequence[Group]) -> str:
 def as_html(groups: Sequence[Group]) -> str:
     """The same as a page with charts."""
     head, lines = summary_table(groups)
-    count = sum(len(each.runs) for each in groups)
     runs = [run for each in groups for run in each.runs.values()]
-    sets = sorted({str(run.setting("dataset", "-")) for run in runs})
-    body = [
-        heading(f"{count} runs on {', '.join(sets)}", 1),
-        paragraph(NOTE, faint=True),
-        table(head, lines),
-        heading("Accuracy, last epoch"),
-        charts.means(
-            [each.name for each in groups],
-            [[100 * value for value in each.accuracies()] for each in groups],
-            "%; small strokes are runs, bars one standard deviation",
-        ),
-    ]
     epochs = max(run.epochs for run in runs)
     panels = [
-        (
-            title,
-            {each.name: _mean_curve(list(each.runs.values()), column, epochs) for each in groups},
-        )
+        (title, {each.name: _mean_curve(list(each.runs.values()), column, epochs)
+                 for each in groups})
         for title, column in (
             ("accuracy by epoch, %", "test_accuracy"),
             ("wrong labels fitted, %", "fit_noisy"),
         )
         if any(run.last(column) is not None for run in runs)
-    ]
-    body += [
-        heading("Curves, means over seeds"),
-        charts.curves(panels, range(1, epochs + 1), columns=2),
-        heading("Runs"),
-        table(
-            ["run", "method", "seed", "accuracy %", "best %", "ms/step"],
-            [
-                [
-                    str(run.folder),
-                    each.name,
-                    str(seed),
-                    number(run.accuracy, ".2f", 100),
-                    number(run.best_accuracy, ".2f", 100),
-                    number(run.summary.get("seconds_per_step"), ".2f", 1e3),
-                ]
-                for each in groups
-                for seed, run in each.runs.items()
-            ],
-            left=2,
+    ]  # fmt: skip
+    return page(
+        "comparison.html",
+        title="Comparison of runs",
+        data_sets=sorted({str(run.setting("dataset", "-")) for run in runs}),
+        note=NOTE,
+        head=head,
+        lines=lines,
+        accuracies=charts.means(
+            [each.name for each in groups],
+            [[100 * value for value in each.accuracies()] for each in groups],
+            "%; small strokes are runs, bars one standard deviation",
         ),
-    ]
-    return page("Comparison of runs", body)
+        curves=charts.curves(panels, range(1, epochs + 1), columns=2),
+        runs=[
+            [
+                run.folder,
+                each.name,
+                seed,
+                number(run.accuracy, ".2f", 100),
+                number(run.best_accuracy, ".2f", 100),
+                number(run.summary.get("seconds_per_step"), ".2f", 1e3),
+            ]
+            for each in groups
+            for seed, run in each.runs.items()
+        ],
+    )
 
 
 def _mean_curve(runs: Sequence[Run], column: str, epochs: int) -> list[float | None]:
