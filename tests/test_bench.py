@@ -25,6 +25,8 @@ from bench import (
 )
 from bench.rows import Row, consistency, rows
 from bench.timing import Sample, interleaved, quartiles, sets_needed
+from imcl_fast.imcl import IMCL
+from imcl_fast.schedule import Schedule
 
 CPU = torch.device("cpu")
 TINY = Row("representation", "tiny", ((2, 8, 4, 4), (2, 6, 3, 3)))
@@ -399,6 +401,45 @@ def test_a_step_knows_how_many_layers_way_4_takes() -> None:
     )
     # 17 convolutions of 3 x 3; the first, 8 x 27, is not wide enough to be left out.
     assert found["kernels"] == 17
+
+
+def test_the_steps_of_a_schedule_by_kind() -> None:
+    kinds = {kind: share for kind, (share, _) in step.kinds_of_steps(Schedule(4, 8)).items()}
+    assert kinds == {"representation": 1 / 4, "kernel": 1 / 8, "neither": 5 / 8}
+    every = {kind: share for kind, (share, _) in step.kinds_of_steps(Schedule(1, 1, 5)).items()}
+    assert every == {"representation and kernel": 1.0}
+
+
+def test_a_schedule_is_timed_by_its_kinds_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[frozenset[str]] = []
+    forward = IMCL.forward
+
+    def recording(self, x, y):
+        out = forward(self, x, y)
+        computed.append(frozenset(out.terms))
+        return out
+
+    took = {"representation": 4.0, "kernel": 6.0, "neither": 2.0}
+
+    def constant(runs, *_, **__):
+        for run in runs.values():
+            run(0)
+        return {name: [took.get(name.removeprefix(f"{step.SCHEDULED} "), 2.0)] * 2
+                for name in runs}  # fmt: skip
+
+    monkeypatch.setattr(IMCL, "forward", recording)
+    monkeypatch.setattr(step, "interleaved", constant)
+    monkeypatch.setattr(step, "peak_bytes", lambda run, device: None)
+    found = step.measure(
+        step.Step("resnet18", 2, width=8, size=8, methods=(step.PLAIN, step.SCHEDULED)), CPU, 0
+    )["methods"][step.SCHEDULED]
+    similarities = [terms & {"representation_similarity", "kernel_similarity"}
+                    for terms in computed]  # fmt: skip
+    kinds = ({"representation_similarity"}, set(), {"kernel_similarity"})
+    assert similarities == [kind for kind in kinds for _ in range(2)]
+    assert found["seconds"]["median"] == 4 / 4 + 6 / 8 + 2 * 5 / 8
+    assert found["overhead"] == 1 / 4 + 2 / 8
+    assert found["fullest"] == 2
 
 
 def test_losing_passes_are_listed_and_only_those() -> None:
