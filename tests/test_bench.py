@@ -423,7 +423,7 @@ def test_a_schedule_is_timed_by_its_kinds_of_steps(monkeypatch: pytest.MonkeyPat
 
     def constant(runs, *_, **__):
         for run in runs.values():
-            run(0)
+            run(0), run(1)
         return {name: [took.get(name.removeprefix(f"{step.SCHEDULED} "), 2.0)] * 2
                 for name in runs}  # fmt: skip
 
