@@ -115,7 +115,7 @@ def measure(
             left_out[name] = "this CPU has no bfloat16 units: a step takes ten times its float32"
             continue
         try:
-            found = _runs(step, name, device)
+            found = runs_of(step, name, device)
         except Exception as error:  # the reason goes into the report
             left_out[name] = f"{type(error).__name__}: {error}"
             continue
@@ -189,7 +189,7 @@ def kinds_of_steps(schedule: Schedule) -> dict[str, tuple[float, Turn]]:
     return found
 
 
-def _runs(
+def runs_of(
     step: Step, method: str, device: torch.device
 ) -> dict[str, tuple[float, Callable[[int], float]]]:
     """By kind of step: its share of a period, and a training step of one method on the i-th

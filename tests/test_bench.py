@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bench import (
     competitors,
+    contention,
     host,
     instructions,
     memory,
@@ -135,6 +137,32 @@ def test_host_time_is_that_over_the_plain_step_at_each_place_of_the_period() -> 
         "average": 0.5 / 8, "fullest": 0.5, "ratio": 8.5 / 8,
     }  # fmt: skip
     assert host._over(ours, plain, "both")["fullest"] == 4
+
+
+def test_a_process_is_busy_as_long_as_the_steps_beside_it_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processes: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+
+    def start(*args, **options) -> subprocess.Popen:
+        processes.append(popen(*args, **options))
+        return processes[-1]
+
+    running = []
+
+    def timed(runs, *_, **__):
+        running.append([process.poll() is None for process in processes])
+        return {name: [[1.0, 1.5], [2.0, 4.0]][len(running) - 1] for name in runs}
+
+    monkeypatch.setattr(contention.subprocess, "Popen", start)
+    monkeypatch.setattr(contention, "interleaved", timed)
+    monkeypatch.setattr(contention, "STEP", step.Step("resnet18", 2, width=8, size=8))
+    found = contention.measure(CPU, 0)
+    assert running == [[], [True]]
+    assert [process.poll() is None for process in processes] == [False]
+    assert found[step.FUSED]["ratio"] == 3.0 / 1.25
+    assert found[step.FUSED]["over plain"] == {"quiet": 0, "busy": 0}
 
 
 def test_rounds_take_everybody_in_turn_and_begin_with_another() -> None:
@@ -325,6 +353,11 @@ RESULTS = {
         "four ways": {"forward": host_times(0.009, 0.0005, 0.001, 1.1),
                       "both": host_times(0.0105, 0.0012, 0.0025, 1.25)},
     },
+    "contention": {
+        name: {"quiet": quartiles([1.0]), "busy": quartiles([busy]), "ratio": busy,
+               "over plain": {"quiet": 0.06, "busy": 0.09}}
+        for name, busy in (("plain cross entropy", 5.0), ("four ways, fused", 6.0))
+    },
     "scaling": {"batch": {"cpp": {"points": [(8, 1e-3), (16, 2e-3)], "slope": 1.0}}},
     "memory": {"auto": [(1024, 2**22)], "reference": []},
     "instructions": {"reason": "valgrind is not installed"},
@@ -349,6 +382,9 @@ def test_tables_say_what_was_measured() -> None:
     assert "| a step | +3.0 % |" in render.TABLES["shares"](RESULTS)
     host_row = "| four ways | 9.00 | 10.5 | +0.50 | +1.00 | +1.20 | +2.50 | 1.25 |"
     assert host_row in render.TABLES["host"](RESULTS)
+    busy = render.TABLES["contention"](RESULTS).splitlines()[2:]
+    assert busy == ["| plain cross entropy | 1000 | 5000 | 5.0 |  |  |",
+                    "| four ways, fused | 1000 | 6000 | 6.0 | +6.0 % | +9.0 % |"]  # fmt: skip
     older = {name: found for name, found in RESULTS.items() if name != "host"}
     assert render.TABLES["host"](older) == "Not measured yet.\n"
     assert "A CPU, 2 threads" in render.TABLES["machine"](RESULTS)
