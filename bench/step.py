@@ -51,6 +51,7 @@ COMPILED: dict[str, dict] = {
     "four ways, fused, compiled": {"method": "imcl", **EVERY_STEP},
     f"{SCHEDULED}, compiled": {"method": "imcl", **SCHEDULE},
 }
+METHODS = {**MAIN, **ANCESTORS, **SHARES, **COMPILED}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def measure(
             left_out[name] = "this CPU has no bfloat16 units: a step takes ten times its float32"
             continue
         try:
-            found = runs_of(step, name, device)
+            found = runs_of(step, METHODS[name], device, compiled=name in COMPILED)
         except Exception as error:  # the reason goes into the report
             left_out[name] = f"{type(error).__name__}: {error}"
             continue
@@ -190,11 +191,10 @@ def kinds_of_steps(schedule: Schedule) -> dict[str, tuple[float, Turn]]:
 
 
 def runs_of(
-    step: Step, method: str, device: torch.device
+    step: Step, options: dict, device: torch.device, *, compiled: bool = False
 ) -> dict[str, tuple[float, Callable[[int], float]]]:
     """By kind of step: its share of a period, and a training step of one method on the i-th
-    batch, which returns its seconds."""
-    options = {**MAIN, **ANCESTORS, **SHARES, **COMPILED}[method]
+    batch, which returns its seconds. ``options`` are those of ``objectives.build``."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCHES, step.batch, 3, step.size, step.size, generator=generator)
@@ -210,7 +210,7 @@ def runs_of(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=step.bfloat16):
             return objective(x, y).loss
 
-    loss = torch.compile(loss_of) if method in COMPILED else loss_of
+    loss = torch.compile(loss_of) if compiled else loss_of
 
     def wait() -> None:
         if device.type == "cuda":
