@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from . import data, implementations
 from .objectives import WAYS
+from .reports.paired import in_percent
 from .reports.table import text_table
 from .runs import flags
 from .runs.config import TrainConfig
@@ -100,7 +101,7 @@ def table(results: Mapping[str, Sequence[Result]], implementation: str) -> str:
     for method, runs in results.items():
         if not runs:
             continue
-        accuracies = [100 * run.summary["last_test_accuracy"] for run in runs]
+        accuracies = [run.summary["last_test_accuracy"] for run in runs]
         fitted = [100 * run.row["fit_noisy"] for run in runs if "fit_noisy" in run.row]
         terms = [[run.row[key] for run in runs if key in run.row] for key in TERMS]
         seconds = statistics.mean(run.summary["seconds_per_step"] for run in runs)
@@ -108,7 +109,7 @@ def table(results: Mapping[str, Sequence[Result]], implementation: str) -> str:
             [
                 method,
                 implementation if METHODS[method] else "plain torch",
-                f"{_mean_and_deviation(accuracies)} %",
+                f"{in_percent(accuracies)} %",
                 f"{statistics.mean(fitted):.1f} %" if fitted else "-",
                 f"{seconds:.4f}",
                 *(f"{statistics.mean(values):.4f}" if values else "-" for values in terms),
@@ -150,11 +151,6 @@ class _OneBar(Observer):
         if values is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
         self._bar.update()
-
-
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def _parser() -> flags.Parser:

@@ -1,11 +1,14 @@
-"""What ``import imcl_fast`` brings along, and that no import in the package goes upwards."""
+"""What ``import imcl_fast`` brings along, that no import in the package goes upwards, and that
+every source file has tests that are said to be for it."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -92,3 +95,24 @@ def test_no_import_goes_upwards() -> None:
             other = name.split(".")[1]
             assert other == part or line_of[other] > line_of[part], f"{module} imports {name}"
     graphlib.TopologicalSorter(graph).prepare()  # or there is a cycle, which it names
+
+
+def test_every_source_file_has_tests_and_every_test_a_source() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("## Which tests are for what")[2]
+    rows = re.findall(r"^\| (`.*`) \| (.*) \|$", text, re.MULTILINE)
+    patterns = [pattern for row in rows for pattern in row[0].strip("`").split("` `")]
+    sources = ["setup.py"]
+    for folder, endings in (("imcl_fast", "py"), ("kernels", "py"), ("bench", "py"),
+                            ("csrc", "cpp cu h")):  # fmt: skip
+        for ending in endings.split():
+            found = (ROOT / folder).rglob(f"*.{ending}")
+            sources += [str(path.relative_to(ROOT)) for path in found]
+    assert len(sources) > 150
+    for source in sources:
+        assert any(fnmatch(source, pattern) for pattern in patterns), f"{source} has no tests"
+    for pattern in patterns:
+        assert any(fnmatch(source, pattern) for source in sources), f"there is no {pattern}"
+    named = {name for row in rows for name in row[1].split(", ")}
+    assert {f"test_{name}.py" for name in named} == {
+        path.name for path in (ROOT / "tests").glob("test_*.py")
+    }

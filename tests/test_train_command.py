@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_processes import SMALL, table
+from training_processes import SMALL, TERMS, table
 
 from imcl_fast import models, objectives, operators, train
 from imcl_fast.runs import flags
@@ -20,26 +20,14 @@ from imcl_fast.runs.config import SETTINGS, TrainConfig
 from imcl_fast.runs.errors import UsageError
 from imcl_fast.training.records import Records
 
-TERMS = [
-    "cross_entropy",
-    "output_consistency",
-    "multilayer_consistency",
-    "representation_similarity",
-    "kernel_similarity",
-]
 MEASURES = [
     "epoch", "train_loss", "test_loss", "test_accuracy", "train_accuracy", "seconds",
     "images_per_second", "data_seconds", "lr",
 ]  # fmt: skip
-pytestmark = pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from training_processes import table
+from training_processes import TERMS, table
 
 import imcl_fast
 from imcl_fast import (
@@ -46,29 +46,11 @@ from imcl_fast.training.progress import Console, Observer, epoch_text
 from imcl_fast.training.state import EpochSums, _joint_sums
 from imcl_fast.training.way_costs import way_seconds
 
-TERMS = [
-    "cross_entropy",
-    "output_consistency",
-    "multilayer_consistency",
-    "representation_similarity",
-    "kernel_similarity",
-]
 QUIET = Observer()
-pytestmark = pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small gain nothing from a second one, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel"),
+]
 
 
 def config(**settings):

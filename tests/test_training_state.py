@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from training_processes import checkpoints, table
 
-from imcl_fast import data
 from imcl_fast.runs.config import TrainConfig
 from imcl_fast.runs.errors import CheckpointError
 from imcl_fast.training.distributed import Processes
@@ -128,11 +127,6 @@ def test_other_processes_share_the_sums_of_those_before(world) -> None:
 
 
 # Whole runs
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
 
 
 def train(digits, run, **settings):

@@ -23,6 +23,14 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imcl_fast.train", "sklearn.datasets", "sklearn.model_selection"])
 # Columns whose values depend on the machine's speed.
 TIMES = ("seconds", "images_per_second", "data_seconds")
+# Those of the four ways, as the columns of a table are called.
+TERMS = [
+    "cross_entropy",
+    "output_consistency",
+    "multilayer_consistency",
+    "representation_similarity",
+    "kernel_similarity",
+]
 # Small enough for a run to take a second, on real digits.
 SMALL = (
     "--width", "2", "--train-images", "160", "--batch-size", "20", "--epochs", "3",

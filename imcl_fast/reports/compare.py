@@ -17,7 +17,7 @@ from ..runs.folder import Run, UnreadableRun, read_run
 from . import charts
 from .groups import Group, NotComparable, group
 from .page import page
-from .paired import deviation
+from .paired import deviation, in_percent, in_points
 from .table import number, show, text_table
 
 NOTE = (
@@ -77,18 +77,14 @@ def summary_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for each in groups:
         difference, slowdown = each.difference(), each.slowdown()
-        spread = "-"
-        if difference is not None:
-            spread = f"{100 * difference.mean:+.2f}"
-            if difference.low is not None and difference.high is not None:
-                spread += f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+        spread = "-" if difference is None else in_points(difference)
         fitted = _fitted(each)
         lines.append(
             [
                 each.name,
                 str(len(each.runs)),
-                _mean_and_deviation(each.accuracies()),
-                _mean_and_deviation(each.accuracies(best=True)),
+                in_percent(each.accuracies()),
+                in_percent(each.accuracies(best=True)),
                 "baseline" if each.baseline is each else spread,
                 "-" if difference is None else str(difference.values),
                 number(statistics.fmean(fitted) if fitted else None, ".1f", 100),
@@ -190,14 +186,6 @@ def _mean_curve(runs: Sequence[Run], column: str, epochs: int) -> list[float | N
 def _fitted(each: Group) -> list[float]:
     values = [run.last("fit_noisy") for run in each.runs.values()]
     return [value for value in values if value is not None]
-
-
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    spread = deviation(values)
-    mean = f"{100 * statistics.fmean(values):.2f}"
-    return mean if spread is None else f"{mean} +- {100 * spread:.2f}"
 
 
 def _parser() -> Parser:

@@ -37,6 +37,20 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, count)
 
 
+def in_points(found: Interval) -> str:
+    """The interval of a difference between shares, in points."""
+    mean = f"{100 * found.mean:+.2f}"
+    if found.low is None or found.high is None:
+        return mean
+    return f"{mean} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+
+
+def in_percent(shares: Sequence[float], sign: str = "+-") -> str:
+    """The mean of one or more shares in percent, with the standard deviation of several."""
+    mean, spread = f"{100 * statistics.fmean(shares):.2f}", deviation(shares)
+    return mean if spread is None else f"{mean} {sign} {100 * spread:.2f}"
+
+
 def deviation(values: Sequence[float]) -> float | None:
     """Standard deviation of the sample; None for less than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
