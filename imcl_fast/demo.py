@@ -20,7 +20,7 @@ from .objectives import WAYS
 from .reports.paired import in_percent
 from .reports.table import text_table
 from .runs import flags
-from .runs.config import TrainConfig
+from .runs.config import POSITIVE, SHARE, Range, TrainConfig
 from .runs.errors import Interrupted, TrainingError
 from .training.progress import Observer
 from .training.trainer import Trainer
@@ -159,13 +159,19 @@ def _parser() -> flags.Parser:
         description="Plain cross entropy against the four ways of intra-model collaborative "
         "learning, on handwritten digits with wrong labels.",
     )
-    add = parser.add_number
-    add("--seeds", int, 3, "runs of each method", low=1)
-    add("--epochs", int, 30, "epochs of each run", low=1)
-    add("--label-noise", float, 0.5, "share of wrong training labels", low=0, high=1)
-    add("--width", int, 8, "channels of the network's first stage", low=2)
-    # So small a network gains little from more, and stalls where other programs use them.
-    add("--threads", int, 1, "CPU threads", low=1)
+    count, share = flags.in_range(int, POSITIVE), flags.in_range(float, SHARE)
+    for flag, kind, default, help in (
+        ("--seeds", count, 3, "runs of each method"),
+        ("--epochs", count, 30, "epochs of each run"),
+        ("--label-noise", share, 0.5, "share of wrong training labels"),
+        ("--width", flags.in_range(int, Range(2)), 8, "channels of the network's first stage"),
+        # So small a network gains little from more, and stalls where other programs use them.
+        ("--threads", count, 1, "CPU threads"),
+    ):
+        metavar = "X" if kind is share else "N"
+        parser.add_argument(
+            flag, type=kind, default=default, metavar=metavar, help=f"{help} (default: {default})"
+        )
     parser.add_argument(
         "--impl",
         choices=implementations.IMPLEMENTATIONS,

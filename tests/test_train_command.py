@@ -322,7 +322,8 @@ def test_a_loss_that_is_no_number_stops_the_run(capsys, tmp_path):
 # The configuration and its flags
 
 
-def test_every_setting_is_a_flag_that_help_explains(capsys):
+def test_every_setting_is_a_flag_that_help_explains(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # lines are broken at the hyphens of a word too
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     assert stop.value.code == 0

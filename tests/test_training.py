@@ -748,7 +748,7 @@ def test_demo_is_interrupted_in_peace(capsys, monkeypatch):
     [
         (["--seeds", "0"], "argument --seeds: expected at least 1, got 0"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-        (["--label-noise", "2"], "argument --label-noise: expected at least 0 and at most 1"),
+        (["--label-noise", "2"], "argument --label-noise: expected a number in [0, 1], got 2"),
     ],
 )
 def test_demo_names_bad_flags(capsys, flags, message):
