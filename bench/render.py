@@ -24,6 +24,8 @@ HEADLINES = (
     "consistency 5 x 128 x 1000 float32",
 )
 
+WITHOUT = "fused, without "  # one of the ways: stored results have such steps
+
 Results = Mapping
 
 
@@ -163,7 +165,7 @@ def step(results: Results) -> str:
     lines = []
     for title, found in results["steps"].items():
         for name, one in found["methods"].items():
-            if name.startswith("fused, without "):
+            if name.startswith(WITHOUT):
                 continue
             spent = one["seconds"]
             plain = name == found["base"]
@@ -195,7 +197,7 @@ def step_summary(results: Results) -> str:
     for title in dict.fromkeys((min(over, key=over.__getitem__), max(over, key=over.__getitem__))):
         found = results["steps"][title]
         for name, one in found["methods"].items():
-            if name.startswith("fused, without "):
+            if name.startswith(WITHOUT):
                 continue
             plain = name == found["base"]
             lines.append([
@@ -231,17 +233,6 @@ def step_kernels(results: Results) -> str:
         )
     said = "; ".join(f"{title}: {count}" for title, count in counts.items())
     return f"Layers whose kernels way 4 takes: {said}.\n"
-
-
-def shares(results: Results) -> str:
-    """What each way adds to a step, by leaving it out."""
-    lines = [
-        [title, *(percent(share) for share in found["shares"].values())]
-        for title, found in results["steps"].items()
-        if found["shares"]
-    ]
-    ways = next((list(f["shares"]) for f in results["steps"].values() if f["shares"]), [])
-    return table(["of the plain step", *ways], lines)
 
 
 def host(results: Results) -> str:
@@ -381,7 +372,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "step-summary": step_summary,
     "step-kernels": step_kernels,
     "naive": naive,
-    "shares": shares,
     "host": host,
     "contention": contention,
     "scaling": scaling,
