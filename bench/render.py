@@ -4,7 +4,7 @@ place for them: between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -162,14 +162,20 @@ def operation(name: str) -> Callable[[Results], str]:
 
 def step(results: Results) -> str:
     """All whole training steps."""
-    lines = []
-    for title, found in results["steps"].items():
+    head = ["training step", "objective", "ms", "quartiles", "images/s", "over plain",
+            "peak MiB", "extra"]  # fmt: skip
+    return table(head, _steps(results, results["steps"]))
+
+
+def _steps(results: Results, titles: Iterable[str]) -> Iterator[list[str]]:
+    for title in titles:
+        found = results["steps"][title]
         for name, one in found["methods"].items():
             if name.startswith(WITHOUT):
                 continue
             spent = one["seconds"]
             plain = name == found["base"]
-            lines.append([
+            yield [
                 title,
                 name,
                 milliseconds(spent["median"]),
@@ -178,10 +184,7 @@ def step(results: Results) -> str:
                 "" if plain else percent(one["overhead"]),
                 mebibytes(one["peak_bytes"]),
                 "" if plain else percent(one["extra_memory"]),
-            ])  # fmt: skip
-    head = ["training step", "objective", "ms", "quartiles", "images/s", "over plain",
-            "peak MiB", "extra"]  # fmt: skip
-    return table(head, lines)
+            ]
 
 
 def step_summary(results: Results) -> str:
@@ -193,18 +196,13 @@ def step_summary(results: Results) -> str:
     }  # fmt: skip
     if not over:
         return "None in this run.\n"
-    lines = []
-    for title in dict.fromkeys((min(over, key=over.__getitem__), max(over, key=over.__getitem__))):
-        found = results["steps"][title]
-        for name, one in found["methods"].items():
-            if name.startswith(WITHOUT):
-                continue
-            plain = name == found["base"]
-            lines.append([
-                title, name, milliseconds(one["seconds"]["median"]),
-                f"{one['images_per_second']:.0f}", "" if plain else percent(one["overhead"]),
-                "" if plain else percent(one["extra_memory"]),
-            ])  # fmt: skip
+    least, most = (pick(over, key=over.__getitem__) for pick in (min, max))
+    lines = [
+        [title, name, ms, images, overhead, more]
+        for title, name, ms, _, images, overhead, _, more in _steps(
+            results, dict.fromkeys((least, most))
+        )
+    ]
     head = [f"the least and the most of {len(over)} training steps", "objective", "ms",
             "images/s", "over plain", "more memory"]  # fmt: skip
     return table(head, lines)

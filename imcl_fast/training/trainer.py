@@ -36,7 +36,8 @@ class Trainer:
     """A training run, also one process of several if torchrun started it.
 
     Args:
-        config: every setting of the run. Without ``run_dir`` nothing is written.
+        config: every setting of the run. Without ``run_dir`` nothing is written. The report is
+            ``reports.html.write_report``'s to write, when the run is over.
         data_set: to train on instead of the one that ``config`` names.
         network: to train instead of the one that ``config`` names: any classifier of the
             data's images. It is trained in place and moved to the run's device. Given in
