@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .runs import flags
 from .runs.config import TrainConfig
-from .runs.errors import DiskFullError, Interrupted, NonFiniteError, TrainingError
+from .runs.errors import DiskFullError, Interrupted, NonFiniteError, TrainingError, one_line
 from .training.progress import Console, summary_table
 from .training.trainer import Trainer
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         # What stops the first process stops all; only a batch is one process's own.
         if speaks or isinstance(error, NonFiniteError):
-            print(f"imcl-train: {_one_line(error)}", file=sys.stderr)
+            print(f"imcl-train: {one_line(error)}", file=sys.stderr)
         if speaks and isinstance(error, (Interrupted, DiskFullError)):
             print(f"imcl-train: go on with: {resume_command(config)}", file=sys.stderr)
         return error.exit_code
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("imcl-train: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"imcl-train: {_one_line(error)}", file=sys.stderr)
+        print(f"imcl-train: {one_line(error)}", file=sys.stderr)
         return 1
     if speaks:
         print(f"\n{summary_table(summary)}\nrun folder{'':11s}{folder}")
@@ -81,10 +81,6 @@ def resume_command(config: TrainConfig) -> str:
     if world != "1":
         start = ["torchrun", "--nproc-per-node", world, "-m", "imcl_fast.train"]
     return shlex.join([*start, *flags.command(replace(config, resume="auto"))])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

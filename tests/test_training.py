@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from training_processes import TERMS, table
+from training_processes import TERMS, config, table
 
 import imcl_fast
 from imcl_fast import (
-    TrainConfig,
     Trainer,
     data,
     demo,
@@ -51,15 +50,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel"),
 ]
-
-
-def config(**settings):
-    return TrainConfig(
-        **{
-            "width": 2, "train_images": 200, "batch_size": 50, "epochs": 1, "device": "cpu",
-            "tensorboard": False, "report": False, "measure_ways": False, **settings,
-        }
-    )  # fmt: skip
 
 
 def trained(digits, **settings):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from training_processes import checkpoints, table
+from training_processes import checkpoints, config, table
 
-from imcl_fast.runs.config import TrainConfig
 from imcl_fast.runs.errors import CheckpointError
 from imcl_fast.training.distributed import Processes
 from imcl_fast.training.loop import Loop
@@ -131,17 +130,11 @@ def test_other_processes_share_the_sums_of_those_before(world) -> None:
 
 def train(digits, run, **settings):
     """A run of 4 steps per epoch in ``run``, its trainer and the folder."""
-    config = TrainConfig(
-        **{
-            "ways": (), "train_images": 200, "batch_size": 50, "epochs": 2, "device": "cpu",
-            "tensorboard": False, "report": False, "measure_ways": False, "log_every": 1,
-            "run_dir": run, **settings,
-        }
-    )  # fmt: skip
+    own = {"ways": (), "epochs": 2, "log_every": 1, "run_dir": run, **settings}
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(256, 20), nn.Tanh(), nn.Linear(20, 10))
     start = network[1].weight.detach().clone()
-    Trainer(config, data_set=digits, network=network, observer=Observer()).fit()
+    Trainer(config(**own), data_set=digits, network=network, observer=Observer()).fit()
     return network[1].weight.detach() - start
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from imcl_fast import TrainConfig
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imcl_fast.train", "sklearn.datasets", "sklearn.model_selection"])
 # Columns whose values depend on the machine's speed.
@@ -37,6 +39,13 @@ SMALL = (
     "--label-noise", "0.5", "--threads", "1", "--log-every", "1",
     "--no-report", "--no-measure-ways", "--no-tensorboard",
 )  # fmt: skip
+
+
+def config(**settings) -> TrainConfig:
+    """Of a run in this process that is as small."""
+    small = {"width": 2, "train_images": 200, "batch_size": 50, "epochs": 1, "device": "cpu",
+             "tensorboard": False, "report": False, "measure_ways": False}  # fmt: skip
+    return TrainConfig(**{**small, **settings})
 
 
 class Command:

@@ -80,8 +80,7 @@ def measure(
             for impl in STEPS:
                 ask("step", impl, kind="step", impl=impl)
             for row in rows.rows():
-                work = roofline.work(row)
-                least = work.forward_bytes + work.backward_bytes
+                least = sum(roofline.work(row)[:2])  # of the forward and the backward
                 results.put({"bytes": least, "impls": {}}, "operations", row.name)
             for impls in (rows.FUSED, [n for n in rows.COMPETITORS if n not in rows.FUSED]):
                 for row in rows.rows():

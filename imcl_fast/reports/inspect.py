@@ -18,6 +18,7 @@ from ..data.split import take
 from ..redundancy import profile
 from ..runs import files
 from ..runs.config import POSITIVE, Range
+from ..runs.errors import one_line
 from ..runs.flags import Parser, in_range
 from . import charts
 from .networks import Found, UnknownNetwork, find
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _inspect(options)
     except (UnknownNetwork, charts.MissingMatplotlib, ImportError, OSError, ValueError) as error:
-        print(f"imcl-inspect: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"imcl-inspect: {one_line(error)}", file=sys.stderr)
         return 2
 
 

@@ -16,7 +16,7 @@ from .. import data
 from ..models import import_torchvision
 from ..runs import checkpoint
 from ..runs.config import TrainConfig
-from ..runs.errors import CheckpointError, UsageError
+from ..runs.errors import CheckpointError, UsageError, one_line
 from ..runs.folder import CHECKPOINTS, CONFIG, WEIGHTS
 from ..runs.network import build_network
 
@@ -166,5 +166,5 @@ def _of_run(config: TrainConfig) -> Found:
         return Found(build_network(config, data_set), data_set)
     except (OSError, ValueError, ImportError, UsageError) as error:
         raise UnknownNetwork(
-            f"the run's data set tells the network's shape, but: {' '.join(str(error).split())}"
+            f"the run's data set tells the network's shape, but: {one_line(error)}"
         ) from error

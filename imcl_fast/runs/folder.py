@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import label_of
+from .errors import one_line
 
 CONFIG, METRICS, STEPS, SUMMARY = "config.json", "metrics.csv", "steps.csv", "summary.json"
 NOISE, WEIGHTS, LOG = "noise.pt", "network.pt", "log.txt"
@@ -145,7 +146,7 @@ def _read_json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UnreadableRun(f"{path}: expected JSON, {_one_line(error)}") from error
+        raise UnreadableRun(f"{path}: expected JSON, {one_line(error)}") from error
     if not isinstance(value, kind):
         expected = "an object" if kind is dict else "a list"
         raise UnreadableRun(f"{path}: expected {expected}, got {type(value).__name__}")
@@ -170,7 +171,7 @@ def _read_metrics(path: Path) -> dict[str, list[float | None]]:
         with path.open(newline="", encoding="utf-8") as file:
             header, *lines = list(csv.reader(file)) or [[]]
     except (OSError, ValueError, csv.Error) as error:
-        raise UnreadableRun(f"{path}: expected CSV, {_one_line(error)}") from error
+        raise UnreadableRun(f"{path}: expected CSV, {one_line(error)}") from error
     if (header or lines) and header[:1] != ["epoch"]:
         raise UnreadableRun(
             f"{path}: expected CSV whose first column is epoch, got {','.join(header)[:40]!r}"
@@ -189,9 +190,5 @@ def _read_metrics(path: Path) -> dict[str, list[float | None]]:
         try:
             columns[name] = [float(cell) if cell else None for cell in cells]
         except ValueError as error:
-            raise UnreadableRun(f"{path}, column {name}: {_one_line(error)}") from error
+            raise UnreadableRun(f"{path}, column {name}: {one_line(error)}") from error
     return columns
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
