@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _compare(options)
-    except (UnreadableRun, NotComparable, charts.MissingMatplotlib, OSError) as error:
+    except (UnreadableRun, NotComparable, ImportError, OSError) as error:
         print(f"imcl-compare: {error}", file=sys.stderr)
         return 2
 
