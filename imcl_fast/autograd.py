@@ -109,15 +109,19 @@ class CollaborativeConsistency(Function):
 
 
 class SampleGrams(Function):
-    """apply(implementation, scale, *xs) -> Grams (n, B, B) of the samples, centred over them."""
+    """apply(implementation, scale, *xs) -> Grams (n, B, B) of the samples, centred over them.
+
+    They come out in float64 where there is one, and so does their gradient come in: what is made
+    of them subtracts nearly equal numbers, and they are small.
+    """
 
     @staticmethod
     def forward(ctx, *args) -> Tensor:
         implementation, scale, *xs = args
         grams, means = implementation.forward(xs, scale)
         ctx.save_for_backward(*xs, *means)
-        ctx.implementation, ctx.scale = implementation, scale
-        return grams
+        ctx.implementation, ctx.scale, ctx.accumulation = implementation, scale, grams.dtype
+        return grams if grams.device.type == "mps" else grams.double()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -129,7 +133,7 @@ class SampleGrams(Function):
             s = s - s.mean(-2, keepdim=True)
             if any(factor != 1 for factor in ctx.scale):
                 s = torch.stack([f * each for f, each in zip(ctx.scale, s, strict=True)])
-            dxs = ctx.implementation.backward(s, xs, means)
+            dxs = ctx.implementation.backward(s.to(ctx.accumulation), xs, means)
         dxs = _first_order_only(dxs, [grad, *xs])
         return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
 

@@ -164,16 +164,14 @@ def _dependence(
         numbered = kind == algebra.GAUSSIAN and width is not None
         scale = [1 / (width**2 * max(x[0].numel(), 1)) if numbered else 1.0 for x in xs]
         grams = SampleGrams.apply(implementations.dependence(impl), scale, *xs)
-        # What follows is small and subtracts nearly equal numbers.
-        wide = grams if device.type == "mps" else grams.double()
-        kernels = algebra.kernels(wide.unflatten(0, (-1, views)), kind, width is None)
+        kernels = algebra.kernels(grams.unflatten(0, (-1, views)), kind, width is None)
         values = algebra.hsic(kernels, how)  # [L, V, V]
         if normalize:
             values = algebra.cka(values)
         pairs = views * (views - 1)
         of_layers = values.sum((-2, -1)) - values.diagonal(dim1=-2, dim2=-1).sum(-1)
         total = sum(w / pairs * each for w, each in zip(layer_weight, of_layers, strict=True))
-        return total.to(grams.dtype)
+        return total.to(_accumulation(xs[0]))
 
 
 def _bandwidth(value: float | str) -> float | None:
