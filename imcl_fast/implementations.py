@@ -46,12 +46,18 @@ _DEPENDENCE = {
 
 
 def why_not(
-    impl: str, device: str, dtypes: Sequence[torch.dtype] = (), index: int | None = None
+    impl: str,
+    device: str,
+    dtypes: Sequence[torch.dtype] = (),
+    index: int | None = None,
+    operation: str = "pairwise",
 ) -> str | None:
-    """Why ``impl`` can't run on tensors of that device type, or None where it can.
+    """Why ``impl`` can't run an operation on tensors of that device type, or None where it can.
 
     ``index`` is that of the device among those of its type; None is the current one.
     """
+    if operation == "dependence" and impl in ("triton", "cuda"):
+        return 'the dependence has no kernels for GPUs; impl="torch" is what is quick there'
     if impl in ("torch", "reference"):
         return None
     if impl == "cpp":
@@ -155,9 +161,7 @@ def choose(
     """
     if impl == "auto":
         return _fastest(operation, device.type, dtypes, device.index)
-    reason = why_not(impl, device.type, dtypes, device.index)
-    if operation == "dependence" and impl in ("triton", "cuda"):
-        reason = "the dependence has no kernels for GPUs; there impl=\"torch\" is what is quick"
+    reason = why_not(impl, device.type, dtypes, device.index, operation)
     if reason is not None:
         raise RuntimeError(
             f'impl="{impl}" can\'t run: {reason}. Use impl="auto"; '
