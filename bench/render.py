@@ -151,8 +151,11 @@ def operation(name: str) -> Callable[[Results], str]:
                     f"{row['floors']['both'] / both['median']:.0%}" if times["same"] else "",
                     mebibytes(times["peak_bytes"]),
                 ])  # fmt: skip
+        if not lines:
+            return "Not measured yet.\n"
+        similarity = name in ("representation", "kernel")
         return table(
-            [f"{name} similarity" if name != "consistency" else name, "who", "forward ms",
+            [f"{name} similarity" if similarity else name, "who", "forward ms",
              "backward ms", "both ms", "quartiles", "over fused", "of floor", "peak MiB"],
             lines,
         )  # fmt: skip

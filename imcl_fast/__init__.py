@@ -9,6 +9,7 @@ from .modules import (
     CollaborativeConsistencyLoss,
     KernelSimilarityLoss,
     RepresentationSimilarityLoss,
+    ViewDependence,
 )
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "RepresentationSimilarityLoss",
     "TrainConfig",
     "Trainer",
+    "ViewDependence",
     "functional",
 ]
 
