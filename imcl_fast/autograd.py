@@ -127,7 +127,7 @@ class SampleGrams(Function):
     def backward(ctx, grad: Tensor):
         saved = list(ctx.saved_tensors)
         xs, means = saved[: len(ctx.scale)], saved[len(ctx.scale) :]
-        with _without_grad(), without_autocast(grad.device):
+        with without_autocast(grad.device), _without_grad():
             s = grad + grad.mT
             s = s - s.mean(-1, keepdim=True)
             s = s - s.mean(-2, keepdim=True)
