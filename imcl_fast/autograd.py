@@ -77,7 +77,8 @@ class PairwisePenalty(Function):
 
 
 class CollaborativeConsistency(Function):
-    """apply(implementation, options, target, *logits) -> (loss () or (B,), terms (2, H)).
+    """apply(implementation, options, target, weight, sample_weight, *logits)
+    -> (loss () or (B,), terms (2, H)).
 
     The forward already makes the gradient, in the accumulation dtype, while the
     exponentials are at hand; the backward only scales it, in place unless the graph is
@@ -87,9 +88,11 @@ class CollaborativeConsistency(Function):
 
     @staticmethod
     def forward(ctx, *args) -> tuple[Tensor, Tensor]:
-        implementation, options, target, *logits = args
+        implementation, options, target, weight, sample_weight, *logits = args
         keep = any(ctx.needs_input_grad)
-        loss, terms, gradients = implementation(logits, target, *options, keep)
+        loss, terms, gradients = implementation(
+            logits, target, weight, sample_weight, *options, keep
+        )
         ctx.mark_non_differentiable(terms)
         ctx.save_for_backward(*logits, *gradients)
         ctx.blocks = len(logits)
@@ -105,7 +108,7 @@ class CollaborativeConsistency(Function):
             scaled = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
             dz = _as_blocks(scaled, logits)
         dz = _first_order_only(dz, [grad, *logits])
-        return None, None, None, *_needed(dz, ctx.needs_input_grad[3:])
+        return *[None] * 5, *_needed(dz, ctx.needs_input_grad[5:])
 
 
 def _is_last_use(grad: Tensor) -> bool:

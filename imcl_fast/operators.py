@@ -94,7 +94,7 @@ def _pairwise_backward(grad, xs, state, penalty, center, eps, batched, precision
     return [torch.empty_like(x) for x in xs]
 
 
-def _consistency(logits, target, ce_weight, *options):
+def _consistency(logits, target, weight, sample_weight, ce_weight, *options):
     *_, reduction, keep = options
     dtype = _accumulation_dtype(logits)
     size = (logits[0].shape[-2],) if reduction == REDUCE_NONE else ()
@@ -154,9 +154,10 @@ for _name, _schema, _launch, _fake in (
     ),
     (
         "triton_consistency",
-        "(Tensor[] logits, Tensor? target, float[] ce_weight, float[] kl_weight, int[] groups, "
-        "float[] temperature, int[] teacher, bool[] detach, float label_smoothing, "
-        "int ignore_index, int reduction, bool keep) -> (Tensor, Tensor, Tensor[])",
+        "(Tensor[] logits, Tensor? target, Tensor? weight, Tensor? sample_weight, "
+        "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
+        "bool[] detach, float label_smoothing, int ignore_index, int reduction, bool keep) "
+        "-> (Tensor, Tensor, Tensor[])",
         _triton_consistency,
         _consistency,
     ),
