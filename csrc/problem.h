@@ -8,6 +8,12 @@
 // would keep one copy, perhaps the one for an ISA that this machine lacks.
 #define IMCL_INLINE inline __attribute__((always_inline))
 
+#if defined(__CUDACC__)
+#define IMCL_HOST_DEVICE __host__ __device__
+#else
+#define IMCL_HOST_DEVICE IMCL_INLINE
+#endif
+
 namespace imcl {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -56,15 +62,33 @@ struct Group {
   bool detach;
 };
 
+// What the cross entropy is to: class indices, or probabilities, or neither where there is none;
+// and weights, or null for 1. All but the indices are in the accumulation type.
+struct Labels {
+  const int64_t* target;  // (batch,)
+  int64_t target_stride;
+  const void* probabilities;  // (batch, classes)
+  int64_t probability_row, probability_class;
+  const void* weight;  // (classes,)
+  int64_t weight_stride;
+  const void* sample_weight;  // (batch,)
+  int64_t sample_weight_stride;
+  double smoothing;
+  int64_t ignore_index;
+
+  IMCL_HOST_DEVICE bool any() const { return target || probabilities; }
+  // Whether a label is a sum over the classes that no index and smoothing tell.
+  IMCL_HOST_DEVICE bool soft() const {
+    return probabilities || (target && weight && smoothing > 0);
+  }
+};
+
 struct Consistency {
   DType dtype;
   int64_t batch, classes;
   std::vector<Head> heads;
   std::vector<Group> groups;
-  const int64_t* target;  // (batch,), or null: no cross entropy
-  int64_t target_stride;
-  double label_smoothing;
-  int64_t ignore_index;
+  Labels labels;
 };
 
 }  // namespace imcl

@@ -56,6 +56,37 @@ std::vector<Head> heads_of(const std::vector<Tensor>& logits, const Gradients* g
   return heads;
 }
 
+// The labels of a problem whose sizes are known, but for their smoothing and ignored index.
+Labels labels_of(const Consistency& problem, ScalarType acc, const std::optional<Tensor>& target,
+                 const std::optional<Tensor>& weight, const std::optional<Tensor>& sample_weight) {
+  Labels labels{};
+  if (target && target->scalar_type() == ScalarType::Long) {
+    STD_TORCH_CHECK(target->dim() == 1 && target->size(0) == problem.batch,
+                    "target: expected indices of shape (B,)");
+    labels.target = static_cast<const int64_t*>(target->const_data_ptr());
+    labels.target_stride = target->stride(0);
+  } else if (target) {
+    STD_TORCH_CHECK(target->scalar_type() == acc && target->dim() == 2 &&
+                        target->size(0) == problem.batch && target->size(1) == problem.classes,
+                    "target: expected int64, or (B, K) in the dtype of the loss");
+    labels.probabilities = target->const_data_ptr();
+    labels.probability_row = target->stride(0);
+    labels.probability_class = target->stride(1);
+  }
+  const auto weights = [&](const std::optional<Tensor>& from, int64_t size, const char* name,
+                           const void*& data, int64_t& stride) {
+    if (!from) return;
+    STD_TORCH_CHECK(from->scalar_type() == acc && from->dim() == 1 && from->size(0) == size, name,
+                    ": expected ", size, " numbers in the dtype of the loss");
+    data = from->const_data_ptr();
+    stride = from->stride(0);
+  };
+  weights(weight, problem.classes, "weight", labels.weight, labels.weight_stride);
+  weights(sample_weight, problem.batch, "sample_weight", labels.sample_weight,
+          labels.sample_weight_stride);
+  return labels;
+}
+
 }  // namespace
 
 DType dtype_of(const Tensor& x, const char* name) {
@@ -112,7 +143,8 @@ void check_logits(const std::vector<Tensor>& logits) {
 }
 
 Consistency consistency_of(const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
-                           const Gradients* gradients, const std::vector<double>& ce_weight,
+                           const std::optional<Tensor>& weight,
+                           const std::optional<Tensor>& sample_weight, const Gradients* gradients, const std::vector<double>& ce_weight,
                            const std::vector<double>& kl_weight, const std::vector<int64_t>& groups,
                            const std::vector<double>& temperature,
                            const std::vector<int64_t>& teacher, const std::vector<bool>& detach,
@@ -134,15 +166,9 @@ Consistency consistency_of(const std::vector<Tensor>& logits, const std::optiona
   }
   STD_TORCH_CHECK(first == static_cast<int64_t>(problem.heads.size()),
                   "groups: expected sizes that sum to the number of heads");
-  if (target) {
-    STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->dim() == 1 &&
-                        target->size(0) == problem.batch,
-                    "target: expected int64 of shape (B,)");
-    problem.target = static_cast<const int64_t*>(target->const_data_ptr());
-    problem.target_stride = target->stride(0);
-  }
-  problem.label_smoothing = label_smoothing;
-  problem.ignore_index = ignore_index;
+  problem.labels = labels_of(problem, accumulation_type(logits[0]), target, weight, sample_weight);
+  problem.labels.smoothing = label_smoothing;
+  problem.labels.ignore_index = ignore_index;
   return problem;
 }
 

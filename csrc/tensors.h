@@ -43,7 +43,8 @@ void check_logits(const std::vector<Tensor>& logits);
 // The arguments of the operator, checked but for the logits and for devices. Without gradients
 // their pointers are null.
 Consistency consistency_of(const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
-                           const Gradients* gradients, const std::vector<double>& ce_weight,
+                           const std::optional<Tensor>& weight,
+                           const std::optional<Tensor>& sample_weight, const Gradients* gradients, const std::vector<double>& ce_weight,
                            const std::vector<double>& kl_weight, const std::vector<int64_t>& groups,
                            const std::vector<double>& temperature,
                            const std::vector<int64_t>& teacher, const std::vector<bool>& detach,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..algebra.consistency import PAIRWISE, REDUCE_NONE
 from . import autotune
 from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
-from .consistency_kernel import consistency_kernel
+from .consistency_kernel import INDICES, NO_TARGET, PROBABILITIES, consistency_kernel
 from .launch import launch
 
 _POWERS = (1.0, 2.0, 3.0, 4.0)  # temperatures T at which exp(x) is a power of exp(x/T)
@@ -29,6 +29,8 @@ _UNIT = 16  # elements
 def forward(
     logits: Sequence[Tensor],
     target: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
     ce_weight: Sequence[float],
     kl_weight: Sequence[float],
     groups: Sequence[int],
@@ -63,6 +65,9 @@ def forward(
     loss = torch.empty((batch,) if per_sample else (), dtype=wide, device=device)
     terms = torch.empty((2, heads), dtype=wide, device=device)
 
+    kind, labels = _labels(target, weight)
+    sums = 2 * heads + (4 if kind == INDICES and weight is not None else 2)
+
     def run(config: ConsistencyConfig) -> None:
         launch(
             consistency_kernel,
@@ -70,14 +75,15 @@ def forward(
             device,
             tuple(logits),
             geometry.strides,
-            target,
-            0 if target is None else target.stride(0),
+            labels,
+            sample_weight,
+            0 if sample_weight is None else sample_weight.stride(0),
             ignore_index,
             numbers,
             rests,
             tuple(gradients),
             geometry.gradient_strides,
-            torch.empty((2 * heads + 2, config.programs), dtype=wide, device=device),
+            torch.empty((sums, config.programs), dtype=wide, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
             loss,
             terms,
@@ -90,13 +96,15 @@ def forward(
             DETACH=tuple(detach),
             POWERS=tuple(int(t) if t in _POWERS else 0 for t in temperature),
             REDUCTION=reduction,
-            HAS_TARGET=target is not None,
+            TARGET=kind,
             SMOOTH=label_smoothing > 0,
+            WEIGHTED=weight is not None,
+            SHARED=sample_weight is not None,
             KEEP=keep,
             K=classes,
             SAMPLES=config.samples,
             BLOCK=config.block,
-            COLUMNS=triton.next_power_of_2(2 * heads + 2),
+            COLUMNS=triton.next_power_of_2(sums),
             LOWEST=torch.finfo(dtype).min,
             ACC=tl.float64 if wide == torch.float64 else tl.float32,
             num_warps=config.num_warps,
@@ -160,6 +168,16 @@ def _geometry(layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...]) -> _Geome
 def _strides(block: Tensor) -> tuple[int, int, int]:
     head = block.stride(0) if block.dim() == 3 else 0
     return head, block.stride(-2), block.stride(-1)
+
+
+def _labels(target: Tensor | None, weight: Tensor | None) -> tuple[tl.constexpr, tuple]:
+    """What kind of target it is; and it, its strides, the class weights and their stride."""
+    step = 0 if weight is None else weight.stride(0)
+    if target is None:
+        return NO_TARGET, (None, 0, 0, None, 0)
+    if target.is_floating_point():
+        return PROBABILITIES, (target, *target.stride(), weight, step)
+    return INDICES, (target, target.stride(0), 0, weight, step)
 
 
 def _ranges(groups: Sequence[int]) -> tuple[tuple[int, int], ...]:

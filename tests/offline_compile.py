@@ -171,7 +171,9 @@ def cases():
                 options = ([1.0] * heads, [1.0] * heads, [heads], [2.0], [teacher], [True], 0.0,
                            -100, 0, True)  # fmt: skip
                 case = f"consistency {TYPES[dtype]} {heads} x {classes} teacher {teacher}"
-                yield case, lambda z=logits, t=target, o=options: consistency.forward(z, t, *o)
+                yield case, lambda z=logits, t=target, o=options: consistency.forward(
+                    z, t, None, None, *o
+                )
 
 
 def pairwise_both(xs, options, grad) -> None:

@@ -7,14 +7,15 @@
 
 namespace imcl {
 
-IMCL_INLINE bool counts(const Consistency& problem, int64_t sample) {
-  return !problem.target || problem.target[sample * problem.target_stride] != problem.ignore_index;
-}
+// Factors of a sample's cross entropies and divergences in what is differentiated.
+struct Scale {
+  double cross_entropy, kl;
+};
 
 // The per-ISA kernel, for one sample that counts: the unweighted cross entropy and T^2 KL of
 // every head, and its rows of the gradient, times scale.
 struct ConsistencyKernels {
-  void (*sample)(const Consistency&, int64_t sample, double scale, double* cross_entropy,
+  void (*sample)(const Consistency&, int64_t sample, Scale scale, double* cross_entropy,
                  double* kl);
 };
 

@@ -11,6 +11,9 @@
 // dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
 // T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
 //
+// Labels y are an index, smoothed or not, or soft: any number for each class, class weights
+// included. Then it is ce_h (softmax(z_h) sum(y) - y).
+//
 // The classes are taken in chunks of all heads of a group together, maxima and sums running
 // along (online softmax). Up to some thousand classes that is one chunk: the logits are read
 // once and every exponential is taken once, kept in cache, and made into the gradient as soon
@@ -192,7 +195,8 @@ class Work {
         running_(scratch_.get<Running>(n_)),
         total_(scratch_.get<Acc>(chunk_.size)),
         t_(scratch_.get<Acc>(chunk_.size)),
-        teacher_(scratch_.get<Acc>(chunk_.size * (own_teacher_ ? n_ : 1))) {
+        teacher_(scratch_.get<Acc>(chunk_.size * (own_teacher_ ? n_ : 1))),
+        soft_(problem.labels.soft() ? scratch_.get<Acc>(chunk_.size) : nullptr) {
     for (int64_t h = 0; h < n_; ++h) running_[h] = Running{};
     if (wants_gradient && problem.classes <= chunk_.size) {
       tempered_ = kl_ ? scratch_.get<Acc>(n_ * chunk_.size) : nullptr;
@@ -205,6 +209,7 @@ class Work {
   void read() {
     for (int64_t from = 0; from < problem_.classes; from += chunk_.size) {
       chunk_.read(problem_, group_, sample_, from);
+      if (soft_) label_size_ += read_labels();
       survey();
       if (kept_ && own_teacher_ && n_ <= kMostProducts && !extreme_ && read_products()) {
         if (!group_.detach) sum_heads();  // for the teachers' logits
@@ -251,31 +256,37 @@ class Work {
   }
 
   void terms(double* cross_entropy, double* kl) const {
-    const double smoothing = problem_.label_smoothing;
+    const double smoothing = problem_.labels.smoothing;
     for (int64_t h = 0; h < n_; ++h) {
       const Running& run = running_[h];
       kl[h] = group_.temperature * group_.temperature * run.kl;
       cross_entropy[h] = 0;
-      if (!problem_.target) continue;
+      if (!problem_.labels.any()) continue;
       if (!target_is_valid()) {
         cross_entropy[h] = std::numeric_limits<double>::quiet_NaN();
         continue;
       }
+      const double max = static_cast<double>(run.plain.max);
+      if (soft_) {
+        cross_entropy[h] = label_size_ * run.log_sum - (run.label_logit - label_size_ * max);
+        continue;
+      }
       const Head& head = this->head(h);
       const T* row = static_cast<const T*>(head.z) + sample_ * head.z_row;
-      const double max = static_cast<double>(run.plain.max);
       const Acc label = to_acc(row[target() * head.z_class]);
       const auto zy = static_cast<double>(label <= kLowest<T> ? kMasked<Acc> : label);
       cross_entropy[h] = run.log_sum - (zy - max);
       if (smoothing > 0)
-        cross_entropy[h] =
-            (1 - smoothing) * cross_entropy[h] + smoothing * (run.log_sum - (run.mean_logit - max));
+        cross_entropy[h] = (1 - smoothing) * cross_entropy[h] +
+                           smoothing * (run.log_sum - (run.label_logit - max));
+      if (problem_.labels.weight)
+        cross_entropy[h] = unless_0(label_weight(), label_weight() * cross_entropy[h]);
     }
   }
 
   // Every dz of this sample, times scale.
-  void gradient(double scale) {
-    if (problem_.target && !target_is_valid()) scale = std::numeric_limits<double>::quiet_NaN();
+  void gradient(Scale scale) {
+    if (!target_is_valid()) scale.cross_entropy = std::numeric_limits<double>::quiet_NaN();
     Scratch scratch;
     const int64_t size = chunk_.size;
     Acc* dz = scratch.get<Acc>(n_ * size);
@@ -285,6 +296,7 @@ class Work {
       if (!kept_) {
         chunk_.read(problem_, group_, sample_, from);
         if (extreme_) chunk_.mask(n_);
+        if (soft_) read_labels();
         if (taught_) sum_heads();
       }
       const bool sums = pairwise_ || (taught_ && !group_.detach);
@@ -298,7 +310,7 @@ class Work {
       }
       for (int64_t h = 0; sums && h < n_; ++h) {
         const Head& out = head(h);
-        if (pairwise_) add_pairwise(h, scale, dz + h * size, p + h * size, sum);
+        if (pairwise_) add_pairwise(h, scale.kl, dz + h * size, p + h * size, sum);
         else add_teacher(h, dz + h * size, p + h * size, sum);
         store_strided(static_cast<Acc*>(out.dz) + sample_ * out.dz_row + from * out.dz_class,
                       out.dz_class, dz + h * size, chunk_.count);
@@ -311,7 +323,7 @@ class Work {
     Online<Acc> plain, teacher;  // softmax(z), softmax(t)
     double tempered = 0;         // sum exp((z - max z)/T)
     double gap = 0;              // sum exp(t - max t) ((t - max t) - (z - max z)/T)
-    double mean_logit = 0;
+    double label_logit = 0;  // sum of z / K, or of y z of soft labels
     Acc chunk_max = 0, shift = 0;  // shift: of plain
     // Known after the last chunk:
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
@@ -322,14 +334,25 @@ class Work {
   const Head& head(int64_t h) const {
     return problem_.heads[static_cast<std::size_t>(group_.first + h)];
   }
-  int64_t target() const { return problem_.target[sample_ * problem_.target_stride]; }
-  bool target_is_valid() const { return target() >= 0 && target() < problem_.classes; }
+  int64_t target() const {
+    return problem_.labels.target[sample_ * problem_.labels.target_stride];
+  }
+  bool target_is_valid() const {
+    return !problem_.labels.target || (target() >= 0 && target() < problem_.classes);
+  }
+  // Of an index that is valid.
+  double label_weight() const { return static_cast<double>(class_weight(target())); }
+  Acc class_weight(int64_t k) const {
+    const Labels& labels = problem_.labels;
+    return labels.weight ? static_cast<const Acc*>(labels.weight)[k * labels.weight_stride]
+                         : Acc(1);
+  }
   bool has_kl(int64_t h) const {
     return kl_ && !(group_.teacher == Teacher::kFinal && h == n_ - 1);
   }
   // At T = 2, exp(z) is exp(z/T)^2: one exponential serves both.
   bool squared() const { return kl_ && group_.temperature == 2; }
-  bool has_plain() const { return problem_.target && !squared(); }
+  bool has_plain() const { return problem_.labels.any() && !squared(); }
 
   IMCL_INLINE Vec<Acc> centred(int64_t h, int64_t i) const {
     return load(chunk_.z[h] + i) - splat(running_[h].shift);
@@ -418,7 +441,7 @@ class Work {
       if (!has_plain()) run.plain.sum += static_cast<double>(sum_lanes<Acc>(plain_sum));
     }
     if (has_plain()) sum_plain(h);
-    if (problem_.label_smoothing > 0) sum_logits(h);
+    if (problem_.labels.smoothing > 0 || soft_) sum_logits(h);
   }
 
   void sum_plain(int64_t h) {
@@ -436,10 +459,40 @@ class Work {
 
   void sum_logits(int64_t h) {
     const Vec<Acc> share = splat(static_cast<Acc>(1.0 / static_cast<double>(problem_.classes)));
+    const Acc* z = chunk_.z[h];
     Vec<Acc> sum = {};
-    chunk_.each(
-        [&](int64_t i, Vec<Acc> keep) { sum += unless_0(keep, load(chunk_.z[h] + i)) * share; });
-    running_[h].mean_logit += static_cast<double>(sum_lanes<Acc>(sum));
+    if (soft_) {
+      for (int64_t i = 0; i < chunk_.padded(); i += width)
+        sum += unless_0(load(soft_ + i), load(soft_ + i) * load(z + i));
+    } else {
+      chunk_.each([&](int64_t i, Vec<Acc> keep) { sum += unless_0(keep, load(z + i)) * share; });
+    }
+    running_[h].label_logit += static_cast<double>(sum_lanes<Acc>(sum));
+  }
+
+  // The soft labels of this chunk, 0 in its padding; returns their sum.
+  double read_labels() {
+    const Labels& labels = problem_.labels;
+    const Acc uniform =
+        static_cast<Acc>(labels.smoothing / static_cast<double>(problem_.classes));
+    const auto sharp = static_cast<Acc>(1 - labels.smoothing);
+    const int64_t first = chunk_.first, count = chunk_.count;
+    if (labels.probabilities) {
+      const Acc* row = static_cast<const Acc*>(labels.probabilities) +
+                       sample_ * labels.probability_row + first * labels.probability_class;
+      for (int64_t i = 0; i < count; ++i)
+        soft_[i] = row[i * labels.probability_class] * sharp + uniform;
+    } else {
+      std::fill_n(soft_, count, uniform);
+      const int64_t y = target() - first;
+      if (y >= 0 && y < count) soft_[y] += sharp;
+    }
+    if (labels.weight)
+      for (int64_t i = 0; i < count; ++i) soft_[i] *= class_weight(first + i);
+    std::fill(soft_ + count, soft_ + chunk_.padded(), Acc(0));
+    Vec<Acc> sum = {};
+    for (int64_t i = 0; i < chunk_.padded(); i += width) sum += load(soft_ + i);
+    return static_cast<double>(sum_lanes<Acc>(sum));
   }
 
   // All that read() makes of the only chunk, with one exponential of a logit instead of two:
@@ -495,7 +548,7 @@ class Work {
       run.tempered = static_cast<double>(sum_lanes<Acc>(tempered_sum[h]));
       if (has_plain()) sum_plain(h);
       else run.plain.sum = static_cast<double>(sum_lanes<Acc>(plain_sum[h]));
-      if (problem_.label_smoothing > 0) sum_logits(h);
+      if (problem_.labels.smoothing > 0 || soft_) sum_logits(h);
     }
     return true;
   }
@@ -583,13 +636,16 @@ class Work {
   }
 
   // Cross entropy and KL of one head; what other heads need of it into own and sum.
-  void gradient_of_head(int64_t h, double scale, Acc* dz, Acc* own, Acc* sum) {
+  void gradient_of_head(int64_t h, Scale scale, Acc* dz, Acc* own, Acc* sum) {
     const Running& run = running_[h];
-    const double ce = problem_.target ? head(h).ce_weight * scale : 0.0, kl = kl_scale(h, scale);
-    const bool has_target = problem_.target != nullptr;
-    const Vec<Acc> uniform = splat(
-        static_cast<Acc>(ce * problem_.label_smoothing / static_cast<double>(problem_.classes)));
-    const Vec<Acc> of_plain = quotient(ce, run.plain.sum);
+    const Labels& labels = problem_.labels;
+    const bool has_target = labels.any();
+    double ce = has_target ? head(h).ce_weight * scale.cross_entropy : 0.0;
+    const double kl = kl_scale(h, scale.kl);
+    if (labels.target && labels.weight && !soft_ && target_is_valid()) ce *= label_weight();
+    const Vec<Acc> uniform = splat(static_cast<Acc>(
+        soft_ ? 0.0 : ce * labels.smoothing / static_cast<double>(problem_.classes)));
+    const Vec<Acc> of_plain = quotient(soft_ ? ce * label_size_ : ce, run.plain.sum);
     if (!kl_) {
       for (int64_t i = 0; i < chunk_.padded(); i += width)
         put(dz, i, has_target ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
@@ -623,10 +679,12 @@ class Work {
       if (pairwise_) keep_pairwise(h, kl, own, sum);
       else if (!group_.detach) keep_teacher(h, q, of_teacher, own, sum);
     }
-    if (has_target) {
+    if (soft_) {
+      const auto factor = static_cast<Acc>(ce);
+      for (int64_t i = 0; i < chunk_.count; ++i) dz[i] -= factor * soft_[i];
+    } else if (has_target) {
       const int64_t y = target() - chunk_.first;
-      if (y >= 0 && y < chunk_.count)
-        dz[y] -= static_cast<Acc>(ce * (1 - problem_.label_smoothing));
+      if (y >= 0 && y < chunk_.count) dz[y] -= static_cast<Acc>(ce * (1 - labels.smoothing));
     }
   }
 
@@ -697,6 +755,8 @@ class Work {
   Running* running_;
   Acc *total_, *t_;                             // (size) sum of the heads; the teacher's logits
   Acc* teacher_;                                // (size), or (heads, size): exp(t - its maximum)
+  Acc* soft_;                                   // (size) soft labels, or null
+  double label_size_ = 0;                       // their sum over all classes
   Acc *plain_ = nullptr, *tempered_ = nullptr;  // (heads, size) exponentials, if kept
   bool kept_ = false;     // one chunk holds all classes, and a gradient is wanted
   bool extreme_ = false;  // some logit seen so far is
@@ -721,7 +781,7 @@ void prefetch_rows(const Consistency& problem, int64_t sample) {
 }
 
 template <class T>
-void sample_of(const Consistency& problem, int64_t sample, double scale, double* cross_entropy,
+void sample_of(const Consistency& problem, int64_t sample, Scale scale, double* cross_entropy,
                double* kl) {
   const bool wants_gradient = problem.heads.front().dz != nullptr;
   prefetch_rows<T>(problem, sample);
@@ -733,7 +793,7 @@ void sample_of(const Consistency& problem, int64_t sample, double scale, double*
   }
 }
 
-void sample(const Consistency& problem, int64_t index, double scale, double* cross_entropy,
+void sample(const Consistency& problem, int64_t index, Scale scale, double* cross_entropy,
             double* kl) {
   switch (problem.dtype) {
     case DType::kFloat64: return sample_of<double>(problem, index, scale, cross_entropy, kl);

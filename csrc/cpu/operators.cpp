@@ -196,6 +196,7 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& sample_weight,
     const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
     const std::vector<int64_t>& groups, const std::vector<double>& temperature,
     const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
@@ -203,14 +204,17 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   check_logits(logits);
   for (const Tensor& z : logits) check_device(z, "logits");
   if (target) check_device(*target, "target");
+  if (weight) check_device(*weight, "weight");
+  if (sample_weight) check_device(*sample_weight, "sample_weight");
   std::optional<Gradients> gradients;
   if (keep) {
     gradients.emplace(logits, static_cast<int64_t>(ce_weight.size()));
     for (const Tensor& gradient : gradients->tensors) advised(gradient);
   }
   const Consistency problem =
-      consistency_of(logits, target, gradients ? &*gradients : nullptr, ce_weight, kl_weight,
-                     groups, temperature, teacher, detach, label_smoothing, ignore_index);
+      consistency_of(logits, target, weight, sample_weight, gradients ? &*gradients : nullptr,
+                     ce_weight, kl_weight, groups, temperature, teacher, detach, label_smoothing,
+                     ignore_index);
   const auto heads = static_cast<int64_t>(problem.heads.size());
   const auto mode = static_cast<Reduction>(reduction);
   std::vector<double> per_sample(static_cast<std::size_t>(problem.batch));

@@ -162,6 +162,7 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& sample_weight,
     const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
     const std::vector<int64_t>& groups, const std::vector<double>& temperature,
     const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
@@ -170,6 +171,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   const Device device(logits[0]);
   for (const Tensor& z : logits) device.check(z, "logits");
   if (target) device.check(*target, "target");
+  if (weight) device.check(*weight, "weight");
+  if (sample_weight) device.check(*sample_weight, "sample_weight");
   const auto heads = static_cast<int64_t>(ce_weight.size());
   STD_TORCH_CHECK(heads <= kMostHeads, "logits: expected at most ", kMostHeads,
                   " heads for the CUDA kernel, got ", heads,
@@ -178,8 +181,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   std::optional<Gradients> gradients;
   if (keep) gradients.emplace(logits, heads);
   const Consistency problem =
-      consistency_of(logits, target, gradients ? &*gradients : nullptr, ce_weight, kl_weight,
-                     groups, temperature, teacher, detach, label_smoothing, ignore_index);
+      consistency_of(logits, target, weight, sample_weight, gradients ? &*gradients : nullptr,
+                     ce_weight, kl_weight, groups, temperature, teacher, detach, label_smoothing,
+                     ignore_index);
   STD_TORCH_CHECK(problem.classes <= int64_t{1} << 30,
                   "logits: expected at most 2^30 classes, got ", problem.classes);
   ConsistencyArguments arguments =
