@@ -116,9 +116,14 @@ void run(const ConsistencyCase& c) {
   Values dz(DType::kFloat32, c.heads * c.batch * c.classes);
   std::vector<int64_t> target(static_cast<std::size_t>(c.batch));
   for (int64_t b = 0; b < c.batch; ++b) target[static_cast<std::size_t>(b)] = b % c.classes;
-  imcl::Consistency problem{
-      c.dtype,       c.batch, c.classes, {},  {{0, c.heads, 2, c.teacher, true}},
-      target.data(), 1,       0,         -100};
+  imcl::Consistency problem{};
+  problem.dtype = c.dtype;
+  problem.batch = c.batch;
+  problem.classes = c.classes;
+  problem.groups = {{0, c.heads, 2, c.teacher, true}};
+  problem.labels.target = target.data();
+  problem.labels.target_stride = 1;
+  problem.labels.ignore_index = -100;
   for (int64_t h = 0; h < c.heads; ++h) {
     const int64_t first = h * c.batch * c.classes;
     problem.heads.push_back({z.data() + first * Values::size_of(c.dtype), c.classes, 1,
