@@ -11,7 +11,7 @@
 #if defined(__CUDACC__)
 #define IMCL_HOST_DEVICE __host__ __device__
 #else
-#define IMCL_HOST_DEVICE IMCL_INLINE
+#define IMCL_HOST_DEVICE
 #endif
 
 namespace imcl {
@@ -76,9 +76,9 @@ struct Labels {
   double smoothing;
   int64_t ignore_index;
 
-  IMCL_HOST_DEVICE bool any() const { return target || probabilities; }
+  IMCL_HOST_DEVICE IMCL_INLINE bool any() const { return target || probabilities; }
   // Whether a label is a sum over the classes that no index and smoothing tell.
-  IMCL_HOST_DEVICE bool soft() const {
+  IMCL_HOST_DEVICE IMCL_INLINE bool soft() const {
     return probabilities || (target && weight && smoothing > 0);
   }
 };

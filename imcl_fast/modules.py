@@ -64,7 +64,7 @@ class KernelSimilarityLoss(nn.Module):
 class CollaborativeConsistencyLoss(nn.Module):
     """``functional.collaborative_consistency`` with its arguments kept.
 
-    Args and errors are those of the function; ``forward(logits, target, sample_weight=None)``
+    Args and errors are those of the function; ``forward(logits, target, *, sample_weight=None)``
     takes a sequence of (B, K) or one (H, B, K), and class indices (B,), class probabilities
     (B, K), or None. ``weight`` is a buffer, as in ``nn.CrossEntropyLoss``.
     """
@@ -105,6 +105,7 @@ class CollaborativeConsistencyLoss(nn.Module):
         self,
         logits: Tensor | Sequence[Tensor],
         target: Tensor | None,
+        *,
         sample_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         return functional.collaborative_consistency(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import TEACHERS, Targets, targets
 from torch import Tensor
 
+import imcl_fast
 from imcl_fast import functional as F
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -302,3 +303,21 @@ def test_reference_is_differentiable_twice() -> None:
             ),
             heads,
         )
+
+
+def test_mixed_labels_train_a_network(impl: Impl) -> None:
+    """What mixup makes of a batch: ``imcl(x, probabilities)``, all four ways."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3),
+        torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4),
+    ).to(impl.device)
+    x, y = torch.randn(6, 3, 8, 8, device=impl.device), torch.tensor([0, 1, 2, 3, 0, 1])
+    one_hot = TF.one_hot(y, 4).float().to(impl.device)
+    mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
+    imcl = imcl_fast.IMCL(model, x, impl=impl.name)
+    out = imcl(0.7 * x + 0.3 * x.flip(0), mixed)
+    out.loss.backward()
+    expected = TF.cross_entropy(out.logits, mixed)
+    torch.testing.assert_close(out.terms["cross_entropy"], expected.detach())
+    assert all(p.grad.isfinite().all() for p in imcl.parameters() if p.grad is not None)

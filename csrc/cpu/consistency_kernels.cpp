@@ -188,6 +188,8 @@ class Work {
         pairwise_(kl_ && group.teacher == Teacher::kPairwise),
         taught_(kl_ && !pairwise_),
         own_teacher_(taught_ && group.teacher == Teacher::kOthers),
+        labelled_(problem.labels.any()),
+        summed_(labelled_ && (problem.labels.smoothing > 0 || problem.labels.soft())),
         inverse_t_(static_cast<Acc>(1 / group.temperature)),
         share_(static_cast<Acc>(
             1 / (group.temperature * static_cast<double>(own_teacher_ ? n_ - 1 : n_)))),
@@ -261,7 +263,7 @@ class Work {
       const Running& run = running_[h];
       kl[h] = group_.temperature * group_.temperature * run.kl;
       cross_entropy[h] = 0;
-      if (!problem_.labels.any()) continue;
+      if (!labelled_) continue;
       if (!target_is_valid()) {
         cross_entropy[h] = std::numeric_limits<double>::quiet_NaN();
         continue;
@@ -352,7 +354,7 @@ class Work {
   }
   // At T = 2, exp(z) is exp(z/T)^2: one exponential serves both.
   bool squared() const { return kl_ && group_.temperature == 2; }
-  bool has_plain() const { return problem_.labels.any() && !squared(); }
+  bool has_plain() const { return labelled_ && !squared(); }
 
   IMCL_INLINE Vec<Acc> centred(int64_t h, int64_t i) const {
     return load(chunk_.z[h] + i) - splat(running_[h].shift);
@@ -441,7 +443,7 @@ class Work {
       if (!has_plain()) run.plain.sum += static_cast<double>(sum_lanes<Acc>(plain_sum));
     }
     if (has_plain()) sum_plain(h);
-    if (problem_.labels.smoothing > 0 || soft_) sum_logits(h);
+    if (summed_) sum_logits(h);
   }
 
   void sum_plain(int64_t h) {
@@ -548,7 +550,7 @@ class Work {
       run.tempered = static_cast<double>(sum_lanes<Acc>(tempered_sum[h]));
       if (has_plain()) sum_plain(h);
       else run.plain.sum = static_cast<double>(sum_lanes<Acc>(plain_sum[h]));
-      if (problem_.labels.smoothing > 0 || soft_) sum_logits(h);
+      if (summed_) sum_logits(h);
     }
     return true;
   }
@@ -639,16 +641,15 @@ class Work {
   void gradient_of_head(int64_t h, Scale scale, Acc* dz, Acc* own, Acc* sum) {
     const Running& run = running_[h];
     const Labels& labels = problem_.labels;
-    const bool has_target = labels.any();
-    double ce = has_target ? head(h).ce_weight * scale.cross_entropy : 0.0;
+    double ce = labelled_ ? head(h).ce_weight * scale.cross_entropy : 0.0;
     const double kl = kl_scale(h, scale.kl);
-    if (labels.target && labels.weight && !soft_ && target_is_valid()) ce *= label_weight();
+    if (labels.weight && labels.target && !soft_ && target_is_valid()) ce *= label_weight();
     const Vec<Acc> uniform = splat(static_cast<Acc>(
         soft_ ? 0.0 : ce * labels.smoothing / static_cast<double>(problem_.classes)));
     const Vec<Acc> of_plain = quotient(soft_ ? ce * label_size_ : ce, run.plain.sum);
     if (!kl_) {
       for (int64_t i = 0; i < chunk_.padded(); i += width)
-        put(dz, i, has_target ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
+        put(dz, i, labelled_ ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
     } else {
       const Acc* q = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
       if (taught_ && (!kept_ || !group_.detach) && (h == 0 || own_teacher_)) {
@@ -671,7 +672,7 @@ class Work {
       } else {
         for (int64_t i = 0; i < chunk_.padded(); i += width) {
           Vec<Acc> d = tempered(h, i) * of_tempered - uniform;
-          if (has_target) d += plain(h, i) * of_plain;
+          if (labelled_) d += plain(h, i) * of_plain;
           if (taught_) d -= load(q + i) * of_teacher;
           put(dz, i, d);
         }
@@ -682,7 +683,7 @@ class Work {
     if (soft_) {
       const auto factor = static_cast<Acc>(ce);
       for (int64_t i = 0; i < chunk_.count; ++i) dz[i] -= factor * soft_[i];
-    } else if (has_target) {
+    } else if (labelled_) {
       const int64_t y = target() - chunk_.first;
       if (y >= 0 && y < chunk_.count) dz[y] -= static_cast<Acc>(ce * (1 - labels.smoothing));
     }
@@ -749,7 +750,8 @@ class Work {
   const Consistency& problem_;
   const Group& group_;
   const int64_t sample_, n_;
-  const bool kl_, pairwise_, taught_, own_teacher_;
+  const bool kl_, pairwise_, taught_, own_teacher_, labelled_;
+  const bool summed_;           // labels are of more than one class
   const Acc inverse_t_, share_;  // t_h = (S - z_h) share, or S share
   Chunk<T> chunk_;
   Running* running_;
