@@ -45,12 +45,37 @@ IMCL_INLINE Form form_of(Penalty penalty, int64_t rows, int64_t columns) {
 enum class Teacher { kOthers, kMean, kFinal, kPairwise };
 enum class Reduction { kMean, kSum, kNone };
 
+// What the samples of dense logits are spread over: images, their rows, their pixels.
+constexpr int kMostAxes = 4;
+
+// Strides of the axes of samples.
+struct Strides {
+  int64_t of[kMostAxes];
+};
+
+// The axes of the samples, the last running fastest; one where all tensors' axes collapse.
+struct Samples {
+  int axes;
+  int64_t sizes[kMostAxes];
+
+  IMCL_HOST_DEVICE IMCL_INLINE int64_t offset(int64_t sample, const Strides& strides) const {
+    int64_t at = 0;
+    for (int axis = axes - 1; axis > 0; --axis) {
+      at += sample % sizes[axis] * strides.of[axis];
+      sample /= sizes[axis];
+    }
+    return at + sample * strides.of[0];
+  }
+};
+
 // One head: its logits (batch, classes), and where the gradient goes (null: nowhere).
 struct Head {
   const void* z;
-  int64_t z_row, z_class;  // strides
-  void* dz;                // in the accumulation type
-  int64_t dz_row, dz_class;
+  Strides z_sample;
+  int64_t z_class;
+  void* dz;  // in the accumulation type
+  Strides dz_sample;
+  int64_t dz_class;
   double ce_weight, kl_weight;
 };
 
@@ -66,13 +91,14 @@ struct Group {
 // and weights, or null for 1. All but the indices are in the accumulation type.
 struct Labels {
   const int64_t* target;  // (batch,)
-  int64_t target_stride;
+  Strides target_sample;
   const void* probabilities;  // (batch, classes)
-  int64_t probability_row, probability_class;
+  Strides probability_sample;
+  int64_t probability_class;
   const void* weight;  // (classes,)
   int64_t weight_stride;
   const void* sample_weight;  // (batch,)
-  int64_t sample_weight_stride;
+  Strides weight_sample;
   double smoothing;
   int64_t ignore_index;
 
@@ -85,7 +111,8 @@ struct Labels {
 
 struct Consistency {
   DType dtype;
-  int64_t batch, classes;
+  int64_t batch, classes;  // batch: of all axes of samples
+  Samples samples;
   std::vector<Head> heads;
   std::vector<Group> groups;
   Labels labels;

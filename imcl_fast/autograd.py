@@ -102,7 +102,7 @@ class CollaborativeConsistency(Function):
     def backward(ctx, grad: Tensor, _terms):
         saved = ctx.saved_tensors
         logits, gradients = saved[: ctx.blocks], saved[ctx.blocks :]
-        scale = grad.unsqueeze(-1) if grad.dim() else grad  # (B, 1) or ()
+        scale = grad.unsqueeze(-1) if grad.dim() else grad  # (*samples, 1) or ()
         overwrite = _is_last_use(grad)
         with _without_grad():
             scaled = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
@@ -136,7 +136,7 @@ def _as_blocks(gradients: list[Tensor], logits: Sequence[Tensor]) -> Sequence[Te
         return gradients
     if all(block.dim() == 2 for block in logits):
         return gradients[0].unbind()
-    heads = [block.shape[0] if block.dim() == 3 else 1 for block in logits]
+    heads = [block.shape[0] if block.dim() > 2 else 1 for block in logits]
     blocks = gradients[0].split(heads)
     return [block.view(z.shape) for block, z in zip(blocks, logits, strict=True)]
 

@@ -66,7 +66,7 @@ class CollaborativeConsistencyLoss(nn.Module):
 
     Args and errors are those of the function; ``forward(logits, target, *, sample_weight=None)``
     takes a sequence of (B, K) or one (H, B, K), and class indices (B,), class probabilities
-    (B, K), or None. ``weight`` is a buffer, as in ``nn.CrossEntropyLoss``.
+    (B, K), or None, or dense ones. ``weight`` is a buffer, as in ``nn.CrossEntropyLoss``.
     """
 
     weight: Tensor | None
@@ -85,6 +85,7 @@ class CollaborativeConsistencyLoss(nn.Module):
         return_terms: bool = False,
         groups: Sequence[int] | None = None,
         weight: Tensor | None = None,
+        class_dim: int | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class CollaborativeConsistencyLoss(nn.Module):
         self.label_smoothing = validation.plain(label_smoothing)
         self.ignore_index = validation.plain(ignore_index)
         self.teacher, self.reduction, self.impl = teacher, reduction, impl
-        self.return_terms = return_terms
+        self.return_terms, self.class_dim = return_terms, class_dim
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
         self.register_buffer("weight", weight)
@@ -123,6 +124,7 @@ class CollaborativeConsistencyLoss(nn.Module):
             groups=self.groups,
             weight=self.weight,
             sample_weight=sample_weight,
+            class_dim=self.class_dim,
             impl=self.impl,
         )
 

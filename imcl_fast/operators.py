@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import dense
 from .algebra.consistency import REDUCE_NONE
 from .algebra.pairwise import ABS, SIGNED, SQUARE, is_dual
 from .kernels.plan import state_size
@@ -97,11 +98,12 @@ def _pairwise_backward(grad, xs, state, penalty, center, eps, batched, precision
 def _consistency(logits, target, weight, sample_weight, ce_weight, *options):
     *_, reduction, keep = options
     dtype = _accumulation_dtype(logits)
-    size = (logits[0].shape[-2],) if reduction == REDUCE_NONE else ()
+    size = dense.samples(logits[0]) if reduction == REDUCE_NONE else ()
     loss = logits[0].new_empty(size, dtype=dtype)
     terms = logits[0].new_empty((2, len(ce_weight)), dtype=dtype)
     if keep and all(block.is_contiguous() for block in logits):
-        gradients = [logits[0].new_empty((len(ce_weight), *logits[0].shape[-2:]), dtype=dtype)]
+        shape = (len(ce_weight), *dense.samples(logits[0]), logits[0].shape[-1])
+        gradients = [logits[0].new_empty(shape, dtype=dtype)]
     else:
         gradients = [torch.empty_like(block, dtype=dtype) for block in logits if keep]
     return loss, terms, gradients

@@ -74,13 +74,20 @@ def consistency(
 ) -> tuple[Tensor, Tensor]:
     """``sum_h ce_weight_h CE_h + kl_weight_h T^2 KL(teacher_h || p_h)`` and its terms.
 
-    Returns the loss, () or (B,), and the terms (2, H): cross entropy and T^2 KL
+    Logits are (B, K) or (h, *samples, K). Returns the loss, () or (B,), and the terms (2, H): cross entropy and T^2 KL
     of every head, averaged (summed for ``reduction="sum"``) over the samples. The average
     of the cross entropies is by the class weights of the labels as well.
     """
+    samples = logits[0].shape[1:-1] if logits[0].dim() > 2 else logits[0].shape[:1]
     heads = [
-        _masked(z) for block in logits for z in (block.unbind(0) if block.dim() == 3 else [block])
+        _masked(z).reshape(-1, z.shape[-1])
+        for block in logits
+        for z in (block.unbind(0) if block.dim() > 2 else [block])
     ]
+    if target is not None:
+        target = target.flatten(0, len(samples) - 1)
+    if sample_weight is not None:
+        sample_weight = sample_weight.flatten()
     batch, classes = heads[0].shape
     share = heads[0].new_ones(batch) if sample_weight is None else sample_weight.to(heads[0].dtype)
     zeros = heads[0][:, :0].sum(-1)  # (B,), and depends on the logits as far as autograd can tell
@@ -126,7 +133,7 @@ def consistency(
     per_sample = sum((w * term for w, term in weighted if w), start=_loss_dtype(zeros))  # [B]
     of_terms = (ce, kl) if reduction == "sum" else (ce_mean, kl_mean)
     terms = torch.stack(of_terms).detach().sum(-1)  # [2, H]
-    return per_sample if reduction == "none" else per_sample.sum(), terms
+    return per_sample.view(samples) if reduction == "none" else per_sample.sum(), terms
 
 
 def _labels(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import dense
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -187,19 +189,19 @@ def rows(name: str, xs: Sequence[Tensor], dim: int, kind: str) -> None:
 
 def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | None:
     """Class indices (B,) as int64, in [0, K) or ``ignore_index``, or class probabilities (B, K)
-    in the dtype of the loss, on the logits' device."""
+    in the dtype of the loss, on the device of logits (B, K) or (h, *samples, K)."""
     if value is None:
         return None
-    shape = logits[0].shape[-2:]
-    batch, classes = shape
+    shape = (*dense.samples(logits[0]), logits[0].shape[-1])
+    samples, classes = shape[:-1], shape[-1]
     if not isinstance(value, Tensor):
         raise TypeError(f"target: expected a Tensor or None, got {type(value).__name__}")
-    kinds = f"class indices ({batch},), or probabilities ({batch}, {classes}) of a floating dtype"
+    kinds = f"class indices {samples}, or probabilities {shape} of a floating dtype"
     if value.dtype in FLOATS:
         return _probabilities(value, shape, logits, ignore_index, kinds)
     if value.dtype not in INDICES:
         raise TypeError(f"target: expected {kinds}, got {value.dtype}; convert indices with .long()")
-    if tuple(value.shape) != (batch,):
+    if value.shape != samples:
         hint = "; one-hot labels are probabilities: convert them with .float()"
         raise ValueError(
             f"target: expected {kinds}, got shape {tuple(value.shape)} of {value.dtype}"
@@ -209,7 +211,7 @@ def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | 
     value = value.long()
     # On other devices the check would have to wait for the device; kernels answer
     # with a NaN loss there instead.
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
         return value
     low, high = torch.aminmax(value)
     if low.item() >= 0 and high.item() < classes:
@@ -224,7 +226,7 @@ def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | 
 
 
 def _probabilities(
-    value: Tensor, shape: torch.Size, logits: Sequence[Tensor], ignore_index: int, kinds: str
+    value: Tensor, shape: tuple[int, ...], logits: Sequence[Tensor], ignore_index: int, kinds: str
 ) -> Tensor:
     if value.shape != shape:
         hint = "; convert indices with .long()" if value.shape == shape[:-1] else ""

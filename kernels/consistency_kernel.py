@@ -71,8 +71,19 @@ def _numbers(numbers, rests, FIRST: tl.constexpr, N: tl.constexpr, ACC: tl.const
 
 
 @triton.jit
+def _offsets(samples, sizes, strides):
+    """Where the samples lie, [S]; the last of their axes runs fastest."""
+    rest = samples.to(tl.int64)
+    offsets = tl.zeros_like(rest)
+    for i in tl.static_range(len(strides) - 1):
+        offsets += rest % sizes[len(strides) - 1 - i] * strides[len(strides) - 1 - i]
+        rest = rest // sizes[len(strides) - 1 - i]
+    return offsets + rest * strides[0]
+
+
+@triton.jit
 def _row(
-    blocks, strides, samples, HEADS: tl.constexpr, H: tl.constexpr, UNIT: tl.constexpr
+    blocks, sizes, strides, samples, HEADS: tl.constexpr, H: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
     """Where the samples' rows of head H begin, [S].
 
@@ -81,7 +92,7 @@ def _row(
     """
     stride = strides[HEADS[H][0]]
     head = tl.full((), HEADS[H][1], tl.int64) * stride[0]
-    return blocks[HEADS[H][0]] + (head + samples.to(tl.int64) * stride[1]) * UNIT
+    return blocks[HEADS[H][0]] + (head + _offsets(samples, sizes, stride[1])) * UNIT
 
 
 @triton.jit
@@ -93,13 +104,13 @@ def _masked(z, LOWEST: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _read(
-    blocks, strides, samples, k, mask, HEADS: tl.constexpr, FIRST: tl.constexpr,
+    blocks, sizes, strides, samples, k, mask, HEADS: tl.constexpr, FIRST: tl.constexpr,
     N: tl.constexpr, UNIT: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The logits [S, K] of every head."""
     z = ()
     for i in tl.static_range(N):
-        row = _row(blocks, strides, samples, HEADS, FIRST + i, UNIT)
+        row = _row(blocks, sizes, strides, samples, HEADS, FIRST + i, UNIT)
         step = strides[HEADS[FIRST + i][0]][2]
         pointers = row[:, None] + (k.to(tl.int64) * step)[None, :]
         z += (_masked(tl.load(pointers, mask=mask, other=0.0), LOWEST, ACC),)  # [S, K]
@@ -108,13 +119,13 @@ def _read(
 
 @triton.jit
 def _read_labels(
-    blocks, strides, samples, label, counted, HEADS: tl.constexpr, FIRST: tl.constexpr,
+    blocks, sizes, strides, samples, label, counted, HEADS: tl.constexpr, FIRST: tl.constexpr,
     N: tl.constexpr, UNIT: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The logits [S] of the label of every head, of the first class where it is unknown."""
     z = ()
     for i in tl.static_range(N):
-        row = _row(blocks, strides, samples, HEADS, FIRST + i, UNIT)
+        row = _row(blocks, sizes, strides, samples, HEADS, FIRST + i, UNIT)
         offset = tl.maximum(label, 0).to(tl.int64) * strides[HEADS[FIRST + i][0]][2]
         z += (_masked(tl.load(row + offset, mask=counted, other=0.0), LOWEST, ACC),)  # [S]
     return z
@@ -122,14 +133,14 @@ def _read_labels(
 
 @triton.jit
 def _soft(
-    labels, samples, label, smoothing, k, mask, K: tl.constexpr, BLOCK: tl.constexpr,
+    labels, sizes, samples, label, smoothing, k, mask, K: tl.constexpr, BLOCK: tl.constexpr,
     TARGET: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Soft labels [S, K], 0 outside of the mask; labels are a target, its strides, class weights
     and their stride."""
     if SOFT:
         if TARGET == PROBABILITIES:
-            rows = labels[0] + samples.to(tl.int64) * labels[1]
+            rows = labels[0] + _offsets(samples, sizes, labels[1])
             soft = tl.load(
                 rows[:, None] + (k.to(tl.int64) * labels[2])[None, :], mask=mask, other=0.0
             )  # [S, K]
@@ -147,7 +158,7 @@ def _soft(
 
 @triton.jit
 def _label_size(
-    labels, samples, label, counted, smoothing, K: tl.constexpr, BLOCK: tl.constexpr,
+    labels, sizes, samples, label, counted, smoothing, K: tl.constexpr, BLOCK: tl.constexpr,
     TARGET: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The sum of soft labels, or the class weight of an index, NaN of an unknown one; [S]."""
@@ -156,7 +167,7 @@ def _label_size(
         for first in range(0, K, BLOCK):
             k, _, mask, _ = _classes(first, counted, counted, K, BLOCK)
             soft = _soft(
-                labels, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
+                labels, sizes, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
             )
             size += tl.sum(soft, 1)
         return size
@@ -166,10 +177,10 @@ def _label_size(
 
 @triton.jit
 def _write(
-    blocks, strides, samples, k, mask, dz, HEADS: tl.constexpr, H: tl.constexpr,
+    blocks, sizes, strides, samples, k, mask, dz, HEADS: tl.constexpr, H: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    row = _row(blocks, strides, samples, HEADS, H, UNIT)
+    row = _row(blocks, sizes, strides, samples, HEADS, H, UNIT)
     step = strides[HEADS[H][0]][2]
     tl.store(row[:, None] + (k.to(tl.int64) * step)[None, :], dz, mask=mask)
 
@@ -227,7 +238,7 @@ def _absorb_heads(
 @triton.jit
 def _gradients_and_terms(
     z, z_y, soft, k, inside, mask, inverse_t, temperature, smoothing, label, label_size,
-    counted, states, zero, samples, gradients, strides, ce_weights, kl_weights, ce_scale,
+    counted, states, zero, samples, gradients, sizes, strides, ce_weights, kl_weights, ce_scale,
     kl_scale, HEADS: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr,
     TEACHER: tl.constexpr, POWER: tl.constexpr, K: tl.constexpr, PLAIN: tl.constexpr,
     SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
@@ -262,7 +273,7 @@ def _gradients_and_terms(
                 z[i], soft, k, inside, inverse_t, label, state, ce_scale * ce_weights[i],
                 label_size, smoothing, K, SMOOTH, SOFT, POWER if N > 1 else 0,
             )  # fmt: skip
-        _write(gradients, strides, samples, k, mask, dz, HEADS, FIRST + i, UNIT)
+        _write(gradients, sizes, strides, samples, k, mask, dz, HEADS, FIRST + i, UNIT)
         ce_term, kl_term = _terms(
             z_y[i], label, label_size, counted, state, zero, temperature, smoothing, N, i,
             TEACHER, PLAIN, SMOOTH, WEIGHTED, SOFT,
@@ -275,7 +286,7 @@ def _gradients_and_terms(
 @triton.jit
 def _store_gradients(
     z, soft, k, inside, mask, inverse_t, temperature, smoothing, label, label_size, states,
-    toward, samples, gradients, strides, ce_weights, kl_weights, ce_scale, kl_scale,
+    toward, samples, gradients, sizes, strides, ce_weights, kl_weights, ce_scale, kl_scale,
     HEADS: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr, TEACHER: tl.constexpr,
     DETACH: tl.constexpr, POWER: tl.constexpr, K: tl.constexpr, PLAIN: tl.constexpr,
     SMOOTH: tl.constexpr, SOFT: tl.constexpr,
@@ -316,12 +327,12 @@ def _store_gradients(
                 z[i], soft, k, inside, inverse_t, label, states[i], ce_scale * ce_weights[i],
                 label_size, smoothing, K, SMOOTH, SOFT, POWER if N > 1 else 0,
             )  # fmt: skip
-        _write(gradients, strides, samples, k, mask, dz, HEADS, FIRST + i, UNIT)
+        _write(gradients, sizes, strides, samples, k, mask, dz, HEADS, FIRST + i, UNIT)
 
 
 @triton.jit
 def _group(
-    logits, strides, labels, gradients, gradient_strides, samples, ce_weights, kl_weights,
+    logits, sizes, strides, labels, gradients, gradient_strides, samples, ce_weights, kl_weights,
     temperature, smoothing, label, label_size, counted, stored, ce_scale, kl_scale,
     HEADS: tl.constexpr, GRADIENT_HEADS: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr,
     UNIT: tl.constexpr, TEACHER: tl.constexpr, DETACH: tl.constexpr, POWER: tl.constexpr,
@@ -341,21 +352,21 @@ def _group(
     z_y = zeros
     if PLAIN and not SOFT:
         z_y = _read_labels(
-            logits, strides, samples, label, counted, HEADS, FIRST, N, UNIT, LOWEST, ACC
+            logits, sizes, strides, samples, label, counted, HEADS, FIRST, N, UNIT, LOWEST, ACC
         )
     states = initial(N, SAMPLES, ACC)
     toward = zeros
     pairs = zeros
     if K <= BLOCK:
         k, inside, mask, stored_mask = _classes(0, counted, stored, K, BLOCK)
-        z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
+        z = _read(logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
         soft = _soft(
-            labels, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
+            labels, sizes, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
         )
         if KEEP and not PAIRS and (DETACH or N == 1):
             return _gradients_and_terms(
                 z, z_y, soft, k, inside, stored_mask, inverse_t, temperature, smoothing, label,
-                label_size, counted, states, zero, samples, gradients, gradient_strides,
+                label_size, counted, states, zero, samples, gradients, sizes, gradient_strides,
                 ce_weights, kl_weights, ce_scale, kl_scale, GRADIENT_HEADS, FIRST, UNIT, TEACHER,
                 POWER, K, PLAIN, SMOOTH, WEIGHTED, SOFT,
             )  # fmt: skip
@@ -369,16 +380,16 @@ def _group(
         if KEEP:
             _store_gradients(
                 z, soft, k, inside, stored_mask, inverse_t, temperature, smoothing, label,
-                label_size, states, toward, samples, gradients, gradient_strides, ce_weights,
+                label_size, states, toward, samples, gradients, sizes, gradient_strides, ce_weights,
                 kl_weights, ce_scale, kl_scale, GRADIENT_HEADS, FIRST, UNIT, TEACHER, DETACH,
                 POWER, K, PLAIN, SMOOTH, SOFT,
             )  # fmt: skip
     else:
         for first in range(0, K, BLOCK):
             k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
-            z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
+            z = _read(logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
             soft = _soft(
-                labels, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
+                labels, sizes, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
             )
             states = _absorb_heads(
                 z, soft, inside, inverse_t, states, TEACHER, K, PLAIN, SMOOTH, SOFT, POWER
@@ -386,22 +397,22 @@ def _group(
         if PULLED:
             for first in range(0, K, BLOCK):
                 k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
-                z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
+                z = _read(logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
                 toward = add_toward(z, inside, inverse_t, states, kl_weights, toward)
         if PAIRS or KEEP:
             for first in range(0, K, BLOCK):
                 k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
-                z = _read(logits, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
+                z = _read(logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
                 if PAIRS:
                     pairs = add_pairwise(z, inside, inverse_t, states, kl_weights, pairs)
                 if KEEP:
                     soft = _soft(
-                        labels, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED,
+                        labels, sizes, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED,
                         SOFT, ACC,
                     )  # fmt: skip
                     _store_gradients(
                         z, soft, k, inside, stored_mask, inverse_t, temperature, smoothing, label,
-                        label_size, states, toward, samples, gradients, gradient_strides,
+                        label_size, states, toward, samples, gradients, sizes, gradient_strides,
                         ce_weights, kl_weights, ce_scale, kl_scale, GRADIENT_HEADS, FIRST, UNIT,
                         TEACHER, DETACH, POWER, K, PLAIN, SMOOTH, SOFT,
                     )  # fmt: skip
@@ -419,7 +430,7 @@ def _group(
 
 @triton.jit
 def _samples(
-    labels, sample_weight, sample_weight_stride, samples, stored, ignore_index, K: tl.constexpr,
+    labels, sizes, sample_weight, sample_weight_strides, samples, stored, ignore_index, K: tl.constexpr,
     TARGET: tl.constexpr, SHARED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The weight of each sample, 0 of one that doesn't count; whether it does; its index, -1 of
@@ -429,12 +440,13 @@ def _samples(
     label = tl.zeros(samples.shape, tl.int32)
     if SHARED:
         share = tl.load(
-            sample_weight + samples.to(tl.int64) * sample_weight_stride, mask=stored, other=0.0
+            sample_weight + _offsets(samples, sizes, sample_weight_strides), mask=stored,
+            other=0.0,
         )  # [S]
         counted = share != 0.0
     if TARGET == INDICES:
         y = tl.load(
-            labels[0] + samples.to(tl.int64) * labels[1], mask=stored, other=ignore_index
+            labels[0] + _offsets(samples, sizes, labels[1]), mask=stored, other=ignore_index
         )  # [S]
         counted = counted & (y != ignore_index)
         share = tl.where(counted, share, 0.0)
@@ -451,7 +463,7 @@ def _class_weight(labels, label, counted):
 
 @triton.jit
 def _add_weights(
-    labels, sample_weight, sample_weight_stride, batch, ignore_index, K: tl.constexpr,
+    labels, sizes, sample_weight, sample_weight_strides, batch, ignore_index, K: tl.constexpr,
     TARGET: tl.constexpr, WEIGHTED: tl.constexpr, SHARED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What the means of the cross entropies and of the divergences are divided by."""
@@ -460,7 +472,7 @@ def _add_weights(
     for first in range(0, batch, _TARGETS):
         b = first + tl.arange(0, _TARGETS)
         share, counted, label = _samples(
-            labels, sample_weight, sample_weight_stride, b, b < batch, ignore_index, K, TARGET,
+            labels, sizes, sample_weight, sample_weight_strides, b, b < batch, ignore_index, K, TARGET,
             SHARED, ACC,
         )  # fmt: skip
         kl += share
@@ -510,7 +522,7 @@ def _averaged(total, weights):
 
 @triton.jit(do_not_specialize=["ignore_index", "batch"])
 def consistency_kernel(
-    logits, strides, labels, sample_weight, sample_weight_stride, ignore_index, numbers, rests,
+    logits, sizes, strides, labels, sample_weight, sample_weight_strides, ignore_index, numbers, rests,
     gradients, gradient_strides, partials, tickets, loss, terms, batch, HEADS: tl.constexpr,
     GRADIENT_HEADS: tl.constexpr, UNIT: tl.constexpr, GROUPS: tl.constexpr,
     TEACHERS: tl.constexpr, DETACH: tl.constexpr, POWERS: tl.constexpr,
@@ -518,7 +530,9 @@ def consistency_kernel(
     SHARED: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Labels are a target, its strides, class weights if WEIGHTED, and their stride; numbers
+    """Sizes are those of the axes of the samples, which all strides of samples are of.
+
+    Labels are a target, its strides, class weights if WEIGHTED, and their stride; numbers
     ce_weight (H), kl_weight (H), T (G), label smoothing; partials (2H + 2, programs): CE (H),
     KL (H), the loss, the weight of the samples; where class weights have the cross entropies
     averaged otherwise (SPLIT), two more: the weight of their labels, and their part of the loss.
@@ -538,7 +552,7 @@ def consistency_kernel(
     if KEEP and REDUCTION == _REDUCE_MEAN:
         if TARGET == INDICES or SHARED:
             ce_sum, kl_sum = _add_weights(
-                labels, sample_weight, sample_weight_stride, batch, ignore_index, K, TARGET,
+                labels, sizes, sample_weight, sample_weight_strides, batch, ignore_index, K, TARGET,
                 WEIGHTED, SHARED, ACC,
             )  # fmt: skip
             kl_mean = _averaged(one, kl_sum)
@@ -555,7 +569,7 @@ def consistency_kernel(
         samples = start + tl.arange(0, SAMPLES)
         stored = samples < batch
         share, counted, label = _samples(
-            labels, sample_weight, sample_weight_stride, samples, stored, ignore_index, K, TARGET,
+            labels, sizes, sample_weight, sample_weight_strides, samples, stored, ignore_index, K, TARGET,
             SHARED, ACC,
         )  # fmt: skip
         kl_scale = share * kl_mean
@@ -565,7 +579,7 @@ def consistency_kernel(
         label_size = share
         if SPLIT or SOFT:
             label_size = _label_size(
-                labels, samples, label, counted, smoothing, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
+                labels, sizes, samples, label, counted, smoothing, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
             )
         if SPLIT:
             ce_scale = share * ce_mean
@@ -576,7 +590,7 @@ def consistency_kernel(
         kl = ()
         for g in tl.static_range(G):
             ce_terms, kl_terms = _group(
-                logits, strides, labels, gradients, gradient_strides, samples,
+                logits, sizes, strides, labels, gradients, gradient_strides, samples,
                 ce_weights[GROUPS[g][0]:GROUPS[g][1]], kl_weights[GROUPS[g][0]:GROUPS[g][1]],
                 temperatures[g], smoothing, label, label_size, counted, stored, ce_scale,
                 kl_scale, HEADS, GRADIENT_HEADS, GROUPS[g][0], GROUPS[g][1] - GROUPS[g][0], UNIT,

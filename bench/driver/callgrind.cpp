@@ -120,19 +120,19 @@ void run(const ConsistencyCase& c) {
   problem.dtype = c.dtype;
   problem.batch = c.batch;
   problem.classes = c.classes;
+  problem.samples = {1, {c.batch}};
   problem.groups = {{0, c.heads, 2, c.teacher, true}};
   problem.labels.target = target.data();
-  problem.labels.target_stride = 1;
+  problem.labels.target_sample = {{1}};
   problem.labels.ignore_index = -100;
   for (int64_t h = 0; h < c.heads; ++h) {
     const int64_t first = h * c.batch * c.classes;
-    problem.heads.push_back({z.data() + first * Values::size_of(c.dtype), c.classes, 1,
-                             dz.data() + 4 * first, c.classes, 1, 1, 1});
+    problem.heads.push_back({z.data() + first * Values::size_of(c.dtype), {{c.classes}}, 1,
+                             dz.data() + 4 * first, {{c.classes}}, 1, 1, 1});
   }
-  std::vector<double> losses(static_cast<std::size_t>(c.batch));
   std::vector<double> terms(static_cast<std::size_t>(2 * c.heads));
   const auto step = [&] {
-    imcl::consistency(imcl::consistency_kernels, problem, imcl::Reduction::kMean, losses.data(),
+    imcl::consistency(imcl::consistency_kernels, problem, imcl::Reduction::kMean, nullptr,
                       terms.data(), kSerial);
   };
   step();

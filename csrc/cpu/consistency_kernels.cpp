@@ -24,7 +24,9 @@
 #include <algorithm>
 
 #include "consistency.h"
+#include "consistency_lanes.h"
 #include "exp.h"
+#include "logits.h"
 #include "scratch.h"
 
 namespace imcl {
@@ -40,22 +42,6 @@ constexpr int64_t kMostProducts = 5;
 // Logits beyond this are extreme: they may be masked, overflow when they are summed, or drown
 // the other heads in a sum, so that these can't be had back by subtraction.
 constexpr int kModerate = 1024;
-
-template <class T>
-constexpr AccOf<T> kLowest = std::numeric_limits<T>::lowest();
-template <>
-constexpr float kLowest<BFloat16> = -0x1.fep127f;
-template <>
-constexpr float kLowest<Float16> = -65504.0f;
-
-template <class Acc>
-constexpr Acc kMasked = -std::numeric_limits<Acc>::infinity();
-
-// x, or 0 where p is 0, whatever x is: 0 log 0 = 0.
-template <class V>
-IMCL_INLINE V unless_0(V p, V x) {
-  return p == V{} ? V{} : x;
-}
 
 // One chunk of the classes of all heads of a group, in the accumulation type. The last
 // vector is filled up with copies of the last class: harmless to maxima, and `keep`
@@ -82,7 +68,8 @@ struct Chunk {
     count = std::min(size, problem.classes - from);
     for (int64_t h = 0; h < group.size; ++h) {
       const Head& head = problem.heads[static_cast<std::size_t>(group.first + h)];
-      const T* row = static_cast<const T*>(head.z) + sample * head.z_row + from * head.z_class;
+      const T* row = static_cast<const T*>(head.z) +
+                     problem.samples.offset(sample, head.z_sample) + from * head.z_class;
       if constexpr (std::is_same_v<T, Acc>) {
         if (head.z_class == 1 && count % width == 0) {
           z[h] = row;
@@ -274,7 +261,7 @@ class Work {
         continue;
       }
       const Head& head = this->head(h);
-      const T* row = static_cast<const T*>(head.z) + sample_ * head.z_row;
+      const T* row = static_cast<const T*>(head.z) + problem_.samples.offset(sample_, head.z_sample);
       const Acc label = to_acc(row[target() * head.z_class]);
       const auto zy = static_cast<double>(label <= kLowest<T> ? kMasked<Acc> : label);
       cross_entropy[h] = run.log_sum - (zy - max);
@@ -305,7 +292,7 @@ class Work {
       if (sums) std::fill_n(sum, 2 * size, Acc(0));
       for (int64_t h = 0; h < n_; ++h) {
         const Head& out = head(h);
-        Acc* row = static_cast<Acc*>(out.dz) + sample_ * out.dz_row + from * out.dz_class;
+        Acc* row = row_of(out) + from * out.dz_class;
         const bool direct = !sums && out.dz_class == 1;
         gradient_of_head(h, scale, direct ? row : dz + h * size, p + h * size, sum);
         if (!direct && !sums) store_strided(row, out.dz_class, dz + h * size, chunk_.count);
@@ -314,8 +301,7 @@ class Work {
         const Head& out = head(h);
         if (pairwise_) add_pairwise(h, scale.kl, dz + h * size, p + h * size, sum);
         else add_teacher(h, dz + h * size, p + h * size, sum);
-        store_strided(static_cast<Acc*>(out.dz) + sample_ * out.dz_row + from * out.dz_class,
-                      out.dz_class, dz + h * size, chunk_.count);
+        store_strided(row_of(out) + from * out.dz_class, out.dz_class, dz + h * size, chunk_.count);
       }
     }
   }
@@ -336,8 +322,12 @@ class Work {
   const Head& head(int64_t h) const {
     return problem_.heads[static_cast<std::size_t>(group_.first + h)];
   }
+  Acc* row_of(const Head& out) const {
+    return static_cast<Acc*>(out.dz) + problem_.samples.offset(sample_, out.dz_sample);
+  }
   int64_t target() const {
-    return problem_.labels.target[sample_ * problem_.labels.target_stride];
+    const Labels& labels = problem_.labels;
+    return labels.target[problem_.samples.offset(sample_, labels.target_sample)];
   }
   bool target_is_valid() const {
     return !problem_.labels.target || (target() >= 0 && target() < problem_.classes);
@@ -481,7 +471,8 @@ class Work {
     const int64_t first = chunk_.first, count = chunk_.count;
     if (labels.probabilities) {
       const Acc* row = static_cast<const Acc*>(labels.probabilities) +
-                       sample_ * labels.probability_row + first * labels.probability_class;
+                       problem_.samples.offset(sample_, labels.probability_sample) +
+                       first * labels.probability_class;
       for (int64_t i = 0; i < count; ++i)
         soft_[i] = row[i * labels.probability_class] * sharp + uniform;
     } else {
@@ -776,9 +767,10 @@ void prefetch_rows(const Consistency& problem, int64_t sample) {
   };
   for (const Head& head : problem.heads) {
     if (head.z_class == 1 && sample + 1 < problem.batch)
-      ask(head.z, (sample + 1) * head.z_row, sizeof(T), std::false_type{});
+      ask(head.z, problem.samples.offset(sample + 1, head.z_sample), sizeof(T), std::false_type{});
     if (head.dz && head.dz_class == 1)
-      ask(head.dz, sample * head.dz_row, sizeof(AccOf<T>), std::true_type{});
+      ask(head.dz, problem.samples.offset(sample, head.dz_sample), sizeof(AccOf<T>),
+          std::true_type{});
   }
 }
 
@@ -805,10 +797,53 @@ void sample(const Consistency& problem, int64_t index, Scale scale, double* cros
   }
 }
 
+// Samples of a block in lanes, or 0 where one by one is quicker.
+template <class T>
+int64_t block_of(const Consistency& problem) {
+  constexpr int64_t width = kLanes<AccOf<T>>;
+  constexpr int64_t kMost = 64, kFewClasses = 32, kMostClasses = 4096;
+  constexpr int64_t kBytes = int64_t{128} << 10;  // of the block's logits
+  bool spread = false;
+  int64_t rows = 0;
+  for (const Head& head : problem.heads) spread = spread || head.z_class != 1;
+  for (const Group& group : problem.groups) rows = std::max(rows, group.size);
+  if (problem.labels.soft()) ++rows;
+  if (problem.batch < width || problem.classes > (spread ? kMostClasses : kFewClasses)) return 0;
+  int64_t block = kMost;
+  const int64_t each = rows * problem.classes * static_cast<int64_t>(sizeof(AccOf<T>));
+  while (block > width && block * each > kBytes) block /= 2;
+  return block;
+}
+
+template <class T>
+void samples_of(const Consistency& problem, int64_t first, int64_t count, const Scale* scales,
+                double* sums, double* losses) {
+  constexpr int64_t width = kLanes<AccOf<T>>;
+  const bool wants_gradient = problem.heads.front().dz != nullptr;
+  for (const Group& group : problem.groups)
+    Lanes<T>(problem, group, first, count, (count + width - 1) / width * width, scales,
+             wants_gradient)
+        .run(sums, losses);
+}
+
+int64_t block(const Consistency& problem) {
+  return problem.dtype == DType::kFloat64 ? block_of<double>(problem) : block_of<float>(problem);
+}
+
+void samples(const Consistency& problem, int64_t first, int64_t count, const Scale* scales,
+             double* sums, double* losses) {
+  switch (problem.dtype) {
+    case DType::kFloat64: return samples_of<double>(problem, first, count, scales, sums, losses);
+    case DType::kBFloat16: return samples_of<BFloat16>(problem, first, count, scales, sums, losses);
+    case DType::kFloat16: return samples_of<Float16>(problem, first, count, scales, sums, losses);
+    default: samples_of<float>(problem, first, count, scales, sums, losses); return;
+  }
+}
+
 }  // namespace
 
 extern const ConsistencyKernels consistency_kernels;
-const ConsistencyKernels consistency_kernels = {sample};
+const ConsistencyKernels consistency_kernels = {sample, block, samples};
 
 }  // namespace IMCL_ISA
 }  // namespace imcl

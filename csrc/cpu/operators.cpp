@@ -217,23 +217,24 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
                      ignore_index);
   const auto heads = static_cast<int64_t>(problem.heads.size());
   const auto mode = static_cast<Reduction>(reduction);
-  std::vector<double> per_sample(static_cast<std::size_t>(problem.batch));
+  const bool each = mode == Reduction::kNone;
+  std::vector<double> losses(static_cast<std::size_t>(each ? problem.batch : 0));
   std::vector<double> sums(static_cast<std::size_t>(2 * heads));
-  imcl::consistency(*chosen_kernels().consistency, problem, mode, per_sample.data(), sums.data(),
-                    parallel());
+  const double total =
+      imcl::consistency(*chosen_kernels().consistency, problem, mode,
+                        each ? losses.data() : nullptr, sums.data(), parallel());
 
   const std::vector<Tensor> kept = gradients ? gradients->tensors : std::vector<Tensor>{};
   const ScalarType dtype = accumulation_type(logits[0]);
   const Tensor terms = allocate({2, heads}, dtype, logits[0]);
   for (int64_t i = 0; i < 2 * heads; ++i) write(terms, i, sums[static_cast<std::size_t>(i)]);
-  if (mode == Reduction::kNone) {
-    const Tensor loss = allocate({problem.batch}, dtype, logits[0]);
+  if (each) {
+    const std::vector<int64_t> sizes = samples_of(logits[0]);
+    const Tensor loss = torch::stable::new_empty(logits[0], {sizes.data(), sizes.size()}, dtype);
     for (int64_t b = 0; b < problem.batch; ++b)
-      write(loss, b, per_sample[static_cast<std::size_t>(b)]);
+      write(loss, b, losses[static_cast<std::size_t>(b)]);
     return {loss, terms, kept};
   }
-  double total = 0;
-  for (double each : per_sample) total += each;
   const Tensor loss = allocate({}, dtype, logits[0]);
   write(loss, 0, total);
   return {loss, terms, kept};

@@ -54,10 +54,10 @@ __device__ Means means(const ConsistencyArguments& in) {
   IMCL_SHARED(of_warps, double[2 * kMostThreads / 32]);
   double cross_entropy = 0, kl = 0;
   for (int64_t b = threadIdx.x; b < in.batch; b += blockDim.x) {
-    const auto share = static_cast<double>(share_of<A>(labels, b));
+    const auto share = static_cast<double>(share_of<A>(in, b));
     if (share == 0) continue;
     kl += share;
-    cross_entropy += share * static_cast<double>(label_weight<A>(labels, b, in.classes));
+    cross_entropy += share * static_cast<double>(label_weight<A>(in, b));
   }
   cross_entropy = warp_sum(cross_entropy);
   kl = warp_sum(kl);
@@ -147,15 +147,17 @@ cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan&
 template <class T>
 ConsistencyPlan plan_of(ConsistencyArguments& in, int processors) {
   constexpr int kPack = Pack<T>::kSize;
-  const auto on_16 = [](const void* base, int64_t row, int64_t column, std::size_t size) {
-    return column == 1 && reinterpret_cast<std::uintptr_t>(base) % 16 == 0 &&
-           row * static_cast<int64_t>(size) % 16 == 0;
+  const auto on_16 = [&](const void* base, const Strides& rows, int64_t column, std::size_t size) {
+    bool all = column == 1 && reinterpret_cast<std::uintptr_t>(base) % 16 == 0;
+    for (int axis = 0; axis < in.samples.axes; ++axis)
+      all = all && rows.of[axis] * static_cast<int64_t>(size) % 16 == 0;
+    return all;
   };
   in.packed = in.classes % kPack == 0;
   for (int h = 0; h < in.head_count; ++h) {
     const Head& head = in.heads[h];
-    in.packed = in.packed && on_16(head.z, head.z_row, head.z_class, sizeof(T)) &&
-                (!in.gradient || on_16(head.dz, head.dz_row, head.dz_class, sizeof(Acc<T>)));
+    in.packed = in.packed && on_16(head.z, head.z_sample, head.z_class, sizeof(T)) &&
+                (!in.gradient || on_16(head.dz, head.dz_sample, head.dz_class, sizeof(Acc<T>)));
   }
 
   const auto bytes = [&](int threads, int64_t chunks) {
@@ -206,6 +208,7 @@ ConsistencyArguments consistency_arguments(const Consistency& problem, Reduction
     arguments.largest_group = std::max(arguments.largest_group, static_cast<int>(group.size));
   arguments.batch = problem.batch;
   arguments.classes = problem.classes;
+  arguments.samples = problem.samples;
   arguments.labels = problem.labels;
   arguments.reduction = reduction;
   arguments.gradient = problem.heads.front().dz != nullptr;

@@ -29,11 +29,14 @@ __device__ __forceinline__ A times(A weight, A x) {
 
 // The factor of all of a sample's loss; 0 if it doesn't count.
 template <class A>
-__device__ __forceinline__ A share_of(const Labels& labels, int64_t sample) {
-  if (labels.target && labels.target[sample * labels.target_stride] == labels.ignore_index)
+__device__ __forceinline__ A share_of(const ConsistencyArguments& in, int64_t sample) {
+  const Labels& labels = in.labels;
+  if (labels.target &&
+      labels.target[in.samples.offset(sample, labels.target_sample)] == labels.ignore_index)
     return 0;
   if (!labels.sample_weight) return 1;
-  return static_cast<const A*>(labels.sample_weight)[sample * labels.sample_weight_stride];
+  return static_cast<const A*>(
+      labels.sample_weight)[in.samples.offset(sample, labels.weight_sample)];
 }
 
 template <class A>
@@ -43,10 +46,11 @@ __device__ __forceinline__ A class_weight(const Labels& labels, int64_t k) {
 
 // The weight of a sample's label in the mean of the cross entropies.
 template <class A>
-__device__ __forceinline__ A label_weight(const Labels& labels, int64_t sample, int64_t classes) {
+__device__ __forceinline__ A label_weight(const ConsistencyArguments& in, int64_t sample) {
+  const Labels& labels = in.labels;
   if (!labels.target || !labels.weight) return 1;
-  const int64_t y = labels.target[sample * labels.target_stride];
-  return y < 0 || y >= classes ? A(0) : class_weight<A>(labels, y);
+  const int64_t y = labels.target[in.samples.offset(sample, labels.target_sample)];
+  return y < 0 || y >= in.classes ? A(0) : class_weight<A>(labels, y);
 }
 
 // What is known of one head, in shared memory.
@@ -126,15 +130,16 @@ class Work {
   __device__ void sample(int64_t index, A ce_scale, A kl_scale) {
     sample_ = index;
     const Labels& labels = in_.labels;
-    const int64_t label = labels.target ? labels.target[index * labels.target_stride] : 0;
-    share_ = share_of<A>(labels, index);
+    const int64_t label =
+        labels.target ? labels.target[in_.samples.offset(index, labels.target_sample)] : 0;
+    share_ = share_of<A>(in_, index);
     const bool counts = share_ != 0;
     label_ = label >= 0 && label < in_.classes ? static_cast<int>(label) : -1;
     ce_scale_ = share_ * ce_scale;
     kl_scale_ = share_ * kl_scale;
     soft_ = labels.soft();
     if (soft_ && counts) measure_labels();
-    else label_size_ = label_weight<A>(labels, index, in_.classes);
+    else label_size_ = label_weight<A>(in_, index);
     A value = 0;
     for (int g = 0; g < in_.group_count; ++g) {
       enter(in_.groups[g]);
@@ -265,7 +270,7 @@ class Work {
 #pragma unroll 4
       for (int h = 0; h < n_; ++h) {
         const Head& from = head(h);
-        const T* row = static_cast<const T*>(from.z) + sample_ * from.z_row;
+        const T* row = static_cast<const T*>(from.z) + in_.samples.offset(sample_, from.z_sample);
         Pack<T> pack;
         if (in_.packed) {
           pack = load_pack(row + column);  // [kPack]
@@ -551,7 +556,7 @@ class Work {
       } else if (in_.labels.target) {
         const Head& from = head(h);
         const auto smoothing = static_cast<A>(in_.labels.smoothing);
-        const T* row = static_cast<const T*>(from.z) + sample_ * from.z_row;
+        const T* row = static_cast<const T*>(from.z) + in_.samples.offset(sample_, from.z_sample);
         const A log_sum = log(state.plain), z = to_acc(masked(row[label_ * from.z_class]));
         ce = (1 - smoothing) * (log_sum - (z - state.max));
         if (smoothing > 0) ce += smoothing * (log_sum - (state.label_logit - state.max));
@@ -636,7 +641,7 @@ class Work {
     const auto uniform = static_cast<A>(labels.smoothing / static_cast<double>(in_.classes));
     const auto sharp = static_cast<A>(1 - labels.smoothing);
     const A* row = static_cast<const A*>(labels.probabilities);
-    if (row) row += sample_ * labels.probability_row;
+    if (row) row += in_.samples.offset(sample_, labels.probability_sample);
     Values y{};
     each([&](int i) {
       const int k = part.column + i * part.step;
@@ -712,7 +717,7 @@ class Work {
 
   __device__ __forceinline__ void write(int h, const Part& part, const Values& dz) const {
     const Head& to = head(h);
-    A* row = static_cast<A*>(to.dz) + sample_ * to.dz_row;
+    A* row = static_cast<A*>(to.dz) + in_.samples.offset(sample_, to.dz_sample);
     if (in_.packed) {
       store_pack(row + part.column, dz);  // [kPart]
     } else {

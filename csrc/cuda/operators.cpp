@@ -191,9 +191,11 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   const ConsistencyPlan plan = consistency_plan(problem.dtype, arguments, device.processors());
 
   const ScalarType dtype = accumulation_type(logits[0]);
-  const Tensor loss = arguments.reduction == Reduction::kNone
-                          ? allocate({problem.batch}, dtype, logits[0])
-                          : allocate({}, dtype, logits[0]);
+  const std::vector<int64_t> samples = samples_of(logits[0]);
+  const Tensor loss =
+      arguments.reduction == Reduction::kNone
+          ? torch::stable::new_empty(logits[0], {samples.data(), samples.size()}, dtype)
+          : allocate({}, dtype, logits[0]);
   const Tensor terms = allocate({2, heads}, dtype, logits[0]);
   const Workspace workspace(2 * heads * plan.blocks, logits[0], device);
   arguments.loss = loss.mutable_data_ptr();

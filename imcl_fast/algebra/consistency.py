@@ -44,7 +44,12 @@ def forward(
     reduction: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Loss () or (B,), terms (2, H), and with ``keep`` the gradient of every block of logits."""
+    """Loss () or the samples' sizes, terms (2, H), and with ``keep`` the gradient of every block of logits."""
+    samples = logits[0].shape[1:-1] if logits[0].dim() > 2 else logits[0].shape[:1]
+    if target is not None:
+        target = target.flatten(0, len(samples) - 1)
+    if sample_weight is not None:
+        sample_weight = sample_weight.flatten()
     z = _stack(logits)  # [H, B, K]
     heads, batch, classes = z.shape
     share, labels, label_weight = _targets(
@@ -76,8 +81,7 @@ def forward(
     terms = torch.stack([ce.sum(-1), kl.sum(-1)])
     if reduction != REDUCE_SUM:
         terms = terms * torch.stack([ce_mean, kl_mean]).unsqueeze(-1)
-    if reduction != REDUCE_NONE:
-        loss = loss.sum()
+    loss = loss.view(samples) if reduction == REDUCE_NONE else loss.sum()
     if not keep:
         return loss, terms, []
 
@@ -211,14 +215,15 @@ def _column(weights: Sequence[float], z: Tensor) -> Tensor:
 
 def _stack(logits: Sequence[Tensor]) -> Tensor:
     """All heads as one [H, B, K] in the accumulation dtype, masked classes -inf."""
-    z = torch.cat([block if block.dim() == 3 else block.unsqueeze(0) for block in logits])
+    z = torch.cat([block if block.dim() > 2 else block.unsqueeze(0) for block in logits])
+    z = z.flatten(1, -2)
     masked = z <= torch.finfo(z.dtype).min
     z = z if z.dtype == torch.float64 else z.float()
     return torch.where(masked, -math.inf, z)
 
 
 def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
-    sizes = [len(block) if block.dim() == 3 else 1 for block in logits]
+    sizes = [len(block) if block.dim() > 2 else 1 for block in logits]
     return [
         torch.empty_like(block, dtype=dz.dtype).copy_(part.reshape(block.shape))
         for part, block in zip(dz.split(sizes), logits, strict=True)

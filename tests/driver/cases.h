@@ -530,12 +530,18 @@ class ConsistencyCase {
     problem.dtype = spec_.dtype;
     problem.batch = spec_.batch;
     problem.classes = spec_.classes;
+    problem.samples = {1, {spec_.batch}};
     for (int64_t h = 0; h < heads_; ++h) {
       const auto head = static_cast<std::size_t>(h);
       out.dz.emplace_back(acc_of(spec_.dtype), reach(dz_row_, spec_.dz_class));
-      problem.heads.push_back({z_[head].data(), z_row_, spec_.z_class,
-                               wants_gradient ? out.dz.back().data() : nullptr, dz_row_,
-                               spec_.dz_class, ce_weight_[head], kl_weight_[head]});
+      problem.heads.push_back({z_[head].data(),
+                               {{z_row_}},
+                               spec_.z_class,
+                               wants_gradient ? out.dz.back().data() : nullptr,
+                               {{dz_row_}},
+                               spec_.dz_class,
+                               ce_weight_[head],
+                               kl_weight_[head]});
     }
     int64_t first = 0;
     for (const GroupSpec& g : spec_.groups) {
@@ -543,13 +549,14 @@ class ConsistencyCase {
       first += g.size;
     }
     problem.labels.target = target_.get();
-    problem.labels.target_stride = 2;
+    problem.labels.target_sample = {{2}};
     if (spec_.probabilities) problem.labels.probabilities = given_[0].data();
-    problem.labels.probability_row = 3 * spec_.classes;
+    problem.labels.probability_sample = {{3 * spec_.classes}};
     problem.labels.probability_class = 3;
     if (spec_.weighted) problem.labels.weight = given_[1].data();
     if (spec_.shared) problem.labels.sample_weight = given_[2].data();
-    problem.labels.weight_stride = problem.labels.sample_weight_stride = 2;
+    problem.labels.weight_stride = 2;
+    problem.labels.weight_sample = {{2}};
     problem.labels.smoothing = spec_.smoothing;
     problem.labels.ignore_index = kIgnored;
     call(problem, spec_.reduction, out.losses, out.terms, way);
