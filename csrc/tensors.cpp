@@ -153,9 +153,8 @@ Labels labels_of(const Tensor& z, const Collapse& collapse, const std::optional<
     labels.weight_stride = weight->stride(0);
   }
   if (sample_weight) {
-    STD_TORCH_CHECK(
-        sample_weight->scalar_type() == acc && has_samples_of(*sample_weight, z, 0),
-        "sample_weight: expected a number for each sample in the dtype of the loss");
+    STD_TORCH_CHECK(sample_weight->scalar_type() == acc && has_samples_of(*sample_weight, z, 0),
+                    "sample_weight: expected a number for each sample in the dtype of the loss");
     labels.sample_weight = sample_weight->const_data_ptr();
     labels.weight_sample = collapse.strides(*sample_weight, 0);
   }
@@ -198,9 +197,8 @@ Gradients::Gradients(const std::vector<Tensor>& logits, int64_t heads) {
     std::vector<int64_t> sizes{heads};
     for (int64_t d = first_sample(logits[0]); d < logits[0].dim(); ++d)
       sizes.push_back(logits[0].size(d));
-    tensors.push_back(
-        torch::stable::new_empty(logits[0], {sizes.data(), sizes.size()},
-                                 accumulation_type(logits[0])));
+    tensors.push_back(torch::stable::new_empty(logits[0], {sizes.data(), sizes.size()},
+                                               accumulation_type(logits[0])));
   } else {
     for (const Tensor& z : logits) tensors.push_back(empty_gradient(z));
   }
@@ -229,7 +227,8 @@ std::vector<int64_t> samples_of(const Tensor& z) {
 
 Consistency consistency_of(const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
                            const std::optional<Tensor>& weight,
-                           const std::optional<Tensor>& sample_weight, const Gradients* gradients, const std::vector<double>& ce_weight,
+                           const std::optional<Tensor>& sample_weight, const Gradients* gradients,
+                           const std::vector<double>& ce_weight,
                            const std::vector<double>& kl_weight, const std::vector<int64_t>& groups,
                            const std::vector<double>& temperature,
                            const std::vector<int64_t>& teacher, const std::vector<bool>& detach,

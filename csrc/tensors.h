@@ -31,8 +31,8 @@ double scale_of(std::size_t layers, int64_t batch, int64_t rows);
 // Sizes of the dimensions of the samples: (B,), or those of dense logits.
 std::vector<int64_t> samples_of(const Tensor& z);
 
-// Gradients of the logits: one (H, *samples, K) if all of them are contiguous, so that scaling it is
-// one operation; else one for each, strided as it is.
+// Gradients of the logits: one (H, *samples, K) if all of them are contiguous, so that scaling it
+// is one operation; else one for each, strided as it is.
 struct Gradients {
   bool stacked = true;
   std::vector<Tensor> tensors;
@@ -47,7 +47,8 @@ void check_logits(const std::vector<Tensor>& logits);
 // their pointers are null.
 Consistency consistency_of(const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
                            const std::optional<Tensor>& weight,
-                           const std::optional<Tensor>& sample_weight, const Gradients* gradients, const std::vector<double>& ce_weight,
+                           const std::optional<Tensor>& sample_weight, const Gradients* gradients,
+                           const std::vector<double>& ce_weight,
                            const std::vector<double>& kl_weight, const std::vector<int64_t>& groups,
                            const std::vector<double>& temperature,
                            const std::vector<int64_t>& teacher, const std::vector<bool>& detach,

@@ -187,9 +187,10 @@ def collaborative_consistency(
             a group of one head has no KL.
         weight: (K,), of the classes in the cross entropy. As in PyTorch, its mean over
             class indices divides by the sum of the weights of their classes.
-        sample_weight: (B,), or shaped like indices, multiplies all of a sample's loss. ``"mean"`` divides by the
-            weights' sum: a sample of weight 2 is as good as two of it, and one of weight 0
-            counts for nothing at all. For another mean, divide the ``"sum"``.
+        sample_weight: (B,), or shaped like indices, multiplies all of a sample's loss.
+            ``"mean"`` divides by the weights' sum: a sample of weight 2 is as good as two of
+            it, and one of weight 0 counts for nothing at all. For another mean, divide the
+            ``"sum"``.
         class_dim: where dense outputs have their classes, 1 or -1, if the target's shape
             doesn't tell: there is none, they are probabilities, or as many classes as tokens.
         impl: see the module.

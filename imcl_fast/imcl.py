@@ -420,8 +420,8 @@ class IMCL(nn.Module):
         blocks.append(logits)
         if step.views is not None:
             blocks.append(step.views)
-        target = validation.target(target, blocks, IGNORED)
-        return functional._consistency(blocks, target, self._current_options(), self.impl)
+        checked = validation.target(target, blocks, IGNORED)
+        return functional._consistency(blocks, checked, self._current_options(), self.impl)
 
     def _current_options(self) -> ConsistencyOptions:
         """The options of the consistency, made again if what they are made of has changed."""

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import dense
+
 # Relative norm under which a centred row counts as constant: float32 cannot
 # tell a smaller deviation from the rounding of the row's mean.
 CENTERED_DEAD_RATIO = 1e-5
@@ -74,11 +76,12 @@ def consistency(
 ) -> tuple[Tensor, Tensor]:
     """``sum_h ce_weight_h CE_h + kl_weight_h T^2 KL(teacher_h || p_h)`` and its terms.
 
-    Logits are (B, K) or (h, *samples, K). Returns the loss, () or (B,), and the terms (2, H): cross entropy and T^2 KL
-    of every head, averaged (summed for ``reduction="sum"``) over the samples. The average
-    of the cross entropies is by the class weights of the labels as well.
+    Logits are (B, K) or (h, *samples, K). Returns the loss, () or (*samples,), and the terms
+    (2, H): cross entropy and T^2 KL of every head, averaged (summed for ``reduction="sum"``)
+    over the samples. The average of the cross entropies is by the class weights of the labels
+    as well.
     """
-    samples = logits[0].shape[1:-1] if logits[0].dim() > 2 else logits[0].shape[:1]
+    samples = dense.samples(logits[0])
     heads = [
         _masked(z).reshape(-1, z.shape[-1])
         for block in logits

@@ -200,7 +200,9 @@ def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | 
     if value.dtype in FLOATS:
         return _probabilities(value, shape, logits, ignore_index, kinds)
     if value.dtype not in INDICES:
-        raise TypeError(f"target: expected {kinds}, got {value.dtype}; convert indices with .long()")
+        raise TypeError(
+            f"target: expected {kinds}, got {value.dtype}; convert indices with .long()"
+        )
     if value.shape != samples:
         hint = "; one-hot labels are probabilities: convert them with .float()"
         raise ValueError(
@@ -241,7 +243,9 @@ def _probabilities(
     return _constant("target", value, logits)
 
 
-def weights(name: str, value: Any, shape: Sequence[int], logits: Sequence[Tensor]) -> Tensor | None:
+def weights(
+    name: str, value: Any, shape: Sequence[int], logits: Sequence[Tensor]
+) -> Tensor | None:
     """Weights of a shape, or None, in the dtype of the loss, on the logits' device."""
     if value is None:
         return None

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dense
 from ..algebra.consistency import PAIRWISE, REDUCE_NONE
 from . import autotune
 from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
@@ -48,12 +49,11 @@ def forward(
     device, dtype = logits[0].device, logits[0].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     heads, classes = len(ce_weight), logits[0].shape[-1]
-    samples = logits[0].shape[1:-1] if logits[0].dim() > 2 else logits[0].shape[:1]
+    samples = dense.samples(logits[0])
     batch = math.prod(samples)
     ranges = _ranges(groups)
-    given = () if target is None else (target.stride()[: len(samples)],)
-    given += () if sample_weight is None else (sample_weight.stride(),)
-    geometry = _geometry(tuple((z.shape, z.stride()) for z in logits), given)
+    given = [x.stride()[: len(samples)] for x in (target, sample_weight) if x is not None]
+    geometry = _geometry(tuple((z.shape, z.stride()) for z in logits), tuple(given))
     gradients: list[Tensor] = []
     if keep and geometry.packed:
         gradients = [torch.empty((heads, *samples, classes), dtype=wide, device=device)]
@@ -157,7 +157,7 @@ def _geometry(
         (b, i) for b, z in enumerate(blocks) for i in range(len(z) if z.dim() > 2 else 1)
     )
     packed = all(z.is_contiguous() for z in blocks)
-    samples = blocks[0].shape[1:-1] if blocks[0].dim() > 2 else blocks[0].shape[:1]
+    samples = dense.samples(blocks[0])
     gradient_heads, gradients = heads, [torch.empty_like(z) for z in blocks]
     if packed:
         whole = (len(heads), *samples, blocks[0].shape[-1])

@@ -133,8 +133,8 @@ def _read_labels(
 
 @triton.jit
 def _soft(
-    labels, sizes, samples, label, smoothing, k, mask, K: tl.constexpr, BLOCK: tl.constexpr,
-    TARGET: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
+    labels, sizes, samples, label, smoothing, k, mask, K: tl.constexpr, TARGET: tl.constexpr,
+    WEIGHTED: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Soft labels [S, K], 0 outside of the mask; labels are a target, its strides, class weights
     and their stride."""
@@ -167,7 +167,7 @@ def _label_size(
         for first in range(0, K, BLOCK):
             k, _, mask, _ = _classes(first, counted, counted, K, BLOCK)
             soft = _soft(
-                labels, sizes, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
+                labels, sizes, samples, label, smoothing, k, mask, K, TARGET, WEIGHTED, SOFT, ACC
             )
             size += tl.sum(soft, 1)
         return size
@@ -361,7 +361,7 @@ def _group(
         k, inside, mask, stored_mask = _classes(0, counted, stored, K, BLOCK)
         z = _read(logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
         soft = _soft(
-            labels, sizes, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
+            labels, sizes, samples, label, smoothing, k, mask, K, TARGET, WEIGHTED, SOFT, ACC
         )
         if KEEP and not PAIRS and (DETACH or N == 1):
             return _gradients_and_terms(
@@ -387,9 +387,11 @@ def _group(
     else:
         for first in range(0, K, BLOCK):
             k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
-            z = _read(logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
+            z = _read(
+                logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC
+            )
             soft = _soft(
-                labels, sizes, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
+                labels, sizes, samples, label, smoothing, k, mask, K, TARGET, WEIGHTED, SOFT, ACC
             )
             states = _absorb_heads(
                 z, soft, inside, inverse_t, states, TEACHER, K, PLAIN, SMOOTH, SOFT, POWER
@@ -397,17 +399,21 @@ def _group(
         if PULLED:
             for first in range(0, K, BLOCK):
                 k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
-                z = _read(logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
+                z = _read(
+                    logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC
+                )
                 toward = add_toward(z, inside, inverse_t, states, kl_weights, toward)
         if PAIRS or KEEP:
             for first in range(0, K, BLOCK):
                 k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
-                z = _read(logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
+                z = _read(
+                    logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC
+                )
                 if PAIRS:
                     pairs = add_pairwise(z, inside, inverse_t, states, kl_weights, pairs)
                 if KEEP:
                     soft = _soft(
-                        labels, sizes, samples, label, smoothing, k, mask, K, BLOCK, TARGET, WEIGHTED,
+                        labels, sizes, samples, label, smoothing, k, mask, K, TARGET, WEIGHTED,
                         SOFT, ACC,
                     )  # fmt: skip
                     _store_gradients(
@@ -430,8 +436,8 @@ def _group(
 
 @triton.jit
 def _samples(
-    labels, sizes, sample_weight, sample_weight_strides, samples, stored, ignore_index, K: tl.constexpr,
-    TARGET: tl.constexpr, SHARED: tl.constexpr, ACC: tl.constexpr,
+    labels, sizes, sample_weight, sample_weight_strides, samples, stored, ignore_index,
+    K: tl.constexpr, TARGET: tl.constexpr, SHARED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The weight of each sample, 0 of one that doesn't count; whether it does; its index, -1 of
     an unknown one. All [S]."""
@@ -472,8 +478,8 @@ def _add_weights(
     for first in range(0, batch, _TARGETS):
         b = first + tl.arange(0, _TARGETS)
         share, counted, label = _samples(
-            labels, sizes, sample_weight, sample_weight_strides, b, b < batch, ignore_index, K, TARGET,
-            SHARED, ACC,
+            labels, sizes, sample_weight, sample_weight_strides, b, b < batch, ignore_index, K,
+            TARGET, SHARED, ACC,
         )  # fmt: skip
         kl += share
         if TARGET == INDICES and WEIGHTED:
@@ -522,8 +528,8 @@ def _averaged(total, weights):
 
 @triton.jit(do_not_specialize=["ignore_index", "batch"])
 def consistency_kernel(
-    logits, sizes, strides, labels, sample_weight, sample_weight_strides, ignore_index, numbers, rests,
-    gradients, gradient_strides, partials, tickets, loss, terms, batch, HEADS: tl.constexpr,
+    logits, sizes, strides, labels, sample_weight, sample_weight_strides, ignore_index, numbers,
+    rests, gradients, gradient_strides, partials, tickets, loss, terms, batch, HEADS: tl.constexpr,
     GRADIENT_HEADS: tl.constexpr, UNIT: tl.constexpr, GROUPS: tl.constexpr,
     TEACHERS: tl.constexpr, DETACH: tl.constexpr, POWERS: tl.constexpr,
     REDUCTION: tl.constexpr, TARGET: tl.constexpr, SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -569,8 +575,8 @@ def consistency_kernel(
         samples = start + tl.arange(0, SAMPLES)
         stored = samples < batch
         share, counted, label = _samples(
-            labels, sizes, sample_weight, sample_weight_strides, samples, stored, ignore_index, K, TARGET,
-            SHARED, ACC,
+            labels, sizes, sample_weight, sample_weight_strides, samples, stored, ignore_index, K,
+            TARGET, SHARED, ACC,
         )  # fmt: skip
         kl_scale = share * kl_mean
         # No loss is right for an unknown class, and asking for it here would cost a wait.
@@ -579,8 +585,9 @@ def consistency_kernel(
         label_size = share
         if SPLIT or SOFT:
             label_size = _label_size(
-                labels, sizes, samples, label, counted, smoothing, K, BLOCK, TARGET, WEIGHTED, SOFT, ACC
-            )
+                labels, sizes, samples, label, counted, smoothing, K, BLOCK, TARGET, WEIGHTED,
+                SOFT, ACC,
+            )  # fmt: skip
         if SPLIT:
             ce_scale = share * ce_mean
             if not SOFT:

@@ -127,8 +127,14 @@ void run(const ConsistencyCase& c) {
   problem.labels.ignore_index = -100;
   for (int64_t h = 0; h < c.heads; ++h) {
     const int64_t first = h * c.batch * c.classes;
-    problem.heads.push_back({z.data() + first * Values::size_of(c.dtype), {{c.classes}}, 1,
-                             dz.data() + 4 * first, {{c.classes}}, 1, 1, 1});
+    problem.heads.push_back({z.data() + first * Values::size_of(c.dtype),
+                             {{c.classes}},
+                             1,
+                             dz.data() + 4 * first,
+                             {{c.classes}},
+                             1,
+                             1,
+                             1});
   }
   std::vector<double> terms(static_cast<std::size_t>(2 * c.heads));
   const auto step = [&] {

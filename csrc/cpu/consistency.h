@@ -40,7 +40,9 @@ struct Scale {
 };
 
 // A term may be infinite; what has no weight is left out.
-IMCL_INLINE double weighted(double weight, double term) { return weight == 0 ? 0.0 : weight * term; }
+IMCL_INLINE double weighted(double weight, double term) {
+  return weight == 0 ? 0.0 : weight * term;
+}
 
 // The per-ISA kernels.
 struct ConsistencyKernels {

@@ -68,8 +68,8 @@ struct Chunk {
     count = std::min(size, problem.classes - from);
     for (int64_t h = 0; h < group.size; ++h) {
       const Head& head = problem.heads[static_cast<std::size_t>(group.first + h)];
-      const T* row = static_cast<const T*>(head.z) +
-                     problem.samples.offset(sample, head.z_sample) + from * head.z_class;
+      const T* row = static_cast<const T*>(head.z) + problem.samples.offset(sample, head.z_sample) +
+                     from * head.z_class;
       if constexpr (std::is_same_v<T, Acc>) {
         if (head.z_class == 1 && count % width == 0) {
           z[h] = row;
@@ -261,7 +261,8 @@ class Work {
         continue;
       }
       const Head& head = this->head(h);
-      const T* row = static_cast<const T*>(head.z) + problem_.samples.offset(sample_, head.z_sample);
+      const T* row =
+          static_cast<const T*>(head.z) + problem_.samples.offset(sample_, head.z_sample);
       const Acc label = to_acc(row[target() * head.z_class]);
       const auto zy = static_cast<double>(label <= kLowest<T> ? kMasked<Acc> : label);
       cross_entropy[h] = run.log_sum - (zy - max);
@@ -308,10 +309,10 @@ class Work {
 
  private:
   struct Running {
-    Online<Acc> plain, teacher;  // softmax(z), softmax(t)
-    double tempered = 0;         // sum exp((z - max z)/T)
-    double gap = 0;              // sum exp(t - max t) ((t - max t) - (z - max z)/T)
-    double label_logit = 0;  // sum of z / K, or of y z of soft labels
+    Online<Acc> plain, teacher;    // softmax(z), softmax(t)
+    double tempered = 0;           // sum exp((z - max z)/T)
+    double gap = 0;                // sum exp(t - max t) ((t - max t) - (z - max z)/T)
+    double label_logit = 0;        // sum of z / K, or of y z of soft labels
     Acc chunk_max = 0, shift = 0;  // shift: of plain
     // Known after the last chunk:
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
@@ -465,8 +466,7 @@ class Work {
   // The soft labels of this chunk, 0 in its padding; returns their sum.
   double read_labels() {
     const Labels& labels = problem_.labels;
-    const Acc uniform =
-        static_cast<Acc>(labels.smoothing / static_cast<double>(problem_.classes));
+    const Acc uniform = static_cast<Acc>(labels.smoothing / static_cast<double>(problem_.classes));
     const auto sharp = static_cast<Acc>(1 - labels.smoothing);
     const int64_t first = chunk_.first, count = chunk_.count;
     if (labels.probabilities) {
@@ -742,7 +742,7 @@ class Work {
   const Group& group_;
   const int64_t sample_, n_;
   const bool kl_, pairwise_, taught_, own_teacher_, labelled_;
-  const bool summed_;           // labels are of more than one class
+  const bool summed_;            // labels are of more than one class
   const Acc inverse_t_, share_;  // t_h = (S - z_h) share, or S share
   Chunk<T> chunk_;
   Running* running_;

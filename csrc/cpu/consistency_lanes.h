@@ -92,8 +92,8 @@ class Lanes {
   static constexpr int width = kLanes<Acc>;
 
   // Samples [first, first + count), count <= pitch, a multiple of the width.
-  Lanes(const Consistency& problem, const Group& group, int64_t first, int64_t count,
-        int64_t pitch, const Scale* scales, bool wants_gradient)
+  Lanes(const Consistency& problem, const Group& group, int64_t first, int64_t count, int64_t pitch,
+        const Scale* scales, bool wants_gradient)
       : problem_(problem),
         labels_(problem.labels),
         group_(group),
@@ -137,7 +137,8 @@ class Lanes {
     }
     if (soft_ && labels_.probabilities) {
       locate(labels_.probability_sample);
-      columns<Acc>(labels_.probability_class).read(static_cast<const Acc*>(labels_.probabilities), y_);
+      columns<Acc>(labels_.probability_class)
+          .read(static_cast<const Acc*>(labels_.probabilities), y_);
     }
     if (labels_.target) {
       locate(labels_.target_sample);
@@ -162,9 +163,9 @@ class Lanes {
  private:
   // What is known of one head, of each lane's sample.
   struct State {
-    V shift;            // its maximum; 0 where all classes are masked
-    V plain, tempered;  // sums of exp(z - shift) and exp((z - shift) / T)
-    V label_logit;      // sum of z / K, or of y z of soft labels
+    V shift;                        // its maximum; 0 where all classes are masked
+    V plain, tempered;              // sums of exp(z - shift) and exp((z - shift) / T)
+    V label_logit;                  // sum of z / K, or of y z of soft labels
     V teacher, teacher_shift, gap;  // sum of q = exp(t - shift); of q ((t - shift) - (z - shift)/T)
     V log_tempered, kl, toward;
     V of_plain, of_tempered, of_teacher, rest, kl_scale;  // of the gradient
@@ -407,9 +408,9 @@ class Lanes {
     for (int64_t h = 0; h < n_; ++h) {
       State& state = heads_[h];
       const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_ * size_;
-      const V kl = has_kl(h) ? splat(static_cast<Acc>(head(h).kl_weight * group_.temperature)) *
-                                   kl_scale_
-                             : V{};
+      const V kl = has_kl(h)
+                       ? splat(static_cast<Acc>(head(h).kl_weight * group_.temperature)) * kl_scale_
+                       : V{};
       const V teacher = taught_ ? heads_[own_teacher_ ? h : 0].teacher : splat(Acc(1));
       state.of_plain = labelled_ ? quotient(ce, state.plain) : V{};
       state.of_tempered = kl_ ? quotient(kl, state.tempered) : V{};
@@ -424,8 +425,8 @@ class Lanes {
       const int64_t y = index_[lane];
       if (!counts_[lane] || y < 0) continue;
       for (int64_t h = 0; h < n_; ++h)
-        z_of(h, y)[at_ + lane] -= static_cast<Acc>(head(h).ce_weight) * ce_scale_[lane] *
-                                  size_[lane] * sharp_;
+        z_of(h, y)[at_ + lane] -=
+            static_cast<Acc>(head(h).ce_weight) * ce_scale_[lane] * size_[lane] * sharp_;
     }
   }
 
@@ -449,8 +450,8 @@ class Lanes {
       if (labelled_) {
         const V e = squared_ ? tempered_[i] * tempered_[i] : plain_[i];
         const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_;
-        dz = e * state.of_plain - ce * (soft_ ? load(y_ + k * pitch_ + at_)
-                                              : size_ * splat(uniform_));
+        dz = e * state.of_plain -
+             ce * (soft_ ? load(y_ + k * pitch_ + at_) : size_ * splat(uniform_));
       }
       if (pairwise_) {
         const V p = tempered_[i] / state.tempered;
@@ -492,8 +493,8 @@ class Lanes {
   const bool plain_is_kept_;
   const Acc inverse_t_, uniform_, sharp_;
   int64_t *offsets_, *indices_;  // (pitch)
-  Acc *z_, *y_;       // (heads, classes, pitch), (classes, pitch): logits, and soft labels
-  State* heads_;      // (heads)
+  Acc *z_, *y_;           // (heads, classes, pitch), (classes, pitch): logits, and soft labels
+  State* heads_;          // (heads)
   V *tempered_, *plain_;  // (heads, classes) exponentials
   V *teacher_, *t_;       // (teachers, classes)
   V *log_p_, *pending_ = scratch_.get<V>(n_);  // (heads)

@@ -211,18 +211,16 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     gradients.emplace(logits, static_cast<int64_t>(ce_weight.size()));
     for (const Tensor& gradient : gradients->tensors) advised(gradient);
   }
-  const Consistency problem =
-      consistency_of(logits, target, weight, sample_weight, gradients ? &*gradients : nullptr,
-                     ce_weight, kl_weight, groups, temperature, teacher, detach, label_smoothing,
-                     ignore_index);
+  const Consistency problem = consistency_of(
+      logits, target, weight, sample_weight, gradients ? &*gradients : nullptr, ce_weight,
+      kl_weight, groups, temperature, teacher, detach, label_smoothing, ignore_index);
   const auto heads = static_cast<int64_t>(problem.heads.size());
   const auto mode = static_cast<Reduction>(reduction);
   const bool each = mode == Reduction::kNone;
   std::vector<double> losses(static_cast<std::size_t>(each ? problem.batch : 0));
   std::vector<double> sums(static_cast<std::size_t>(2 * heads));
-  const double total =
-      imcl::consistency(*chosen_kernels().consistency, problem, mode,
-                        each ? losses.data() : nullptr, sums.data(), parallel());
+  const double total = imcl::consistency(*chosen_kernels().consistency, problem, mode,
+                                         each ? losses.data() : nullptr, sums.data(), parallel());
 
   const std::vector<Tensor> kept = gradients ? gradients->tensors : std::vector<Tensor>{};
   const ScalarType dtype = accumulation_type(logits[0]);
@@ -231,8 +229,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   if (each) {
     const std::vector<int64_t> sizes = samples_of(logits[0]);
     const Tensor loss = torch::stable::new_empty(logits[0], {sizes.data(), sizes.size()}, dtype);
-    for (int64_t b = 0; b < problem.batch; ++b)
-      write(loss, b, losses[static_cast<std::size_t>(b)]);
+    for (int64_t b = 0; b < problem.batch; ++b) write(loss, b, losses[static_cast<std::size_t>(b)]);
     return {loss, terms, kept};
   }
   const Tensor loss = allocate({}, dtype, logits[0]);

@@ -59,9 +59,9 @@ struct HeadState {
   A max, max_shift;              // of z; and by how much the last tile raised it, as old - new
   A teacher_max, teacher_shift;  // of t
   A plain, tempered;             // sums of exp(z - max) and exp((z - max) / T)
-  A label_logit;  // sum of z / K, or of y z of soft labels
-  A teacher;  // sum of exp(t - teacher_max)
-  A cross;    // sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T)
+  A label_logit;                 // sum of z / K, or of y z of soft labels
+  A teacher;                     // sum of exp(t - teacher_max)
+  A cross;                       // sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T)
   A log_tempered, log_teacher;
   A inverse_plain, inverse_tempered, inverse_teacher;
   A kl;      // KL, without T^2

@@ -180,10 +180,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
 
   std::optional<Gradients> gradients;
   if (keep) gradients.emplace(logits, heads);
-  const Consistency problem =
-      consistency_of(logits, target, weight, sample_weight, gradients ? &*gradients : nullptr,
-                     ce_weight, kl_weight, groups, temperature, teacher, detach, label_smoothing,
-                     ignore_index);
+  const Consistency problem = consistency_of(
+      logits, target, weight, sample_weight, gradients ? &*gradients : nullptr, ce_weight,
+      kl_weight, groups, temperature, teacher, detach, label_smoothing, ignore_index);
   STD_TORCH_CHECK(problem.classes <= int64_t{1} << 30,
                   "logits: expected at most 2^30 classes, got ", problem.classes);
   ConsistencyArguments arguments =

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import dense
+
 OTHERS, MEAN, FINAL, PAIRWISE = range(4)
 REDUCE_MEAN, REDUCE_SUM, REDUCE_NONE = range(3)
 
@@ -44,8 +46,9 @@ def forward(
     reduction: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Loss () or the samples' sizes, terms (2, H), and with ``keep`` the gradient of every block of logits."""
-    samples = logits[0].shape[1:-1] if logits[0].dim() > 2 else logits[0].shape[:1]
+    """Loss () or of the samples' sizes, terms (2, H), and with ``keep`` the gradient of every
+    block of logits."""
+    samples = dense.samples(logits[0])
     if target is not None:
         target = target.flatten(0, len(samples) - 1)
     if sample_weight is not None:
@@ -56,7 +59,7 @@ def forward(
         target, weight, sample_weight, label_smoothing, ignore_index, z
     )
     ce = z.new_zeros(heads, batch)
-    if labels is not None:
+    if target is not None and labels is not None:
         log_p = torch.log_softmax(z, -1)
         if target.is_floating_point() or label_smoothing > 0:
             ce = -_times(labels, log_p).sum(-1)
@@ -95,7 +98,7 @@ def forward(
     )
     column = share.unsqueeze(-1)
     dz = _times(column, kl_gradient * by[1])
-    if labels is not None:
+    if target is not None and labels is not None:
         p = torch.softmax(z, -1)
         if target.is_floating_point() or weight is not None:
             p = p * labels.sum(-1, keepdim=True)

@@ -603,7 +603,8 @@ class ConsistencyCase {
       if (share(b) == 0) continue;
       const double ce_scale = share(b) * (mean ? ce_mean : 1);
       const double kl_scale = share(b) * (mean ? kl_mean : 1);
-      const double ce_term = share(b) * (sum ? 1 : ce_mean), kl_term = share(b) * (sum ? 1 : kl_mean);
+      const double ce_term = share(b) * (sum ? 1 : ce_mean),
+                   kl_term = share(b) * (sum ? 1 : kl_mean);
       std::size_t first = 0;
       for (const GroupSpec& group : spec_.groups) {
         const auto n = static_cast<std::size_t>(group.size);
@@ -614,8 +615,7 @@ class ConsistencyCase {
           for (std::size_t k = 0; k < classes; ++k)
             largest = std::max(largest, std::fabs(z(first + h, b, k)));
         for (std::size_t h = 0; h < n; ++h) cross_entropy(first + h, b, ce_scale, largest, ce[h]);
-        if (n > 1)
-          collaborate(group, first, b, kl_scale, spread + largest / group.temperature, kl);
+        if (n > 1) collaborate(group, first, b, kl_scale, spread + largest / group.temperature, kl);
         for (std::size_t h = 0; h < n; ++h) {
           const std::size_t i = first + h;
           const double t2 = group.temperature * group.temperature;
@@ -771,8 +771,8 @@ std::string name_of(const ConsistencySpec& spec) {
   return name + (spec.target ? " target" : "") + (spec.ignored ? " ignored" : "") +
          (spec.out_of_range ? " out of range" : "") + (spec.smoothing > 0 ? " smoothed" : "") +
          (spec.probabilities ? " probabilities" : "") + (spec.weighted ? " class weights" : "") +
-         (spec.shared ? " sample weights" : "") +
-         " strides " + std::to_string(spec.z_class) + " " + std::to_string(spec.dz_class);
+         (spec.shared ? " sample weights" : "") + " strides " + std::to_string(spec.z_class) + " " +
+         std::to_string(spec.dz_class);
 }
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
