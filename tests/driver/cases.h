@@ -416,6 +416,7 @@ struct ConsistencySpec {
   Reduction reduction;
   // Probabilities in place of indices; weights of the classes, and of the samples.
   bool probabilities = false, weighted = false, shared = false;
+  int64_t pixels = 0;  // dense: images of so many, (images, classes, pixels), whose sum is batch
 };
 
 constexpr int64_t kIgnored = -100;
@@ -431,8 +432,7 @@ class ConsistencyCase {
     for (int64_t h = 0; h < heads_; ++h) {
       z_.emplace_back(spec.dtype, reach(z_row_, spec.z_class));
       for (int64_t b = 0; b < spec.batch; ++b)
-        for (int64_t k = 0; k < spec.classes; ++k)
-          z_.back().set(b * z_row_ + k * spec.z_class, 4 * random());
+        for (int64_t k = 0; k < spec.classes; ++k) z_.back().set(z_at(b, k), 4 * random());
       z_before_.push_back(z_.back().copy());
       ce_weight_.push_back(1.25 + random());
       kl_weight_.push_back(h % 5 == 4 ? 0 : 1.25 + random());
@@ -488,13 +488,12 @@ class ConsistencyCase {
           fail("the gradient depends on how the work is shared out");
       check_written("gradient", dz, reach(dz_row_, spec_.dz_class), [&](auto cover) {
         for (int64_t b = 0; b < spec_.batch; ++b)
-          for (int64_t k = 0; k < spec_.classes; ++k) cover(b * dz_row_ + k * spec_.dz_class);
+          for (int64_t k = 0; k < spec_.classes; ++k) cover(dz_at(b, k));
       });
       for (int64_t b = 0; b < spec_.batch; ++b)
         for (int64_t k = 0; k < spec_.classes; ++k) {
           const int64_t at = (h * spec_.batch + b) * spec_.classes + k;
-          compare(tally, "gradient", at, dz.get(b * dz_row_ + k * spec_.dz_class),
-                  dz_[static_cast<std::size_t>(at)],
+          compare(tally, "gradient", at, dz.get(dz_at(b, k)), dz_[static_cast<std::size_t>(at)],
                   unit() * dz_bound_[static_cast<std::size_t>(at)]);
         }
     }
@@ -508,7 +507,17 @@ class ConsistencyCase {
   };
 
   double unit() const { return 16 * unit_of(acc_of(spec_.dtype)); }
+  int64_t z_at(int64_t b, int64_t k) const {
+    return spec_.pixels ? dense_at(b, k) : b * z_row_ + k * spec_.z_class;
+  }
+  int64_t dz_at(int64_t b, int64_t k) const {
+    return spec_.pixels ? dense_at(b, k) : b * dz_row_ + k * spec_.dz_class;
+  }
+  int64_t dense_at(int64_t b, int64_t k) const {
+    return (b / spec_.pixels * spec_.classes + k) * spec_.pixels + b % spec_.pixels;
+  }
   int64_t reach(int64_t row, int64_t stride) const {
+    if (spec_.pixels) return spec_.batch * spec_.classes;
     return spec_.batch ? (spec_.batch - 1) * row + (spec_.classes - 1) * stride + 1 : 0;
   }
 
@@ -530,18 +539,22 @@ class ConsistencyCase {
     problem.dtype = spec_.dtype;
     problem.batch = spec_.batch;
     problem.classes = spec_.classes;
+    const int64_t pixels = spec_.pixels;
     problem.samples = {1, {spec_.batch}};
+    if (pixels) problem.samples = {2, {spec_.batch / pixels, pixels}};
+    // Strides of what each sample has, one of which takes so many elements.
+    const auto each = [&](int64_t elements) {
+      return pixels ? imcl::Strides{{elements * pixels, elements}} : imcl::Strides{{elements}};
+    };
     for (int64_t h = 0; h < heads_; ++h) {
       const auto head = static_cast<std::size_t>(h);
       out.dz.emplace_back(acc_of(spec_.dtype), reach(dz_row_, spec_.dz_class));
-      problem.heads.push_back({z_[head].data(),
-                               {{z_row_}},
-                               spec_.z_class,
-                               wants_gradient ? out.dz.back().data() : nullptr,
-                               {{dz_row_}},
-                               spec_.dz_class,
-                               ce_weight_[head],
-                               kl_weight_[head]});
+      const int64_t p = spec_.pixels, image = p * spec_.classes;
+      problem.heads.push_back(
+          {z_[head].data(), p ? imcl::Strides{{image, 1}} : imcl::Strides{{z_row_}},
+           p ? p : spec_.z_class, wants_gradient ? out.dz.back().data() : nullptr,
+           p ? imcl::Strides{{image, 1}} : imcl::Strides{{dz_row_}}, p ? p : spec_.dz_class,
+           ce_weight_[head], kl_weight_[head]});
     }
     int64_t first = 0;
     for (const GroupSpec& g : spec_.groups) {
@@ -549,14 +562,14 @@ class ConsistencyCase {
       first += g.size;
     }
     problem.labels.target = target_.get();
-    problem.labels.target_sample = {{2}};
+    problem.labels.target_sample = each(2);
     if (spec_.probabilities) problem.labels.probabilities = given_[0].data();
-    problem.labels.probability_sample = {{3 * spec_.classes}};
+    problem.labels.probability_sample = each(3 * spec_.classes);
     problem.labels.probability_class = 3;
     if (spec_.weighted) problem.labels.weight = given_[1].data();
     if (spec_.shared) problem.labels.sample_weight = given_[2].data();
     problem.labels.weight_stride = 2;
-    problem.labels.weight_sample = {{2}};
+    problem.labels.weight_sample = each(2);
     problem.labels.smoothing = spec_.smoothing;
     problem.labels.ignore_index = kIgnored;
     call(problem, spec_.reduction, out.losses, out.terms, way);
@@ -659,7 +672,7 @@ class ConsistencyCase {
     return sum;
   }
   double z(std::size_t h, std::size_t b, std::size_t k) const {
-    return z_[h].get(static_cast<int64_t>(b) * z_row_ + static_cast<int64_t>(k) * spec_.z_class);
+    return z_[h].get(z_at(static_cast<int64_t>(b), static_cast<int64_t>(k)));
   }
   std::size_t at(std::size_t h, std::size_t b, std::size_t k) const {
     return (h * static_cast<std::size_t>(spec_.batch) + b) *
@@ -771,8 +784,8 @@ std::string name_of(const ConsistencySpec& spec) {
   return name + (spec.target ? " target" : "") + (spec.ignored ? " ignored" : "") +
          (spec.out_of_range ? " out of range" : "") + (spec.smoothing > 0 ? " smoothed" : "") +
          (spec.probabilities ? " probabilities" : "") + (spec.weighted ? " class weights" : "") +
-         (spec.shared ? " sample weights" : "") + " strides " + std::to_string(spec.z_class) + " " +
-         std::to_string(spec.dz_class);
+         (spec.shared ? " sample weights" : "") + (spec.pixels ? " dense" : "") + " strides " +
+         std::to_string(spec.z_class) + " " + std::to_string(spec.dz_class);
 }
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
@@ -855,6 +868,27 @@ void consistency_sweep(const One& one) {
                           1,
                           Reduction::kMean});
     }
+    // Few classes of many samples, and dense ones: whole vectors of samples, and a rest.
+    for (const Teacher teacher : teachers)
+      for (const bool detach : {false, true})
+        for (const int64_t pixels : {0, 35}) {
+          one(ConsistencySpec{dtype,
+                              105,
+                              pixels ? 19 : 9,
+                              {{3, detach ? 2.0 : 1.5, teacher, detach}},
+                              true,
+                              turn % 2 == 0,
+                              turn % 3 == 0,
+                              turn % 4 == 0 ? 0.1 : 0.0,
+                              1,
+                              1,
+                              reductions[turn % 3],
+                              turn % 5 == 2,
+                              turn % 3 == 1,
+                              turn % 4 > 1,
+                              pixels});
+          ++turn;
+        }
     // More classes than a chunk of all heads holds: 32768 logits.
     for (const Teacher teacher : teachers)
       for (const bool detach : {false, true}) {
