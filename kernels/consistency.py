@@ -120,10 +120,11 @@ def forward(
         size > 1 and (kind == PAIRWISE or not fixed)
         for size, kind, fixed in zip(groups, teacher, detach, strict=True)
     )
-    config = consistency_config(max(groups), heavy and keep, batch, classes, device)
+    rich = kind == PROBABILITIES or weight is not None or len(geometry.sizes) > 1
+    config = consistency_config(max(groups), heavy and keep, rich, batch, classes, device)
     if autotune.wanted(device):
         candidates = consistency_candidates(config, batch)
-        bucket = (heads, heavy and keep, power_of_2(batch), power_of_2(classes))
+        bucket = (heads, heavy and keep, rich, power_of_2(batch), power_of_2(classes))
         config = autotune.best("consistency", bucket, dtype, device, candidates, run)
     run(config)
     return loss, terms, gradients
@@ -136,7 +137,7 @@ class _Geometry(NamedTuple):
     them, are in units of ``unit`` elements.
     """
 
-    sizes: tuple[int, ...]  # of the axes of samples
+    sizes: tuple[int, ...]  # of the axes of samples; () if it is one, which no kernel is made for
     heads: tuple[tuple[int, int], ...]
     strides: tuple[tuple[int, tuple[int, ...], int], ...]
     gradient_heads: tuple[tuple[int, int], ...]
@@ -173,8 +174,8 @@ def _geometry(
         for head, own, z in zip(of_heads, axes, (*blocks, *gradients), strict=False)
     )
     return _Geometry(
-        sizes, heads, strides[: len(blocks)], gradient_heads, strides[len(blocks) :],
-        axes[count:], unit, packed,
+        sizes if len(sizes) > 1 else (), heads, strides[: len(blocks)], gradient_heads,
+        strides[len(blocks) :], axes[count:], unit, packed,
     )  # fmt: skip
 
 
