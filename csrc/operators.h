@@ -20,12 +20,13 @@ using PairwiseForward = std::tuple<Tensor, std::vector<Tensor>>(const std::vecto
 using PairwiseBackward = std::vector<Tensor>(const Tensor&, const std::vector<Tensor>&,
                                              const std::vector<Tensor>&, int64_t, bool, double,
                                              bool, int64_t);
-// (logits, target, ce_weight, kl_weight, groups, temperature, teacher, detach,
-// label_smoothing, ignore_index, reduction, keep) -> (loss, terms, gradients)
+// (logits, target, weight, sample_weight, ce_weight, kl_weight, groups, temperature, teacher,
+// detach, label_smoothing, ignore_index, reduction, keep) -> (loss, terms, gradients)
 using ConsistencyForward = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
-    const std::vector<Tensor>&, const std::optional<Tensor>&, const std::vector<double>&,
-    const std::vector<double>&, const std::vector<int64_t>&, const std::vector<double>&,
-    const std::vector<int64_t>&, const std::vector<bool>&, double, int64_t, int64_t, bool);
+    const std::vector<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+    const std::optional<Tensor>&, const std::vector<double>&, const std::vector<double>&,
+    const std::vector<int64_t>&, const std::vector<double>&, const std::vector<int64_t>&,
+    const std::vector<bool>&, double, int64_t, int64_t, bool);
 
 // (xs, scale) -> (grams, means)
 using GramForward = std::tuple<Tensor, std::vector<Tensor>>(const std::vector<Tensor>&,

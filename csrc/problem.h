@@ -8,6 +8,12 @@
 // would keep one copy, perhaps the one for an ISA that this machine lacks.
 #define IMCL_INLINE inline __attribute__((always_inline))
 
+#if defined(__CUDACC__)
+#define IMCL_HOST_DEVICE __host__ __device__
+#else
+#define IMCL_HOST_DEVICE
+#endif
+
 namespace imcl {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -39,12 +45,37 @@ IMCL_INLINE Form form_of(Penalty penalty, int64_t rows, int64_t columns) {
 enum class Teacher { kOthers, kMean, kFinal, kPairwise };
 enum class Reduction { kMean, kSum, kNone };
 
+// What the samples of dense logits are spread over: images, their rows, their pixels.
+constexpr int kMostAxes = 4;
+
+// Strides of the axes of samples.
+struct Strides {
+  int64_t of[kMostAxes];
+};
+
+// The axes of the samples, the last running fastest; one where all tensors' axes collapse.
+struct Samples {
+  int axes;
+  int64_t sizes[kMostAxes];
+
+  IMCL_HOST_DEVICE IMCL_INLINE int64_t offset(int64_t sample, const Strides& strides) const {
+    int64_t at = 0;
+    for (int axis = axes - 1; axis > 0; --axis) {
+      at += sample % sizes[axis] * strides.of[axis];
+      sample /= sizes[axis];
+    }
+    return at + sample * strides.of[0];
+  }
+};
+
 // One head: its logits (batch, classes), and where the gradient goes (null: nowhere).
 struct Head {
   const void* z;
-  int64_t z_row, z_class;  // strides
-  void* dz;                // in the accumulation type
-  int64_t dz_row, dz_class;
+  Strides z_sample;
+  int64_t z_class;
+  void* dz;  // in the accumulation type
+  Strides dz_sample;
+  int64_t dz_class;
   double ce_weight, kl_weight;
 };
 
@@ -56,15 +87,35 @@ struct Group {
   bool detach;
 };
 
+// What the cross entropy is to: class indices, or probabilities, or neither where there is none;
+// and weights, or null for 1. All but the indices are in the accumulation type.
+struct Labels {
+  const int64_t* target;  // (batch,)
+  Strides target_sample;
+  const void* probabilities;  // (batch, classes)
+  Strides probability_sample;
+  int64_t probability_class;
+  const void* weight;  // (classes,)
+  int64_t weight_stride;
+  const void* sample_weight;  // (batch,)
+  Strides weight_sample;
+  double smoothing;
+  int64_t ignore_index;
+
+  IMCL_HOST_DEVICE IMCL_INLINE bool any() const { return target || probabilities; }
+  // Whether a label is a sum over the classes that no index and smoothing tell.
+  IMCL_HOST_DEVICE IMCL_INLINE bool soft() const {
+    return probabilities || (target && weight && smoothing > 0);
+  }
+};
+
 struct Consistency {
   DType dtype;
-  int64_t batch, classes;
+  int64_t batch, classes;  // batch: of all axes of samples
+  Samples samples;
   std::vector<Head> heads;
   std::vector<Group> groups;
-  const int64_t* target;  // (batch,), or null: no cross entropy
-  int64_t target_stride;
-  double label_smoothing;
-  int64_t ignore_index;
+  Labels labels;
 };
 
 }  // namespace imcl

@@ -14,9 +14,10 @@ STABLE_TORCH_LIBRARY(imcl_fast, m) {
       "pairwise_backward(Tensor grad, Tensor[] xs, Tensor[] state, int penalty, bool center, "
       "float eps, bool batched, int precision) -> Tensor[]");
   m.def(
-      "consistency(Tensor[] logits, Tensor? target, float[] ce_weight, float[] kl_weight, "
-      "int[] groups, float[] temperature, int[] teacher, bool[] detach, float label_smoothing, "
-      "int ignore_index, int reduction, bool keep) -> (Tensor, Tensor, Tensor[])");
+      "consistency(Tensor[] logits, Tensor? target, Tensor? weight, Tensor? sample_weight, "
+      "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
+      "bool[] detach, float label_smoothing, int ignore_index, int reduction, bool keep) "
+      "-> (Tensor, Tensor, Tensor[])");
   m.def("gram_forward(Tensor[] xs, float[] scale) -> (Tensor, Tensor[])");
   m.def("gram_backward(Tensor s, Tensor[] xs, Tensor[] means) -> Tensor[]");
 }

@@ -77,7 +77,8 @@ class PairwisePenalty(Function):
 
 
 class CollaborativeConsistency(Function):
-    """apply(implementation, options, target, *logits) -> (loss () or (B,), terms (2, H)).
+    """apply(implementation, options, target, weight, sample_weight, *logits)
+    -> (loss () or (B,), terms (2, H)).
 
     The forward already makes the gradient, in the accumulation dtype, while the
     exponentials are at hand; the backward only scales it, in place unless the graph is
@@ -87,9 +88,11 @@ class CollaborativeConsistency(Function):
 
     @staticmethod
     def forward(ctx, *args) -> tuple[Tensor, Tensor]:
-        implementation, options, target, *logits = args
+        implementation, options, target, weight, sample_weight, *logits = args
         keep = any(ctx.needs_input_grad)
-        loss, terms, gradients = implementation(logits, target, *options, keep)
+        loss, terms, gradients = implementation(
+            logits, target, weight, sample_weight, *options, keep
+        )
         ctx.mark_non_differentiable(terms)
         ctx.save_for_backward(*logits, *gradients)
         ctx.blocks = len(logits)
@@ -99,13 +102,13 @@ class CollaborativeConsistency(Function):
     def backward(ctx, grad: Tensor, _terms):
         saved = ctx.saved_tensors
         logits, gradients = saved[: ctx.blocks], saved[ctx.blocks :]
-        scale = grad.unsqueeze(-1) if grad.dim() else grad  # (B, 1) or ()
+        scale = grad.unsqueeze(-1) if grad.dim() else grad  # (*samples, 1) or ()
         overwrite = _is_last_use(grad)
         with _without_grad():
             scaled = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
             dz = _as_blocks(scaled, logits)
         dz = _first_order_only(dz, [grad, *logits])
-        return None, None, None, *_needed(dz, ctx.needs_input_grad[3:])
+        return *[None] * 5, *_needed(dz, ctx.needs_input_grad[5:])
 
 
 class SampleGrams(Function):
@@ -165,7 +168,7 @@ def _as_blocks(gradients: list[Tensor], logits: Sequence[Tensor]) -> Sequence[Te
         return gradients[0].unbind()
     stacked, first, blocks = gradients[0], 0, []
     for z in logits:
-        if z.dim() == 3:
+        if z.dim() > 2:
             blocks.append(stacked.narrow(0, first, len(z)))
             first += len(z)
         else:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import implementations, reference, tracing, validation
+from . import dense, implementations, reference, tracing, validation
 from .autograd import (
     CollaborativeConsistency,
     ConsistencyOptions,
@@ -147,6 +147,9 @@ def collaborative_consistency(
     reduction: str = "mean",
     return_terms: bool = False,
     groups: Sequence[int] | None = None,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    class_dim: int | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""Consistency between H classifiers on the same samples (ways 1 and 2).
@@ -161,14 +164,21 @@ def collaborative_consistency(
     teacher is 0 the divergence adds 0; where only the head is, it is infinite, and so is
     the cross entropy of a masked label (with ``label_smoothing``, of any masked class), as
     in PyTorch; gradients stay finite there for detached teachers. A part whose weight is 0
-    adds 0 to the loss, whatever its term. A sample or teacher without a class left gives
+    adds 0 to the loss, whatever its term, and so does a class of a label whose probability or
+    weight is 0. A sample or teacher without a class left gives
     NaN, and any other non-finite logit a non-finite loss.
 
     Args:
         logits: a sequence of (B, K), or one (H, B, K); entries of a sequence may also
             be (h, B, K) blocks of heads. float16, bfloat16, float32 or float64;
-            mixed dtypes are promoted.
-        target: class indices (B,), int64; None leaves out the cross entropy.
+            mixed dtypes are promoted. Dense outputs may be (B, K, \*spatial), as PyTorch
+            has them, or (B, \*tokens, K), and either with heads in front; every pixel, or
+            token, is a sample then, and they are read as they lie.
+        target: class indices (B,) of an integer dtype, or class probabilities (B, K) of a
+            floating one and of any sum (mixup, another network's softmax), as
+            ``torch.nn.functional.cross_entropy`` takes them; None leaves out the cross entropy.
+            No gradient flows into it. Of dense outputs (B, \*spatial) or (B, \*tokens), or
+            probabilities shaped like them.
         temperature: T > 0.
         ce_weight, kl_weight: one number, or one per head.
         teacher: q_h is ``"others"`` softmax(mean_{j != h} z_j/T) (Song & Chai,
@@ -177,19 +187,30 @@ def collaborative_consistency(
             ``"pairwise"``: the mean of KL(p_j || p_h) over j != h (arXiv 1906.00675).
         detach_teacher: whether no gradient flows into the teacher.
         label_smoothing: in [0, 1), of the cross entropy.
-        ignore_index: samples with this target count for nothing at all.
-        reduction: ``"mean"`` over the samples that count, ``"sum"``, or ``"none"``: (B,).
+        ignore_index: samples with this target count for nothing at all; negative where the
+            target is probabilities, as it then says nothing.
+        reduction: ``"mean"`` over the samples that count, ``"sum"``, or ``"none"``: (B,), or
+            (B, \*spatial).
         return_terms: also return the detached, unweighted terms.
         groups: heads that teach one another, as sizes of consecutive groups that sum
             to H; temperature, teacher and detach_teacher may then be given one per
             group. All groups still take one pass. None makes one group of all heads;
             a group of one head has no KL.
+        weight: (K,), of the classes in the cross entropy. As in PyTorch, its mean over
+            class indices divides by the sum of the weights of their classes.
+        sample_weight: (B,), or shaped like indices, multiplies all of a sample's loss.
+            ``"mean"`` divides by the weights' sum: a sample of weight 2 is as good as two of
+            it, and one of weight 0 counts for nothing at all. For another mean, divide the
+            ``"sum"``.
+        class_dim: where dense outputs have their classes, 1 or -1, if the target's shape
+            doesn't tell: there is none, they are probabilities, or as many classes as tokens.
         impl: see the module.
 
     Returns:
         The loss, float64 if a head is, float32 otherwise; with ``return_terms`` also
         ``{"cross_entropy": (H,), "kl": (H,)}``, T^2 included, summed for reduction
-        ``"sum"`` and averaged otherwise. No samples that count give 0.
+        ``"sum"`` and averaged otherwise. Where no sample counts, or the weights of those
+        that do sum to 0, a mean is 0.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -200,17 +221,12 @@ def collaborative_consistency(
 
     The definition reconstructs intra-model collaborative learning (arXiv 2105.09590).
     """
-    blocks = validation.tensors("logits", logits, "(B, K) or (h, B, K)", range(2, 4))
-    batch, classes = shape = blocks[0].shape[-2:]
-    for i, block in enumerate(blocks):
-        if block.shape[-2:] != shape:
-            raise ValueError(
-                f"logits[{i}]: expected ({batch}, {classes}) in its last dimensions, as "
-                f"logits[0], got shape {tuple(block.shape)}"
-            )
+    blocks = validation.tensors("logits", logits, dense.RANKS, range(2, 8))
+    blocks, target = dense.classes_last(blocks, target, class_dim)
+    samples, classes = dense.samples(blocks[0]), blocks[0].shape[-1]
     if classes < 1:
         raise ValueError(f"logits: expected at least 1 class, got shape {tuple(blocks[0].shape)}")
-    heads = sum(block.shape[0] if block.dim() == 3 else 1 for block in blocks)
+    heads = sum(block.shape[0] if block.dim() > 2 else 1 for block in blocks)
     if heads < 1:
         raise ValueError("logits: expected at least 1 head, got none")
     if len({block.dtype for block in blocks}) > 1:
@@ -219,7 +235,11 @@ def collaborative_consistency(
             widest = torch.promote_types(widest, block.dtype)
         blocks = [block.to(widest) for block in blocks]
     ignore_index = validation.integer("ignore_index", ignore_index)
-    validation.target(target, blocks, ignore_index)
+    target = validation.target(target, blocks, ignore_index)
+    weight = validation.weights("weight", weight, (classes,), blocks)
+    if isinstance(sample_weight, Tensor) and sample_weight.shape == samples[:1]:
+        sample_weight = sample_weight.view(-1, *[1] * (len(samples) - 1)).expand(samples)
+    sample_weight = validation.weights("sample_weight", sample_weight, samples, blocks)
     options = _consistency_options(
         heads,
         temperature=temperature,
@@ -232,7 +252,7 @@ def collaborative_consistency(
         reduction=reduction,
         groups=groups,
     )
-    loss, terms = _consistency(blocks, target, options, impl)
+    loss, terms = _consistency(blocks, target, options, impl, weight, sample_weight)
     if not return_terms:
         return loss
     return loss, {"cross_entropy": terms[0], "kl": terms[1]}
@@ -302,7 +322,12 @@ def _consistency_options(
 
 
 def _consistency(
-    blocks: list[Tensor], target: Tensor | None, options: ConsistencyOptions, impl: str
+    blocks: list[Tensor],
+    target: Tensor | None,
+    options: ConsistencyOptions,
+    impl: str,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the terms (2, H): cross entropies and KL."""
     dtype = blocks[0].dtype
@@ -317,6 +342,8 @@ def _consistency(
             return reference.consistency(
                 blocks,
                 target,
+                weight,
+                sample_weight,
                 ce_weight=options.ce_weight,
                 kl_weight=options.kl_weight,
                 groups=options.groups,
@@ -328,7 +355,7 @@ def _consistency(
                 reduction=REDUCTIONS[options.reduction],
             )
         return CollaborativeConsistency.apply(
-            implementations.consistency(impl), options, target, *blocks
+            implementations.consistency(impl), options, target, weight, sample_weight, *blocks
         )
 
 

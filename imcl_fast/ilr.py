@@ -121,10 +121,11 @@ class MultiHead(nn.Module):
         return 2 ** len(self.splits)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | MultiHeadOutput:
-        """The network's logits (B, K); with ``target``, class indices (B,), a step's output.
+        """The network's logits (B, K); with ``target``, class indices (B,) or probabilities
+        (B, K), a step's output.
 
         Raises:
-            ValueError, TypeError: ``target`` is not (B,) class indices, int64.
+            ValueError, TypeError: ``target`` is neither.
         """
         if target is None:
             return self.model(x)

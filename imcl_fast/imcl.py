@@ -275,10 +275,11 @@ class IMCL(nn.Module):
         self._weight_handles = kernel_weights.tap(self._kernel_modules(EVERY_WAY), self._tape)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | IMCLOutput:
-        """The network's logits (B, K); with ``target``, class indices (B,), an ``IMCLOutput``.
+        """The network's logits (B, K); with ``target``, class indices (B,) or probabilities
+        (B, K), an ``IMCLOutput``.
 
         Raises:
-            ValueError, TypeError: ``target`` is not (B,) class indices, int64.
+            ValueError, TypeError: ``target`` is neither.
             RuntimeError: the network took another course than on ``example_input``.
         """
         if target is None:
@@ -419,8 +420,8 @@ class IMCL(nn.Module):
         blocks.append(logits)
         if step.views is not None:
             blocks.append(step.views)
-        validation.target(target, blocks, IGNORED)
-        return functional._consistency(blocks, target, self._current_options(), self.impl)
+        checked = validation.target(target, blocks, IGNORED)
+        return functional._consistency(blocks, checked, self._current_options(), self.impl)
 
     def _current_options(self) -> ConsistencyOptions:
         """The options of the consistency, made again if what they are made of has changed."""

@@ -64,9 +64,12 @@ class KernelSimilarityLoss(nn.Module):
 class CollaborativeConsistencyLoss(nn.Module):
     """``functional.collaborative_consistency`` with its arguments kept.
 
-    Args and errors are those of the function; ``forward(logits, target)`` takes a
-    sequence of (B, K) or one (H, B, K), and class indices (B,) or None.
+    Args and errors are those of the function; ``forward(logits, target, *, sample_weight=None)``
+    takes a sequence of (B, K) or one (H, B, K), and class indices (B,), class probabilities
+    (B, K), or None, or dense ones. ``weight`` is a buffer, as in ``nn.CrossEntropyLoss``.
     """
+
+    weight: Tensor | None
 
     def __init__(
         self,
@@ -81,6 +84,8 @@ class CollaborativeConsistencyLoss(nn.Module):
         reduction: str = "mean",
         return_terms: bool = False,
         groups: Sequence[int] | None = None,
+        weight: Tensor | None = None,
+        class_dim: int | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -92,10 +97,17 @@ class CollaborativeConsistencyLoss(nn.Module):
         self.label_smoothing = validation.plain(label_smoothing)
         self.ignore_index = validation.plain(ignore_index)
         self.teacher, self.reduction, self.impl = teacher, reduction, impl
-        self.return_terms = return_terms
+        self.return_terms, self.class_dim = return_terms, class_dim
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
+        self.register_buffer("weight", weight)
 
     def forward(
-        self, logits: Tensor | Sequence[Tensor], target: Tensor | None
+        self,
+        logits: Tensor | Sequence[Tensor],
+        target: Tensor | None,
+        *,
+        sample_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         return functional.collaborative_consistency(
             logits,
@@ -110,6 +122,9 @@ class CollaborativeConsistencyLoss(nn.Module):
             reduction=self.reduction,
             return_terms=self.return_terms,
             groups=self.groups,
+            weight=self.weight,
+            sample_weight=sample_weight,
+            class_dim=self.class_dim,
             impl=self.impl,
         )
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import dense
 from .algebra.consistency import REDUCE_NONE
 from .algebra.pairwise import ABS, SIGNED, SQUARE, is_dual
 from .kernels.plan import state_size
@@ -104,14 +105,15 @@ def _pairwise_backward(grad, xs, state, penalty, center, eps, batched, precision
     return [torch.empty_like(x) for x in xs]
 
 
-def _consistency(logits, target, ce_weight, *options):
+def _consistency(logits, target, weight, sample_weight, ce_weight, *options):
     *_, reduction, keep = options
     dtype = _accumulation_dtype(logits)
-    size = (logits[0].shape[-2],) if reduction == REDUCE_NONE else ()
+    size = dense.samples(logits[0]) if reduction == REDUCE_NONE else ()
     loss = logits[0].new_empty(size, dtype=dtype)
     terms = logits[0].new_empty((2, len(ce_weight)), dtype=dtype)
     if keep and all(block.is_contiguous() for block in logits):
-        gradients = [logits[0].new_empty((len(ce_weight), *logits[0].shape[-2:]), dtype=dtype)]
+        shape = (len(ce_weight), *dense.samples(logits[0]), logits[0].shape[-1])
+        gradients = [logits[0].new_empty(shape, dtype=dtype)]
     else:
         gradients = [torch.empty_like(block, dtype=dtype) for block in logits if keep]
     return loss, terms, gradients
@@ -179,9 +181,10 @@ for _name, _schema, _launch, _fake in (
     ),
     (
         "triton_consistency",
-        "(Tensor[] logits, Tensor? target, float[] ce_weight, float[] kl_weight, int[] groups, "
-        "float[] temperature, int[] teacher, bool[] detach, float label_smoothing, "
-        "int ignore_index, int reduction, bool keep) -> (Tensor, Tensor, Tensor[])",
+        "(Tensor[] logits, Tensor? target, Tensor? weight, Tensor? sample_weight, "
+        "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
+        "bool[] detach, float label_smoothing, int ignore_index, int reduction, bool keep) "
+        "-> (Tensor, Tensor, Tensor[])",
         _triton_consistency,
         _consistency,
     ),

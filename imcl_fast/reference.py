@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import dense
+
 # Relative norm under which a centred row counts as constant: float32 cannot
 # tell a smaller deviation from the rounding of the row's mean.
 CENTERED_DEAD_RATIO = 1e-5
@@ -59,6 +61,8 @@ def pairwise_penalty(
 def consistency(
     logits: Sequence[Tensor],
     target: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
     *,
     ce_weight: Sequence[float],
     kl_weight: Sequence[float],
@@ -72,27 +76,39 @@ def consistency(
 ) -> tuple[Tensor, Tensor]:
     """``sum_h ce_weight_h CE_h + kl_weight_h T^2 KL(teacher_h || p_h)`` and its terms.
 
-    Returns the loss, () or (B,), and the terms (2, H): cross entropy and T^2 KL
-    of every head, averaged (summed for ``reduction="sum"``) over the samples.
+    Logits are (B, K) or (h, *samples, K). Returns the loss, () or (*samples,), and the terms
+    (2, H): cross entropy and T^2 KL of every head, averaged (summed for ``reduction="sum"``)
+    over the samples. The average of the cross entropies is by the class weights of the labels
+    as well.
     """
+    samples = dense.samples(logits[0])
     heads = [
-        _masked(z) for block in logits for z in (block.unbind(0) if block.dim() == 3 else [block])
+        _masked(z).reshape(-1, z.shape[-1])
+        for block in logits
+        for z in (block.unbind(0) if block.dim() > 2 else [block])
     ]
+    if target is not None:
+        target = target.flatten(0, len(samples) - 1)
+    if sample_weight is not None:
+        sample_weight = sample_weight.flatten()
     batch, classes = heads[0].shape
-    counted = heads[0].new_ones(batch, dtype=torch.bool)
+    share = heads[0].new_ones(batch) if sample_weight is None else sample_weight.to(heads[0].dtype)
     zeros = heads[0][:, :0].sum(-1)  # (B,), and depends on the logits as far as autograd can tell
     ce_terms = [zeros for _ in heads]
     kl_terms = [zeros for _ in heads]
-
+    labels = label_weight = None
     if target is not None:
-        counted = target != ignore_index
-        # Autograd would multiply whatever they hold by 0.
-        heads = [z.masked_fill(~counted.unsqueeze(-1), 0) for z in heads]
+        labels, label_weight, known = _labels(
+            target, weight, classes, label_smoothing, ignore_index, heads[0].dtype
+        )
+        share = share.masked_fill(~known, 0)
+    counted = share != 0
+    # Autograd would multiply whatever they hold by 0.
+    heads = [z.masked_fill(~counted.unsqueeze(-1), 0) for z in heads]
+    if labels is not None:
         for h, z in enumerate(heads):
-            ce_terms[h] = F.cross_entropy(
-                z, target, label_smoothing=label_smoothing, ignore_index=ignore_index,
-                reduction="none",
-            )
+            log_p = F.log_softmax(z, -1).masked_fill(labels == 0, 0)
+            ce_terms[h] = -(labels * log_p).sum(-1)
 
     first = 0
     for size, t, kind, detached in zip(groups, temperature, teacher, detach, strict=True):
@@ -107,20 +123,47 @@ def consistency(
             )
         first += size
 
+    share = _loss_dtype(share)
+    zero = share.new_zeros(())
     ce = torch.stack([_loss_dtype(term) for term in ce_terms])  # [H, B]
-    kl = torch.stack([_loss_dtype(term) for term in kl_terms])  # [H, B]
-    zero = ce.new_zeros(())
-    ce, kl = torch.where(counted, ce, zero), torch.where(counted, kl, zero)
+    kl = torch.stack([_loss_dtype(term) for term in kl_terms])
+    ce, kl = (torch.where(counted, share * term, zero) for term in (ce, kl))
+    of_labels = share if label_weight is None else share * _loss_dtype(label_weight)
+    ce_mean, kl_mean = _averaged(ce, of_labels), _averaged(kl, share)
+    ce_part, kl_part = (ce_mean, kl_mean) if reduction == "mean" else (ce, kl)
     # A term may be infinite, and 0 times it is not what no weight means.
-    weighted = zip([*ce_weight, *kl_weight], [*ce, *kl], strict=True)
+    weighted = zip([*ce_weight, *kl_weight], [*ce_part, *kl_part], strict=True)
     per_sample = sum((w * term for w, term in weighted if w), start=_loss_dtype(zeros))  # [B]
-    terms = torch.stack([ce, kl]).detach().sum(-1)  # [2, H]
-    count = counted.sum().clamp(min=1)
-    if reduction == "none":
-        return per_sample, terms / count
-    if reduction == "sum":
-        return per_sample.sum(), terms
-    return per_sample.sum() / count, terms / count
+    of_terms = (ce, kl) if reduction == "sum" else (ce_mean, kl_mean)
+    terms = torch.stack(of_terms).detach().sum(-1)  # [2, H]
+    return per_sample.view(samples) if reduction == "none" else per_sample.sum(), terms
+
+
+def _labels(
+    target: Tensor,
+    weight: Tensor | None,
+    classes: int,
+    smoothing: float,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What -log p is summed with [B, K], the weight of each label in a mean, and which count."""
+    if target.is_floating_point():
+        labels, label_weight = target.to(dtype), None
+        known = target.new_ones(len(target), dtype=torch.bool)
+    else:
+        known = target != ignore_index
+        index = target.masked_fill(~known, 0)
+        labels = F.one_hot(index, classes).to(dtype)
+        label_weight = None if weight is None else weight.to(dtype)[index]
+    labels = labels * (1 - smoothing) + smoothing / classes
+    return labels if weight is None else labels * weight.to(dtype), label_weight, known
+
+
+def _averaged(terms: Tensor, weights: Tensor) -> Tensor:
+    """Terms [H, B] whose sum is their average by these weights, 0 where those sum to 0."""
+    total = weights.sum()
+    return terms * torch.where(total == 0, 0, 1 / total)
 
 
 def dependence(

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import dense
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def tensors(name: str, value: Any, rank: str, allowed: range) -> list[Tensor]:
@@ -206,37 +209,95 @@ def samples(names: Sequence[str], values: Sequence[Any], least: int) -> None:
         )
 
 
-def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> None:
-    """Class indices (B,), int64, in [0, K) or ``ignore_index``, on the logits' device."""
+def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | None:
+    """Class indices (B,) as int64, in [0, K) or ``ignore_index``, or class probabilities (B, K)
+    in the dtype of the loss, on the device of logits (B, K) or (h, *samples, K)."""
     if value is None:
-        return
-    batch, classes = logits[0].shape[-2:]
+        return None
+    shape = (*dense.samples(logits[0]), logits[0].shape[-1])
+    samples, classes = shape[:-1], shape[-1]
     if not isinstance(value, Tensor):
         raise TypeError(f"target: expected a Tensor or None, got {type(value).__name__}")
-    if value.dtype != torch.int64:
+    kinds = f"class indices {samples}, or probabilities {shape} of a floating dtype"
+    if value.dtype in FLOATS:
+        return _probabilities(value, shape, logits, ignore_index, kinds)
+    if value.dtype not in INDICES:
         raise TypeError(
-            f"target: expected class indices of dtype torch.int64, got {value.dtype}; "
-            "convert them with .long()"
+            f"target: expected {kinds}, got {value.dtype}; convert indices with .long()"
         )
-    if tuple(value.shape) != (batch,):
+    if value.shape != samples:
+        hint = "; one-hot labels are probabilities: convert them with .float()"
         raise ValueError(
-            f"target: expected shape ({batch},), one class per row of the logits, "
-            f"got {tuple(value.shape)}"
+            f"target: expected {kinds}, got shape {tuple(value.shape)} of {value.dtype}"
+            f"{hint if value.shape == shape else ''}"
         )
-    if value.device != logits[0].device:
-        raise ValueError(
-            f"target: expected a Tensor on {logits[0].device}, as the logits, got {value.device}"
-        )
+    _on_the_device("target", value, logits)
+    value = value.long()
     # On other devices the check would have to wait for the device; kernels answer
     # with a NaN loss there instead.
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
-        return
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+        return value
     low, high = torch.aminmax(value)
     if low.item() >= 0 and high.item() < classes:
-        return
+        return value
     outside = ((value < 0) | (value >= classes)) & (value != ignore_index)
     if outside.any():
         raise ValueError(
             f"target: expected classes in [0, {classes}) or ignore_index={ignore_index}, "
             f"got {int(value[outside][0])}"
         )
+    return value
+
+
+def _probabilities(
+    value: Tensor, shape: tuple[int, ...], logits: Sequence[Tensor], ignore_index: int, kinds: str
+) -> Tensor:
+    if value.shape != shape:
+        hint = "; convert indices with .long()" if value.shape == shape[:-1] else ""
+        raise ValueError(
+            f"target: expected {kinds}, got shape {tuple(value.shape)} of {value.dtype}{hint}"
+        )
+    if ignore_index >= 0:
+        raise ValueError(
+            "ignore_index: expected a negative number, which names no class, with probabilities "
+            f"as target, got {ignore_index}; leave samples out by a sample_weight of 0"
+        )
+    return _constant("target", value, logits)
+
+
+def weights(
+    name: str, value: Any, shape: Sequence[int], logits: Sequence[Tensor]
+) -> Tensor | None:
+    """Weights of a shape, or None, in the dtype of the loss, on the logits' device."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected a floating dtype, got {value.dtype}; convert it with .float()"
+        )
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+    return _constant(name, value, logits)
+
+
+def _constant(name: str, value: Tensor, logits: Sequence[Tensor]) -> Tensor:
+    """``value`` in the dtype of the loss; no gradient flows into it."""
+    _on_the_device(name, value, logits)
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a Tensor that requires no gradient, for none flows into it, got "
+            "one that does; pass it with .detach()"
+        )
+    wide = any(z.dtype == torch.float64 for z in logits)
+    return value.to(torch.float64 if wide else torch.float32)
+
+
+def _on_the_device(name: str, value: Tensor, logits: Sequence[Tensor]) -> None:
+    if value.device != logits[0].device:
+        raise ValueError(
+            f"{name}: expected a Tensor on {logits[0].device}, as the logits, got {value.device}"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) Tensor, got {value.layout}")

@@ -53,12 +53,13 @@ def pairwise_config(dtype: torch.dtype, tensor_cores: bool) -> PairwiseConfig:
 
 @functools.lru_cache(maxsize=256)
 def consistency_config(
-    heads: int, heavy: bool, batch: int, classes: int, device: torch.device
+    heads: int, heavy: bool, rich: bool, batch: int, classes: int, device: torch.device
 ) -> ConsistencyConfig:
     """All classes of a sample, of the heads of the largest group, or else chunks of them.
 
     What a thread holds of each head follows from its registers, and is half as much where
-    the gradient is ``heavy``: a teacher is not detached, or is a sum over pairs. Samples
+    the gradient is ``heavy``: a teacher is not detached, or is a sum over pairs. ``rich``
+    labels, a tile of numbers or weights, and samples on several axes need more of them. Samples
     are taken several at a time only where every processor has two programs to run anyhow.
     """
     processors = processors_of(device)
@@ -81,7 +82,7 @@ def consistency_config(
         programs = 2
     programs = min(programs, (batch + samples - 1) // samples)
     # Where that needs no spilling in the same test, twelve warps to a processor, not eight.
-    registers = 168 if heads <= 5 and not heavy else 255
+    registers = 168 if heads <= 5 and not heavy and not rich else 255
     return ConsistencyConfig(samples, block, programs, warps, registers)
 
 

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import dense
 from ..algebra.consistency import PAIRWISE, REDUCE_NONE
 from . import autotune
 from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
-from .consistency_kernel import consistency_kernel
+from .consistency_kernel import INDICES, NO_TARGET, PROBABILITIES, consistency_kernel
 from .launch import launch
 
 _POWERS = (1.0, 2.0, 3.0, 4.0)  # temperatures T at which exp(x) is a power of exp(x/T)
@@ -29,6 +30,8 @@ _UNIT = 16  # elements
 def forward(
     logits: Sequence[Tensor],
     target: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
     ce_weight: Sequence[float],
     kl_weight: Sequence[float],
     groups: Sequence[int],
@@ -45,23 +48,29 @@ def forward(
     """
     device, dtype = logits[0].device, logits[0].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    heads, (batch, classes) = len(ce_weight), logits[0].shape[-2:]
+    heads, classes = len(ce_weight), logits[0].shape[-1]
+    samples = dense.samples(logits[0])
+    batch = math.prod(samples)
     ranges = _ranges(groups)
-    geometry = _geometry(tuple((z.shape, z.stride()) for z in logits))
+    given = [x.stride()[: len(samples)] for x in (target, sample_weight) if x is not None]
+    geometry = _geometry(tuple((z.shape, z.stride()) for z in logits), tuple(given))
     gradients: list[Tensor] = []
     if keep and geometry.packed:
-        gradients = [torch.empty((heads, batch, classes), dtype=wide, device=device)]
+        gradients = [torch.empty((heads, *samples, classes), dtype=wide, device=device)]
     elif keep:
         gradients = [torch.empty_like(z, dtype=wide) for z in logits]
     per_sample = reduction == REDUCE_NONE
     if batch == 0:
-        loss = torch.zeros((0,) if per_sample else (), dtype=wide, device=device)
+        loss = torch.zeros(samples if per_sample else (), dtype=wide, device=device)
         return loss, torch.zeros((2, heads), dtype=wide, device=device), gradients
 
     numbers = tuple(map(float, (*ce_weight, *kl_weight, *temperature, label_smoothing)))
     rests = _rests(numbers) if wide == torch.float64 else ()
-    loss = torch.empty((batch,) if per_sample else (), dtype=wide, device=device)
+    loss = torch.empty(samples if per_sample else (), dtype=wide, device=device)
     terms = torch.empty((2, heads), dtype=wide, device=device)
+
+    kind, labels = _labels(target, geometry.given[:1], weight)
+    sums = 2 * heads + (4 if kind == INDICES and weight is not None else 2)
 
     def run(config: ConsistencyConfig) -> None:
         launch(
@@ -69,15 +78,17 @@ def forward(
             config.programs,
             device,
             tuple(logits),
+            geometry.sizes,
             geometry.strides,
-            target,
-            0 if target is None else target.stride(0),
+            labels,
+            sample_weight,
+            None if sample_weight is None else geometry.given[-1],
             ignore_index,
             numbers,
             rests,
             tuple(gradients),
             geometry.gradient_strides,
-            torch.empty((2 * heads + 2, config.programs), dtype=wide, device=device),
+            torch.empty((sums, config.programs), dtype=wide, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
             loss,
             terms,
@@ -90,13 +101,15 @@ def forward(
             DETACH=tuple(detach),
             POWERS=tuple(int(t) if t in _POWERS else 0 for t in temperature),
             REDUCTION=reduction,
-            HAS_TARGET=target is not None,
+            TARGET=kind,
             SMOOTH=label_smoothing > 0,
+            WEIGHTED=weight is not None,
+            SHARED=sample_weight is not None,
             KEEP=keep,
             K=classes,
             SAMPLES=config.samples,
             BLOCK=config.block,
-            COLUMNS=triton.next_power_of_2(2 * heads + 2),
+            COLUMNS=triton.next_power_of_2(sums),
             LOWEST=torch.finfo(dtype).min,
             ACC=tl.float64 if wide == torch.float64 else tl.float32,
             num_warps=config.num_warps,
@@ -107,10 +120,11 @@ def forward(
         size > 1 and (kind == PAIRWISE or not fixed)
         for size, kind, fixed in zip(groups, teacher, detach, strict=True)
     )
-    config = consistency_config(max(groups), heavy and keep, batch, classes, device)
+    rich = kind == PROBABILITIES or weight is not None or len(geometry.sizes) > 1
+    config = consistency_config(max(groups), heavy and keep, rich, batch, classes, device)
     if autotune.wanted(device):
         candidates = consistency_candidates(config, batch)
-        bucket = (heads, heavy and keep, power_of_2(batch), power_of_2(classes))
+        bucket = (heads, heavy and keep, rich, power_of_2(batch), power_of_2(classes))
         config = autotune.best("consistency", bucket, dtype, device, candidates, run)
     run(config)
     return loss, terms, gradients
@@ -119,47 +133,84 @@ def forward(
 class _Geometry(NamedTuple):
     """Where heads lie: of each its block and its index in that, and the blocks' strides.
 
-    Strides are (head, sample, class), the first two in units of ``unit`` elements.
+    Strides are (head, samples, class); those of heads and of samples, one for each axis of
+    them, are in units of ``unit`` elements.
     """
 
+    sizes: tuple[int, ...]  # of the axes of samples; () if it is one, which no kernel is made for
     heads: tuple[tuple[int, int], ...]
-    strides: tuple[tuple[int, int, int], ...]
+    strides: tuple[tuple[int, tuple[int, ...], int], ...]
     gradient_heads: tuple[tuple[int, int], ...]
-    gradient_strides: tuple[tuple[int, int, int], ...]
+    gradient_strides: tuple[tuple[int, tuple[int, ...], int], ...]
+    given: tuple[tuple[int, ...], ...]  # strides of what each sample has, in elements
     unit: int
-    packed: bool  # whether the gradients are one (H, B, K)
+    packed: bool  # whether the gradients are one (H, *samples, K)
 
 
 @functools.lru_cache(maxsize=256)
-def _geometry(layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...]) -> _Geometry:
-    """The geometry of blocks of logits of some shapes and strides."""
+def _geometry(
+    layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...], given: tuple[tuple[int, ...], ...]
+) -> _Geometry:
+    """The geometry of blocks of logits of some shapes and strides, and of the strides of
+    targets and weights."""
     blocks = [torch.empty_strided(shape, stride, device="meta") for shape, stride in layouts]
     heads = tuple(
-        (b, i) for b, z in enumerate(blocks) for i in range(len(z) if z.dim() == 3 else 1)
+        (b, i) for b, z in enumerate(blocks) for i in range(len(z) if z.dim() > 2 else 1)
     )
-    strides = [_strides(z) for z in blocks]
     packed = all(z.is_contiguous() for z in blocks)
+    samples = dense.samples(blocks[0])
+    gradient_heads, gradients = heads, [torch.empty_like(z) for z in blocks]
     if packed:
-        batch, classes = blocks[0].shape[-2:]
+        whole = (len(heads), *samples, blocks[0].shape[-1])
         gradient_heads = tuple((0, h) for h in range(len(heads)))
-        gradient_strides = [(batch * classes, classes, 1)]
-    else:
-        gradient_heads = heads
-        gradient_strides = [_strides(torch.empty_like(z)) for z in blocks]
-    unit = math.gcd(_UNIT, *(n for s in (*strides, *gradient_strides) for n in s[:2]))
-    return _Geometry(
-        heads,
-        tuple((head // unit, sample // unit, step) for head, sample, step in strides),
-        gradient_heads,
-        tuple((head // unit, sample // unit, step) for head, sample, step in gradient_strides),
-        unit,
-        packed,
+        gradients = [torch.empty(whole, device="meta")]
+    of_samples = [z.stride()[-len(samples) - 1 : -1] for z in (*blocks, *gradients)]
+    sizes, axes = _axes(samples, (*of_samples, *given))
+    count = len(blocks) + len(gradients)
+    of_heads = [z.stride(0) if z.dim() > 2 else 0 for z in (*blocks, *gradients)]
+    unit = math.gcd(_UNIT, *of_heads, *(n for strides in axes[:count] for n in strides))
+    strides = tuple(
+        (head // unit, tuple(n // unit for n in own), z.stride(-1))
+        for head, own, z in zip(of_heads, axes, (*blocks, *gradients), strict=False)
     )
+    return _Geometry(
+        sizes if len(sizes) > 1 else (), heads, strides[: len(blocks)], gradient_heads,
+        strides[len(blocks) :], axes[count:], unit, packed,
+    )  # fmt: skip
 
 
-def _strides(block: Tensor) -> tuple[int, int, int]:
-    head = block.stride(0) if block.dim() == 3 else 0
-    return head, block.stride(-2), block.stride(-1)
+def _axes(
+    sizes: Sequence[int], strides: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """As few axes as the strides of all tensors let these dimensions become, and their strides."""
+    kept: list[int] = []
+    axes: list[list[int]] = [[] for _ in strides]
+    for d, size in enumerate(sizes):
+        if size == 1 and len(sizes) > 1:
+            continue
+        if kept and all(of[-1] == size * own[d] for of, own in zip(axes, strides, strict=True)):
+            kept[-1] *= size
+            for of, own in zip(axes, strides, strict=True):
+                of[-1] = own[d]
+        else:
+            kept.append(size)
+            for of, own in zip(axes, strides, strict=True):
+                of.append(own[d])
+    if not kept:
+        return (1,), tuple((0,) for _ in strides)
+    return tuple(kept), tuple(map(tuple, axes))
+
+
+def _labels(
+    target: Tensor | None, strides: tuple, weight: Tensor | None
+) -> tuple[tl.constexpr, tuple]:
+    """What kind of target it is; and it, its strides, the class weights and their stride."""
+    step = 0 if weight is None else weight.stride(0)
+    if target is None:
+        return NO_TARGET, (None, None, 0, None, 0)
+    if target.is_floating_point():
+        return PROBABILITIES, (target, strides[0], target.stride(-1), weight, step)
+    return INDICES, (target, strides[0], 0, weight, step)
 
 
 def _ranges(groups: Sequence[int]) -> tuple[tuple[int, int], ...]:

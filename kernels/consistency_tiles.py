@@ -10,6 +10,7 @@ u [S, K] and share a number, so that its maximum needs no multiplications. The s
 head, over the classes seen so far:
 
 (max z, sum exp(z - max z), sum 2^x, sum z / K, max u, sum 2^y, sum 2^y (y - x)),
+of soft labels, a tile t, sum t z in place of sum z / K;
 x = (z - max z) inverse_t, y = (u - max u) share
 
 Both x and y are small where 2^y (y - x) weighs most: nothing large cancels.
@@ -132,7 +133,19 @@ def teacher_of(z, H: tl.constexpr, TEACHER: tl.constexpr):
 
 
 @triton.jit
-def absorb_alone(z, inside, state, K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr):
+def of_labels(z, soft, K: tl.constexpr, SOFT: tl.constexpr):
+    """What the state sums of the logits for labels that are more than one class, [S, K]."""
+    if SOFT:
+        return times(soft, z)
+    else:
+        return z * (1.0 / K)
+
+
+@triton.jit
+def absorb_alone(
+    z, soft, inside, state, K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr,
+    SOFT: tl.constexpr,
+):  # fmt: skip
     """The state of a head without KL after its next classes z."""
     top, plain, raw = state[0], state[1], state[3]
     if PLAIN:
@@ -140,8 +153,8 @@ def absorb_alone(z, inside, state, K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH:
         # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
         top = tl.maximum(top, tl.max(z_low, 1))
         e = _plain(z_low, z_low, top, 0)
-        if SMOOTH:
-            more, more_raw = _sums((e, z * (1.0 / K)))
+        if SMOOTH or SOFT:
+            more, more_raw = _sums((e, of_labels(z, soft, K, SOFT)))
             raw += more_raw
         else:
             more = tl.sum(e, 1)
@@ -151,9 +164,9 @@ def absorb_alone(z, inside, state, K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH:
 
 @triton.jit
 def absorb(
-    z, u, inside, inverse_t, share, state, shared, risen, OWN: tl.constexpr,
+    z, u, soft, inside, inverse_t, share, state, shared, risen, OWN: tl.constexpr,
     TAUGHT: tl.constexpr, K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr,
-    POWER: tl.constexpr,
+    SOFT: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """The state of a head after its next classes z, taught u if TAUGHT.
 
@@ -191,19 +204,23 @@ def absorb(
         more, more_plain = _sums((root, power))
     tempered = state[2] * tl.exp2(drop * inverse_t) + more
     plain = state[1] * tl.exp2(drop * LOG2_E) + more_plain
-    if PLAIN and SMOOTH:
-        raw += tl.sum(z * (1.0 / K), 1)
+    if PLAIN and (SMOOTH or SOFT):
+        raw += tl.sum(of_labels(z, soft, K, SOFT), 1)
     return (top, plain, tempered, raw, teacher_top, teacher, gap), risen
 
 
 @triton.jit
-def cross_entropy(z_y, state, smoothing, SMOOTH: tl.constexpr):
-    """CE [S], from the logit of the target [S]; with SMOOTH, which needs sum z, smoothed."""
+def cross_entropy(z_y, state, smoothing, label_size, SMOOTH: tl.constexpr, SOFT: tl.constexpr):
+    """CE [S]: of soft labels that sum to label_size [S]; else from the logit of the label [S],
+    smoothed with SMOOTH."""
     log_sum = tl.log(state[1])
-    ce = log_sum - (z_y - state[0])
-    if SMOOTH:
-        uniform = log_sum - (state[3] - state[0])
-        ce = (1 - smoothing) * ce + smoothing * uniform
+    if SOFT:
+        ce = label_size * log_sum - (state[3] - label_size * state[0])
+    else:
+        ce = log_sum - (z_y - state[0])
+        if SMOOTH:
+            uniform = log_sum - (state[3] - state[0])
+            ce = (1 - smoothing) * ce + smoothing * uniform
     return ce
 
 
@@ -220,16 +237,20 @@ def divergence(state):
 
 @triton.jit
 def plain_gradient(
-    z, k, inside, inverse_t, label, state, ce, smoothing, K: tl.constexpr,
-    SMOOTH: tl.constexpr, POWER: tl.constexpr,
+    z, soft, k, inside, inverse_t, label, state, ce, label_size, smoothing, K: tl.constexpr,
+    SMOOTH: tl.constexpr, SOFT: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """ce (softmax(z) - y), [S, K], of weights ce [S]."""
+    """ce (softmax(z) sum(y) - y), [S, K], of weights ce [S]."""
     z_low = _padded(z, inside)
     x = _exponent(z_low, state[0], inverse_t)
-    dz = _plain(z_low, x, state[0], POWER) * _per(ce, state[1])[:, None]
-    if SMOOTH:
-        dz -= (ce * smoothing * (1.0 / K))[:, None]
-    return dz - tl.where(k[None, :] == label[:, None], (ce * (1 - smoothing))[:, None], 0.0)
+    plain = _plain(z_low, x, state[0], POWER)
+    if SOFT:
+        return plain * _per(ce * label_size, state[1])[:, None] - ce[:, None] * soft
+    else:
+        dz = plain * _per(ce, state[1])[:, None]
+        if SMOOTH:
+            dz -= (ce * smoothing * (1.0 / K))[:, None]
+        return dz - tl.where(k[None, :] == label[:, None], (ce * (1 - smoothing))[:, None], 0.0)
 
 
 @triton.jit

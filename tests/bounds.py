@@ -169,6 +169,9 @@ def consistency_noise(
     kl_weight: Sequence[float],
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The noise of the loss () or (B,), of its terms (2, H), and of dz (H, B).
 
@@ -183,16 +186,25 @@ def consistency_noise(
     masked = stacked(z <= torch.finfo(z.dtype).min for z in logits)
     z = stacked(z.detach().double() for z in logits)
     heads, batch, classes = z.shape
-    counted = torch.ones(batch, dtype=torch.bool)
+    share = torch.ones(batch, dtype=torch.float64)
+    if sample_weight is not None:
+        share = sample_weight.cpu().double().abs()
+    size, of_labels = torch.zeros(batch, dtype=torch.float64), share  # of a label, all its classes
     if target is not None:
-        counted = target.cpu() != ignore_index
+        labels, label_weight, known = reference._labels(
+            target.cpu(), None if weight is None else weight.cpu(), classes, label_smoothing,
+            ignore_index, torch.float64,
+        )  # fmt: skip
+        share, size = torch.where(known, share, 0.0), labels.abs().sum(-1)
+        of_labels = share if label_weight is None else share * label_weight
     largest = z.abs().masked_fill(masked, 0).amax((0, 2)) if batch else z.new_zeros(0)
     base = 1 + torch.tensor(float(classes)).log()
     ce_weight, kl_weight = (torch.tensor(w).double().abs() for w in (ce_weight, kl_weight))
 
-    ce = ((base + largest) * (target is not None)).expand(heads, batch)
+    ce = ((base + largest) * size).expand(heads, batch)
     kl = torch.zeros(heads, batch, dtype=torch.float64)
-    dz = (ce_weight.view(-1, 1) * ce).unsqueeze(-1) * z.softmax(-1)
+    dz_ce = (ce_weight.view(-1, 1) * ce).unsqueeze(-1) * z.softmax(-1)
+    dz_kl = torch.zeros_like(z)
     first = 0
     for size, t, kind, detached in zip(groups, temperature, teacher, detach_teacher, strict=True):
         group = list(z[first : first + size] / t)
@@ -204,17 +216,20 @@ def consistency_noise(
                 gap = torch.where((q > 0) & (log_p > -torch.inf), log_q - log_p, 0.0)
                 off = gap - (q * gap).sum(-1, keepdim=True)
                 kl[h] += part * t * t * (spread * q * (1 + gap.abs())).sum(-1)
-                dz[h] += part * w * t * spread * (log_p.exp() + q)
+                dz_kl[h] += part * w * t * spread * (log_p.exp() + q)
                 if not detached:
                     teachers = slice(first + (size - 1) * (kind == "final"), first + size)
-                    dz[teachers] += part * w * t * spread * q * (1 + off.abs())
+                    dz_kl[teachers] += part * w * t * spread * q * (1 + off.abs())
         first += size
 
-    ce, kl, dz = (sums * torch.where(counted, v.movedim(1, -1), 0.0) for v in (ce, kl, dz))
-    loss, terms, dz = ce_weight @ ce + kl_weight @ kl, torch.stack([ce, kl]).sum(-1), dz.norm(dim=1)
-    count = counted.sum().clamp(min=1)
+    def times(scale: Tensor, noise: Tensor) -> Tensor:  # ignored samples may hold anything
+        return torch.where(scale == 0, 0.0, sums * scale * noise)
+
+    ce_mean, kl_mean = (share / max(w.sum(), 1e-300) * bool(w.sum()) for w in (of_labels, share))
+    ce_by, kl_by = (share, share) if reduction == "sum" else (ce_mean, kl_mean)
+    terms = torch.stack([times(ce_by, ce).sum(-1), times(kl_by, kl).sum(-1)])
     if reduction == "none":
-        return loss, terms / count, dz
-    if reduction == "sum":
-        return loss.sum(), terms, dz
-    return loss.sum() / count, terms / count, dz / count
+        ce_by = kl_by = share
+    loss = ce_weight @ times(ce_by, ce) + kl_weight @ times(kl_by, kl)
+    dz = times(ce_by.unsqueeze(-1), dz_ce) + times(kl_by.unsqueeze(-1), dz_kl)
+    return loss if reduction == "none" else loss.sum(), terms, dz.norm(dim=-1)

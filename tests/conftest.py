@@ -235,7 +235,9 @@ def check_consistency(
 ) -> None:
     """Loss, terms, gradients and their layout against the float64 reference."""
     logits = [leaf(z) for z in logits]
-    before = [bits(z) for z in logits] + ([] if target is None else [bits(target)])
+    weights = {name: options.pop(name, None) for name in ("weight", "sample_weight")}
+    given = [*logits, *(x for x in (target, *weights.values()) if x is not None)]
+    before = [bits(x) for x in given]
     dtype = max((z.dtype for z in logits), key=lambda t: torch.finfo(t).bits)
     if len({z.dtype for z in logits}) > 1 and dtype in HALVES:
         dtype = torch.float32  # what float16 and bfloat16 promote to
@@ -257,9 +259,9 @@ def check_consistency(
     else:
         grad = torch.tensor(1.5 * max(batch, 1) if options.get("reduction") != "sum" else 1.5)
 
-    def run(name: str, inputs: Sequence[Tensor], target: Tensor | None):
+    def run(name: str, inputs: Sequence[Tensor], target: Tensor | None, weights: dict):
         loss, terms = F.collaborative_consistency(
-            inputs, target, impl=name, return_terms=True, **options
+            inputs, target, impl=name, return_terms=True, **options, **weights
         )
         # The graph of the reference leaves out the heads that nothing pulls at.
         loose = name == "reference"
@@ -271,18 +273,30 @@ def check_consistency(
         assert not any(term.requires_grad for term in terms.values())
         return loss, torch.stack([terms["cross_entropy"], terms["kl"]]), gradients
 
-    loss, terms, gradients = run(impl.name, logits, target)
-    after = [bits(z) for z in logits] + ([] if target is None else [bits(target)])
+    loss, terms, gradients = run(impl.name, logits, target, weights)
+    after = [bits(x) for x in given]
     assert all(a.equal(b) for a, b in zip(after, before, strict=True)), "an input was written"
     assert loss.shape == ((batch,) if options.get("reduction") == "none" else ())
     assert loss.dtype == terms.dtype == loss_dtype(dtype)
+
+    def widened(x: Tensor | None) -> Tensor | None:
+        """On the CPU, in float64 once rounded to the dtype that the kernels take."""
+        if x is None or not x.is_floating_point():
+            return x if x is None else x.cpu()
+        return x.to(loss_dtype(dtype)).cpu().double()
+
+    target, weights = widened(target), {name: widened(x) for name, x in weights.items()}
     true_loss, true_terms, truth = run(
-        "reference",
-        [leaf(z.cpu(), torch.float64) for z in logits],
-        None if target is None else target.cpu(),
+        "reference", [leaf(z.cpu(), torch.float64) for z in logits], target, weights
     )
-    named = {name: options[name] for name in ("ignore_index", "reduction") if name in options}
-    loss_noise, terms_noise, dz_noise = consistency_noise(logits, target, **spelled, **named)
+    named = {
+        name: options[name]
+        for name in ("ignore_index", "reduction", "label_smoothing")
+        if name in options
+    }
+    loss_noise, terms_noise, dz_noise = consistency_noise(
+        logits, target, **spelled, **named, **weights
+    )
     assert_accurate("loss", loss, true_loss, loss_noise, loss_dtype(dtype))
     assert_accurate("terms", terms, true_terms, terms_noise, loss_dtype(dtype))
     sizes = [len(z) if z.dim() == 3 else 1 for z in logits]

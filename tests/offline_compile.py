@@ -171,7 +171,19 @@ def cases():
                 options = ([1.0] * heads, [1.0] * heads, [heads], [2.0], [teacher], [True], 0.0,
                            -100, 0, True)  # fmt: skip
                 case = f"consistency {TYPES[dtype]} {heads} x {classes} teacher {teacher}"
-                yield case, lambda z=logits, t=target, o=options: consistency.forward(z, t, *o)
+                yield case, lambda z=logits, t=target, o=options: consistency.forward(
+                    z, t, None, None, *o
+                )
+
+
+        for kind in ("probabilities", "weights"):  # soft labels, weights of classes and samples
+            logits = [torch.empty(2, 1000, dtype=dtype) for _ in range(5)]
+            targets = (torch.empty(2, 1000), None, None)
+            if kind == "weights":
+                targets = (torch.zeros(2, dtype=torch.int64), torch.empty(1000), torch.empty(2))
+            options = ([1.0] * 5, [1.0] * 5, [5], [2.0], [0], [True], 0.1, -100, 0, True)
+            case = f"consistency {TYPES[dtype]} 5 x 1000 {kind}"
+            yield case, lambda z=logits, t=targets, o=options: consistency.forward(z, *t, *o)
 
 
 def pairwise_both(xs, options, grad) -> None:

@@ -210,3 +210,59 @@ def heads(draw: st.DrawFn) -> Heads:
         size=draw(st.sampled_from([0.01, 1.0, 5.0, 30.0])),
         seed=draw(st.integers(0, 10**6)),
     )
+
+
+class Targets(NamedTuple):
+    """What is taught to heads beside class indices: probabilities, and weights of all kinds."""
+
+    heads: Heads
+    kind: str  # of target: "indices", "probabilities" of any sum, "one-hot"
+    weight: str  # of the classes: "none", "ones", "some 0", "all 0"
+    sample_weight: str
+    layout: str
+    seed: int
+
+    def build(
+        self, dtype: torch.dtype, device: str = "cpu"
+    ) -> tuple[list[Tensor], Tensor | None, dict[str, Tensor | None]]:
+        """The logits, the target, and the weights by their names."""
+        logits, target = self.heads.build(dtype, device)
+        generator = torch.Generator().manual_seed(self.seed)
+        batch, classes = self.heads.batch, self.heads.classes
+        if target is not None and self.kind != "indices":
+            drawn = torch.rand(batch, classes, generator=generator, dtype=torch.float64)
+            drawn *= torch.rand(drawn.shape, generator=generator) < 0.7  # some are 0
+            if self.kind == "one-hot":
+                drawn = torch.eye(classes, dtype=torch.float64)[target.cpu().clamp(min=0)]
+            target = lay_out(drawn.to(dtype), self.layout).to(device)
+
+        def weights(kind: str, size: int) -> Tensor | None:
+            if kind == "none":
+                return None
+            drawn = torch.rand(size, generator=generator, dtype=torch.float64) + 0.25
+            if kind == "ones":
+                drawn = torch.ones(size, dtype=torch.float64)
+            elif kind != "some":
+                drawn *= torch.rand(size, generator=generator) < (0.5 if kind == "some 0" else 0)
+            spaced = lay_out(drawn.to(dtype).unsqueeze(1).expand(size, 2), "contiguous")[:, 1]
+            return spaced.to(device)
+
+        named = {
+            "weight": weights(self.weight, classes),
+            "sample_weight": weights(self.sample_weight, batch),
+        }
+        return logits, target, named
+
+
+@st.composite
+def targets(draw: st.DrawFn) -> Targets:
+    """Heads with a target and weights of every kind."""
+    weights = st.sampled_from(["none", "ones", "some", "some", "some 0", "all 0"])
+    return Targets(
+        draw(heads()),
+        draw(st.sampled_from(["indices", "probabilities", "probabilities", "one-hot"])),
+        draw(weights),
+        draw(weights),
+        draw(st.sampled_from(["contiguous", "transposed", "sliced", "misaligned"])),
+        draw(st.integers(0, 10**6)),
+    )

@@ -229,12 +229,12 @@ def consistency_samples() -> list[tuple]:
                     -100, reduction,
                 )
                 target = labels() if kind % 2 else None
-                samples.append((logits(dtype), target, *options, kind != 1))
+                samples.append((logits(dtype), target, None, None, *options, kind != 1))
     options = autograd.ConsistencyOptions(
         [1.0] * 2, [1.0] * 2, [2], [2.0], [0], [True], 0.0, -100, 0
     )
     for z in (torch.zeros(2, 0, 3), torch.randn(2, 7, 5).transpose(1, 2)):
-        samples.append(([z], None, *options, True))
+        samples.append(([z], None, None, None, *options, True))
     return samples
 
 

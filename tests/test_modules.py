@@ -34,6 +34,7 @@ OPTIONS = {
         {"label_smoothing": 0.2, "ignore_index": 1, "reduction": "none"},
         {"groups": [1, 2], "temperature": [1.0, 3.0], "teacher": ["mean", "final"]},
         {"return_terms": True},
+        {"weight": torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 3.0])},
     ],
 }
 CASES = [(kind, options) for kind, many in OPTIONS.items() for options in many]
@@ -61,12 +62,13 @@ def flat(result) -> list[torch.Tensor]:
 def test_module_is_the_function(impl: Impl, kind: str, options: dict) -> None:
     module, function = PAIRS[kind]
     args = inputs(kind, impl.device)
+    options = {k: v.to(impl.device) if torch.is_tensor(v) else v for k, v in options.items()}
     loss = module(impl=impl.name, **options)
     expected = flat(function(*args, impl=impl.name, **options))
     assert_same_bits(flat(loss(*args)), expected)
     assert_same_bits(flat(copy.deepcopy(loss)(*args)), expected)
     assert_same_bits(flat(pickle.loads(pickle.dumps(loss))(*args)), expected)
-    if options and options != {"return_terms": True}:
+    if options and "return_terms" not in options:
         default = flat(function(*args, impl=impl.name))
         assert not default[0].sum().equal(expected[0].sum()), "the option changed nothing"
 
@@ -90,7 +92,8 @@ def test_module_has_the_arguments_of_the_function(kind: str) -> None:
         ]
 
     of_function = inspect.signature(function)
-    assert keywords(inspect.signature(module.__init__)) == keywords(of_function)
+    kept, each = (keywords(inspect.signature(f)) for f in (module.__init__, module.forward))
+    assert kept | each == keywords(of_function) and not set(kept) & set(each)
     assert positional(inspect.signature(module.__init__)) == []
     assert positional(inspect.signature(module.forward)) == positional(of_function)
 
@@ -101,6 +104,21 @@ def test_module_holds_nothing_to_train_or_save(kind: str) -> None:
     assert not list(loss.parameters()) and not list(loss.buffers())
     assert not loss.state_dict()
     loss.to(torch.float64).eval().train()
+
+
+def test_class_weights_go_with_the_module() -> None:
+    weight = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 3.0])
+    loss = imcl_fast.CollaborativeConsistencyLoss(weight=weight)
+    assert loss.state_dict()["weight"].equal(weight)
+    assert loss.double().weight.dtype == torch.float64
+    logits, target = inputs("consistency")
+    share = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    assert_same_bits(
+        [loss(logits, target, sample_weight=share)],
+        [F.collaborative_consistency(logits, target, weight=weight, sample_weight=share)],
+    )
+    with pytest.raises(TypeError, match="^weight: expected a Tensor or None, got list"):
+        imcl_fast.CollaborativeConsistencyLoss(weight=[1.0, 2.0])
 
 
 @pytest.mark.parametrize("kind", PAIRS)

@@ -27,6 +27,8 @@ CASES = (
     "kernel fp32 square",
     "consistency bf16 7 x 10 teacher 0",
     "consistency fp32 7 x 1000 teacher 3",
+    "consistency bf16 5 x 1000 probabilities",
+    "consistency fp32 5 x 1000 weights",
 )
 
 @pytest.fixture(scope="module")

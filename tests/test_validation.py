@@ -105,11 +105,28 @@ CONSISTENCY = [
     Bad("logits", torch.randn(0, 5, 7), ValueError, "head"),
     Bad("target", [0, 1, 2, 3, 4], TypeError, "list"),
     Bad("target", 3, TypeError, "int"),
-    Bad("target", Y.int(), TypeError, "torch.int32"),
-    Bad("target", Y.float(), TypeError, "torch.float32"),
+    Bad("target", Y > 0, TypeError, "torch.bool; convert indices with .long()"),
+    Bad("target", Y.float(), ValueError, "torch.float32; convert indices with .long()"),
+    Bad("target", Z[0, :, :6], ValueError, "(5, 6)"),
+    Bad("target", Z[0, :, 0], ValueError, "probabilities (5, 7)"),
+    Bad("target", sparse(Z[0]), TypeError, "torch.sparse_coo"),
+    Bad("target", Z[0].clone().requires_grad_(), ValueError, ".detach()"),
+    Bad("target", Z[0].to("meta"), ValueError, "meta"),
     Bad("target", Y[:4], ValueError, "(4,)"),
     Bad("target", Y.unsqueeze(1), ValueError, "(5, 1)"),
-    Bad("target", torch.zeros(5, 7, dtype=torch.int64), ValueError, "(5, 7)"),
+    Bad("target", torch.zeros(5, 7, dtype=torch.int64), ValueError, "convert them with .float()"),
+    Bad("target", torch.zeros(5, 6, dtype=torch.int64), ValueError, "probabilities (5, 7)"),
+    Bad("target", torch.tensor([0, 200, 1, 2, 3], dtype=torch.uint8), ValueError, "200"),
+    *(bad
+      for name, good in (("weight", Z[0, 0]), ("sample_weight", Z[0, :, 0]))
+      for bad in (
+          Bad(name, [1.0] * len(good), TypeError, "list"), Bad(name, 1.0, TypeError, "float"),
+          Bad(name, good.long(), TypeError, "torch.int64; convert it with .float()"),
+          Bad(name, good[:-1], ValueError, str(tuple(good[:-1].shape))),
+          Bad(name, good.unsqueeze(0), ValueError, str((1, len(good)))),
+          Bad(name, good.to("meta"), ValueError, "meta"),
+          Bad(name, good.clone().requires_grad_(), ValueError, ".detach()"),
+      )),
     Bad("target", torch.tensor(0), ValueError, "()"),
     Bad("target", torch.tensor([0, 1, 7, 0, 0]), ValueError, "7"),
     Bad("target", torch.tensor([0, 1, -1, 0, 0]), ValueError, "-1"),
@@ -182,7 +199,8 @@ CASES = [
 
 def call_module(kind: str, arguments: dict) -> torch.Tensor:
     tensors = {name: arguments.pop(name) for name in GOOD[kind]}
-    return MODULES[kind](**arguments)(*tensors.values())
+    each = {name: arguments.pop(name) for name in ("sample_weight",) if name in arguments}
+    return MODULES[kind](**arguments)(*tensors.values(), **each)
 
 
 def call_function(kind: str, arguments: dict) -> torch.Tensor:
@@ -215,6 +233,11 @@ def test_options_are_keywords_only(kind: str) -> None:
         MODULES[kind]("square")
     with pytest.raises(TypeError, match="temprature"):
         FUNCTIONS[kind](**GOOD[kind], temprature=1.0)
+
+
+def test_an_index_to_ignore_with_probabilities_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^ignore_index: expected .* got 3; .*sample_weight"):
+        F.collaborative_consistency(Z, Z[0].softmax(-1), ignore_index=3)
 
 
 @pytest.mark.parametrize("kind", ["representation", "kernel"])

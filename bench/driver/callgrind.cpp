@@ -102,6 +102,7 @@ struct ConsistencyCase {
   DType dtype;
   int64_t heads, batch, classes;
   imcl::Teacher teacher;
+  int64_t pixels = 0;  // dense: images of so many, (images, classes, pixels)
 };
 constexpr ConsistencyCase kConsistency[] = {
     {"consistency 5 x 8 x 1000 float32", DType::kFloat32, 5, 8, 1000, imcl::Teacher::kOthers},
@@ -109,6 +110,8 @@ constexpr ConsistencyCase kConsistency[] = {
     {"consistency 3 x 64 x 10 float32", DType::kFloat32, 3, 64, 10, imcl::Teacher::kOthers},
     {"consistency 2 x 2 x 32768 float32 pairwise", DType::kFloat32, 2, 2, 32768,
      imcl::Teacher::kPairwise},
+    {"consistency 3 x 1024 x 21 float32 dense", DType::kFloat32, 3, 1024, 21,
+     imcl::Teacher::kOthers, 512},
 };
 
 void run(const ConsistencyCase& c) {
@@ -116,18 +119,28 @@ void run(const ConsistencyCase& c) {
   Values dz(DType::kFloat32, c.heads * c.batch * c.classes);
   std::vector<int64_t> target(static_cast<std::size_t>(c.batch));
   for (int64_t b = 0; b < c.batch; ++b) target[static_cast<std::size_t>(b)] = b % c.classes;
-  imcl::Consistency problem{
-      c.dtype,       c.batch, c.classes, {},  {{0, c.heads, 2, c.teacher, true}},
-      target.data(), 1,       0,         -100};
+  imcl::Consistency problem{};
+  problem.dtype = c.dtype;
+  problem.batch = c.batch;
+  problem.classes = c.classes;
+  const int64_t pixels = c.pixels;
+  problem.samples = {1, {c.batch}};
+  if (pixels) problem.samples = {2, {c.batch / pixels, pixels}};
+  problem.groups = {{0, c.heads, 2, c.teacher, true}};
+  problem.labels.target = target.data();
+  problem.labels.target_sample = pixels ? imcl::Strides{{pixels, 1}} : imcl::Strides{{1}};
+  problem.labels.ignore_index = -100;
   for (int64_t h = 0; h < c.heads; ++h) {
     const int64_t first = h * c.batch * c.classes;
-    problem.heads.push_back({z.data() + first * Values::size_of(c.dtype), c.classes, 1,
-                             dz.data() + 4 * first, c.classes, 1, 1, 1});
+    const imcl::Strides strides =
+        pixels ? imcl::Strides{{pixels * c.classes, 1}} : imcl::Strides{{c.classes}};
+    const int64_t step = pixels ? pixels : 1;
+    problem.heads.push_back({z.data() + first * Values::size_of(c.dtype), strides, step,
+                             dz.data() + 4 * first, strides, step, 1, 1});
   }
-  std::vector<double> losses(static_cast<std::size_t>(c.batch));
   std::vector<double> terms(static_cast<std::size_t>(2 * c.heads));
   const auto step = [&] {
-    imcl::consistency(imcl::consistency_kernels, problem, imcl::Reduction::kMean, losses.data(),
+    imcl::consistency(imcl::consistency_kernels, problem, imcl::Reduction::kMean, nullptr,
                       terms.data(), kSerial);
   };
   step();

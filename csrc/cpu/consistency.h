@@ -7,20 +7,60 @@
 
 namespace imcl {
 
-IMCL_INLINE bool counts(const Consistency& problem, int64_t sample) {
-  return !problem.target || problem.target[sample * problem.target_stride] != problem.ignore_index;
-}
+// One sample after the other, without a division for each.
+class Walk {
+ public:
+  IMCL_INLINE Walk(const Samples& samples, int64_t sample) : samples_(samples) {
+    for (int axis = samples.axes - 1; axis > 0; --axis) {
+      at_.of[axis] = sample % samples.sizes[axis];
+      sample /= samples.sizes[axis];
+    }
+    at_.of[0] = sample;
+  }
+  IMCL_INLINE void next() {
+    int axis = samples_.axes - 1;
+    for (; axis > 0 && ++at_.of[axis] == samples_.sizes[axis]; --axis) at_.of[axis] = 0;
+    if (axis == 0) ++at_.of[0];
+  }
+  IMCL_INLINE int64_t offset(const Strides& strides) const {
+    int64_t offset = at_.of[0] * strides.of[0];
+    for (int axis = 1; axis < samples_.axes; ++axis) offset += at_.of[axis] * strides.of[axis];
+    return offset;
+  }
 
-// The per-ISA kernel, for one sample that counts: the unweighted cross entropy and T^2 KL of
-// every head, and its rows of the gradient, times scale.
-struct ConsistencyKernels {
-  void (*sample)(const Consistency&, int64_t sample, double scale, double* cross_entropy,
-                 double* kl);
+ private:
+  const Samples& samples_;
+  Strides at_;  // indices
 };
 
-// Weighted loss of every sample (batch,), reduced only by the factor of `reduction`, and the
-// terms (2, heads); writes all gradients.
-void consistency(const ConsistencyKernels&, const Consistency&, Reduction, double* per_sample,
-                 double* terms, const Parallel&);
+// The factors of a sample: of all its terms, 0 if it doesn't count; and, times that, of its cross
+// entropies and divergences in what is differentiated.
+struct Scale {
+  double share, cross_entropy, kl;
+};
+
+// A term may be infinite; what has no weight is left out.
+IMCL_INLINE double weighted(double weight, double term) {
+  return weight == 0 ? 0.0 : weight * term;
+}
+
+// The per-ISA kernels.
+struct ConsistencyKernels {
+  // The unweighted cross entropy and T^2 KL of every head of a sample that counts, and its rows
+  // of the gradient.
+  void (*sample)(const Consistency&, int64_t sample, Scale scale, double* cross_entropy,
+                 double* kl);
+  // As many samples as samples() is to be called with at a time; 0 where sample() is quicker.
+  int64_t (*block)(const Consistency&);
+  // Of count samples from the first on, whether they count or not: adds their terms, times their
+  // shares, to sums (2, heads), and their weighted sum to losses (count,) unless that is null.
+  void (*samples)(const Consistency&, int64_t first, int64_t count, const Scale* scales,
+                  double* sums, double* losses);
+};
+
+// The loss, the terms (2, heads) and, unless `losses` is null, every sample's weighted loss
+// (batch,), without the factor of a mean; writes all gradients.
+double consistency(const ConsistencyKernels&, const Consistency&, Reduction, double* losses,
+                   double* terms, const Parallel&);
 
 }  // namespace imcl

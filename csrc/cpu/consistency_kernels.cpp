@@ -11,6 +11,9 @@
 // dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
 // T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
 //
+// Labels y are an index, smoothed or not, or soft: any number for each class, class weights
+// included. Then it is ce_h (softmax(z_h) sum(y) - y).
+//
 // The classes are taken in chunks of all heads of a group together, maxima and sums running
 // along (online softmax). Up to some thousand classes that is one chunk: the logits are read
 // once and every exponential is taken once, kept in cache, and made into the gradient as soon
@@ -21,7 +24,9 @@
 #include <algorithm>
 
 #include "consistency.h"
+#include "consistency_lanes.h"
 #include "exp.h"
+#include "logits.h"
 #include "scratch.h"
 
 namespace imcl {
@@ -37,22 +42,6 @@ constexpr int64_t kMostProducts = 5;
 // Logits beyond this are extreme: they may be masked, overflow when they are summed, or drown
 // the other heads in a sum, so that these can't be had back by subtraction.
 constexpr int kModerate = 1024;
-
-template <class T>
-constexpr AccOf<T> kLowest = std::numeric_limits<T>::lowest();
-template <>
-constexpr float kLowest<BFloat16> = -0x1.fep127f;
-template <>
-constexpr float kLowest<Float16> = -65504.0f;
-
-template <class Acc>
-constexpr Acc kMasked = -std::numeric_limits<Acc>::infinity();
-
-// x, or 0 where p is 0, whatever x is: 0 log 0 = 0.
-template <class V>
-IMCL_INLINE V unless_0(V p, V x) {
-  return p == V{} ? V{} : x;
-}
 
 // One chunk of the classes of all heads of a group, in the accumulation type. The last
 // vector is filled up with copies of the last class: harmless to maxima, and `keep`
@@ -79,7 +68,8 @@ struct Chunk {
     count = std::min(size, problem.classes - from);
     for (int64_t h = 0; h < group.size; ++h) {
       const Head& head = problem.heads[static_cast<std::size_t>(group.first + h)];
-      const T* row = static_cast<const T*>(head.z) + sample * head.z_row + from * head.z_class;
+      const T* row = static_cast<const T*>(head.z) + problem.samples.offset(sample, head.z_sample) +
+                     from * head.z_class;
       if constexpr (std::is_same_v<T, Acc>) {
         if (head.z_class == 1 && count % width == 0) {
           z[h] = row;
@@ -185,6 +175,8 @@ class Work {
         pairwise_(kl_ && group.teacher == Teacher::kPairwise),
         taught_(kl_ && !pairwise_),
         own_teacher_(taught_ && group.teacher == Teacher::kOthers),
+        labelled_(problem.labels.any()),
+        summed_(labelled_ && (problem.labels.smoothing > 0 || problem.labels.soft())),
         inverse_t_(static_cast<Acc>(1 / group.temperature)),
         share_(static_cast<Acc>(
             1 / (group.temperature * static_cast<double>(own_teacher_ ? n_ - 1 : n_)))),
@@ -192,7 +184,8 @@ class Work {
         running_(scratch_.get<Running>(n_)),
         total_(scratch_.get<Acc>(chunk_.size)),
         t_(scratch_.get<Acc>(chunk_.size)),
-        teacher_(scratch_.get<Acc>(chunk_.size * (own_teacher_ ? n_ : 1))) {
+        teacher_(scratch_.get<Acc>(chunk_.size * (own_teacher_ ? n_ : 1))),
+        soft_(problem.labels.soft() ? scratch_.get<Acc>(chunk_.size) : nullptr) {
     for (int64_t h = 0; h < n_; ++h) running_[h] = Running{};
     if (wants_gradient && problem.classes <= chunk_.size) {
       tempered_ = kl_ ? scratch_.get<Acc>(n_ * chunk_.size) : nullptr;
@@ -205,6 +198,7 @@ class Work {
   void read() {
     for (int64_t from = 0; from < problem_.classes; from += chunk_.size) {
       chunk_.read(problem_, group_, sample_, from);
+      if (soft_) label_size_ += read_labels();
       survey();
       if (kept_ && own_teacher_ && n_ <= kMostProducts && !extreme_ && read_products()) {
         if (!group_.detach) sum_heads();  // for the teachers' logits
@@ -251,31 +245,38 @@ class Work {
   }
 
   void terms(double* cross_entropy, double* kl) const {
-    const double smoothing = problem_.label_smoothing;
+    const double smoothing = problem_.labels.smoothing;
     for (int64_t h = 0; h < n_; ++h) {
       const Running& run = running_[h];
       kl[h] = group_.temperature * group_.temperature * run.kl;
       cross_entropy[h] = 0;
-      if (!problem_.target) continue;
+      if (!labelled_) continue;
       if (!target_is_valid()) {
         cross_entropy[h] = std::numeric_limits<double>::quiet_NaN();
         continue;
       }
-      const Head& head = this->head(h);
-      const T* row = static_cast<const T*>(head.z) + sample_ * head.z_row;
       const double max = static_cast<double>(run.plain.max);
+      if (soft_) {
+        cross_entropy[h] = label_size_ * run.log_sum - (run.label_logit - label_size_ * max);
+        continue;
+      }
+      const Head& head = this->head(h);
+      const T* row =
+          static_cast<const T*>(head.z) + problem_.samples.offset(sample_, head.z_sample);
       const Acc label = to_acc(row[target() * head.z_class]);
       const auto zy = static_cast<double>(label <= kLowest<T> ? kMasked<Acc> : label);
       cross_entropy[h] = run.log_sum - (zy - max);
       if (smoothing > 0)
-        cross_entropy[h] =
-            (1 - smoothing) * cross_entropy[h] + smoothing * (run.log_sum - (run.mean_logit - max));
+        cross_entropy[h] = (1 - smoothing) * cross_entropy[h] +
+                           smoothing * (run.log_sum - (run.label_logit - max));
+      if (problem_.labels.weight)
+        cross_entropy[h] = unless_0(label_weight(), label_weight() * cross_entropy[h]);
     }
   }
 
   // Every dz of this sample, times scale.
-  void gradient(double scale) {
-    if (problem_.target && !target_is_valid()) scale = std::numeric_limits<double>::quiet_NaN();
+  void gradient(Scale scale) {
+    if (!target_is_valid()) scale.cross_entropy = std::numeric_limits<double>::quiet_NaN();
     Scratch scratch;
     const int64_t size = chunk_.size;
     Acc* dz = scratch.get<Acc>(n_ * size);
@@ -285,33 +286,33 @@ class Work {
       if (!kept_) {
         chunk_.read(problem_, group_, sample_, from);
         if (extreme_) chunk_.mask(n_);
+        if (soft_) read_labels();
         if (taught_) sum_heads();
       }
       const bool sums = pairwise_ || (taught_ && !group_.detach);
       if (sums) std::fill_n(sum, 2 * size, Acc(0));
       for (int64_t h = 0; h < n_; ++h) {
         const Head& out = head(h);
-        Acc* row = static_cast<Acc*>(out.dz) + sample_ * out.dz_row + from * out.dz_class;
+        Acc* row = row_of(out) + from * out.dz_class;
         const bool direct = !sums && out.dz_class == 1;
         gradient_of_head(h, scale, direct ? row : dz + h * size, p + h * size, sum);
         if (!direct && !sums) store_strided(row, out.dz_class, dz + h * size, chunk_.count);
       }
       for (int64_t h = 0; sums && h < n_; ++h) {
         const Head& out = head(h);
-        if (pairwise_) add_pairwise(h, scale, dz + h * size, p + h * size, sum);
+        if (pairwise_) add_pairwise(h, scale.kl, dz + h * size, p + h * size, sum);
         else add_teacher(h, dz + h * size, p + h * size, sum);
-        store_strided(static_cast<Acc*>(out.dz) + sample_ * out.dz_row + from * out.dz_class,
-                      out.dz_class, dz + h * size, chunk_.count);
+        store_strided(row_of(out) + from * out.dz_class, out.dz_class, dz + h * size, chunk_.count);
       }
     }
   }
 
  private:
   struct Running {
-    Online<Acc> plain, teacher;  // softmax(z), softmax(t)
-    double tempered = 0;         // sum exp((z - max z)/T)
-    double gap = 0;              // sum exp(t - max t) ((t - max t) - (z - max z)/T)
-    double mean_logit = 0;
+    Online<Acc> plain, teacher;    // softmax(z), softmax(t)
+    double tempered = 0;           // sum exp((z - max z)/T)
+    double gap = 0;                // sum exp(t - max t) ((t - max t) - (z - max z)/T)
+    double label_logit = 0;        // sum of z / K, or of y z of soft labels
     Acc chunk_max = 0, shift = 0;  // shift: of plain
     // Known after the last chunk:
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
@@ -322,14 +323,29 @@ class Work {
   const Head& head(int64_t h) const {
     return problem_.heads[static_cast<std::size_t>(group_.first + h)];
   }
-  int64_t target() const { return problem_.target[sample_ * problem_.target_stride]; }
-  bool target_is_valid() const { return target() >= 0 && target() < problem_.classes; }
+  Acc* row_of(const Head& out) const {
+    return static_cast<Acc*>(out.dz) + problem_.samples.offset(sample_, out.dz_sample);
+  }
+  int64_t target() const {
+    const Labels& labels = problem_.labels;
+    return labels.target[problem_.samples.offset(sample_, labels.target_sample)];
+  }
+  bool target_is_valid() const {
+    return !problem_.labels.target || (target() >= 0 && target() < problem_.classes);
+  }
+  // Of an index that is valid.
+  double label_weight() const { return static_cast<double>(class_weight(target())); }
+  Acc class_weight(int64_t k) const {
+    const Labels& labels = problem_.labels;
+    return labels.weight ? static_cast<const Acc*>(labels.weight)[k * labels.weight_stride]
+                         : Acc(1);
+  }
   bool has_kl(int64_t h) const {
     return kl_ && !(group_.teacher == Teacher::kFinal && h == n_ - 1);
   }
   // At T = 2, exp(z) is exp(z/T)^2: one exponential serves both.
   bool squared() const { return kl_ && group_.temperature == 2; }
-  bool has_plain() const { return problem_.target && !squared(); }
+  bool has_plain() const { return labelled_ && !squared(); }
 
   IMCL_INLINE Vec<Acc> centred(int64_t h, int64_t i) const {
     return load(chunk_.z[h] + i) - splat(running_[h].shift);
@@ -418,7 +434,7 @@ class Work {
       if (!has_plain()) run.plain.sum += static_cast<double>(sum_lanes<Acc>(plain_sum));
     }
     if (has_plain()) sum_plain(h);
-    if (problem_.label_smoothing > 0) sum_logits(h);
+    if (summed_) sum_logits(h);
   }
 
   void sum_plain(int64_t h) {
@@ -436,10 +452,40 @@ class Work {
 
   void sum_logits(int64_t h) {
     const Vec<Acc> share = splat(static_cast<Acc>(1.0 / static_cast<double>(problem_.classes)));
+    const Acc* z = chunk_.z[h];
     Vec<Acc> sum = {};
-    chunk_.each(
-        [&](int64_t i, Vec<Acc> keep) { sum += unless_0(keep, load(chunk_.z[h] + i)) * share; });
-    running_[h].mean_logit += static_cast<double>(sum_lanes<Acc>(sum));
+    if (soft_) {
+      for (int64_t i = 0; i < chunk_.padded(); i += width)
+        sum += unless_0(load(soft_ + i), load(soft_ + i) * load(z + i));
+    } else {
+      chunk_.each([&](int64_t i, Vec<Acc> keep) { sum += unless_0(keep, load(z + i)) * share; });
+    }
+    running_[h].label_logit += static_cast<double>(sum_lanes<Acc>(sum));
+  }
+
+  // The soft labels of this chunk, 0 in its padding; returns their sum.
+  double read_labels() {
+    const Labels& labels = problem_.labels;
+    const Acc uniform = static_cast<Acc>(labels.smoothing / static_cast<double>(problem_.classes));
+    const auto sharp = static_cast<Acc>(1 - labels.smoothing);
+    const int64_t first = chunk_.first, count = chunk_.count;
+    if (labels.probabilities) {
+      const Acc* row = static_cast<const Acc*>(labels.probabilities) +
+                       problem_.samples.offset(sample_, labels.probability_sample) +
+                       first * labels.probability_class;
+      for (int64_t i = 0; i < count; ++i)
+        soft_[i] = row[i * labels.probability_class] * sharp + uniform;
+    } else {
+      std::fill_n(soft_, count, uniform);
+      const int64_t y = target() - first;
+      if (y >= 0 && y < count) soft_[y] += sharp;
+    }
+    if (labels.weight)
+      for (int64_t i = 0; i < count; ++i) soft_[i] *= class_weight(first + i);
+    std::fill(soft_ + count, soft_ + chunk_.padded(), Acc(0));
+    Vec<Acc> sum = {};
+    for (int64_t i = 0; i < chunk_.padded(); i += width) sum += load(soft_ + i);
+    return static_cast<double>(sum_lanes<Acc>(sum));
   }
 
   // All that read() makes of the only chunk, with one exponential of a logit instead of two:
@@ -495,7 +541,7 @@ class Work {
       run.tempered = static_cast<double>(sum_lanes<Acc>(tempered_sum[h]));
       if (has_plain()) sum_plain(h);
       else run.plain.sum = static_cast<double>(sum_lanes<Acc>(plain_sum[h]));
-      if (problem_.label_smoothing > 0) sum_logits(h);
+      if (summed_) sum_logits(h);
     }
     return true;
   }
@@ -583,16 +629,18 @@ class Work {
   }
 
   // Cross entropy and KL of one head; what other heads need of it into own and sum.
-  void gradient_of_head(int64_t h, double scale, Acc* dz, Acc* own, Acc* sum) {
+  void gradient_of_head(int64_t h, Scale scale, Acc* dz, Acc* own, Acc* sum) {
     const Running& run = running_[h];
-    const double ce = problem_.target ? head(h).ce_weight * scale : 0.0, kl = kl_scale(h, scale);
-    const bool has_target = problem_.target != nullptr;
-    const Vec<Acc> uniform = splat(
-        static_cast<Acc>(ce * problem_.label_smoothing / static_cast<double>(problem_.classes)));
-    const Vec<Acc> of_plain = quotient(ce, run.plain.sum);
+    const Labels& labels = problem_.labels;
+    double ce = labelled_ ? head(h).ce_weight * scale.cross_entropy : 0.0;
+    const double kl = kl_scale(h, scale.kl);
+    if (labels.weight && labels.target && !soft_ && target_is_valid()) ce *= label_weight();
+    const Vec<Acc> uniform = splat(static_cast<Acc>(
+        soft_ ? 0.0 : ce * labels.smoothing / static_cast<double>(problem_.classes)));
+    const Vec<Acc> of_plain = quotient(soft_ ? ce * label_size_ : ce, run.plain.sum);
     if (!kl_) {
       for (int64_t i = 0; i < chunk_.padded(); i += width)
-        put(dz, i, has_target ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
+        put(dz, i, labelled_ ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
     } else {
       const Acc* q = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
       if (taught_ && (!kept_ || !group_.detach) && (h == 0 || own_teacher_)) {
@@ -615,7 +663,7 @@ class Work {
       } else {
         for (int64_t i = 0; i < chunk_.padded(); i += width) {
           Vec<Acc> d = tempered(h, i) * of_tempered - uniform;
-          if (has_target) d += plain(h, i) * of_plain;
+          if (labelled_) d += plain(h, i) * of_plain;
           if (taught_) d -= load(q + i) * of_teacher;
           put(dz, i, d);
         }
@@ -623,10 +671,12 @@ class Work {
       if (pairwise_) keep_pairwise(h, kl, own, sum);
       else if (!group_.detach) keep_teacher(h, q, of_teacher, own, sum);
     }
-    if (has_target) {
+    if (soft_) {
+      const auto factor = static_cast<Acc>(ce);
+      for (int64_t i = 0; i < chunk_.count; ++i) dz[i] -= factor * soft_[i];
+    } else if (labelled_) {
       const int64_t y = target() - chunk_.first;
-      if (y >= 0 && y < chunk_.count)
-        dz[y] -= static_cast<Acc>(ce * (1 - problem_.label_smoothing));
+      if (y >= 0 && y < chunk_.count) dz[y] -= static_cast<Acc>(ce * (1 - labels.smoothing));
     }
   }
 
@@ -691,12 +741,15 @@ class Work {
   const Consistency& problem_;
   const Group& group_;
   const int64_t sample_, n_;
-  const bool kl_, pairwise_, taught_, own_teacher_;
+  const bool kl_, pairwise_, taught_, own_teacher_, labelled_;
+  const bool summed_;            // labels are of more than one class
   const Acc inverse_t_, share_;  // t_h = (S - z_h) share, or S share
   Chunk<T> chunk_;
   Running* running_;
   Acc *total_, *t_;                             // (size) sum of the heads; the teacher's logits
   Acc* teacher_;                                // (size), or (heads, size): exp(t - its maximum)
+  Acc* soft_;                                   // (size) soft labels, or null
+  double label_size_ = 0;                       // their sum over all classes
   Acc *plain_ = nullptr, *tempered_ = nullptr;  // (heads, size) exponentials, if kept
   bool kept_ = false;     // one chunk holds all classes, and a gradient is wanted
   bool extreme_ = false;  // some logit seen so far is
@@ -714,14 +767,15 @@ void prefetch_rows(const Consistency& problem, int64_t sample) {
   };
   for (const Head& head : problem.heads) {
     if (head.z_class == 1 && sample + 1 < problem.batch)
-      ask(head.z, (sample + 1) * head.z_row, sizeof(T), std::false_type{});
+      ask(head.z, problem.samples.offset(sample + 1, head.z_sample), sizeof(T), std::false_type{});
     if (head.dz && head.dz_class == 1)
-      ask(head.dz, sample * head.dz_row, sizeof(AccOf<T>), std::true_type{});
+      ask(head.dz, problem.samples.offset(sample, head.dz_sample), sizeof(AccOf<T>),
+          std::true_type{});
   }
 }
 
 template <class T>
-void sample_of(const Consistency& problem, int64_t sample, double scale, double* cross_entropy,
+void sample_of(const Consistency& problem, int64_t sample, Scale scale, double* cross_entropy,
                double* kl) {
   const bool wants_gradient = problem.heads.front().dz != nullptr;
   prefetch_rows<T>(problem, sample);
@@ -733,7 +787,7 @@ void sample_of(const Consistency& problem, int64_t sample, double scale, double*
   }
 }
 
-void sample(const Consistency& problem, int64_t index, double scale, double* cross_entropy,
+void sample(const Consistency& problem, int64_t index, Scale scale, double* cross_entropy,
             double* kl) {
   switch (problem.dtype) {
     case DType::kFloat64: return sample_of<double>(problem, index, scale, cross_entropy, kl);
@@ -743,10 +797,53 @@ void sample(const Consistency& problem, int64_t index, double scale, double* cro
   }
 }
 
+// Samples of a block in lanes, or 0 where one by one is quicker.
+template <class T>
+int64_t block_of(const Consistency& problem) {
+  constexpr int64_t width = kLanes<AccOf<T>>;
+  constexpr int64_t kMost = 64, kFewClasses = 32, kMostClasses = 4096;
+  constexpr int64_t kBytes = int64_t{128} << 10;  // of the block's logits
+  bool spread = false;
+  int64_t rows = 0;
+  for (const Head& head : problem.heads) spread = spread || head.z_class != 1;
+  for (const Group& group : problem.groups) rows = std::max(rows, group.size);
+  if (problem.labels.soft()) ++rows;
+  if (problem.batch < width || problem.classes > (spread ? kMostClasses : kFewClasses)) return 0;
+  int64_t block = kMost;
+  const int64_t each = rows * problem.classes * static_cast<int64_t>(sizeof(AccOf<T>));
+  while (block > width && block * each > kBytes) block /= 2;
+  return block;
+}
+
+template <class T>
+void samples_of(const Consistency& problem, int64_t first, int64_t count, const Scale* scales,
+                double* sums, double* losses) {
+  constexpr int64_t width = kLanes<AccOf<T>>;
+  const bool wants_gradient = problem.heads.front().dz != nullptr;
+  for (const Group& group : problem.groups)
+    Lanes<T>(problem, group, first, count, (count + width - 1) / width * width, scales,
+             wants_gradient)
+        .run(sums, losses);
+}
+
+int64_t block(const Consistency& problem) {
+  return problem.dtype == DType::kFloat64 ? block_of<double>(problem) : block_of<float>(problem);
+}
+
+void samples(const Consistency& problem, int64_t first, int64_t count, const Scale* scales,
+             double* sums, double* losses) {
+  switch (problem.dtype) {
+    case DType::kFloat64: return samples_of<double>(problem, first, count, scales, sums, losses);
+    case DType::kBFloat16: return samples_of<BFloat16>(problem, first, count, scales, sums, losses);
+    case DType::kFloat16: return samples_of<Float16>(problem, first, count, scales, sums, losses);
+    default: samples_of<float>(problem, first, count, scales, sums, losses); return;
+  }
+}
+
 }  // namespace
 
 extern const ConsistencyKernels consistency_kernels;
-const ConsistencyKernels consistency_kernels = {sample};
+const ConsistencyKernels consistency_kernels = {sample, block, samples};
 
 }  // namespace IMCL_ISA
 }  // namespace imcl

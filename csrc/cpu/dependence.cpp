@@ -11,17 +11,17 @@ namespace {
 
 // Columns of a task: with their rows they stay in the second-level cache, and all parts together
 // are smaller than the representation.
-int64_t columns_of_task(const Samples& s) { return std::max<int64_t>(1024, 4 * s.x.rows); }
+int64_t columns_of_task(const Representation& s) { return std::max<int64_t>(1024, 4 * s.x.rows); }
 
 struct Task {
-  const Samples* samples;
+  const Representation* samples;
   int64_t first, count;
   char* part;
 };
 
-std::vector<Task> tasks_of(const std::vector<Samples>& all) {
+std::vector<Task> tasks_of(const std::vector<Representation>& all) {
   std::vector<Task> tasks;
-  for (const Samples& s : all) {
+  for (const Representation& s : all) {
     const int64_t step = columns_of_task(s);
     for (int64_t first = 0; first < s.x.columns; first += step)
       tasks.push_back({&s, first, std::min(step, s.x.columns - first), nullptr});
@@ -31,7 +31,7 @@ std::vector<Task> tasks_of(const std::vector<Samples>& all) {
 
 }  // namespace
 
-void gram_forward(const DependenceKernels& kernels, const std::vector<Samples>& all,
+void gram_forward(const DependenceKernels& kernels, const std::vector<Representation>& all,
                   const Parallel& parallel) {
   std::vector<Task> tasks = tasks_of(all);
   int64_t bytes = 0;
@@ -58,7 +58,7 @@ void gram_forward(const DependenceKernels& kernels, const std::vector<Samples>& 
   });
 }
 
-void gram_backward(const DependenceKernels& kernels, const std::vector<Samples>& all,
+void gram_backward(const DependenceKernels& kernels, const std::vector<Representation>& all,
                    const Parallel& parallel) {
   const std::vector<Task> tasks = tasks_of(all);
   parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {

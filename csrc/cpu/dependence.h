@@ -11,7 +11,7 @@ namespace imcl {
 
 // One representation: samples are the rows of a single matrix. All pointers are to numbers of the
 // accumulation type.
-struct Samples {
+struct Representation {
   Matrices x;
   double scale;  // of the Gram
   void* mean;    // (columns): of each column over the samples
@@ -21,19 +21,19 @@ struct Samples {
 // The per-ISA kernels; each call is for columns [first, first + count) and serial.
 struct DependenceKernels {
   // Bytes of the Gram of some of the columns, in whole panels.
-  int64_t (*part_size)(const Samples&);
+  int64_t (*part_size)(const Representation&);
   // part = X_c X_c^T of these columns, their upper panels; fills their means.
-  void (*part)(const Samples&, int64_t first, int64_t count, void* part);
+  void (*part)(const Representation&, int64_t first, int64_t count, void* part);
   // gram = scale * the sum of so many parts, one after the other.
-  void (*finish)(const Samples&, const void* parts, int64_t count);
+  void (*finish)(const Representation&, const void* parts, int64_t count);
   // dx = S X_c in these columns, for the symmetric S that lies in gram.
-  void (*product)(const Samples&, int64_t first, int64_t count);
+  void (*product)(const Representation&, int64_t first, int64_t count);
 };
 
 // Fills every gram and mean.
-void gram_forward(const DependenceKernels&, const std::vector<Samples>&, const Parallel&);
+void gram_forward(const DependenceKernels&, const std::vector<Representation>&, const Parallel&);
 
 // Every dx.
-void gram_backward(const DependenceKernels&, const std::vector<Samples>&, const Parallel&);
+void gram_backward(const DependenceKernels&, const std::vector<Representation>&, const Parallel&);
 
 }  // namespace imcl

@@ -29,7 +29,7 @@ Rest rest_of(const Axis& axis, int64_t first) {
 }
 
 template <class T>
-Matrix<T> columns_of(const Samples& s, int64_t first, int64_t count) {
+Matrix<T> columns_of(const Representation& s, int64_t first, int64_t count) {
   const Rest columns = rest_of(s.x.column_axis, first);
   return {static_cast<const T*>(s.x.x) + columns.offset, s.x.row_axis, columns.axis, s.x.rows,
           count};
@@ -53,12 +53,12 @@ void column_means(const Matrix<T>& x, AccOf<T>* mean) {
 }
 
 template <class Acc>
-int64_t padded_rows(const Samples& s) {
+int64_t padded_rows(const Representation& s) {
   return divide_up(s.x.rows, kPanel<Acc>) * kPanel<Acc>;
 }
 
 template <class T>
-void part_of(const Samples& s, int64_t first, int64_t count, void* part) {
+void part_of(const Representation& s, int64_t first, int64_t count, void* part) {
   using Acc = AccOf<T>;
   const Matrix<T> x = columns_of<T>(s, first, count);
   Acc* mean = static_cast<Acc*>(s.mean) + first;
@@ -68,7 +68,7 @@ void part_of(const Samples& s, int64_t first, int64_t count, void* part) {
 }
 
 template <class Acc>
-void finish_gram(const Samples& s, const Acc* parts, int64_t count) {
+void finish_gram(const Representation& s, const Acc* parts, int64_t count) {
   constexpr int64_t width = kLanes<Acc>;
   const int64_t n = s.x.rows, padded = padded_rows<Acc>(s);
   const Vec<Acc> scale = splat(static_cast<Acc>(s.scale));
@@ -85,7 +85,7 @@ void finish_gram(const Samples& s, const Acc* parts, int64_t count) {
 }
 
 template <class T>
-void product_of(const Samples& s, int64_t first, int64_t count) {
+void product_of(const Representation& s, int64_t first, int64_t count) {
   using Acc = AccOf<T>;
   const Matrix<T> x = columns_of<T>(s, first, count);
   const Rest out = rest_of(s.x.dx_column_axis, first);
@@ -123,26 +123,26 @@ auto with_type(DType dtype, const Run& run) {
   }
 }
 
-int64_t part_size(const Samples& s) {
+int64_t part_size(const Representation& s) {
   return with_type(s.x.dtype, [&](auto* x) {
     using Acc = AccOf<std::remove_pointer_t<decltype(x)>>;
     return padded_rows<Acc>(s) * padded_rows<Acc>(s) * static_cast<int64_t>(sizeof(Acc));
   });
 }
 
-void part(const Samples& s, int64_t first, int64_t count, void* out) {
+void part(const Representation& s, int64_t first, int64_t count, void* out) {
   with_type(s.x.dtype,
             [&](auto* x) { part_of<std::remove_pointer_t<decltype(x)>>(s, first, count, out); });
 }
 
-void finish(const Samples& s, const void* parts, int64_t count) {
+void finish(const Representation& s, const void* parts, int64_t count) {
   with_type(s.x.dtype, [&](auto* x) {
     using Acc = AccOf<std::remove_pointer_t<decltype(x)>>;
     finish_gram(s, static_cast<const Acc*>(parts), count);
   });
 }
 
-void product(const Samples& s, int64_t first, int64_t count) {
+void product(const Representation& s, int64_t first, int64_t count) {
   with_type(s.x.dtype,
             [&](auto* x) { product_of<std::remove_pointer_t<decltype(x)>>(s, first, count); });
 }

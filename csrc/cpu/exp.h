@@ -1,4 +1,4 @@
-// exp of a vector, for softmaxes: arguments are at most a rounding error above 0.
+// exp and log of a vector, for softmaxes: arguments of exp are at most a rounding error above 0.
 #pragma once
 
 #include "simd.h"
@@ -42,6 +42,35 @@ IMCL_INLINE Vec<float> exp_of(Vec<float> x) {
 
 IMCL_INLINE Vec<double> exp_of(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// Within 2 units in the last place, of normal numbers and of 0; infinity and NaN stay.
+IMCL_INLINE Vec<float> log_of(Vec<float> x) {
+  // x = 2^n (1 + f), sqrt(1/2) <= 1 + f < sqrt(2); the polynomial is that of Cephes.
+  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  const Integers bits = reinterpret_cast<Integers>(x);
+  const Integers above = bits - 0x3f3504f3;  // the bits of sqrt(1/2)
+  const Integers exponent = above >> 23;
+  const Vec<float> f = reinterpret_cast<Vec<float>>(bits - (exponent << 23)) - 1.0f;
+  const Vec<float> n = __builtin_convertvector(exponent, Vec<float>), square = f * f;
+  Vec<float> p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  p = p * f * square - n * 2.12194440e-4f - square * 0.5f;
+  const Vec<float> log = (f + p) + n * 0.693359375f;
+  const Vec<float> least = x == Vec<float>{} ? splat(-std::numeric_limits<float>::infinity()) : log;
+  return x - x == Vec<float>{} ? least : x;
+}
+
+IMCL_INLINE Vec<double> log_of(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log(x[i]);
   return x;
 }
 

@@ -263,6 +263,7 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& sample_weight,
     const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
     const std::vector<int64_t>& groups, const std::vector<double>& temperature,
     const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
@@ -270,33 +271,34 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   check_logits(logits);
   for (const Tensor& z : logits) check_device(z, "logits");
   if (target) check_device(*target, "target");
+  if (weight) check_device(*weight, "weight");
+  if (sample_weight) check_device(*sample_weight, "sample_weight");
   std::optional<Gradients> gradients;
   if (keep) {
     gradients.emplace(logits, static_cast<int64_t>(ce_weight.size()));
     for (const Tensor& gradient : gradients->tensors) advised(gradient);
   }
-  const Consistency problem =
-      consistency_of(logits, target, gradients ? &*gradients : nullptr, ce_weight, kl_weight,
-                     groups, temperature, teacher, detach, label_smoothing, ignore_index);
+  const Consistency problem = consistency_of(
+      logits, target, weight, sample_weight, gradients ? &*gradients : nullptr, ce_weight,
+      kl_weight, groups, temperature, teacher, detach, label_smoothing, ignore_index);
   const auto heads = static_cast<int64_t>(problem.heads.size());
   const auto mode = static_cast<Reduction>(reduction);
-  std::vector<double> per_sample(static_cast<std::size_t>(problem.batch));
+  const bool each = mode == Reduction::kNone;
+  std::vector<double> losses(static_cast<std::size_t>(each ? problem.batch : 0));
   std::vector<double> sums(static_cast<std::size_t>(2 * heads));
-  imcl::consistency(*chosen_kernels().consistency, problem, mode, per_sample.data(), sums.data(),
-                    parallel());
+  const double total = imcl::consistency(*chosen_kernels().consistency, problem, mode,
+                                         each ? losses.data() : nullptr, sums.data(), parallel());
 
   const std::vector<Tensor> kept = gradients ? gradients->tensors : std::vector<Tensor>{};
   const ScalarType dtype = accumulation_type(logits[0]);
   const Tensor terms = allocate({2, heads}, dtype, logits[0]);
   for (int64_t i = 0; i < 2 * heads; ++i) write(terms, i, sums[static_cast<std::size_t>(i)]);
-  if (mode == Reduction::kNone) {
-    const Tensor loss = allocate({problem.batch}, dtype, logits[0]);
-    for (int64_t b = 0; b < problem.batch; ++b)
-      write(loss, b, per_sample[static_cast<std::size_t>(b)]);
+  if (each) {
+    const std::vector<int64_t> sizes = samples_of(logits[0]);
+    const Tensor loss = torch::stable::new_empty(logits[0], {sizes.data(), sizes.size()}, dtype);
+    for (int64_t b = 0; b < problem.batch; ++b) write(loss, b, losses[static_cast<std::size_t>(b)]);
     return {loss, terms, kept};
   }
-  double total = 0;
-  for (double each : per_sample) total += each;
   const Tensor loss = allocate({}, dtype, logits[0]);
   write(loss, 0, total);
   return {loss, terms, kept};
@@ -307,10 +309,11 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
 namespace {
 
 // The samples of xs, whose Grams, or what takes their place, lie one after the other in grams.
-std::vector<Samples> samples_of(const std::vector<Tensor>& xs, const Tensor& grams, Axes& axes) {
-  std::vector<Samples> all;
+std::vector<Representation> samples_of(const std::vector<Tensor>& xs, const Tensor& grams,
+                                       Axes& axes) {
+  std::vector<Representation> all;
   for (std::size_t i = 0; i < xs.size(); ++i) {
-    Samples s{};
+    Representation s{};
     s.x = matrices_of(xs[i], false, xs.size(), axes);
     STD_TORCH_CHECK(s.x.rows == xs[0].size(0) && accumulation_type(xs[i]) == grams.scalar_type(),
                     "xs: expected as many samples in each, and all float64 or none");
@@ -332,7 +335,7 @@ std::tuple<Tensor, std::vector<Tensor>> gram_forward(const std::vector<Tensor>& 
   const int64_t rows = xs[0].size(0);
   const Tensor grams = allocate({static_cast<int64_t>(xs.size()), rows, rows}, dtype, xs[0]);
   Axes axes;
-  std::vector<Samples> all = samples_of(xs, grams, axes);
+  std::vector<Representation> all = representations_of(xs, grams, axes);
   std::vector<Tensor> means;
   for (std::size_t i = 0; i < xs.size(); ++i) {
     all[i].scale = scale[i];
@@ -348,7 +351,7 @@ std::vector<Tensor> gram_backward(const Tensor& s, const std::vector<Tensor>& xs
                       s.numel() == static_cast<int64_t>(xs.size()) * xs[0].size(0) * xs[0].size(0),
                   "s: expected (n, B, B), contiguous, for n tensors (B, *) and their means");
   Axes axes;
-  std::vector<Samples> all = samples_of(xs, s, axes);
+  std::vector<Representation> all = representations_of(xs, s, axes);
   std::vector<Tensor> gradients;
   for (std::size_t i = 0; i < xs.size(); ++i) {
     const Tensor& dx = gradients.emplace_back(torch::stable::empty_like(xs[i]));

@@ -11,6 +11,9 @@
 // dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
 // T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
 //
+// Labels y are an index, smoothed or not, or soft: any number for each class, class weights
+// included. Then it is ce_h (softmax(z_h) sum(y) - y).
+//
 // A team of threads, a warp or a block, takes a sample at a time, and the groups of heads in
 // turn. It takes the classes in tiles of all heads of the group together, read once into
 // shared memory, where every thread sees only what it has read itself: no barrier stands
@@ -33,19 +36,42 @@ constexpr std::size_t kOneTile = std::size_t{96} << 10, kManyTiles = std::size_t
 constexpr std::size_t kGranted = std::size_t{47} << 10;
 constexpr int kMostThreads = 256;
 
-// Number of samples that count, for every thread of the block.
-__device__ double counted(const ConsistencyArguments& in) {
-  if (!in.target) return static_cast<double>(in.batch);
-  IMCL_SHARED(of_warps, double[kMostThreads / 32]);
-  double count = 0;
-  for (int64_t b = threadIdx.x; b < in.batch; b += blockDim.x)
-    count += in.target[b * in.target_stride] != in.ignore_index;
-  count = warp_sum(count);
-  if (threadIdx.x % warpSize == 0) of_warps[threadIdx.x / warpSize] = count;
+// Factors of the cross entropies and of the divergences.
+struct Means {
+  double cross_entropy, kl;
+};
+
+__device__ inline double inverse(double total) { return total == 0 ? 0 : 1 / total; }
+
+// 1 / the weights that their means are divided by, for every thread of the block.
+template <class A>
+__device__ Means means(const ConsistencyArguments& in) {
+  const Labels& labels = in.labels;
+  if (!labels.target && !labels.sample_weight) {
+    const double mean = inverse(static_cast<double>(in.batch));
+    return {mean, mean};
+  }
+  IMCL_SHARED(of_warps, double[2 * kMostThreads / 32]);
+  double cross_entropy = 0, kl = 0;
+  for (int64_t b = threadIdx.x; b < in.batch; b += blockDim.x) {
+    const auto share = static_cast<double>(share_of<A>(in, b));
+    if (share == 0) continue;
+    kl += share;
+    cross_entropy += share * static_cast<double>(label_weight<A>(in, b));
+  }
+  cross_entropy = warp_sum(cross_entropy);
+  kl = warp_sum(kl);
+  if (threadIdx.x % warpSize == 0) {
+    of_warps[threadIdx.x / warpSize * 2] = cross_entropy;
+    of_warps[threadIdx.x / warpSize * 2 + 1] = kl;
+  }
   __syncthreads();
-  count = 0;
-  for (unsigned w = 0; w < blockDim.x / warpSize; ++w) count += of_warps[w];
-  return count;
+  cross_entropy = kl = 0;
+  for (unsigned w = 0; w < blockDim.x / warpSize; ++w) {
+    cross_entropy += of_warps[w * 2];
+    kl += of_warps[w * 2 + 1];
+  }
+  return {inverse(cross_entropy), inverse(kl)};
 }
 
 // Blocks that a multiprocessor is to hold at once: as many as need no register spilled.
@@ -62,14 +88,14 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
     consistency_kernel(IMCL_PARAMETER(ConsistencyArguments) in, bool warps) {
   using A = Acc<T>;
   IMCL_DYNAMIC_SHARED(memory, unsigned char);
-  const double mean = in.reduction == Reduction::kSum ? 1 : 1 / fmax(counted(in), 1.0);
-  const double loss_scale = in.reduction == Reduction::kMean ? mean : 1;
+  const Means mean = in.reduction == Reduction::kSum ? Means{1, 1} : means<A>(in);
+  const Means loss_scale = in.reduction == Reduction::kMean ? mean : Means{1, 1};
 
   const Team team(warps);
   Work<T> work(in, team, memory);
   const int64_t teams = int64_t{gridDim.x} * team.count;
   for (int64_t b = int64_t{blockIdx.x} * team.count + team.index; b < in.batch; b += teams)
-    work.sample(b, static_cast<A>(loss_scale));
+    work.sample(b, static_cast<A>(loss_scale.cross_entropy), static_cast<A>(loss_scale.kl));
   __syncthreads();
 
   const int terms = 2 * in.head_count;
@@ -88,7 +114,8 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
     const double sum = total(in.partials + int64_t{i} * gridDim.x, gridDim.x);
     if (threadIdx.x % warpSize == 0) {
       totals[i] = sum;
-      static_cast<A*>(in.terms)[i] = static_cast<A>(sum * mean);
+      static_cast<A*>(in.terms)[i] =
+          static_cast<A>(sum * (i < in.head_count ? mean.cross_entropy : mean.kl));
     }
   }
   if (in.reduction == Reduction::kNone) return;
@@ -98,10 +125,10 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
   for (int g = 0; g < in.group_count; ++g) {
     const Group& group = in.groups[g];
     for (int64_t h = group.first; h < group.first + group.size; ++h)
-      loss += times(in.heads[h].ce_weight, totals[h]) +
-              times(in.heads[h].kl_weight, totals[in.head_count + h]);
+      loss += times(in.heads[h].ce_weight, totals[h] * loss_scale.cross_entropy) +
+              times(in.heads[h].kl_weight, totals[in.head_count + h] * loss_scale.kl);
   }
-  *static_cast<A*>(in.loss) = static_cast<A>(loss * loss_scale);
+  *static_cast<A*>(in.loss) = static_cast<A>(loss);
 }
 
 template <class T>
@@ -120,15 +147,17 @@ cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan&
 template <class T>
 ConsistencyPlan plan_of(ConsistencyArguments& in, int processors) {
   constexpr int kPack = Pack<T>::kSize;
-  const auto on_16 = [](const void* base, int64_t row, int64_t column, std::size_t size) {
-    return column == 1 && reinterpret_cast<std::uintptr_t>(base) % 16 == 0 &&
-           row * static_cast<int64_t>(size) % 16 == 0;
+  const auto on_16 = [&](const void* base, const Strides& rows, int64_t column, std::size_t size) {
+    bool all = column == 1 && reinterpret_cast<std::uintptr_t>(base) % 16 == 0;
+    for (int axis = 0; axis < in.samples.axes; ++axis)
+      all = all && rows.of[axis] * static_cast<int64_t>(size) % 16 == 0;
+    return all;
   };
   in.packed = in.classes % kPack == 0;
   for (int h = 0; h < in.head_count; ++h) {
     const Head& head = in.heads[h];
-    in.packed = in.packed && on_16(head.z, head.z_row, head.z_class, sizeof(T)) &&
-                (!in.gradient || on_16(head.dz, head.dz_row, head.dz_class, sizeof(Acc<T>)));
+    in.packed = in.packed && on_16(head.z, head.z_sample, head.z_class, sizeof(T)) &&
+                (!in.gradient || on_16(head.dz, head.dz_sample, head.dz_class, sizeof(Acc<T>)));
   }
 
   const auto bytes = [&](int threads, int64_t chunks) {
@@ -179,10 +208,8 @@ ConsistencyArguments consistency_arguments(const Consistency& problem, Reduction
     arguments.largest_group = std::max(arguments.largest_group, static_cast<int>(group.size));
   arguments.batch = problem.batch;
   arguments.classes = problem.classes;
-  arguments.target = problem.target;
-  arguments.target_stride = problem.target_stride;
-  arguments.label_smoothing = problem.label_smoothing;
-  arguments.ignore_index = problem.ignore_index;
+  arguments.samples = problem.samples;
+  arguments.labels = problem.labels;
   arguments.reduction = reduction;
   arguments.gradient = problem.heads.front().dz != nullptr;
   return arguments;

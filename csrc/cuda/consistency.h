@@ -17,10 +17,8 @@ struct ConsistencyArguments {
   Group groups[kMostHeads];
   int head_count, group_count, largest_group;
   int64_t batch, classes;
-  const int64_t* target;  // (batch,), or null: no cross entropy
-  int64_t target_stride;
-  double label_smoothing;
-  int64_t ignore_index;
+  Samples samples;
+  Labels labels;
   Reduction reduction;
   bool gradient;      // every head's dz is to be written
   bool packed;        // every row of z and dz starts on 16 bytes, and takes a multiple of them

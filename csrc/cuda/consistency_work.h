@@ -27,15 +27,41 @@ __device__ __forceinline__ A times(A weight, A x) {
   return weight == 0 ? A(0) : weight * x;
 }
 
+// The factor of all of a sample's loss; 0 if it doesn't count.
+template <class A>
+__device__ __forceinline__ A share_of(const ConsistencyArguments& in, int64_t sample) {
+  const Labels& labels = in.labels;
+  if (labels.target &&
+      labels.target[in.samples.offset(sample, labels.target_sample)] == labels.ignore_index)
+    return 0;
+  if (!labels.sample_weight) return 1;
+  return static_cast<const A*>(
+      labels.sample_weight)[in.samples.offset(sample, labels.weight_sample)];
+}
+
+template <class A>
+__device__ __forceinline__ A class_weight(const Labels& labels, int64_t k) {
+  return labels.weight ? static_cast<const A*>(labels.weight)[k * labels.weight_stride] : A(1);
+}
+
+// The weight of a sample's label in the mean of the cross entropies.
+template <class A>
+__device__ __forceinline__ A label_weight(const ConsistencyArguments& in, int64_t sample) {
+  const Labels& labels = in.labels;
+  if (!labels.target || !labels.weight) return 1;
+  const int64_t y = labels.target[in.samples.offset(sample, labels.target_sample)];
+  return y < 0 || y >= in.classes ? A(0) : class_weight<A>(labels, y);
+}
+
 // What is known of one head, in shared memory.
 template <class A>
 struct HeadState {
   A max, max_shift;              // of z; and by how much the last tile raised it, as old - new
   A teacher_max, teacher_shift;  // of t
   A plain, tempered;             // sums of exp(z - max) and exp((z - max) / T)
-  A mean_logit;
-  A teacher;  // sum of exp(t - teacher_max)
-  A cross;    // sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T)
+  A label_logit;                 // sum of z / K, or of y z of soft labels
+  A teacher;                     // sum of exp(t - teacher_max)
+  A cross;                       // sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T)
   A log_tempered, log_teacher;
   A inverse_plain, inverse_tempered, inverse_teacher;
   A kl;      // KL, without T^2
@@ -101,12 +127,19 @@ class Work {
     for (int i = rank_; i < 2 * in_.head_count; i += size_) terms_[i] = 0;
   }
 
-  __device__ void sample(int64_t index, A scale) {
+  __device__ void sample(int64_t index, A ce_scale, A kl_scale) {
     sample_ = index;
-    const int64_t label = in_.target ? in_.target[index * in_.target_stride] : 0;
-    const bool counts = !in_.target || label != in_.ignore_index;
+    const Labels& labels = in_.labels;
+    const int64_t label =
+        labels.target ? labels.target[in_.samples.offset(index, labels.target_sample)] : 0;
+    share_ = share_of<A>(in_, index);
+    const bool counts = share_ != 0;
     label_ = label >= 0 && label < in_.classes ? static_cast<int>(label) : -1;
-    scale_ = scale;
+    ce_scale_ = share_ * ce_scale;
+    kl_scale_ = share_ * kl_scale;
+    soft_ = labels.soft();
+    if (soft_ && counts) measure_labels();
+    else label_size_ = label_weight<A>(in_, index);
     A value = 0;
     for (int g = 0; g < in_.group_count; ++g) {
       enter(in_.groups[g]);
@@ -143,7 +176,7 @@ class Work {
     const bool without_own = teacher_ == Teacher::kOthers || teacher_ == Teacher::kPairwise;
     const int averaged = teacher_ == Teacher::kFinal ? 1 : without_own ? n_ - 1 : n_;
     average_ = static_cast<A>(1.0 / averaged);
-    share_ = static_cast<A>(1 / (group.temperature * averaged));
+    part_ = static_cast<A>(1 / (group.temperature * averaged));
     kl_weights_ = 0;
     for (int h = 0; h < n_; ++h) kl_weights_ += static_cast<A>(head(h).kl_weight);
   }
@@ -179,11 +212,11 @@ class Work {
       for (int j = 0; j < n_; ++j) {
         if (j == h && teacher_ == Teacher::kOthers) continue;
         const Values other = z_of(j, part);
-        each([&](int i) { t.at[i] += other.at[i] * share_; });
+        each([&](int i) { t.at[i] += other.at[i] * part_; });
       }
     } else if (teacher_ == Teacher::kOthers)
-      each([&](int i) { t.at[i] = (sum.at[i] - z.at[i]) * share_; });
-    else each([&](int i) { t.at[i] = sum.at[i] * share_; });
+      each([&](int i) { t.at[i] = (sum.at[i] - z.at[i]) * part_; });
+    else each([&](int i) { t.at[i] = sum.at[i] * part_; });
     return t;
   }
   __device__ A teacher_max(int h) const {
@@ -237,7 +270,7 @@ class Work {
 #pragma unroll 4
       for (int h = 0; h < n_; ++h) {
         const Head& from = head(h);
-        const T* row = static_cast<const T*>(from.z) + sample_ * from.z_row;
+        const T* row = static_cast<const T*>(from.z) + in_.samples.offset(sample_, from.z_sample);
         Pack<T> pack;
         if (in_.packed) {
           pack = load_pack(row + column);  // [kPack]
@@ -389,23 +422,29 @@ class Work {
   }
 
   __device__ void exponentials() {
-    const bool labelled = in_.target, smoothed = labelled && in_.label_smoothing > 0;
+    const bool labelled = in_.labels.any();
+    const bool smoothed = labelled && (soft_ || in_.labels.smoothing > 0);
     const A of_class = static_cast<A>(1.0 / static_cast<double>(in_.classes));
     for (int h = 0; h < n_; ++h) {
       const A max = shift_of(states_[h].max);
-      A tempered_sum = 0, plain_sum = 0, mean_logit = 0;
+      A tempered_sum = 0, plain_sum = 0, label_logit = 0;
       each_part([&](const Part& part) {
         Values z = z_of(h, part);
         const Values e = tempered(z, max);
         add(tempered_sum, e, part);
         if (labelled) add(plain_sum, plain(e, z, max), part);
         if (!smoothed) return;
-        each([&](int i) { z.at[i] *= of_class; });
-        add(mean_logit, z, part);
+        if (soft_) {
+          const Values y = soft_labels(part);
+          each([&](int i) { z.at[i] = times(y.at[i], z.at[i]); });
+        } else {
+          each([&](int i) { z.at[i] *= of_class; });
+        }
+        add(label_logit, z, part);
       });
       if (kl_) put(h * kValues, warp_sum(tempered_sum));
       if (labelled) put(h * kValues + 1, warp_sum(plain_sum));
-      if (smoothed) put(h * kValues + 2, warp_sum(mean_logit));
+      if (smoothed) put(h * kValues + 2, warp_sum(label_logit));
       if (!taught(h)) continue;
       const A t_max = teacher_max(h);
       A teacher = 0, cross = 0;
@@ -431,7 +470,7 @@ class Work {
       const A shift = state.max_shift, tempered_shift = shift * inverse_t_;
       if (kl_) state.tempered = state.tempered * fast_exp(tempered_shift) + get_sum(h * kValues);
       if (labelled) state.plain = state.plain * fast_exp(shift) + get_sum(h * kValues + 1);
-      if (smoothed) state.mean_logit += get_sum(h * kValues + 2);
+      if (smoothed) state.label_logit += get_sum(h * kValues + 2);
       if (taught(h)) {
         const A t_shift = teacher_shift(h), factor = fast_exp(t_shift);
         // The exponents of what was summed so far were relative to lower maxima.
@@ -510,23 +549,25 @@ class Work {
     for (int h = rank_; h < n_; h += size_) {
       HeadState<A>& state = states_[h];
       A ce = 0;
-      if (in_.target) {
+      if (in_.labels.target && label_ < 0) {
+        ce = NAN;
+      } else if (soft_) {
+        ce = label_size_ * log(state.plain) - (state.label_logit - label_size_ * state.max);
+      } else if (in_.labels.target) {
         const Head& from = head(h);
-        const auto smoothing = static_cast<A>(in_.label_smoothing);
-        if (label_ < 0) {
-          ce = NAN;
-        } else {
-          const T* row = static_cast<const T*>(from.z) + sample_ * from.z_row;
-          const A log_sum = log(state.plain), z = to_acc(masked(row[label_ * from.z_class]));
-          ce = (1 - smoothing) * (log_sum - (z - state.max));
-          if (smoothing > 0) ce += smoothing * (log_sum - (state.mean_logit - state.max));
-        }
+        const auto smoothing = static_cast<A>(in_.labels.smoothing);
+        const T* row = static_cast<const T*>(from.z) + in_.samples.offset(sample_, from.z_sample);
+        const A log_sum = log(state.plain), z = to_acc(masked(row[label_ * from.z_class]));
+        ce = (1 - smoothing) * (log_sum - (z - state.max));
+        if (smoothing > 0) ce += smoothing * (log_sum - (state.label_logit - state.max));
+        ce = times(label_size_, ce);
       }
       const A kl = t_ * t_ * state.kl;
-      state.value =
-          (times(static_cast<A>(head(h).ce_weight), ce) + times(kl_weight(h), kl)) * scale_;
+      state.value = times(static_cast<A>(head(h).ce_weight), ce * ce_scale_) +
+                    times(kl_weight(h), kl * kl_scale_);
+      ce *= share_;
       terms_[first_ + h] += static_cast<double>(ce);
-      terms_[in_.head_count + first_ + h] += static_cast<double>(kl);
+      terms_[in_.head_count + first_ + h] += static_cast<double>(kl * share_);
     }
     team_.sync();
   }
@@ -558,9 +599,9 @@ class Work {
       for (int h = 0; h < n_; ++h) {
         const Values z = z_of(h, part), e = tempered(z, states_[h].max);
         Values dz{};
-        if (in_.target) add_labels(h, part, z, e, dz);
+        if (in_.labels.any()) add_labels(h, part, z, e, dz);
         if (kl_) {
-          const A factor = times(t_ * scale_ * kl_weight(h), states_[h].inverse_tempered);
+          const A factor = times(t_ * kl_scale_ * kl_weight(h), states_[h].inverse_tempered);
           each([&](int i) { dz.at[i] += factor * e.at[i]; });
         }
         if (pairwise()) add_pairwise(h, z, e, sum, passed, dz);
@@ -570,21 +611,61 @@ class Work {
     });
   }
 
-  // ce_h (softmax(z_h) - y)
+  // ce_h (softmax(z_h) sum(y) - y)
   __device__ void add_labels(int h, const Part& part, const Values& z, const Values& e,
                              Values& dz) const {
     const HeadState<A>& state = states_[h];
-    const A weight = static_cast<A>(head(h).ce_weight) * scale_;
-    const A factor = times(weight, state.inverse_plain);
-    const A valid = label_ < 0 ? A(NAN) : A(1);
-    const A smooth =
-        valid * weight * static_cast<A>(in_.label_smoothing / static_cast<double>(in_.classes));
-    const A sharp = smooth + weight * static_cast<A>(1 - in_.label_smoothing);
+    const Labels& labels = in_.labels;
+    const A valid = labels.target && label_ < 0 ? A(NAN) : A(1);
+    const A weight = static_cast<A>(head(h).ce_weight) * ce_scale_;
+    const A factor = times(weight * label_size_, state.inverse_plain);
     const Values p = plain(e, z, state.max);
+    if (soft_) {
+      const Values y = soft_labels(part);
+      each([&](int i) { dz.at[i] = factor * p.at[i] - valid * (weight * y.at[i]); });
+      return;
+    }
+    const A of_label = weight * label_size_;
+    const A smooth =
+        valid * of_label * static_cast<A>(labels.smoothing / static_cast<double>(in_.classes));
+    const A sharp = smooth + of_label * static_cast<A>(1 - labels.smoothing);
     each([&](int i) {
       const A y = part.column + i * part.step == label_ ? sharp : smooth;
       dz.at[i] = factor * p.at[i] - y;
     });
+  }
+
+  // The soft labels of a part, 0 beyond the classes.
+  __device__ Values soft_labels(const Part& part) const {
+    const Labels& labels = in_.labels;
+    const auto uniform = static_cast<A>(labels.smoothing / static_cast<double>(in_.classes));
+    const auto sharp = static_cast<A>(1 - labels.smoothing);
+    const A* row = static_cast<const A*>(labels.probabilities);
+    if (row) row += in_.samples.offset(sample_, labels.probability_sample);
+    Values y{};
+    each([&](int i) {
+      const int k = part.column + i * part.step;
+      if (i >= part.count) return;
+      const A own = row ? row[k * labels.probability_class] : A(k == label_);
+      y.at[i] = (own * sharp + uniform) * class_weight<A>(labels, k);
+    });
+    return y;
+  }
+
+  // The sum of the soft labels, for every thread of the team.
+  __device__ void measure_labels() {
+    A sum = 0;
+    for (int tile = 0; tile < in_.tiles; ++tile) {
+      tile_ = tile * in_.chunks * size_ * kPack;
+      each_part([&](const Part& part) {
+        const Values y = soft_labels(part);
+        each([&](int i) { sum += y.at[i]; });
+      });
+    }
+    team_.sync();  // nobody still reads the buffer
+    put(0, warp_sum(sum));
+    team_.sync();
+    label_size_ = get_sum(0);
   }
 
   struct Taught {
@@ -596,7 +677,7 @@ class Work {
                                     const Values& sum) const {
     const HeadState<A>& state = states_[h];
     const A t_max = teacher_max(h);
-    const A factor = times(t_ * scale_ * kl_weight(h), state.inverse_teacher);
+    const A factor = times(t_ * kl_scale_ * kl_weight(h), state.inverse_teacher);
     const A rest = state.log_tempered - state.log_teacher - state.kl;
     const Values t = teacher_logits(h, part, z, sum);
     Taught result;
@@ -623,7 +704,7 @@ class Work {
   __device__ void add_pairwise(int h, const Values& z, const Values& e, const Values& p_sum,
                                const Values& weighted, Values& dz) const {
     const HeadState<A>& state = states_[h];
-    const A factor = t_ * scale_ * average_;
+    const A factor = t_ * kl_scale_ * average_;
     const A weight = factor * kl_weight(h);
     each([&](int i) { dz.at[i] -= times(weight, p_sum.at[i] - e.at[i] * state.inverse_tempered); });
     if (detach_) return;
@@ -636,7 +717,7 @@ class Work {
 
   __device__ __forceinline__ void write(int h, const Part& part, const Values& dz) const {
     const Head& to = head(h);
-    A* row = static_cast<A*>(to.dz) + sample_ * to.dz_row;
+    A* row = static_cast<A*>(to.dz) + in_.samples.offset(sample_, to.dz_sample);
     if (in_.packed) {
       store_pack(row + part.column, dz);  // [kPart]
     } else {
@@ -668,12 +749,14 @@ class Work {
 
   int64_t sample_ = 0;
   int label_ = 0;  // -1: out of range
-  A scale_ = 1;
+  A share_ = 1, ce_scale_ = 1, kl_scale_ = 1;
+  bool soft_ = false;
+  A label_size_ = 1;  // of soft labels their sum, else the weight of the class
 
   int first_ = 0, n_ = 0;
   Teacher teacher_ = Teacher::kOthers;
   bool detach_ = true, kl_ = false, squares_ = false;  // squares_: T is 2
-  A t_ = 1, inverse_t_ = 1, average_ = 1, share_ = 1, kl_weights_ = 0;
+  A t_ = 1, inverse_t_ = 1, average_ = 1, part_ = 1, kl_weights_ = 0;
   int tile_ = 0;          // its first column
   bool extreme_ = false;  // some logit that this thread has read of it is
 };

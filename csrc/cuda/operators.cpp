@@ -162,6 +162,7 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& weight, const std::optional<Tensor>& sample_weight,
     const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
     const std::vector<int64_t>& groups, const std::vector<double>& temperature,
     const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
@@ -170,6 +171,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   const Device device(logits[0]);
   for (const Tensor& z : logits) device.check(z, "logits");
   if (target) device.check(*target, "target");
+  if (weight) device.check(*weight, "weight");
+  if (sample_weight) device.check(*sample_weight, "sample_weight");
   const auto heads = static_cast<int64_t>(ce_weight.size());
   STD_TORCH_CHECK(heads <= kMostHeads, "logits: expected at most ", kMostHeads,
                   " heads for the CUDA kernel, got ", heads,
@@ -177,9 +180,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
 
   std::optional<Gradients> gradients;
   if (keep) gradients.emplace(logits, heads);
-  const Consistency problem =
-      consistency_of(logits, target, gradients ? &*gradients : nullptr, ce_weight, kl_weight,
-                     groups, temperature, teacher, detach, label_smoothing, ignore_index);
+  const Consistency problem = consistency_of(
+      logits, target, weight, sample_weight, gradients ? &*gradients : nullptr, ce_weight,
+      kl_weight, groups, temperature, teacher, detach, label_smoothing, ignore_index);
   STD_TORCH_CHECK(problem.classes <= int64_t{1} << 30,
                   "logits: expected at most 2^30 classes, got ", problem.classes);
   ConsistencyArguments arguments =
@@ -187,9 +190,11 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   const ConsistencyPlan plan = consistency_plan(problem.dtype, arguments, device.processors());
 
   const ScalarType dtype = accumulation_type(logits[0]);
-  const Tensor loss = arguments.reduction == Reduction::kNone
-                          ? allocate({problem.batch}, dtype, logits[0])
-                          : allocate({}, dtype, logits[0]);
+  const std::vector<int64_t> samples = samples_of(logits[0]);
+  const Tensor loss =
+      arguments.reduction == Reduction::kNone
+          ? torch::stable::new_empty(logits[0], {samples.data(), samples.size()}, dtype)
+          : allocate({}, dtype, logits[0]);
   const Tensor terms = allocate({2, heads}, dtype, logits[0]);
   const Workspace workspace(2 * heads * plan.blocks, logits[0], device);
   arguments.loss = loss.mutable_data_ptr();

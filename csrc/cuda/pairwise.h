@@ -7,12 +7,6 @@
 #include "../problem.h"
 #include "launch.h"
 
-#if defined(__CUDACC__)
-#define IMCL_HOST_DEVICE __host__ __device__
-#else
-#define IMCL_HOST_DEVICE
-#endif
-
 namespace imcl {
 
 constexpr int kTile = 64;  // edge of a tile of a Gram matrix, as in kernels/plan.py

@@ -5,6 +5,8 @@ p_h = softmax(z_h/T). For detached teachers
 
 ``dz_h = ce_weight_h (softmax(z_h) - y)/B + kl_weight_h T (p_h - q_h)/B``.
 
+Of labels y of any sum, or times class weights, it is ``softmax(z_h) sum(y) - y``.
+
 Pairwise consistency is linear in the number of heads: with P = sum_j p_j and
 Q = sum_j p_j log p_j, ``sum_{j != h} KL(p_j || p_h) = sum_k Q - P log p_h``.
 A teacher that is not detached adds ``T q (log q - log p - KL)`` to its own
@@ -22,6 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import dense
+
 OTHERS, MEAN, FINAL, PAIRWISE = range(4)
 REDUCE_MEAN, REDUCE_SUM, REDUCE_NONE = range(3)
 
@@ -29,6 +33,8 @@ REDUCE_MEAN, REDUCE_SUM, REDUCE_NONE = range(3)
 def forward(
     logits: Sequence[Tensor],
     target: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
     ce_weight: Sequence[float],
     kl_weight: Sequence[float],
     groups: Sequence[int],
@@ -40,49 +46,49 @@ def forward(
     reduction: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Loss () or (B,), terms (2, H), and with ``keep`` the gradient of every block of logits."""
+    """Loss () or of the samples' sizes, terms (2, H), and with ``keep`` the gradient of every
+    block of logits."""
+    samples = dense.samples(logits[0])
+    if target is not None:
+        target = target.flatten(0, len(samples) - 1)
+    if sample_weight is not None:
+        sample_weight = sample_weight.flatten()
     z = _stack(logits)  # [H, B, K]
     heads, batch, classes = z.shape
-    counted = _counted(target, ignore_index, z)
+    share, labels, label_weight = _targets(
+        target, weight, sample_weight, label_smoothing, ignore_index, z
+    )
     ce = z.new_zeros(heads, batch)
-    soft = z  # the target as a distribution, where there is one
-    if target is not None:
-        valid = (target >= 0) & (target < classes)
-        index = torch.where(valid, target, 0).expand(heads, batch).unsqueeze(-1)
+    if target is not None and labels is not None:
         log_p = torch.log_softmax(z, -1)
-        nll = -log_p.gather(-1, index).squeeze(-1)
-        ce = nll
-        if label_smoothing > 0:
-            ce = (1 - label_smoothing) * nll - label_smoothing * (log_p / classes).sum(-1)
-        # Waiting for the device to say that a target is out of range would cost more.
-        ce = torch.where(valid, ce, math.nan)
-        soft = torch.full_like(z, label_smoothing / classes)
-        soft.scatter_add_(-1, index, torch.full_like(soft[..., :1], 1 - label_smoothing))
-        soft = torch.where(valid.unsqueeze(-1), soft, math.nan)
+        if target.is_floating_point() or label_smoothing > 0:
+            ce = -_times(labels, log_p).sum(-1)
+        else:
+            index = target.clamp(0, classes - 1).view(1, batch, 1)
+            one = labels.gather(-1, index[0]).squeeze(-1)  # [B]
+            ce = -_times(one, log_p.gather(-1, index.expand(heads, batch, 1)).squeeze(-1))
 
     grouped = [
         (g, torch.log_softmax(g / t, -1), t, kind)
         for g, t, kind in zip(z.split(list(groups)), temperature, teacher, strict=True)
     ]
     kl = torch.cat([t * t * _group_kl(log_p, g / t, kind) for g, log_p, t, kind in grouped])
-    ce = torch.where(counted, ce, 0.0)
-    kl = torch.where(counted, kl, 0.0)
+    ce, kl = _times(share, ce), _times(share, kl)
+    ce_mean = kl_mean = _inverse(share.sum())
+    if label_weight is not None:
+        ce_mean = _inverse((share * label_weight).sum())
+    by = (ce_mean, kl_mean) if reduction == REDUCE_MEAN else (1.0, 1.0)
     ce_column, kl_column = _column(ce_weight, z), _column(kl_weight, z)  # [H, 1, 1]
-    count = counted.sum().clamp(min=1).to(z.dtype)
-    scale = 1 / count if reduction == REDUCE_MEAN else 1.0
-    loss = (_times(ce_column[..., 0], ce) + _times(kl_column[..., 0], kl)).sum(0) * scale  # [B]
-    terms = torch.stack([ce, kl]).sum(-1)
-    if reduction != REDUCE_NONE:
-        loss = loss.sum()
+    loss = _times(ce_column[..., 0], ce * by[0]) + _times(kl_column[..., 0], kl * by[1])
+    loss = loss.sum(0)  # [B]
+    terms = torch.stack([ce.sum(-1), kl.sum(-1)])
     if reduction != REDUCE_SUM:
-        terms = terms / count
+        terms = terms * torch.stack([ce_mean, kl_mean]).unsqueeze(-1)
+    loss = loss.view(samples) if reduction == REDUCE_NONE else loss.sum()
     if not keep:
         return loss, terms, []
 
-    dz = torch.zeros_like(z)
-    if target is not None:
-        dz = _times(ce_column, torch.softmax(z, -1) - soft)
-    dz = dz + torch.cat(
+    kl_gradient = torch.cat(
         [
             t * _group_gradient(log_p, g / t, w, kind, detached)
             for (g, log_p, t, kind), w, detached in zip(
@@ -90,7 +96,13 @@ def forward(
             )
         ]
     )
-    dz = torch.where(counted.unsqueeze(-1), dz * scale, 0.0)
+    column = share.unsqueeze(-1)
+    dz = _times(column, kl_gradient * by[1])
+    if target is not None and labels is not None:
+        p = torch.softmax(z, -1)
+        if target.is_floating_point() or weight is not None:
+            p = p * labels.sum(-1, keepdim=True)
+        dz = dz + _times(ce_column * column, (p - labels) * by[0])
     return loss, terms, _unstack(dz, logits)
 
 
@@ -164,10 +176,40 @@ def _times(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(weight == 0, 0, weight * x)
 
 
-def _counted(target: Tensor | None, ignore_index: int, z: Tensor) -> Tensor:
+def _targets(
+    target: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    z: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The weight of each sample (B,), 0 of one that doesn't count; what -log p is summed with
+    (B, K); and the class weight of each label."""
+    _, batch, classes = z.shape
+    share = z.new_ones(batch) if sample_weight is None else sample_weight
     if target is None:
-        return z.new_ones(z.shape[1], dtype=torch.bool)
-    return target != ignore_index
+        return share, None, None
+    if target.is_floating_point():
+        labels = target * (1 - smoothing) + smoothing / classes
+        return share, labels if weight is None else labels * weight, None
+    valid = (target >= 0) & (target < classes)
+    index = torch.where(valid, target, 0).unsqueeze(-1)
+    labels = z.new_full((batch, classes), smoothing / classes)
+    labels.scatter_add_(-1, index, torch.full_like(labels[:, :1], 1 - smoothing))
+    if weight is not None:
+        labels = labels * weight
+    # Waiting for the device to say that a target is out of range would cost more.
+    labels = torch.where(valid.unsqueeze(-1), labels, math.nan)
+    share = torch.where(target == ignore_index, 0.0, share)
+    if weight is None:
+        return share, labels, None
+    return share, labels, torch.where(valid, weight[index.squeeze(-1)], 0.0)
+
+
+def _inverse(total: Tensor) -> Tensor:
+    """1 / total, the factor of a mean; 0 where nothing has a weight."""
+    return torch.where(total == 0, 0.0, 1 / total)
 
 
 def _column(weights: Sequence[float], z: Tensor) -> Tensor:
@@ -176,14 +218,15 @@ def _column(weights: Sequence[float], z: Tensor) -> Tensor:
 
 def _stack(logits: Sequence[Tensor]) -> Tensor:
     """All heads as one [H, B, K] in the accumulation dtype, masked classes -inf."""
-    z = torch.cat([block if block.dim() == 3 else block.unsqueeze(0) for block in logits])
+    z = torch.cat([block if block.dim() > 2 else block.unsqueeze(0) for block in logits])
+    z = z.flatten(1, -2)
     masked = z <= torch.finfo(z.dtype).min
     z = z if z.dtype == torch.float64 else z.float()
     return torch.where(masked, -math.inf, z)
 
 
 def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
-    sizes = [len(block) if block.dim() == 3 else 1 for block in logits]
+    sizes = [len(block) if block.dim() > 2 else 1 for block in logits]
     return [
         torch.empty_like(block, dtype=dz.dtype).copy_(part.reshape(block.shape))
         for part, block in zip(dz.split(sizes), logits, strict=True)

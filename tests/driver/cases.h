@@ -414,6 +414,9 @@ struct ConsistencySpec {
   double smoothing;
   int64_t z_class, dz_class;  // strides
   Reduction reduction;
+  // Probabilities in place of indices; weights of the classes, and of the samples.
+  bool probabilities = false, weighted = false, shared = false;
+  int64_t pixels = 0;  // dense: images of so many, (images, classes, pixels), whose sum is batch
 };
 
 constexpr int64_t kIgnored = -100;
@@ -429,13 +432,23 @@ class ConsistencyCase {
     for (int64_t h = 0; h < heads_; ++h) {
       z_.emplace_back(spec.dtype, reach(z_row_, spec.z_class));
       for (int64_t b = 0; b < spec.batch; ++b)
-        for (int64_t k = 0; k < spec.classes; ++k)
-          z_.back().set(b * z_row_ + k * spec.z_class, 4 * random());
+        for (int64_t k = 0; k < spec.classes; ++k) z_.back().set(z_at(b, k), 4 * random());
       z_before_.push_back(z_.back().copy());
       ce_weight_.push_back(1.25 + random());
       kl_weight_.push_back(h % 5 == 4 ? 0 : 1.25 + random());
     }
-    if (spec.target) {
+    const auto classes = static_cast<std::size_t>(spec.classes);
+    const auto batch = static_cast<std::size_t>(spec.batch);
+    if (spec.probabilities)
+      for (std::size_t i = 0; i < batch * classes; ++i) probabilities_.push_back(1 + random());
+    if (spec.weighted)
+      for (std::size_t k = 0; k < classes; ++k) weight_.push_back(k % 4 == 3 ? 0 : 1.25 + random());
+    if (spec.shared)
+      for (std::size_t b = 0; b < batch; ++b) share_.push_back(b % 5 == 2 ? 0 : 1.25 + random());
+    given_.push_back(numbers(probabilities_, 3));
+    given_.push_back(numbers(weight_, 2));
+    given_.push_back(numbers(share_, 2));
+    if (spec.target && !spec.probabilities) {
       target_.reset(new int64_t[static_cast<std::size_t>(spec.batch ? 2 * spec.batch - 1 : 0)]);
       for (int64_t b = 0; b < spec.batch; ++b) {
         int64_t& y = target_[static_cast<std::size_t>(2 * b)];
@@ -475,13 +488,12 @@ class ConsistencyCase {
           fail("the gradient depends on how the work is shared out");
       check_written("gradient", dz, reach(dz_row_, spec_.dz_class), [&](auto cover) {
         for (int64_t b = 0; b < spec_.batch; ++b)
-          for (int64_t k = 0; k < spec_.classes; ++k) cover(b * dz_row_ + k * spec_.dz_class);
+          for (int64_t k = 0; k < spec_.classes; ++k) cover(dz_at(b, k));
       });
       for (int64_t b = 0; b < spec_.batch; ++b)
         for (int64_t k = 0; k < spec_.classes; ++k) {
           const int64_t at = (h * spec_.batch + b) * spec_.classes + k;
-          compare(tally, "gradient", at, dz.get(b * dz_row_ + k * spec_.dz_class),
-                  dz_[static_cast<std::size_t>(at)],
+          compare(tally, "gradient", at, dz.get(dz_at(b, k)), dz_[static_cast<std::size_t>(at)],
                   unit() * dz_bound_[static_cast<std::size_t>(at)]);
         }
     }
@@ -495,8 +507,30 @@ class ConsistencyCase {
   };
 
   double unit() const { return 16 * unit_of(acc_of(spec_.dtype)); }
+  int64_t z_at(int64_t b, int64_t k) const {
+    return spec_.pixels ? dense_at(b, k) : b * z_row_ + k * spec_.z_class;
+  }
+  int64_t dz_at(int64_t b, int64_t k) const {
+    return spec_.pixels ? dense_at(b, k) : b * dz_row_ + k * spec_.dz_class;
+  }
+  int64_t dense_at(int64_t b, int64_t k) const {
+    return (b / spec_.pixels * spec_.classes + k) * spec_.pixels + b % spec_.pixels;
+  }
   int64_t reach(int64_t row, int64_t stride) const {
+    if (spec_.pixels) return spec_.batch * spec_.classes;
     return spec_.batch ? (spec_.batch - 1) * row + (spec_.classes - 1) * stride + 1 : 0;
+  }
+
+  // Numbers a stride apart in the accumulation type; what is read back is what is expected.
+  Buffer numbers(std::vector<double>& values, int64_t stride) const {
+    const auto count = static_cast<int64_t>(values.size());
+    Buffer buffer(acc_of(spec_.dtype), count ? (count - 1) * stride + 1 : 0);
+    for (int64_t i = 0; i < count; ++i) {
+      double& value = values[static_cast<std::size_t>(i)];
+      buffer.set(i * stride, value);
+      value = buffer.get(i * stride);
+    }
+    return buffer;
   }
 
   template <class Call>
@@ -505,22 +539,39 @@ class ConsistencyCase {
     problem.dtype = spec_.dtype;
     problem.batch = spec_.batch;
     problem.classes = spec_.classes;
+    const int64_t pixels = spec_.pixels;
+    problem.samples = {1, {spec_.batch}};
+    if (pixels) problem.samples = {2, {spec_.batch / pixels, pixels}};
+    // Strides of what each sample has, one of which takes so many elements.
+    const auto each = [&](int64_t elements) {
+      return pixels ? imcl::Strides{{elements * pixels, elements}} : imcl::Strides{{elements}};
+    };
     for (int64_t h = 0; h < heads_; ++h) {
       const auto head = static_cast<std::size_t>(h);
       out.dz.emplace_back(acc_of(spec_.dtype), reach(dz_row_, spec_.dz_class));
-      problem.heads.push_back({z_[head].data(), z_row_, spec_.z_class,
-                               wants_gradient ? out.dz.back().data() : nullptr, dz_row_,
-                               spec_.dz_class, ce_weight_[head], kl_weight_[head]});
+      const int64_t p = spec_.pixels, image = p * spec_.classes;
+      problem.heads.push_back(
+          {z_[head].data(), p ? imcl::Strides{{image, 1}} : imcl::Strides{{z_row_}},
+           p ? p : spec_.z_class, wants_gradient ? out.dz.back().data() : nullptr,
+           p ? imcl::Strides{{image, 1}} : imcl::Strides{{dz_row_}}, p ? p : spec_.dz_class,
+           ce_weight_[head], kl_weight_[head]});
     }
     int64_t first = 0;
     for (const GroupSpec& g : spec_.groups) {
       problem.groups.push_back({first, g.size, g.temperature, g.teacher, g.detach});
       first += g.size;
     }
-    problem.target = target_.get();
-    problem.target_stride = 2;
-    problem.label_smoothing = spec_.smoothing;
-    problem.ignore_index = kIgnored;
+    problem.labels.target = target_.get();
+    problem.labels.target_sample = each(2);
+    if (spec_.probabilities) problem.labels.probabilities = given_[0].data();
+    problem.labels.probability_sample = each(3 * spec_.classes);
+    problem.labels.probability_class = 3;
+    if (spec_.weighted) problem.labels.weight = given_[1].data();
+    if (spec_.shared) problem.labels.sample_weight = given_[2].data();
+    problem.labels.weight_stride = 2;
+    problem.labels.weight_sample = each(2);
+    problem.labels.smoothing = spec_.smoothing;
+    problem.labels.ignore_index = kIgnored;
     call(problem, spec_.reduction, out.losses, out.terms, way);
   }
 
@@ -554,13 +605,19 @@ class ConsistencyCase {
     losses_.assign(batch, 0), loss_bound_.assign(batch, 0);
     terms_.assign(2 * heads, 0), term_bound_.assign(2 * heads, 0);
     dz_.assign(heads * batch * classes, 0), dz_bound_.assign(heads * batch * classes, 0);
-    double count = 0;
-    for (std::size_t b = 0; b < batch; ++b) count += counts(b);
-    const double mean = 1 / std::max(count, 1.0);
-    const double scale = spec_.reduction == Reduction::kMean ? mean : 1;
-    const double term_scale = spec_.reduction == Reduction::kSum ? 1 : mean;
+    double of_ce = 0, of_kl = 0;
     for (std::size_t b = 0; b < batch; ++b) {
-      if (!counts(b)) continue;
+      of_kl += share(b);
+      of_ce += share(b) * label_weight(b);
+    }
+    const double ce_mean = of_ce == 0 ? 0 : 1 / of_ce, kl_mean = of_kl == 0 ? 0 : 1 / of_kl;
+    const bool mean = spec_.reduction == Reduction::kMean, sum = spec_.reduction == Reduction::kSum;
+    for (std::size_t b = 0; b < batch; ++b) {
+      if (share(b) == 0) continue;
+      const double ce_scale = share(b) * (mean ? ce_mean : 1);
+      const double kl_scale = share(b) * (mean ? kl_mean : 1);
+      const double ce_term = share(b) * (sum ? 1 : ce_mean),
+                   kl_term = share(b) * (sum ? 1 : kl_mean);
       std::size_t first = 0;
       for (const GroupSpec& group : spec_.groups) {
         const auto n = static_cast<std::size_t>(group.size);
@@ -570,27 +627,52 @@ class ConsistencyCase {
         for (std::size_t h = 0; h < n; ++h)
           for (std::size_t k = 0; k < classes; ++k)
             largest = std::max(largest, std::fabs(z(first + h, b, k)));
-        for (std::size_t h = 0; h < n; ++h) cross_entropy(first + h, b, scale, largest, ce[h]);
-        if (n > 1) collaborate(group, first, b, scale, spread + largest / group.temperature, kl);
+        for (std::size_t h = 0; h < n; ++h) cross_entropy(first + h, b, ce_scale, largest, ce[h]);
+        if (n > 1) collaborate(group, first, b, kl_scale, spread + largest / group.temperature, kl);
         for (std::size_t h = 0; h < n; ++h) {
           const std::size_t i = first + h;
           const double t2 = group.temperature * group.temperature;
-          const double ce_bound = spec_.target ? spread + largest : 0;
+          const double ce_bound = spec_.target ? label_size(b) * (spread + largest) : 0;
           const double kl_bound = n > 1 ? t2 * spread + group.temperature * largest : 0;
-          losses_[b] += scale * (ce_weight_[i] * ce[h] + kl_weight_[i] * kl[h]);
-          loss_bound_[b] += scale * (ce_weight_[i] * ce_bound + kl_weight_[i] * kl_bound);
-          terms_[i] += term_scale * ce[h], term_bound_[i] += term_scale * ce_bound;
-          terms_[heads + i] += term_scale * kl[h];
-          term_bound_[heads + i] += term_scale * kl_bound;
+          losses_[b] += ce_scale * ce_weight_[i] * ce[h] + kl_scale * kl_weight_[i] * kl[h];
+          loss_bound_[b] +=
+              ce_scale * ce_weight_[i] * ce_bound + kl_scale * kl_weight_[i] * kl_bound;
+          terms_[i] += ce_term * ce[h], term_bound_[i] += ce_term * ce_bound;
+          terms_[heads + i] += kl_term * kl[h];
+          term_bound_[heads + i] += kl_term * kl_bound;
         }
         first += n;
       }
     }
   }
 
-  bool counts(std::size_t b) const { return !spec_.target || target_[2 * b] != kIgnored; }
+  double share(std::size_t b) const {
+    if (target_ && target_[2 * b] == kIgnored) return 0;
+    return spec_.shared ? share_[b] : 1;
+  }
+  bool known(std::size_t b) const {
+    return !target_ || (target_[2 * b] >= 0 && target_[2 * b] < spec_.classes);
+  }
+  double label_weight(std::size_t b) const {
+    if (!target_ || !spec_.weighted) return 1;
+    return known(b) ? weight_[static_cast<std::size_t>(target_[2 * b])] : 0;
+  }
+  // What -log p_k is summed with.
+  double label(std::size_t b, std::size_t k) const {
+    const double y = spec_.probabilities
+                         ? probabilities_[b * static_cast<std::size_t>(spec_.classes) + k]
+                         : static_cast<int64_t>(k) == target_[2 * b];
+    const double smooth =
+        y * (1 - spec_.smoothing) + spec_.smoothing / static_cast<double>(spec_.classes);
+    return spec_.weighted ? smooth * weight_[k] : smooth;
+  }
+  double label_size(std::size_t b) const {
+    double sum = 0;
+    for (std::size_t k = 0; k < static_cast<std::size_t>(spec_.classes); ++k) sum += label(b, k);
+    return sum;
+  }
   double z(std::size_t h, std::size_t b, std::size_t k) const {
-    return z_[h].get(static_cast<int64_t>(b) * z_row_ + static_cast<int64_t>(k) * spec_.z_class);
+    return z_[h].get(z_at(static_cast<int64_t>(b), static_cast<int64_t>(k)));
   }
   std::size_t at(std::size_t h, std::size_t b, std::size_t k) const {
     return (h * static_cast<std::size_t>(spec_.batch) + b) *
@@ -609,21 +691,18 @@ class ConsistencyCase {
     value = 0;
     if (!spec_.target) return;
     const auto classes = static_cast<std::size_t>(spec_.classes);
-    const int64_t y = target_[2 * b];
-    const bool valid = y >= 0 && y < spec_.classes;
     std::vector<double> log_p;
     for (std::size_t k = 0; k < classes; ++k) log_p.push_back(z(h, b, k));
     log_softmax(log_p);
-    const double nan = std::numeric_limits<double>::quiet_NaN();
+    const double nan = std::numeric_limits<double>::quiet_NaN(), size = label_size(b);
     for (std::size_t k = 0; k < classes; ++k) {
-      const double label = spec_.smoothing / static_cast<double>(classes) +
-                           (static_cast<int64_t>(k) == y ? 1 - spec_.smoothing : 0);
-      value -= label * log_p[k];
-      const double p = std::exp(log_p[k]), weight = scale * ce_weight_[h];
-      dz_[at(h, b, k)] += valid ? weight * (p - label) : nan;
-      dz_bound_[at(h, b, k)] += weight * ((1 + largest) * p + label) + 1e-30;
+      const double y = label(b, k);
+      value -= y * log_p[k];
+      const double p = std::exp(log_p[k]) * size, weight = scale * ce_weight_[h];
+      dz_[at(h, b, k)] += known(b) ? weight * (p - y) : nan;
+      dz_bound_[at(h, b, k)] += weight * ((1 + largest) * p + y) + 1e-30;
     }
-    if (!valid) value = nan;
+    if (!known(b)) value = nan;
   }
 
   // T^2 KL(q || p) of head h, with q = softmax(t): into `kl`, T (p - q) into its gradient,
@@ -687,7 +766,8 @@ class ConsistencyCase {
   ConsistencySpec spec_;
   int64_t heads_ = 0, z_row_, dz_row_;
   std::vector<Buffer> z_, z_before_;
-  std::vector<double> ce_weight_, kl_weight_;
+  std::vector<double> ce_weight_, kl_weight_, probabilities_, weight_, share_;
+  std::vector<Buffer> given_;  // the last three
   std::unique_ptr<int64_t[]> target_;
   std::vector<double> losses_, loss_bound_, terms_, term_bound_, dz_, dz_bound_;
 };
@@ -703,7 +783,9 @@ std::string name_of(const ConsistencySpec& spec) {
   }
   return name + (spec.target ? " target" : "") + (spec.ignored ? " ignored" : "") +
          (spec.out_of_range ? " out of range" : "") + (spec.smoothing > 0 ? " smoothed" : "") +
-         " strides " + std::to_string(spec.z_class) + " " + std::to_string(spec.dz_class);
+         (spec.probabilities ? " probabilities" : "") + (spec.weighted ? " class weights" : "") +
+         (spec.shared ? " sample weights" : "") + (spec.pixels ? " dense" : "") + " strides " +
+         std::to_string(spec.z_class) + " " + std::to_string(spec.dz_class);
 }
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16};
@@ -731,7 +813,10 @@ void consistency_sweep(const One& one) {
                                 turn % 4 == 2 ? 0.1 : 0.0,
                                 strided ? 2 : 1,
                                 turn / 2 % 2 ? 3 : 1,
-                                reductions[turn % 3]});
+                                reductions[turn % 3],
+                                target && turn % 6 == 2,
+                                turn % 8 > 4,
+                                turn % 9 > 6});
             ++turn;
           }
       // One head; groups of every kind, one of them a single head; an empty batch.
@@ -783,6 +868,27 @@ void consistency_sweep(const One& one) {
                           1,
                           Reduction::kMean});
     }
+    // Few classes of many samples, and dense ones: whole vectors of samples, and a rest.
+    for (const Teacher teacher : teachers)
+      for (const bool detach : {false, true})
+        for (const int64_t pixels : {0, 35}) {
+          one(ConsistencySpec{dtype,
+                              105,
+                              pixels ? 19 : 9,
+                              {{3, detach ? 2.0 : 1.5, teacher, detach}},
+                              true,
+                              turn % 2 == 0,
+                              turn % 3 == 0,
+                              turn % 4 == 0 ? 0.1 : 0.0,
+                              1,
+                              1,
+                              reductions[turn % 3],
+                              turn % 5 == 2,
+                              turn % 3 == 1,
+                              turn % 4 > 1,
+                              pixels});
+          ++turn;
+        }
     // More classes than a chunk of all heads holds: 32768 logits.
     for (const Teacher teacher : teachers)
       for (const bool detach : {false, true}) {
@@ -797,7 +903,10 @@ void consistency_sweep(const One& one) {
                             strided ? 0.1 : 0.0,
                             strided ? 2 : 1,
                             strided ? 1 : 2,
-                            Reduction::kMean});
+                            Reduction::kMean,
+                            detach,
+                            true,
+                            strided});
       }
     one(ConsistencySpec{dtype,
                         1,

@@ -169,7 +169,7 @@ void pairwise_case(Tally& tally, const Level& level, DType dtype,
 
 // One run over the tensors of a case, whose rows are the samples.
 struct GramRun {
-  std::vector<imcl::Samples> samples;
+  std::vector<imcl::Representation> samples;
   std::vector<Buffer> means, grams, dx;
 
   GramRun(DType dtype, const std::vector<std::unique_ptr<Tensor> >& tensors) {
@@ -333,11 +333,14 @@ struct Sweep {
       one.run(consistency[i], 2,
               [&](const imcl::Consistency& problem, Reduction reduction, Buffer& losses,
                   Buffer& terms, int way) {
-                losses = Buffer(DType::kFloat64, problem.batch);
+                const bool each = reduction == Reduction::kNone;
+                losses = Buffer(DType::kFloat64, each ? problem.batch : 1);
                 terms = Buffer(DType::kFloat64, 2 * static_cast<int64_t>(problem.heads.size()));
-                imcl::consistency(*levels[i].kernels.consistency, problem, reduction,
-                                  static_cast<double*>(losses.data()),
-                                  static_cast<double*>(terms.data()), way ? kThreads : kSerial);
+                auto* values = static_cast<double*>(losses.data());
+                const double loss = imcl::consistency(
+                    *levels[i].kernels.consistency, problem, reduction, each ? values : nullptr,
+                    static_cast<double*>(terms.data()), way ? kThreads : kSerial);
+                if (!each) values[0] = loss;
               });
     }
   }
