@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from . import outputs
 from .modes import evaluating
 
 # Modules that settle where their output has its channels. Not subclasses of LayerNorm:
@@ -27,7 +28,7 @@ PASSIVE = ("torch.nn.modules.pooling", "torch.nn.modules.dropout", "torch.nn.mod
 
 
 class Call(NamedTuple):
-    """One call of a submodule: the first input and the output, where they are Tensors."""
+    """One call of a submodule: the first input and the (first) output, where they are Tensors."""
 
     input: Tensor | None
     output: Tensor | None
@@ -49,7 +50,8 @@ class Trace(NamedTuple):
 
     Attributes:
         calls: by module path, in order of completion.
-        output: the logits.
+        logits: (B, K); None where the network returns none.
+        why: then, what it returned instead.
         channels_last: paths of the modules whose output is (B, *positions, C), as the tokens
             of a transformer are, and not (B, C, *spatial). This is about the order of the
             dimensions, not the strides.
@@ -57,7 +59,8 @@ class Trace(NamedTuple):
 
     model: nn.Module
     calls: dict[str, list[Call]]
-    output: Tensor
+    logits: Tensor | None
+    why: str
     channels_last: frozenset[str]
 
     def resolution(self, name: str) -> tuple[int, ...]:
@@ -75,40 +78,65 @@ class Trace(NamedTuple):
         return _spatial_ranks(self.model)
 
 
-def trace(model: nn.Module, example_input: Tensor) -> Trace:
-    """Run the first sample of ``example_input`` in eval mode, without gradient or trace left.
+def trace(
+    model: nn.Module, example_input: Any, how: Callable[[Any], Tensor] | None = None
+) -> Trace:
+    """Run ``example_input`` in eval mode, without gradient or trace left; of a Tensor one sample.
+
+    Args:
+        how: to find the logits; see ``outputs.logits``.
 
     Raises:
-        TypeError, ValueError: ``example_input`` is no batch, or the network's output
-            is not logits (B, K).
+        TypeError, ValueError: ``example_input`` is no batch, or ``how`` finds no Tensor.
     """
-    if not isinstance(example_input, Tensor):
-        raise TypeError(f"example_input: expected a Tensor, got {type(example_input).__name__}")
-    if example_input.dim() < 2 or len(example_input) < 1:
-        raise ValueError(
-            "example_input: expected a batch of at least 1 sample, as the network takes it, "
-            f"got shape {tuple(example_input.shape)}"
+    if isinstance(example_input, Tensor):
+        if example_input.dim() < 2 or len(example_input) < 1:
+            raise ValueError(
+                "example_input: expected a batch of at least 1 sample, as the network takes it, "
+                f"got shape {tuple(example_input.shape)}"
+            )
+        # One sample shows as much as a batch, and every activation is held for a while.
+        example_input = example_input[:1]
+    elif not isinstance(example_input, (tuple, Mapping)):
+        raise TypeError(
+            "example_input: expected a Tensor, a tuple of arguments or a dict of keyword "
+            f"arguments, got {type(example_input).__name__}"
         )
+    args, kwargs = outputs.arguments(example_input, {})
+    kwargs.pop(outputs.LABELS, None)
     calls: dict[str, list[Call]] = {}
     names = {module: name for name, module in model.named_modules() if name}
 
     def record(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         first = next((x for x in (*args, *kwargs.values())[:1] if isinstance(x, Tensor)), None)
-        result = output if isinstance(output, Tensor) else None
+        result = outputs.first_tensor(output)
         calls.setdefault(names[module], []).append(Call(first, result, _version(result)))
 
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in names]
     try:
         with evaluating(model), torch.no_grad():
-            # One sample shows as much as a batch, and every activation is held for a while.
-            output = model(example_input[:1])
+            output = model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"model: expected its output to be logits (B, K), got {got}")
-    return Trace(model, calls, output, _channels_last(model, calls))
+    logits, why = _logits(output, how)
+    return Trace(model, calls, logits, why, _channels_last(model, calls))
+
+
+def _logits(output: Any, how: Callable[[Any], Tensor] | None) -> tuple[Tensor | None, str]:
+    """The logits (B, K) of a network, or why there are none."""
+    try:
+        found = outputs.logits(output, how)
+    except TypeError as error:
+        if how is not None:
+            raise
+        return None, str(error)
+    if found.dim() == 2 and found.is_floating_point() and found.shape[1] > 1:
+        return found, ""
+    return None, (
+        "model: expected its output to be logits (B, K) of at least 2 classes, got "
+        f"{tuple(found.shape)}, {found.dtype}"
+    )
 
 
 def find_layers(trace: Trace) -> list[str]:
@@ -206,7 +234,7 @@ def find_classifier(trace: Trace) -> str:
     """
     for name, calls in trace.calls.items():
         module = trace.model.get_submodule(name)
-        if isinstance(module, nn.Linear) and _is_same(calls[-1].output, trace.output):
+        if isinstance(module, nn.Linear) and _is_same(calls[-1].output, trace.logits):
             return check_classifier(trace, name)
     raise ValueError(
         "classifier: the network's output is not the output of an nn.Linear; name the linear "
@@ -225,10 +253,11 @@ def check_classifier(trace: Trace, name: str) -> str:
     if not isinstance(module, nn.Linear):
         raise ValueError(f"classifier: expected an nn.Linear, {name!r} is {type(module).__name__}")
     shapes = [None if x is None else tuple(x.shape) for x in (call.input, call.output)]
-    if shapes[0] is None or len(shapes[0]) != 2 or shapes[1] != tuple(trace.output.shape):
+    logits = None if trace.logits is None else tuple(trace.logits.shape)
+    if shapes[0] is None or len(shapes[0]) != 2 or shapes[1] != logits:
         raise ValueError(
             f"classifier: expected a layer from features (B, F) to the network's logits "
-            f"{tuple(trace.output.shape)}; {name!r} leads from {shapes[0]} to {shapes[1]}"
+            f"{logits}; {name!r} leads from {shapes[0]} to {shapes[1]}"
         )
     return name
 
@@ -349,9 +378,10 @@ def _is_passive(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or type(module).__module__ in PASSIVE
 
 
-def _is_same(output: Tensor | None, other: Tensor) -> bool:
+def _is_same(output: Tensor | None, other: Tensor | None) -> bool:
     return (
         output is not None
+        and other is not None
         and output.shape == other.shape
         and output.data_ptr() == other.data_ptr()
     )

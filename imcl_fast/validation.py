@@ -105,6 +105,13 @@ def is_bool(value: Any) -> bool:
     return kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
 
 
+def function(name: str, value: Any) -> Any:
+    """``value``, if it can be called or is None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a callable or None, got {_kind(value)}")
+    return value
+
+
 def integer(name: str, value: Any, low: int | None = None) -> int:
     """``value``, an integer of 64 bits of Python's or NumPy's, as an int."""
     if not is_integer(value):
