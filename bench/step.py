@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from imcl_fast import models, objectives
-from imcl_fast.layers import find_kernels
+from imcl_fast.kernel_choice import find_kernels
 
 from .memory import peak_bytes
 from .timing import interleaved, quartiles

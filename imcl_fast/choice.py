@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from . import layers as find
+from .kernel_choice import check_kernels, find_kernels
 
 
 @dataclass
@@ -73,7 +74,7 @@ def choose(
         if kernels is None:
             _find_kernels(trace, choice)
         else:
-            choice.kernels = find.check_kernels(trace.model, kernels)
+            choice.kernels = check_kernels(trace.model, kernels)
             if not choice.kernels:
                 raise ValueError("kernels: expected at least one module, or pass kernel_weight=0")
     return choice
@@ -111,9 +112,9 @@ def _find_classifier(trace: find.Trace, choice: Choice) -> None:
 
 
 def _find_kernels(trace: find.Trace, choice: Choice) -> None:
-    choice.kernels = find.find_kernels(trace.model)
+    choice.kernels = find_kernels(trace.model, find.linear_layers_of_logits(trace))
     if not choice.kernels:
         choice.nothing["kernel_weight"] = (
-            "kernels: found no convolution with kernels of more than one pixel, fewer than twice "
-            "the weights in each (more can't become unlike); name the modules"
+            "kernels: found no layer, but for a classifier, with fewer than twice as many kernels "
+            "as weights in each (more can't become unlike); name the modules"
         )

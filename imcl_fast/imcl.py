@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, kernel_weights, outputs, sharding, validation
+from . import functional, kernel_weights, outputs, plan, sharding, validation
 from . import layers as find
 from .autograd import ConsistencyOptions
 from .choice import choose
@@ -63,10 +63,14 @@ class IMCL(nn.Module):
             ways. 0 leaves a way out: no hook, no head, no call. The others may be
             changed between steps.
         classifier: path of the nn.Linear that computes the logits. None finds it.
-        kernels: paths of the modules whose ``weight`` takes part in kernel similarity.
-            None takes the convolutions with kernels of more than one pixel, but for those
-            that have twice as many kernels as weights in each, or more (a wide stem, a
-            depthwise convolution): these can't become unlike.
+        kernels: paths of the modules whose ``weight`` takes part in kernel similarity, or of
+            other weights themselves (``"lstm.weight_ih_l0"``). None takes the convolutions with
+            kernels of more than one pixel, and, where those hold less than half of the network's
+            weights, its 1x1 convolutions and linear layers too, the classifier excepted; but
+            nowhere those that have twice as many kernels as weights in each, or more (a wide
+            stem, a depthwise convolution, a layer that widens): these can't become unlike. Rows
+            that are queries, keys and values of one layer, or gates of a recurrent one, are
+            compared within their role.
         views: number of dropout views, at least 2.
         dropout: probability of the views' dropout (none in eval mode).
         output_temperature, multilayer_temperature: T of the two consistencies.
@@ -209,6 +213,7 @@ class IMCL(nn.Module):
             for name in choice.nothing:
                 setattr(self, name, 0.0)
             warnings.warn(choice.warning, stacklevel=2)
+        self._nothing = choice.nothing
         self.layers, self.kernels = choice.layers, choice.kernels
         self.classifier: str | None = choice.classifier
         headed = self.layers[:-1] if self.multilayer_weight else []
@@ -217,7 +222,7 @@ class IMCL(nn.Module):
         self._options: tuple[tuple, ConsistencyOptions] | None = None
         self._tape = Tape()
         self._handles = self._register_hooks(trace.channels_last)
-        self._weight_handles = kernel_weights.tap(self._kernel_modules(EVERY_WAY), self._tape)
+        self._weight_handles = kernel_weights.tap(self._kernel_weights(EVERY_WAY), self._tape)
         self._watch_handles: list[RemovableHandle] = []
         if isinstance(example_input, Mapping):
             outputs.show_parameters_of(model, self)
@@ -303,13 +308,13 @@ class IMCL(nn.Module):
         # And weights that the forward pass itself makes are not there before it.
         counts = self.training and torch.is_grad_enabled()
         turn = self._schedule.turn if counts else EVERY_WAY
-        modules = self._kernel_modules(turn)
-        kernel_first = sharding.world_size() == 1 and kernel_weights.are_parameters(modules)
-        kernel = self._kernel_similarity(modules, turn) if kernel_first else None
+        weights = self._kernel_weights(turn)
+        kernel_first = sharding.world_size() == 1 and kernel_weights.are_parameters(weights)
+        kernel = self._kernel_similarity(weights, turn) if kernel_first else None
         if not (kernel_first or torch.compiler.is_compiling()):  # which can't trace it
-            self._weight_handles += kernel_weights.tap(modules, self._tape)
+            self._weight_handles += kernel_weights.tap(weights, self._tape)
         step = _Step(self, turn, counts)
-        step.kernel, step.kernels = kernel, None if kernel_first else modules
+        step.kernel, step.kernels = kernel, None if kernel_first else weights
         self._tape.step = step
         return step
 
@@ -422,11 +427,16 @@ class IMCL(nn.Module):
         replica.__dict__.pop("forward", None)  # that of ``self``, see show_parameters_of
         return replica
 
+    def plan(self) -> str:
+        """What each way acts on, and what share of the weights way 4; for people to read."""
+        return plan.text(self, self._nothing)
+
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}={getattr(self, name):g}" for name in WEIGHTS)
+        share = plan.share(self.model, self.kernels)
         return (
             f"{weights}, layers={self.layers}, classifier={self.classifier!r}, "
-            f"kernels={len(self.kernels)}, impl={self.impl!r}"
+            f"kernels={len(self.kernels)} ({share:.1%} of the weights), impl={self.impl!r}"
         )
 
     def _register_hooks(self, channels_last: frozenset[str]) -> list[RemovableHandle]:
@@ -442,25 +452,28 @@ class IMCL(nn.Module):
             handles.append(classifier.register_forward_hook(tap, with_kwargs=True))
         return handles
 
-    def _kernel_modules(self, turn: Turn) -> dict[str, nn.Module]:
-        """Those whose weights this process compares in this step, by path."""
+    def _kernel_weights(self, turn: Turn) -> kernel_weights.Weights:
+        """Where those are that this process compares in this step."""
         if not self.kernel_weight or not turn.kernel:
             return {}
-        return {path: _submodule(self.model, path) for path in self._kernel_share.kernels}
+        return {
+            path: kernel_weights.locate(self.model, path) for path in self._kernel_share.kernels
+        }
 
     def _kernel_similarity(
-        self, modules: dict[str, nn.Module], turn: Turn, step: _Step | None = None
+        self, where: kernel_weights.Weights, turn: Turn, step: _Step | None = None
     ) -> Tensor | None:
         """That of the weights that ``step`` has computed with; None: of parameters, before it."""
         if not self.kernel_weight or not turn.kernel:
             return None
         share = self._kernel_share
-        if not modules:
+        if not where:
             return next(self.model.parameters()).new_zeros(())
         if step is None:
-            weights = [cast(Tensor, module.weight) for module in modules.values()]
+            weights = [cast(Tensor, module._parameters[name]) for module, name in where.values()]
         else:
-            weights = kernel_weights.used(modules, step.weights)
+            weights = kernel_weights.used(where, step.weights)
+        weights = kernel_weights.by_role(weights, share.roles, where)
         kind = functional.PENALTIES.index(self.kernel_penalty)
         similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale
@@ -563,7 +576,8 @@ class _Step(Step):
         self.turn = turn
         self.counts = counts  # on the schedule
         self.kernel: Tensor | None = None
-        self.kernels: dict[str, nn.Module] | None = None  # to be compared when the network has run
+        # To be compared when the network has run.
+        self.kernels: kernel_weights.Weights | None = None
         self.similar = bool(imcl.representation_weight and turn.representation)
         self.similarities: list[Tensor] = []
         self.head_logits: dict[int, Tensor] = {}
@@ -600,14 +614,6 @@ class _Step(Step):
             # Not a call of the module, which would run this very hook again.
             logits = classifier.forward(views.flatten(0, 1))
             self.views = logits.view(imcl.views, len(features), *logits.shape[1:])
-
-
-def _submodule(module: nn.Module, path: str) -> nn.Module:
-    """``module.get_submodule(path)`` in a tenth of its time, of a path that is there."""
-    for name in path.split("."):
-        child = module._modules.get(name)
-        module = getattr(module, name) if child is None else child  # of a compiled module
-    return module
 
 
 def _head(trace: find.Trace, layer: str) -> AuxiliaryHead:

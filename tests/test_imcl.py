@@ -774,15 +774,19 @@ def test_layers_and_classifier_are_found(make, size, layers, classifier):
 
 
 @pytest.mark.parametrize(
-    ("make", "left_out"),
+    ("make", "left_out", "others"),
     [
-        ("resnet18", []),  # 64 kernels of 147 weights in the first
-        ("vgg16_bn", ["features.0"]),  # 64 of 27
-        ("mobilenet_v2", [f"features.{i}.conv.{int(i > 1)}.0" for i in range(1, 18)]),  # depthwise
-        ("vit_l_16", []),  # 1024 of 768
+        ("resnet18", [], []),  # 64 kernels of 147 weights in the first
+        ("vgg16_bn", ["features.0"], ["classifier.0", "classifier.3"]),  # 64 of 27
+        # Depthwise; and of the 1x1 convolutions those that widen.
+        (
+            "mobilenet_v2",
+            [f"features.{i}.conv.{int(i > 1)}.0" for i in range(1, 18)],
+            ["features.1.conv.1", *(f"features.{i}.conv.2" for i in range(2, 18))],
+        ),
     ],
 )
-def test_kernels_that_can_become_unlike_are_found(make, left_out):
+def test_kernels_that_can_become_unlike_are_found(make, left_out, others):
     with torch.device("meta"):
         network = getattr(import_torchvision().models, make)()
         imcl = IMCL(network, torch.empty(2, 3, 224, 224), **only("kernel_weight"))
@@ -791,7 +795,8 @@ def test_kernels_that_can_become_unlike_are_found(make, left_out):
         if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)
     ]  # fmt: skip
     assert set(left_out) <= set(larger)
-    assert imcl.kernels and imcl.kernels == [path for path in larger if path not in left_out]
+    taken = {*larger, *others} - {*left_out}
+    assert imcl.kernels == [path for path, _ in network.named_modules() if path in taken]
 
 
 @pytest.mark.parametrize(("width", "taken"), [(16, True), (17, True), (18, False), (64, False)])
