@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import implementations, reference, tracing, validation
+from . import implementations, padding, reference, tracing, validation
 from .autograd import (
     CollaborativeConsistency,
     ConsistencyOptions,
@@ -36,6 +36,7 @@ def representation_similarity(
     penalty: str = "square",
     center: bool = False,
     eps: float = 1e-12,
+    mask: Tensor | Sequence[Tensor | None] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     r"""Similarity between the channels of intermediate representations (way 3).
@@ -58,6 +59,10 @@ def representation_similarity(
         eps: a channel whose norm is at most ``eps`` is dead: its similarities are 0
             and its gradient is exactly 0. With ``center`` so is a channel whose
             centred norm is at most 1e-5 of its norm.
+        mask: (B, \*spatial), of bools or integers, True or not 0 where a position counts; a
+            channel then runs over these only, as if the others, the padded tokens of a batch,
+            were not there, and gets no gradient at those. One for all layers, or a sequence of
+            one, or None, per layer. It costs one pass that copies the features.
         impl: see the module.
 
     Returns:
@@ -76,6 +81,15 @@ def representation_similarity(
     kind = validation.choice("penalty", penalty, PENALTIES)
     center = validation.boolean("center", center)
     eps = validation.number("eps", eps, low=0, high=math.inf)
+    if mask is None:
+        return _pairwise(xs, kind, center, eps, True, impl)
+    masks = validation.masks(mask, xs)
+    if impl == "reference":
+        return reference.masked_penalty(xs, masks, penalty=penalty, center=center, eps=eps)
+    xs = [
+        x if m is None else padding.neutral(x, padding.broadcast(m, x), center)
+        for x, m in zip(xs, masks, strict=True)
+    ]
     return _pairwise(xs, kind, center, eps, True, impl)
 
 

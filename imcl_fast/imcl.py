@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, kernel_weights, outputs, plan, sharding, validation
+from . import functional, kernel_weights, outputs, padding, plan, sharding, validation
 from . import layers as find
 from .autograd import ConsistencyOptions
 from .choice import choose
@@ -22,7 +22,7 @@ from .modes import evaluating
 from .schedule import Schedule, Turn
 from .sharding import KernelShare
 from .taps import Step, Tap, Tape
-from .watch import Ran, Watch, zero
+from .watch import Watch, ran, zero
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
 IGNORED = -100  # target of samples that count for nothing
@@ -228,9 +228,15 @@ class IMCL(nn.Module):
             outputs.show_parameters_of(model, self)
 
     def forward(
-        self, x: Any = outputs.MISSING, target: Any = None, *, labels: Any = None, **kwargs: Any
+        self,
+        x: Any = outputs.MISSING,
+        target: Any = None,
+        *,
+        labels: Any = None,
+        token_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """What the network returns; with ``target``, an ``IMCLOutput``.
+        r"""What the network returns; with ``target``, an ``IMCLOutput``.
 
         Args:
             x: the network's input; a tuple is its arguments, a dict its keyword arguments.
@@ -238,6 +244,10 @@ class IMCL(nn.Module):
             labels: the target under transformers' name, where ``target`` isn't given; the
                 network doesn't get it. In eval mode, where its Trainer reads ``eval_loss``, the
                 loss is the cross entropy (or ``criterion``) alone.
+            token_mask: (B, T) or (B, \*spatial), True or not 0 where a position counts: padding
+                takes no part in representation similarity and in what the heads average. The
+                network doesn't get it. None takes its argument ``attention_mask``, if there is
+                one, on the layers that it fits.
             kwargs: handed on to the network.
 
         Raises:
@@ -252,7 +262,7 @@ class IMCL(nn.Module):
                 return self.model(*args, **kwargs)
             if not self.training:
                 return self._evaluate(self.model(*args, **kwargs), target)
-        step = self._begin()
+        step = self._begin(token_mask, kwargs.get(outputs.ATTENTION_MASK))
         try:
             step.outputs.append(self.model(*args, **kwargs))
         finally:
@@ -260,7 +270,7 @@ class IMCL(nn.Module):
         self._end(step)
         return self._objective(step, target)
 
-    def watch(self) -> Watch:
+    def watch(self, token_mask: Tensor | None = None) -> Watch:
         """The ways around a forward pass of your own, for any loop and any loss.
 
         ::
@@ -271,7 +281,8 @@ class IMCL(nn.Module):
 
         ``ways.loss(target)`` is everything but the network's own task loss: the heads' and
         views' cross entropies and KL, and both similarities; without ``target`` the cross
-        entropies are left out. ``ways.terms`` are its parts, as ``IMCLOutput.terms``. Under
+        entropies are left out. ``ways.terms`` are its parts, as ``IMCLOutput.terms``;
+        ``token_mask`` is that of ``forward``. Under
         DistributedDataParallel wrap the whole ``IMCL``, and call that in the block. A network
         that is compiled must have been watched once before it first runs.
 
@@ -279,10 +290,10 @@ class IMCL(nn.Module):
             RuntimeError: on leaving the block, if the model has not run once in it.
         """
         if not self._watch_handles:
-            self._watch_handles.append(self.model.register_forward_hook(Ran(self._tape)))
-        return Watch(self)
+            self._watch_handles = ran(self.model, self._tape)
+        return Watch(self, token_mask)
 
-    def _begin(self) -> _Step:
+    def _begin(self, token_mask: Tensor | None = None, found: Any = None) -> _Step:
         """A step under way, until ``_tape.step`` is taken back: the network is to run once."""
         for name in self._off:
             if getattr(self, name):
@@ -314,6 +325,7 @@ class IMCL(nn.Module):
         if not (kernel_first or torch.compiler.is_compiling()):  # which can't trace it
             self._weight_handles += kernel_weights.tap(weights, self._tape)
         step = _Step(self, turn, counts)
+        step.mask, step.found_mask = token_mask, found
         step.kernel, step.kernels = kernel, None if kernel_first else weights
         self._tape.step = step
         return step
@@ -575,6 +587,7 @@ class _Step(Step):
         self.imcl = imcl
         self.turn = turn
         self.counts = counts  # on the schedule
+        self.mask: Tensor | None = None
         self.kernel: Tensor | None = None
         # To be compared when the network has run.
         self.kernels: kernel_weights.Weights | None = None
@@ -597,6 +610,10 @@ class _Step(Step):
         the layer's own is due, and not all layers' at once at the start.
         """
         imcl = self.imcl
+        if self.mask is not None or self.found_mask is not None:
+            mask = self._mask(index, features)
+            if mask is not None:
+                return self._padded_layer_finished(index, features, mask)
         if self.similar:
             kind = functional.PENALTIES.index(imcl.representation_penalty)
             self.similarities.append(
@@ -604,6 +621,40 @@ class _Step(Step):
             )
         if index < len(imcl.heads):
             self.head_logits[index] = imcl.heads[index](features)
+
+    def _mask(self, index: int, features: Tensor) -> Tensor | None:
+        """Which positions of a layer count, (B, 1, *spatial); None: all of them."""
+        shape = (len(features), *features.shape[2:])
+        for mask, name in ((self.mask, "token_mask"), (self.found_mask, outputs.ATTENTION_MASK)):
+            if isinstance(mask, Tensor):
+                if tuple(mask.shape) == shape:
+                    return padding.broadcast(mask, features)
+                told = (
+                    f"{name}: expected shape {shape}, a value for each position of the layer "
+                    f"{self.imcl.layers[index]!r}, got {tuple(mask.shape)}"
+                )
+                if mask is self.mask:
+                    raise ValueError(told)
+                if not torch.compiler.is_compiling():
+                    warnings.warn(
+                        f"{told}; its padding counts. A mask that fits is passed as token_mask",
+                        stacklevel=2,
+                    )
+                return None
+        return None
+
+    def _padded_layer_finished(self, index: int, features: Tensor, mask: Tensor) -> None:
+        """``_layer_finished`` where positions don't count."""
+        imcl = self.imcl
+        if self.similar:
+            neutral = padding.neutral(features, mask, imcl.center)
+            kind = functional.PENALTIES.index(imcl.representation_penalty)
+            self.similarities.append(
+                functional._pairwise([neutral], kind, imcl.center, EPS, True, imcl.impl)
+            )
+        if index < len(imcl.heads):
+            average = padding.mean(padding.zeroed(features, mask), mask)
+            self.head_logits[index] = cast(AuxiliaryHead, imcl.heads[index]).linear(average)
 
     def _classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
         """The dropout views, (V, B, K), by one more run of the classifier."""

@@ -10,7 +10,9 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 MISSING: Final = object()  # of an argument that may be anything, None among them
-LABELS = "labels"  # transformers' name of the target
+# The names that transformers has for the target and for which tokens are none of padding.
+LABELS = "labels"
+ATTENTION_MASK = "attention_mask"
 
 
 def arguments(x: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

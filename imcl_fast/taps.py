@@ -63,6 +63,7 @@ class Step:
     def __init__(self) -> None:
         self.calls = 0
         self.outputs: list[Any] = []  # of the whole network
+        self.found_mask: Any = None  # the network's argument that says what is padding
         self.weights: dict[str, Tensor] = {}  # see kernel_weights
         self.waiting: list[tuple[int | None, nn.Module, Tensor, bool]] = []
         self.context = _autograd_context()

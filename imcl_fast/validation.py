@@ -191,6 +191,39 @@ def rows(name: str, xs: Sequence[Tensor], dim: int, kind: str) -> None:
             )
 
 
+def masks(value: Any, features: Sequence[Tensor]) -> list[Tensor | None]:
+    """One mask (B, *spatial), of bools or integers, for each of the features, or None."""
+    each = [value] * len(features) if isinstance(value, Tensor) else value
+    if not isinstance(each, Sequence):
+        raise TypeError(f"mask: expected a Tensor or a sequence of them, got {_kind(value)}")
+    if len(each) != len(features):
+        raise ValueError(
+            f"mask: expected one Tensor or {len(features)}, one per layer, got {len(each)}"
+        )
+    for i, (mask, x) in enumerate(zip(each, features, strict=True)):
+        if mask is None:
+            continue
+        label = "mask" if isinstance(value, Tensor) else f"mask[{i}]"
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{label}: expected a Tensor or None, got {type(mask).__name__}")
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(
+                f"{label}: expected bools or integers, True or not 0 where a position counts, got "
+                f"{mask.dtype}"
+            )
+        shape = (len(x), *x.shape[2:])
+        if tuple(mask.shape) != shape:
+            raise ValueError(
+                f"{label}: expected shape {shape}, a value for each position of features "
+                f"{tuple(x.shape)}, got {tuple(mask.shape)}"
+            )
+        if mask.device != x.device:
+            raise ValueError(
+                f"{label}: expected a Tensor on {x.device}, as the features, got {mask.device}"
+            )
+    return list(each)
+
+
 def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> None:
     """Class indices (B,), int64, in [0, K) or ``ignore_index``, on the logits' device."""
     if value is None:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .imcl_output import IMCLOutput
+from .outputs import ATTENTION_MASK
 from .taps import Tape
 
 if TYPE_CHECKING:
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
 class Watch:
     """What ``IMCL.watch`` gives: the ways of the one forward pass inside a ``with`` block."""
 
-    def __init__(self, imcl: IMCL) -> None:
-        self._imcl = imcl
+    def __init__(self, imcl: IMCL, token_mask: Tensor | None) -> None:
+        self._imcl, self._token_mask = imcl, token_mask
         self._step: _Step | None = None
         self._over = False
         self._output: IMCLOutput | None = None
@@ -26,7 +28,7 @@ class Watch:
     def __enter__(self) -> Watch:
         if self._step is not None:
             raise RuntimeError("watch: each block needs a watch of its own, imcl.watch()")
-        self._step = self._imcl._begin()
+        self._step = self._imcl._begin(self._token_mask)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -69,9 +71,24 @@ class Watch:
         return self._output.terms
 
 
-class Ran:
-    """A forward hook of the whole model: hands what it returns to the step under way."""
+def ran(model: nn.Module, tape: Tape) -> list[RemovableHandle]:
+    """Hooks of the whole model that hand what it gets and returns to the step under way."""
+    return [
+        model.register_forward_pre_hook(_Runs(tape), with_kwargs=True),
+        model.register_forward_hook(_Ran(tape)),
+    ]
 
+
+class _Runs:
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.tape.step is not None:
+            self.tape.step.found_mask = kwargs.get(ATTENTION_MASK)
+
+
+class _Ran:
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
 

@@ -183,7 +183,9 @@ def test_layers_may_return_tuples():
 def test_the_signature_shows_what_the_model_takes():
     imcl = build(TakingTwo(), {"pixels": X})
     names = list(inspect.signature(imcl.forward).parameters)
-    assert names == ["x", "target", "labels", "pixels", "scale", "shift", "kwargs"]
+    assert names == [
+        "x", "target", "labels", "token_mask", "pixels", "scale", "shift", "kwargs",
+    ]  # fmt: skip
     twin = copy.deepcopy(imcl)
     assert twin.forward.__self__ is twin and imcl.forward.__self__ is imcl
     with torch.no_grad():
@@ -199,7 +201,7 @@ def test_the_signature_shows_what_the_model_takes():
     compiled = torch.compile(imcl.eval(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(pixels=X, target=Y).loss, imcl(X, Y).loss)
     assert list(inspect.signature(build(TakingTwo(), X).forward).parameters) == [
-        "x", "target", "labels", "kwargs",
+        "x", "target", "labels", "token_mask", "kwargs",
     ]  # fmt: skip
 
 

@@ -123,8 +123,10 @@ def test_what_goes_wrong_in_a_block_is_said(network):
     expected = ways.loss(None)
     assert expected.isfinite() and imcl(X, Y).loss.isfinite()
     assert sum(len(m._forward_hooks) for m in network.modules()) == 5
+    assert sum(len(m._forward_pre_hooks) for m in network.modules()) == 1
     imcl.remove_hooks()
     assert sum(len(m._forward_hooks) for m in network.modules()) == 0
+    assert sum(len(m._forward_pre_hooks) for m in network.modules()) == 0
     with pytest.raises(RuntimeError, match="remove_hooks"), imcl.watch():
         imcl.model(X)
 
