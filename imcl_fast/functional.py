@@ -2,7 +2,8 @@
 
 All three accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
 ``"triton"`` and ``"cuda"`` (GPU), ``"torch"`` (the same algebra in plain PyTorch,
-any device) and ``"reference"`` (the naive definition, differentiable twice).
+any device) and ``"reference"`` (the naive definition, differentiable twice, and what
+``"auto"`` is under the transforms of ``torch.func``).
 Inputs are never written to. ``"cpp"``, ``"triton"`` and ``"cuda"`` read them as they lie,
 whatever their strides, and copy none, but for logits of mixed dtypes.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -134,6 +136,63 @@ def kernel_similarity(
     kind = validation.choice("penalty", penalty, PENALTIES)
     eps = validation.number("eps", eps, low=0, high=math.inf)
     return _pairwise(xs, kind, False, eps, False, impl)
+
+
+@overload
+def collaborative_consistency(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None,
+    *,
+    temperature: float | Sequence[float] = ...,
+    ce_weight: float | Sequence[float] = ...,
+    kl_weight: float | Sequence[float] = ...,
+    teacher: str | Sequence[str] = ...,
+    detach_teacher: bool | Sequence[bool] = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    return_terms: Literal[False] = ...,
+    groups: Sequence[int] | None = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def collaborative_consistency(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None,
+    *,
+    temperature: float | Sequence[float] = ...,
+    ce_weight: float | Sequence[float] = ...,
+    kl_weight: float | Sequence[float] = ...,
+    teacher: str | Sequence[str] = ...,
+    detach_teacher: bool | Sequence[bool] = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    return_terms: Literal[True],
+    groups: Sequence[int] | None = ...,
+    impl: str = ...,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@overload
+def collaborative_consistency(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None,
+    *,
+    temperature: float | Sequence[float] = ...,
+    ce_weight: float | Sequence[float] = ...,
+    kl_weight: float | Sequence[float] = ...,
+    teacher: str | Sequence[str] = ...,
+    detach_teacher: bool | Sequence[bool] = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    return_terms: bool,
+    groups: Sequence[int] | None = ...,
+    impl: str = ...,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def collaborative_consistency(
@@ -298,7 +357,7 @@ def _consistency(
             dtype = torch.promote_types(dtype, block.dtype)
         blocks = [block.to(dtype) for block in blocks]
     device = blocks[0].device
-    impl = implementations.choose(impl, "consistency", device, [dtype])
+    impl = implementations.choose(_transformed(impl), "consistency", device, [dtype])
     with without_autocast(device):
         if impl == "reference":
             return reference.consistency(
@@ -323,7 +382,9 @@ def _pairwise(
     xs: list[Tensor], penalty: int, center: bool, eps: float, batched: bool, impl: str
 ) -> Tensor:
     device = xs[0].device
-    impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
+    impl = implementations.choose(
+        _transformed(impl), "pairwise", device, [x.dtype for x in xs]
+    )
     options = PairwiseOptions(penalty, center, eps, batched, _precision(device.type))
     with without_autocast(device):
         if impl == "reference":
@@ -333,9 +394,23 @@ def _pairwise(
         return PairwisePenalty.apply(implementations.pairwise(impl), options, *xs)
 
 
+def _transformed(impl: str) -> str:
+    """``impl``, or under transforms of torch.func the one that can be transformed."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return impl
+    if impl not in ("auto", "reference"):
+        raise RuntimeError(
+            f'impl="{impl}" can\'t run under torch.func (grad, vmap, jvp and the like); pass '
+            'impl="reference", which "auto" is there'
+        )
+    return "reference"
+
+
 @tracing.constant
 def _precision(device: str) -> int:
     # Autocast to bfloat16 says the same of products as "medium": their factors may be rounded.
+    if device == "meta":
+        return 0
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         return PRECISIONS.index("medium")
     return PRECISIONS.index(torch.get_float32_matmul_precision())

@@ -22,6 +22,7 @@ from .modes import evaluating
 from .schedule import Schedule, Turn
 from .sharding import KernelShare
 from .taps import Step, Tap, Tape
+from .unlearnt import HeadsMove
 from .watch import Watch, ran, zero
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
@@ -85,7 +86,9 @@ class IMCL(nn.Module):
             similarity of a share of the layers only, times the number of processes: the
             mean of the gradients is the same. ``terms["kernel_similarity"]`` is then that
             of the process, 0 if it has no layer; the mean over processes is the value.
-            ``torch.distributed`` must be initialised, and all of it train together.
+            ``torch.distributed`` must be initialised, and all of it train together. Not with
+            weights that FSDP2 has in shards: these are gathered whole in every process, in the
+            calls that compute way 4 (``kernel_interval``), which must be the same in all.
         criterion: ``(output, target) -> scalar``, of what ``model`` returns, in place of the
             cross entropy of its logits; of heads and views, where there are any, the cross
             entropy stays. ``target`` is then whatever it takes, and for an output that is no
@@ -219,6 +222,8 @@ class IMCL(nn.Module):
         headed = self.layers[:-1] if self.multilayer_weight else []
         self.heads = nn.ModuleList(_head(trace, name) for name in headed)
         self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
+        self._heads_move = HeadsMove()
+        self._told_of_mask = False
         self._options: tuple[tuple, ConsistencyOptions] | None = None
         self._tape = Tape()
         self._handles = self._register_hooks(trace.channels_last)
@@ -369,6 +374,8 @@ class IMCL(nn.Module):
             loss = torch.add(loss, kernel, alpha=turn.kernel * self.kernel_weight)
         if step.counts:
             self._schedule.turn, step.counts = turn.next, False
+            if not (self._heads_move.done or torch.compiler.is_compiling()):
+                self._heads_move.look(self.model.parameters(), list(self.heads.parameters()))
         return IMCLOutput(
             loss,
             logits,
@@ -485,7 +492,12 @@ class IMCL(nn.Module):
             weights = [cast(Tensor, module._parameters[name]) for module, name in where.values()]
         else:
             weights = kernel_weights.used(where, step.weights)
-        weights = kernel_weights.by_role(weights, share.roles, where)
+        if share.scale != 1 and any(hasattr(weight, "full_tensor") for weight in weights):
+            raise RuntimeError(
+                "shard_kernels: expected whole weights, got such as FSDP2 has in shards, which all "
+                "processes gather together; pass shard_kernels=False"
+            )
+        weights = kernel_weights.by_role(kernel_weights.whole(weights), share.roles, where)
         kind = functional.PENALTIES.index(self.kernel_penalty)
         similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale
@@ -635,7 +647,8 @@ class _Step(Step):
                 )
                 if mask is self.mask:
                     raise ValueError(told)
-                if not torch.compiler.is_compiling():
+                if not (self.imcl._told_of_mask or torch.compiler.is_compiling()):
+                    self.imcl._told_of_mask = True
                     warnings.warn(
                         f"{told}; its padding counts. A mask that fits is passed as token_mask",
                         stacklevel=2,

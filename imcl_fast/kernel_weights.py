@@ -80,6 +80,15 @@ def used(weights: Weights, made: Mapping[str, Tensor]) -> list[Tensor]:
     return found
 
 
+def whole(weights: list[Tensor]) -> list[Tensor]:
+    """The weights, those that FSDP2 has in shards gathered from all processes: the similarity of
+    rows needs all rows. Of the gradient each process keeps its shard, the same in each."""
+    return [
+        cast(Tensor, weight.full_tensor()) if hasattr(weight, "full_tensor") else weight
+        for weight in weights
+    ]
+
+
 def by_role(weights: list[Tensor], roles: Mapping[str, int], paths: Weights) -> list[Tensor]:
     """The weights, those whose rows have several roles in as many parts."""
     if not roles:

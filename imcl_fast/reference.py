@@ -39,7 +39,7 @@ def pairwise_penalty(
     for x in xs:
         rows = as_matrices(x, batched)  # [B, N, D]
         matrices, n, _ = rows.shape
-        limit = torch.full_like(rows[..., 0], eps)
+        limit = rows.new_full(rows.shape[:-1], eps)
         if center:
             limit = torch.clamp(CENTERED_DEAD_RATIO * _norm(rows), min=eps)
             rows = rows - rows.mean(dim=-1, keepdim=True)

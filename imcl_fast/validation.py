@@ -249,6 +249,8 @@ def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> None:
     # with a NaN loss there instead.
     if value.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
         return
+    if torch._C._are_functorch_transforms_active():
+        return
     low, high = torch.aminmax(value)
     if low.item() >= 0 and high.item() < classes:
         return
