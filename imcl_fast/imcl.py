@@ -396,15 +396,11 @@ class IMCL(nn.Module):
             logits = self._logits_if_any(output)
             return IMCLOutput(loss, logits, loss.detach(), None, None, None, False, 0, 0, output)
         logits = outputs.logits(output, self._find_logits)
+        smoothing = self.label_smoothing
         loss, terms = functional.collaborative_consistency(
-            [logits],
-            target,
-            kl_weight=0.0,
-            label_smoothing=self.label_smoothing,
-            ignore_index=IGNORED,
-            return_terms=True,
+            [logits], target, label_smoothing=smoothing, ignore_index=IGNORED, return_terms=True,
             impl=self.impl,
-        )
+        )  # fmt: skip
         head_terms = torch.stack([terms["cross_entropy"], terms["kl"]])
         return IMCLOutput(loss, logits, None, head_terms, None, None, True, 0, 0, output)
 
@@ -622,20 +618,25 @@ class _Step(Step):
         the layer's own is due, and not all layers' at once at the start.
         """
         imcl = self.imcl
-        if self.mask is not None or self.found_mask is not None:
-            mask = self._mask(index, features)
-            if mask is not None:
-                return self._padded_layer_finished(index, features, mask)
+        mask = self._mask(index, features)
         if self.similar:
+            seen = features if mask is None else padding.neutral(features, mask, imcl.center)
             kind = functional.PENALTIES.index(imcl.representation_penalty)
             self.similarities.append(
-                functional._pairwise([features], kind, imcl.center, EPS, True, imcl.impl)
+                functional._pairwise([seen], kind, imcl.center, EPS, True, imcl.impl)
             )
         if index < len(imcl.heads):
-            self.head_logits[index] = imcl.heads[index](features)
+            head = cast(AuxiliaryHead, imcl.heads[index])
+            if mask is None:
+                self.head_logits[index] = head(features)
+            else:
+                average = padding.mean(padding.zeroed(features, mask), mask)
+                self.head_logits[index] = head.linear(average)
 
     def _mask(self, index: int, features: Tensor) -> Tensor | None:
         """Which positions of a layer count, (B, 1, *spatial); None: all of them."""
+        if self.mask is None and self.found_mask is None:
+            return None
         shape = (len(features), *features.shape[2:])
         for mask, name in ((self.mask, "token_mask"), (self.found_mask, outputs.ATTENTION_MASK)):
             if isinstance(mask, Tensor):
@@ -655,19 +656,6 @@ class _Step(Step):
                     )
                 return None
         return None
-
-    def _padded_layer_finished(self, index: int, features: Tensor, mask: Tensor) -> None:
-        """``_layer_finished`` where positions don't count."""
-        imcl = self.imcl
-        if self.similar:
-            neutral = padding.neutral(features, mask, imcl.center)
-            kind = functional.PENALTIES.index(imcl.representation_penalty)
-            self.similarities.append(
-                functional._pairwise([neutral], kind, imcl.center, EPS, True, imcl.impl)
-            )
-        if index < len(imcl.heads):
-            average = padding.mean(padding.zeroed(features, mask), mask)
-            self.head_logits[index] = cast(AuxiliaryHead, imcl.heads[index]).linear(average)
 
     def _classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
         """The dropout views, (V, B, K), by one more run of the classifier."""
