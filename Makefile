@@ -29,22 +29,40 @@ AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
 # What takes longest begins first, for a file is not shared out.
 LONGEST := tests/test_offline_compile.py tests/test_sanitizers.py tests/test_cuda_sanitizers.py
 
-.PHONY: demo test lint bench bench-quick bench-check accuracy mutants gpu format clean
+.PHONY: demo test test-slow test-all lint lint-if-installed bench bench-quick bench-check accuracy \
+    mutants gpu format clean
 
 demo: $(READY)
 	$(RUN) -m imcl_fast.demo
 
-test: $(READY)
+# What is slow and rarely changes, or changes only together with what is quick to test, is left to
+# `make test-slow`, which continuous integration runs too.
+test: SELECT := -m "not slow"
+test-slow: SELECT := -m slow
+test-slow: export IMCL_FAST_TEST_ALL := 1
+
+test: lint-if-installed
+	$(run-tests)
+
+test-slow: $(READY)
+	$(run-tests)
+
+test-all: test test-slow
+
+define run-tests
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest $(LONGEST) tests $(SELECT) \
+	    $(AT_ONCE) $(if $(AT_ONCE),--dist loadfile)
+	@echo "the GPU kernels on the CPU: Triton's under its interpreter, then the CUDA kernels as C++"
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k triton $(SELECT) $(AT_ONCE)
+	CUDA_ON_CPU=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k cuda $(SELECT) $(AT_ONCE)
+endef
+
+lint-if-installed: $(READY)
 	@if $(RUN) -c 'import clang_format, mypy, ruff' 2>/dev/null; then \
 	    $(MAKE) --no-print-directory lint; \
 	else \
 	    echo "lint is skipped: $(RUN) has no clang-format, mypy or ruff"; \
 	fi
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest $(LONGEST) tests \
-	    $(AT_ONCE) $(if $(AT_ONCE),--dist loadfile)
-	@echo "the GPU kernels on the CPU: Triton's under its interpreter, then the CUDA kernels as C++"
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k triton $(AT_ONCE)
-	CUDA_ON_CPU=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k cuda $(AT_ONCE)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -18,7 +18,18 @@ import torch
 
 from imcl_fast.training.files import write_json
 
-from . import facts, host, instructions, operations, render, roofline, rows, scaling, step
+from . import (
+    contention,
+    facts,
+    host,
+    instructions,
+    operations,
+    render,
+    roofline,
+    rows,
+    scaling,
+    step,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs/performance.md")
@@ -26,10 +37,10 @@ PLOT = ROOT / "docs/scaling.svg"
 RESULTS = ROOT / "bench/results"
 QUICK = ROOT / "build/bench"
 
-# Seconds to spend on a row, a training step, those on the host and a point of the scaling,
-# warm-up not included.
-FULL_SECONDS = {"row": 2.0, "step": 20.0, "host": 20.0, "point": 0.4}
-QUICK_SECONDS = {"row": 1.5, "step": 10.0, "host": 5.0, "point": 0.1}
+# Seconds to spend on a row, a training step, those on the host, steps beside a busy process and a
+# point of the scaling, warm-up not included.
+FULL_SECONDS = {"row": 2.0, "step": 20.0, "host": 20.0, "contention": 20.0, "point": 0.4}
+QUICK_SECONDS = {"row": 1.5, "step": 10.0, "host": 5.0, "contention": 1.0, "point": 0.1}
 
 
 def run(device: torch.device, quick: bool) -> dict:
@@ -57,6 +68,9 @@ def run(device: torch.device, quick: bool) -> dict:
         found["steps"][one.name] = step.measure(one, device, seconds["step"])
     say(f"host: {host.name()}")
     found["host"] = host.measure(device, seconds["host"])
+    if device.type == "cpu":
+        say("beside a busy process")
+        found["contention"] = contention.measure(device, seconds["contention"])
     say("scaling")
     found["scaling"] = scaling.cost(device, quick, seconds["point"])
     say("memory")

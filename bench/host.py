@@ -13,6 +13,7 @@ import torch
 
 from imcl_fast import models, objectives
 
+from .step import EVERY_STEP, SCHEDULE
 from .timing import Sample, interleaved, quartiles
 
 NETWORK, WIDTH, SIZE, BATCH, CLASSES = "resnet18", 4, 8, 2, 10
@@ -20,11 +21,8 @@ PERIOD = 8  # calls of every competitor in a round, those of the schedule's peri
 PLAIN = "plain cross entropy"
 METHODS: dict[str, dict] = {
     PLAIN: {"ways": ()},
-    "four ways, every step": {"representation_interval": 1, "kernel_interval": 1},
-    "four ways, representation every 4th, kernel every 8th": {
-        "representation_interval": 4,
-        "kernel_interval": 8,
-    },
+    "four ways, every step": EVERY_STEP,
+    "four ways, representation every 4th, kernel every 8th": SCHEDULE,
 }
 
 

@@ -12,6 +12,7 @@ from imcl_fast.training.files import write
 
 from .rows import OPERATIONS
 from .step import FUSED as FUSED_WAYS
+from .step import PLAIN
 
 FUSED = ("cpp", "triton", "cuda")
 SHOWN = ("cpp", "triton", "cuda", "torch", "reference", "torch.compile(torch)",
@@ -260,6 +261,21 @@ def host(results: Results) -> str:
     return table(head, lines)
 
 
+def contention(results: Results) -> str:
+    """A training step beside a process that keeps a core busy."""
+    if "contention" not in results:
+        return "Not measured yet.\n"
+    lines = [
+        [name, milliseconds(one["quiet"]["median"]), milliseconds(one["busy"]["median"]),
+         f"{one['ratio']:.1f}",
+         *("" if name == PLAIN else percent(one["over plain"][c]) for c in ("quiet", "busy"))]
+        for name, one in results["contention"].items()
+    ]  # fmt: skip
+    head = ["training step", "quiet, ms", "beside a busy process, ms", "times quiet",
+            "over plain, quiet", "busy"]  # fmt: skip
+    return table(head, lines)
+
+
 def scaling(results: Results) -> str:
     """Fitted exponents of the cost."""
     found = results["scaling"]
@@ -367,6 +383,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "naive": naive,
     "shares": shares,
     "host": host,
+    "contention": contention,
     "scaling": scaling,
     "memory": memory,
     "instructions": instructions,

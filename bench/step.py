@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from imcl_fast import models, objectives
+from imcl_fast import models, objectives, operators
+from imcl_fast.imcl import IMCL
 from imcl_fast.kernel_choice import find_kernels
+from imcl_fast.schedule import Schedule, Turn
 
 from .memory import peak_bytes
 from .timing import interleaved, quartiles
 
 PLAIN, FUSED = "plain cross entropy", "four ways, fused"
 PLAIN_COMPILED = "plain cross entropy, compiled"
+SCHEDULED = "four ways, fused, ways 3 and 4 every 4th and 8th step"
+EVERY_STEP = {"representation_interval": 1, "kernel_interval": 1}
+SCHEDULE = {"representation_interval": 4, "kernel_interval": 8}
 BATCHES = 3  # of images, taken in turn
 CLASSES = 10
 WITHOUT = "fused, without "
@@ -26,21 +32,24 @@ OUT_OF_WAYS = {way: tuple(w for w in objectives.WAYS if w != way) for way in obj
 # Method, and arguments of objectives.build. "compiled" ones are compared among themselves.
 MAIN: dict[str, dict] = {
     PLAIN: {"method": "imcl", "ways": ()},
-    "four ways, naive": {"method": "imcl", "impl": "reference"},
-    "four ways, torch": {"method": "imcl", "impl": "torch"},
-    FUSED: {"method": "imcl"},
+    "four ways, naive": {"method": "imcl", "impl": "reference", **EVERY_STEP},
+    "four ways, torch": {"method": "imcl", "impl": "torch", **EVERY_STEP},
+    FUSED: {"method": "imcl", **EVERY_STEP},
+    SCHEDULED: {"method": "imcl", **SCHEDULE},
 }
 ANCESTORS: dict[str, dict] = {
     "Song & Chai, 2 heads": {"method": "song-chai-2"},
     "Song & Chai, 4 heads": {"method": "song-chai-4"},
 }
 SHARES: dict[str, dict] = {
-    f"{WITHOUT}{way}": {"method": "imcl", "ways": ways} for way, ways in OUT_OF_WAYS.items()
+    f"{WITHOUT}{way}": {"method": "imcl", "ways": ways, **EVERY_STEP}
+    for way, ways in OUT_OF_WAYS.items()
 }
 COMPILED: dict[str, dict] = {
     PLAIN_COMPILED: {"method": "imcl", "ways": ()},
-    "four ways, naive, compiled": {"method": "imcl", "impl": "reference"},
-    "four ways, fused, compiled": {"method": "imcl"},
+    "four ways, naive, compiled": {"method": "imcl", "impl": "reference", **EVERY_STEP},
+    "four ways, fused, compiled": {"method": "imcl", **EVERY_STEP},
+    f"{SCHEDULED}, compiled": {"method": "imcl", **SCHEDULE},
 }
 
 
@@ -69,14 +78,16 @@ class Step:
 def steps(quick: bool) -> list[Step]:
     if quick:
         return [Step("resnet18", 32, width=32)]
-    few = (PLAIN, "four ways, torch", FUSED)
+    few = (PLAIN, "four ways, torch", FUSED, SCHEDULED)
     return [
         # What is quoted: with fewer rounds its overhead varies by several points.
         Step("resnet18", 128, rounds=12),
         Step("resnet18", 64, width=32, methods=(*few, *ANCESTORS, *SHARES)),
         Step("resnet18", 64, width=32, methods=tuple(COMPILED)),
         Step("resnet18", 128, bfloat16=True, methods=few),
+        Step("resnet18", 128, width=16, bfloat16=True, methods=few),
         Step("vgg16_bn", 64, methods=(*few, *ANCESTORS)),
+        Step("vgg16_bn", 64, bfloat16=True, methods=few),
         Step("resnet50", 32, methods=(*few, *ANCESTORS)),
         Step("resnet50", 32, bfloat16=True, methods=few),
     ]
@@ -88,31 +99,52 @@ def measure(
     """Per method: seconds, images per second, and what it adds to the plain step.
 
     ``overhead`` is the median over rounds of the method's time over the plain one's in the
-    same round, less 1: the machine drifts by more than what is measured. ``extra_memory``
-    compares peaks above what the idle networks take. ``share`` is what one way adds, by
-    leaving it out, of the plain step. ``kernels`` is the number of layers that way 4 takes.
+    same round, less 1: the machine drifts by more than what is measured. Of a schedule each
+    kind of step is timed once in a round; seconds and overhead are the period's mean,
+    ``fullest`` the overhead of its longest step. ``extra_memory`` compares peaks above what
+    the idle networks take. ``share`` is what one way adds, by leaving it out, of the plain
+    step. ``kernels`` is the number of layers that way 4 takes.
     """
     if PLAIN_COMPILED in step.methods:
         torch._dynamo.reset()
+    kinds: dict[str, dict[str, float]] = {}  # competitors of every method, and their shares
     runs: dict[str, Callable[[int], float]] = {}
     left_out: dict[str, str] = {}
     for name in step.methods:
+        if step.bfloat16 and not _multiplies_bfloat16(device):
+            left_out[name] = "this CPU has no bfloat16 units: a step takes ten times its float32"
+            continue
         try:
-            runs[name] = _run(step, name, device)
+            found = runs_of(step, name, device)
         except Exception as error:  # the reason goes into the report
             left_out[name] = f"{type(error).__name__}: {error}"
+            continue
+        kinds[name] = {f"{name} {kind}": share for kind, (share, _) in found.items()}
+        runs |= {f"{name} {kind}": run for kind, (_, run) in found.items()}
+    if not runs:
+        return {"base": PLAIN, "methods": {}, "shares": {}, "left_out": left_out, "kernels": 0}
     times = interleaved(runs, seconds, fewest=fewest or step.rounds, most=30, warm_up=1)
-    base = PLAIN_COMPILED if PLAIN_COMPILED in runs else PLAIN
+    base = PLAIN_COMPILED if PLAIN_COMPILED in kinds else PLAIN
+    (plain,) = kinds[base]
     peaks = {name: peak_bytes(lambda run=run: run(0), device) for name, run in runs.items()}
     methods = {}
-    for name, spent in times.items():
-        ratio = statistics.median(a / b for a, b in zip(spent, times[base], strict=True))
-        peak, least = peaks[name], peaks[base]
+    for name, shares_of in kinds.items():
+        spent = [
+            sum(share * t for share, t in zip(shares_of.values(), each, strict=True))
+            for each in zip(*(times[kind] for kind in shares_of), strict=True)
+        ]
+        over = {
+            kind: statistics.median(a / b for a, b in zip(times[kind], times[plain], strict=True))
+            - 1
+            for kind in shares_of
+        }
+        peak, least = _largest(peaks[kind] for kind in shares_of), peaks[plain]
         methods[name] = {
             "seconds": quartiles(spent),
             "rounds": len(spent),
             "images_per_second": step.batch / statistics.median(spent),
-            "overhead": ratio - 1,
+            "overhead": sum(share * over[kind] for kind, share in shares_of.items()),
+            "fullest": max(over.values()),
             "peak_bytes": peak,
             "extra_memory": peak / least - 1 if peak is not None and least else None,
         }
@@ -127,13 +159,41 @@ def measure(
     }  # fmt: skip
 
 
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    return device.type != "cpu" or (
+        operators.build_info is not None and "avx512bf16" in operators.build_info.isa_levels()
+    )
+
+
+def _largest(peaks: Iterable[int | None]) -> int | None:
+    found = list(peaks)
+    return None if None in found else max(p for p in found if p is not None)
+
+
 def network_of(step: Step) -> nn.Module:
     """The network of a step."""
     return models.build(step.network, CLASSES, width=step.width, image_size=step.size)
 
 
-def _run(step: Step, method: str, device: torch.device) -> Callable[[int], float]:
-    """A training step of one method on the i-th batch, which returns its seconds."""
+def kinds_of_steps(schedule: Schedule) -> dict[str, tuple[float, Turn]]:
+    """The different calls of a period: how many of all they are, and one of them."""
+    turns = [schedule.turn]
+    while turns[-1].next is not turns[0]:
+        turns.append(turns[-1].next)
+    found: dict[str, tuple[float, Turn]] = {}
+    for turn in turns:
+        ways = {"representation": turn.representation, "kernel": turn.kernel}
+        kind = " and ".join(way for way, on in ways.items() if on) or "neither"
+        share, _ = found.get(kind, (0.0, turn))
+        found[kind] = share + 1 / len(turns), turn
+    return found
+
+
+def runs_of(
+    step: Step, method: str, device: torch.device
+) -> dict[str, tuple[float, Callable[[int], float]]]:
+    """By kind of step: its share of a period, and a training step of one method on the i-th
+    batch, which returns its seconds."""
     options = {**MAIN, **ANCESTORS, **SHARES, **COMPILED}[method]
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -156,9 +216,13 @@ def _run(step: Step, method: str, device: torch.device) -> Callable[[int], float
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def run(index: int) -> float:
+    schedule = objective._schedule if isinstance(objective, IMCL) else None
+
+    def run(index: int, turn: Turn | None) -> float:
         x = images[index % BATCHES].contiguous(memory_format=layout)
         y = labels[index % BATCHES]
+        if schedule is not None and turn is not None:
+            schedule.turn = turn
         wait()
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
@@ -167,4 +231,9 @@ def _run(step: Step, method: str, device: torch.device) -> Callable[[int], float
         wait()
         return time.perf_counter() - start
 
-    return run
+    if schedule is None:
+        return {"": (1.0, partial(run, turn=None))}
+    return {
+        kind: (share, partial(run, turn=turn))
+        for kind, (share, turn) in kinds_of_steps(schedule).items()
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bench import (
     competitors,
+    contention,
     host,
     instructions,
     memory,
@@ -25,6 +27,8 @@ from bench import (
 )
 from bench.rows import Row, consistency, rows
 from bench.timing import Sample, interleaved, quartiles, sets_needed
+from imcl_fast.imcl import IMCL
+from imcl_fast.schedule import Schedule
 
 CPU = torch.device("cpu")
 TINY = Row("representation", "tiny", ((2, 8, 4, 4), (2, 6, 3, 3)))
@@ -133,6 +137,32 @@ def test_host_time_is_that_over_the_plain_step_at_each_place_of_the_period() -> 
         "average": 0.5 / 8, "fullest": 0.5, "ratio": 8.5 / 8,
     }  # fmt: skip
     assert host._over(ours, plain, "both")["fullest"] == 4
+
+
+def test_a_process_is_busy_as_long_as_the_steps_beside_it_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processes: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+
+    def start(*args, **options) -> subprocess.Popen:
+        processes.append(popen(*args, **options))
+        return processes[-1]
+
+    running = []
+
+    def timed(runs, *_, **__):
+        running.append([process.poll() is None for process in processes])
+        return {name: [[1.0, 1.5], [2.0, 4.0]][len(running) - 1] for name in runs}
+
+    monkeypatch.setattr(contention.subprocess, "Popen", start)
+    monkeypatch.setattr(contention, "interleaved", timed)
+    monkeypatch.setattr(contention, "STEP", step.Step("resnet18", 2, width=8, size=8))
+    found = contention.measure(CPU, 0)
+    assert running == [[], [True]]
+    assert [process.poll() is None for process in processes] == [False]
+    assert found[step.FUSED]["ratio"] == 3.0 / 1.25
+    assert found[step.FUSED]["over plain"] == {"quiet": 0, "busy": 0}
 
 
 def test_rounds_take_everybody_in_turn_and_begin_with_another() -> None:
@@ -323,6 +353,11 @@ RESULTS = {
         "four ways": {"forward": host_times(0.009, 0.0005, 0.001, 1.1),
                       "both": host_times(0.0105, 0.0012, 0.0025, 1.25)},
     },
+    "contention": {
+        name: {"quiet": quartiles([1.0]), "busy": quartiles([busy]), "ratio": busy,
+               "over plain": {"quiet": 0.06, "busy": 0.09}}
+        for name, busy in (("plain cross entropy", 5.0), ("four ways, fused", 6.0))
+    },
     "scaling": {"batch": {"cpp": {"points": [(8, 1e-3), (16, 2e-3)], "slope": 1.0}}},
     "memory": {"auto": [(1024, 2**22)], "reference": []},
     "instructions": {"reason": "valgrind is not installed"},
@@ -347,6 +382,9 @@ def test_tables_say_what_was_measured() -> None:
     assert "| a step | +3.0 % |" in render.TABLES["shares"](RESULTS)
     host_row = "| four ways | 9.00 | 10.5 | +0.50 | +1.00 | +1.20 | +2.50 | 1.25 |"
     assert host_row in render.TABLES["host"](RESULTS)
+    busy = render.TABLES["contention"](RESULTS).splitlines()[2:]
+    assert busy == ["| plain cross entropy | 1000 | 5000 | 5.0 |  |  |",
+                    "| four ways, fused | 1000 | 6000 | 6.0 | +6.0 % | +9.0 % |"]  # fmt: skip
     older = {name: found for name, found in RESULTS.items() if name != "host"}
     assert render.TABLES["host"](older) == "Not measured yet.\n"
     assert "A CPU, 2 threads" in render.TABLES["machine"](RESULTS)
@@ -399,6 +437,45 @@ def test_a_step_knows_how_many_layers_way_4_takes() -> None:
     )
     # 17 convolutions of 3 x 3; the first, 8 x 27, is not wide enough to be left out.
     assert found["kernels"] == 17
+
+
+def test_the_steps_of_a_schedule_by_kind() -> None:
+    kinds = {kind: share for kind, (share, _) in step.kinds_of_steps(Schedule(4, 8)).items()}
+    assert kinds == {"representation": 1 / 4, "kernel": 1 / 8, "neither": 5 / 8}
+    every = {kind: share for kind, (share, _) in step.kinds_of_steps(Schedule(1, 1, 5)).items()}
+    assert every == {"representation and kernel": 1.0}
+
+
+def test_a_schedule_is_timed_by_its_kinds_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[frozenset[str]] = []
+    forward = IMCL.forward
+
+    def recording(self, x, y):
+        out = forward(self, x, y)
+        computed.append(frozenset(out.terms))
+        return out
+
+    took = {"representation": 4.0, "kernel": 6.0, "neither": 2.0}
+
+    def constant(runs, *_, **__):
+        for run in runs.values():
+            run(0), run(1)
+        return {name: [took.get(name.removeprefix(f"{step.SCHEDULED} "), 2.0)] * 2
+                for name in runs}  # fmt: skip
+
+    monkeypatch.setattr(IMCL, "forward", recording)
+    monkeypatch.setattr(step, "interleaved", constant)
+    monkeypatch.setattr(step, "peak_bytes", lambda run, device: None)
+    found = step.measure(
+        step.Step("resnet18", 2, width=8, size=8, methods=(step.PLAIN, step.SCHEDULED)), CPU, 0
+    )["methods"][step.SCHEDULED]
+    similarities = [terms & {"representation_similarity", "kernel_similarity"}
+                    for terms in computed]  # fmt: skip
+    kinds = ({"representation_similarity"}, set(), {"kernel_similarity"})
+    assert similarities == [kind for kind in kinds for _ in range(2)]
+    assert found["seconds"]["median"] == 4 / 4 + 6 / 8 + 2 * 5 / 8
+    assert found["overhead"] == 1 / 4 + 2 / 8
+    assert found["fullest"] == 2
 
 
 def test_losing_passes_are_listed_and_only_those() -> None:

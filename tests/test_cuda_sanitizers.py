@@ -86,6 +86,7 @@ def test_sanitizers_see_overruns_in_kernels(
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_under_address_and_undefined_sanitizer(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:

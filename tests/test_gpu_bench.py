@@ -21,6 +21,9 @@ from gpu_stubs import EVERY
 from bench.gpu import __main__ as gpu
 from bench.gpu import rows, suite, workers
 
+# A row of each kind and two files are quick, all of them are not.
+pytestmark = pytest.mark.slow if EVERY else []
+
 HERE = Path(__file__).parent
 FAULTY = "kernel R18, bfloat16"
 FEW = ("tests/test_triton.py", "tests/test_autograd.py")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc/cpu"
 DRIVER = Path(__file__).resolve().parent / "driver/kernels.cpp"
