@@ -223,7 +223,7 @@ class IMCL(nn.Module):
         self.heads = nn.ModuleList(_head(trace, name) for name in headed)
         self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
         self._heads_move = HeadsMove()
-        self._told_of_mask = False
+        self._told_of_mask = self._told_of_plain = False
         self._options: tuple[tuple, ConsistencyOptions] | None = None
         self._tape = Tape()
         self._handles = self._register_hooks(trace.channels_last)
@@ -264,6 +264,7 @@ class IMCL(nn.Module):
         if target is None:
             target = within if labels is None else labels
             if target is None:
+                self._notice_plain_training()
                 return self.model(*args, **kwargs)
             if not self.training:
                 return self._evaluate(self.model(*args, **kwargs), target)
@@ -403,6 +404,20 @@ class IMCL(nn.Module):
         )  # fmt: skip
         head_terms = torch.stack([terms["cross_entropy"], terms["kl"]])
         return IMCLOutput(loss, logits, None, head_terms, None, None, True, 0, 0, output)
+
+    def _notice_plain_training(self) -> None:
+        if self._told_of_plain or torch.compiler.is_compiling():
+            return
+        on = self.training and torch.is_grad_enabled() and len(self._off) < len(WEIGHTS)
+        if on and self._tape.step is None:
+            self._told_of_plain = True
+            warnings.warn(
+                "IMCL: called in training mode without a target, which is the plain network: no "
+                "way is computed. Pass the target, or train within imcl.watch(); of transformers' "
+                "Trainer label_smoothing_factor and compute_loss_func keep the labels back (IMCL "
+                "has label_smoothing and criterion)",
+                stacklevel=5,  # where the module is called
+            )
 
     def _logits_if_any(self, output: Any) -> Any:
         try:

@@ -41,5 +41,5 @@ class HeadsMove:
                 "have not, so they teach what they were drawn as: the optimizer lacks them. Build "
                 "it of imcl.parameters(), or add imcl.heads.parameters() to it (load_state_dict "
                 "between the steps looks the same)",
-                stacklevel=2,
+                stacklevel=6,  # where the IMCL is called
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_distributed_objective import Small
-from test_imcl import FlatCNN, build
+from test_imcl import WEIGHTS, FlatCNN, build
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -62,6 +62,24 @@ def test_nothing_is_told_where_nothing_is_wrong():
     late(X, Y).loss.backward()
     optimizer.step()
     assert not trained(copy.deepcopy(late), late.parameters(), steps=1)
+
+
+def test_training_without_a_target_is_told_of_once():
+    imcl = build(FlatCNN(), X)
+    with pytest.warns(UserWarning, match="IMCL: called in training mode without a target") as told:
+        for _ in range(2):
+            imcl(X)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet = build(FlatCNN(), X)
+        quiet.eval()(X)
+        quiet.train()
+        with torch.no_grad():
+            quiet(X)
+        with quiet.watch():
+            quiet(X)
+        build(FlatCNN(), X, **dict.fromkeys(WEIGHTS, 0.0))(X)
 
 
 # Transforms of torch.func, and tensors without values
