@@ -288,9 +288,9 @@ class IMCL(nn.Module):
         ``ways.loss(target)`` is everything but the network's own task loss: the heads' and
         views' cross entropies and KL, and both similarities; without ``target`` the cross
         entropies are left out. ``ways.terms`` are its parts, as ``IMCLOutput.terms``;
-        ``token_mask`` is that of ``forward``. Under
-        DistributedDataParallel wrap the whole ``IMCL``, and call that in the block. A network
-        that is compiled must have been watched once before it first runs.
+        ``token_mask`` is that of ``forward``. Under DistributedDataParallel wrap the whole
+        ``IMCL``, and call that in the block. A network that is compiled must have been watched
+        once before it first runs.
 
         Raises:
             RuntimeError: on leaving the block, if the model has not run once in it.
@@ -429,7 +429,6 @@ class IMCL(nn.Module):
         """Take the hooks off the network and return it; ``imcl`` can't train it any more."""
         for handle in [*self._handles, *self._weight_handles, *self._watch_handles]:
             handle.remove()
-        self._watch_handles.clear()
         return self.model
 
     @property

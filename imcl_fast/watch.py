@@ -40,7 +40,8 @@ class Watch:
         if runs != 1:
             raise RuntimeError(
                 f"watch: expected one forward pass of the model in the block, got {runs}; call the "
-                "model that IMCL was built around (imcl.model) once, with the whole batch"
+                "model that IMCL was built around (imcl.model) once, with the whole batch; after "
+                "remove_hooks none is seen"
             )
         self._imcl._end(self._step)
         self._over = True
