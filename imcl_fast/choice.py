@@ -112,9 +112,9 @@ def _find_classifier(trace: find.Trace, choice: Choice) -> None:
 
 
 def _find_kernels(trace: find.Trace, choice: Choice) -> None:
-    choice.kernels = find_kernels(trace.model, find.linear_layers_of_logits(trace))
+    choice.kernels = find_kernels(trace.model, find.predictors(trace))
     if not choice.kernels:
         choice.nothing["kernel_weight"] = (
-            "kernels: found no layer, but for a classifier, with fewer than twice as many kernels "
-            "as weights in each (more can't become unlike); name the modules"
+            "kernels: found no layer, but for what makes the output, with fewer than twice as many "
+            "kernels as weights in each (more can't become unlike); name the modules"
         )

@@ -54,6 +54,7 @@ class Trace(NamedTuple):
         calls: by module path, in order of completion.
         logits: (B, K); None where the network returns none.
         why: then, what it returned instead.
+        shape: of the logits, or of the Tensor in their place; None where there is none.
         channels_last: paths of the modules whose output is (B, *positions, C), as the tokens
             of a transformer are, and not (B, C, *spatial). This is about the order of the
             dimensions, not the strides.
@@ -65,6 +66,7 @@ class Trace(NamedTuple):
     calls: dict[str, list[Call]]
     logits: Tensor | None
     why: str
+    shape: torch.Size | None
     channels_last: frozenset[str]
     residual: frozenset[str]
     batch: int | None
@@ -136,28 +138,32 @@ def trace(
     finally:
         for handle in handles:
             handle.remove()
-    logits, why = _logits(output, how)
+    logits, why, shape = _logits(output, how)
     channels_last = _channels_last(model, calls)
     batch = len(args[0]) if args and isinstance(args[0], Tensor) else None
     if batch is None:
         batch = next((len(x) for x in kwargs.values() if isinstance(x, Tensor) and x.dim()), None)
-    return Trace(model, calls, logits, why, channels_last, additions.blocks(model), batch)
+    residual = additions.blocks(model)
+    return Trace(model, calls, logits, why, shape, channels_last, residual, batch)
 
 
-def _logits(output: Any, how: Callable[[Any], Tensor] | None) -> tuple[Tensor | None, str]:
-    """The logits (B, K) of a network, or why there are none."""
+def _logits(
+    output: Any, how: Callable[[Any], Tensor] | None
+) -> tuple[Tensor | None, str, torch.Size | None]:
+    """The logits (B, K) of a network, or why there are none, and the shape of what there is."""
     try:
         found = outputs.logits(output, how)
     except TypeError as error:
         if how is not None:
             raise
-        return None, str(error)
+        return None, str(error), None
     if found.dim() == 2 and found.is_floating_point() and found.shape[1] > 1:
-        return found, ""
-    return None, (
+        return found, "", found.shape
+    why = (
         "model: expected its output to be logits (B, K) of at least 2 classes, got "
         f"{tuple(found.shape)}, {found.dtype}"
     )
+    return None, why, found.shape
 
 
 def find_layers(trace: Trace) -> list[str]:
@@ -272,15 +278,15 @@ def find_classifier(trace: Trace) -> str:
     )
 
 
-def linear_layers_of_logits(trace: Trace) -> set[str]:
-    """Those whose output is the network's, or has its shape: of each of several classifiers."""
-    if trace.logits is None:
-        return set()
+def predictors(trace: Trace) -> set[str]:
+    """The convolutions and linear layers whose output is the network's, or has its shape: there
+    can be several classifiers."""
     return {
         name
         for name, calls in trace.calls.items()
-        if isinstance(trace.model.get_submodule(name), nn.Linear)
-        and _shape(calls) == trace.logits.shape
+        if isinstance(trace.model.get_submodule(name), (_ConvNd, nn.Linear))
+        and _shape(calls) == trace.shape
+        and trace.shape is not None
     }
 
 

@@ -156,6 +156,14 @@ def test_kernels_of_several_roles_are_compared_within_them():
         IMCL(network, ids, **only("kernel_weight"), kernels=["lstm.bias_ih_l0"])
 
 
+def test_what_makes_the_output_is_no_kernel():
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)
+    )
+    imcl = IMCL(network, torch.rand(2, 3, 6, 6), **only("kernel_weight"))
+    assert imcl.kernels == ["2"]  # of the first 8 kernels of 3 weights can't become unlike
+
+
 class Residual(nn.Module):
     """Blocks whose branches see the image in windows and with other widths."""
 
