@@ -13,7 +13,7 @@ from torch import nn
 
 from imcl_fast import models, objectives, operators
 from imcl_fast.imcl import IMCL
-from imcl_fast.layers import find_kernels
+from imcl_fast.kernel_choice import find_kernels
 from imcl_fast.schedule import Schedule, Turn
 
 from .memory import peak_bytes

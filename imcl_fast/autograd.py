@@ -43,7 +43,8 @@ class ConsistencyOptions(NamedTuple):
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Autocast would round what the losses accumulate; the inputs' dtypes say enough."""
-    if not torch.is_autocast_enabled(device.type):
+    # Of meta tensors, which have no values to round, PyTorch can't say.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

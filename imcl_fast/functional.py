@@ -2,7 +2,8 @@
 
 All accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
 ``"triton"`` and ``"cuda"`` (GPU), ``"torch"`` (the same algebra in plain PyTorch,
-any device) and ``"reference"`` (the naive definition, differentiable twice).
+any device) and ``"reference"`` (the naive definition, differentiable twice, and what
+``"auto"`` is under the transforms of ``torch.func``).
 Inputs are never written to. ``"cpp"``, ``"triton"`` and ``"cuda"`` read them as they lie,
 whatever their strides, and copy none, but for logits of mixed dtypes.
 """
@@ -12,11 +13,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import dense, implementations, reference, tracing, validation
+from . import dense, implementations, padding, reference, tracing, validation
 from .autograd import (
     CollaborativeConsistency,
     ConsistencyOptions,
@@ -47,6 +49,7 @@ def representation_similarity(
     penalty: str = "square",
     center: bool = False,
     eps: float = 1e-12,
+    mask: Tensor | Sequence[Tensor | None] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     r"""Similarity between the channels of intermediate representations (way 3).
@@ -69,6 +72,10 @@ def representation_similarity(
         eps: a channel whose norm is at most ``eps`` is dead: its similarities are 0
             and its gradient is exactly 0. With ``center`` so is a channel whose
             centred norm is at most 1e-5 of its norm.
+        mask: (B, \*spatial), of bools or integers, True or not 0 where a position counts; a
+            channel then runs over these only, as if the others, the padded tokens of a batch,
+            were not there, and gets no gradient at those. One for all layers, or a sequence of
+            one, or None, per layer. It costs one pass that copies the features.
         impl: see the module.
 
     Returns:
@@ -87,6 +94,15 @@ def representation_similarity(
     kind = validation.choice("penalty", penalty, PENALTIES)
     center = validation.boolean("center", center)
     eps = validation.number("eps", eps, low=0, high=math.inf)
+    if mask is None:
+        return _pairwise(xs, kind, center, eps, True, impl)
+    masks = validation.masks(mask, xs)
+    if impl == "reference":
+        return reference.masked_penalty(xs, masks, penalty=penalty, center=center, eps=eps)
+    xs = [
+        x if m is None else padding.neutral(x, padding.broadcast(m, x), center)
+        for x, m in zip(xs, masks, strict=True)
+    ]
     return _pairwise(xs, kind, center, eps, True, impl)
 
 
@@ -131,6 +147,63 @@ def kernel_similarity(
     kind = validation.choice("penalty", penalty, PENALTIES)
     eps = validation.number("eps", eps, low=0, high=math.inf)
     return _pairwise(xs, kind, False, eps, False, impl)
+
+
+@overload
+def collaborative_consistency(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None,
+    *,
+    temperature: float | Sequence[float] = ...,
+    ce_weight: float | Sequence[float] = ...,
+    kl_weight: float | Sequence[float] = ...,
+    teacher: str | Sequence[str] = ...,
+    detach_teacher: bool | Sequence[bool] = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    return_terms: Literal[False] = ...,
+    groups: Sequence[int] | None = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def collaborative_consistency(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None,
+    *,
+    temperature: float | Sequence[float] = ...,
+    ce_weight: float | Sequence[float] = ...,
+    kl_weight: float | Sequence[float] = ...,
+    teacher: str | Sequence[str] = ...,
+    detach_teacher: bool | Sequence[bool] = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    return_terms: Literal[True],
+    groups: Sequence[int] | None = ...,
+    impl: str = ...,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@overload
+def collaborative_consistency(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None,
+    *,
+    temperature: float | Sequence[float] = ...,
+    ce_weight: float | Sequence[float] = ...,
+    kl_weight: float | Sequence[float] = ...,
+    teacher: str | Sequence[str] = ...,
+    detach_teacher: bool | Sequence[bool] = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    return_terms: bool,
+    groups: Sequence[int] | None = ...,
+    impl: str = ...,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def collaborative_consistency(
@@ -336,7 +409,7 @@ def _consistency(
             dtype = torch.promote_types(dtype, block.dtype)
         blocks = [block.to(dtype) for block in blocks]
     device = blocks[0].device
-    impl = implementations.choose(impl, "consistency", device, [dtype])
+    impl = implementations.choose(_transformed(impl), "consistency", device, [dtype])
     with without_autocast(device):
         if impl == "reference":
             return reference.consistency(
@@ -363,7 +436,9 @@ def _pairwise(
     xs: list[Tensor], penalty: int, center: bool, eps: float, batched: bool, impl: str
 ) -> Tensor:
     device = xs[0].device
-    impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
+    impl = implementations.choose(
+        _transformed(impl), "pairwise", device, [x.dtype for x in xs]
+    )
     options = PairwiseOptions(penalty, center, eps, batched, _precision(device.type))
     with without_autocast(device):
         if impl == "reference":
@@ -373,9 +448,23 @@ def _pairwise(
         return PairwisePenalty.apply(implementations.pairwise(impl), options, *xs)
 
 
+def _transformed(impl: str) -> str:
+    """``impl``, or under transforms of torch.func the one that can be transformed."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return impl
+    if impl not in ("auto", "reference"):
+        raise RuntimeError(
+            f'impl="{impl}" can\'t run under torch.func (grad, vmap, jvp and the like); pass '
+            'impl="reference", which "auto" is there'
+        )
+    return "reference"
+
+
 @tracing.constant
 def _precision(device: str) -> int:
     # Autocast to bfloat16 says the same of products as "medium": their factors may be rounded.
+    if device == "meta":
+        return 0
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         return PRECISIONS.index("medium")
     return PRECISIONS.index(torch.get_float32_matmul_precision())

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, kernel_weights, sharding, validation
+from . import functional, kernel_weights, outputs, padding, plan, sharding, validation
 from . import layers as find
 from .autograd import ConsistencyOptions
+from .choice import choose
+from .imcl_output import IMCLOutput
 from .implementations import IMPLEMENTATIONS
 from .modes import evaluating
 from .schedule import Schedule, Turn
 from .sharding import KernelShare
 from .taps import Step, Tap, Tape
+from .unlearnt import HeadsMove
+from .watch import Watch, ran, zero
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
 IGNORED = -100  # target of samples that count for nothing
@@ -29,79 +31,8 @@ EPS = 1e-12  # of the similarities
 EVERY_WAY = Turn(0, 1, 1)  # of a call that is not on the schedule
 
 
-@dataclass(eq=False)
-class IMCLOutput:
-    """What a training step of ``IMCL`` returns.
-
-    Attributes:
-        loss: the whole objective, a scalar to call ``backward()`` on.
-        logits: (B, K), the network's own.
-        terms: detached, unweighted scalars ``cross_entropy``, ``output_consistency``,
-            ``multilayer_consistency``, ``representation_similarity`` and
-            ``kernel_similarity``, those of the ways that are on and were computed in this
-            call; ``loss`` is ``cross_entropy`` plus the weighted others, a way on a schedule
-            times its interval.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    _head_terms: Tensor = field(repr=False)  # (2, H), cross entropies and KL
-    _auxiliary: int = field(repr=False)
-    _views: int = field(repr=False)
-    _representation: Tensor | None = field(repr=False)
-    _kernel: Tensor | None = field(repr=False)
-
-    @cached_property
-    def terms(self) -> dict[str, Tensor]:
-        # Worked out when asked for, so that a step which doesn't log doesn't pay.
-        ce, kl = self._head_terms
-        n, final = self._auxiliary, self._auxiliary + 1
-        terms = {"cross_entropy": ce[n]}
-        if self._views:
-            terms["output_consistency"] = ce[final:].mean() + kl[final:].mean()
-        if n:
-            terms["multilayer_consistency"] = ce[:n].mean() + kl[:final].mean()
-        if self._representation is not None:
-            terms["representation_similarity"] = self._representation
-        if self._kernel is not None:
-            terms["kernel_similarity"] = self._kernel
-        return terms
-
-
-def _flatten_with_keys(output: IMCLOutput) -> tuple[list, tuple[int, int]]:
-    parts = {
-        "loss": output.loss,
-        "logits": output.logits,
-        "_head_terms": output._head_terms,
-        # As lists, for None would be a leaf.
-        "_representation": [x for x in [output._representation] if x is not None],
-        "_kernel": [x for x in [output._kernel] if x is not None],
-    }
-    keyed = [(pytree.GetAttrKey(name), part) for name, part in parts.items()]
-    return keyed, (output._auxiliary, output._views)
-
-
-def _flatten(output: IMCLOutput) -> tuple[list, tuple[int, int]]:
-    keyed, counts = _flatten_with_keys(output)
-    return [part for _, part in keyed], counts
-
-
-def _unflatten(parts: Iterable[Any], counts: tuple[int, int]) -> IMCLOutput:
-    loss, logits, head_terms, representation, kernel = parts
-    return IMCLOutput(
-        loss, logits, head_terms, *counts, *(representation or [None]), *(kernel or [None])
-    )
-
-
-# DistributedDataParallel(static_graph=True) hooks onto the tensors that it finds in what a
-# module returns, and where it finds none it averages no gradients.
-pytree.register_pytree_node(
-    IMCLOutput, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys
-)
-
-
 class IMCL(nn.Module):
-    r"""Intra-model collaborative learning around an unmodified classification network.
+    r"""Intra-model collaborative learning around an unmodified network.
 
     ``imcl(x)`` is exactly ``model(x)``; ``imcl(x, target)`` also gives the training loss
 
@@ -113,26 +44,34 @@ class IMCL(nn.Module):
     features through the one classifier, and the heads are an auxiliary classifier on each
     chosen layer but the last, and the network's own. The backbone runs once. Nothing is
     left over afterwards: ``imcl.model`` is the plain network with its own state_dict, and
-    ``remove_hooks`` takes even the idle hooks off it.
+    ``remove_hooks`` takes even the idle hooks off it. ``criterion`` puts any other loss in
+    the place of CE, and ``watch`` leaves the training call to a loop of your own.
 
     Args:
-        model: maps x to logits (B, K). It may be on any device, in any floating dtype.
-        example_input: a batch as ``model`` takes it; its first sample is run once, in eval
+        model: maps x to logits (B, K), or, for ways 3 and 4, to anything. It may be on any
+            device, in any floating dtype.
+        example_input: a batch as ``model`` takes it: a Tensor, whose first sample is run once,
+            or a tuple of arguments or a dict of keyword arguments, run as they are, in eval
             mode and without gradients.
         layers: paths of the modules whose outputs (B, C, \*spatial), or tokens (B, T, C),
             take part in multi-layer consistency and representation similarity; choose them
             after their activation. None takes the last block of each spatial resolution, or,
             where all blocks have one (vision transformers), those at 1/4, 2/4, 3/4 and the
             end of the depth. Tokens stand for pixels: they are what a channel's similarity
-            runs over and what an auxiliary head averages.
+            runs over and what an auxiliary head averages. Of a module that returns a tuple
+            it is the first.
         output_weight, multilayer_weight, representation_weight, kernel_weight: of the four
             ways. 0 leaves a way out: no hook, no head, no call. The others may be
             changed between steps.
         classifier: path of the nn.Linear that computes the logits. None finds it.
-        kernels: paths of the modules whose ``weight`` takes part in kernel similarity.
-            None takes the convolutions with kernels of more than one pixel, but for those
-            that have twice as many kernels as weights in each, or more (a wide stem, a
-            depthwise convolution): these can't become unlike.
+        kernels: paths of the modules whose ``weight`` takes part in kernel similarity, or of
+            other weights themselves (``"lstm.weight_ih_l0"``). None takes the convolutions with
+            kernels of more than one pixel, and, where those hold less than half of the network's
+            weights, its 1x1 convolutions and linear layers too, the classifier excepted; but
+            nowhere those that have twice as many kernels as weights in each, or more (a wide
+            stem, a depthwise convolution, a layer that widens): these can't become unlike. Rows
+            that are queries, keys and values of one layer, or gates of a recurrent one, are
+            compared within their role.
         views: number of dropout views, at least 2.
         dropout: probability of the views' dropout (none in eval mode).
         output_temperature, multilayer_temperature: T of the two consistencies.
@@ -147,13 +86,24 @@ class IMCL(nn.Module):
             similarity of a share of the layers only, times the number of processes: the
             mean of the gradients is the same. ``terms["kernel_similarity"]`` is then that
             of the process, 0 if it has no layer; the mean over processes is the value.
-            ``torch.distributed`` must be initialised, and all of it train together.
+            ``torch.distributed`` must be initialised, and all of it train together. Not with
+            weights that FSDP2 has in shards: these are gathered whole in every process, in the
+            calls that compute way 4 (``kernel_interval``), which must be the same in all.
+        criterion: ``(output, target) -> scalar``, of what ``model`` returns, in place of the
+            cross entropy of its logits; of heads and views, where there are any, the cross
+            entropy stays. ``target`` is then whatever it takes, and for an output that is no
+            logits ways 3 and 4 are left.
+        logits: ``(output) -> Tensor``, the logits in what ``model`` returns. None takes a
+            Tensor, ``output.logits``, ``output["logits"]``, or a tuple's first.
         impl: see ``functional``.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or what it leaves to be found in
-            ``model`` isn't there; the message names the argument.
+        TypeError, ValueError: an argument is wrong; the message names it.
         RuntimeError: ``shard_kernels`` without ``torch.distributed``.
+
+    A way that has nothing to act on in this network is switched off, with one warning that
+    says why: way 1 without a linear layer that computes the logits, way 2 without two layers,
+    way 3 without one, way 4 without kernels that can become unlike.
 
     Every term is a mean over the batch, or does not depend on it. So the losses of k equal
     parts of a batch, each divided by k, accumulate to the gradient of the whole, but for what
@@ -185,6 +135,10 @@ class IMCL(nn.Module):
     come from this project's own experiments (docs/accuracy.md), not from the paper.
     """
 
+    # To transformers' Trainer: that the loss of a part of a batch is a mean, to be divided by the
+    # number of parts, although forward takes whatever keyword arguments there are.
+    accepts_loss_kwargs = False
+
     output_weight: float
     multilayer_weight: float
     representation_weight: float
@@ -193,7 +147,7 @@ class IMCL(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        example_input: Tensor,
+        example_input: Any,
         layers: Sequence[str] | None = None,
         output_weight: float = 1.0,
         multilayer_weight: float = 3.0,
@@ -214,6 +168,8 @@ class IMCL(nn.Module):
         representation_interval: int = 1,
         kernel_interval: int = 1,
         shard_kernels: bool = False,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -222,7 +178,6 @@ class IMCL(nn.Module):
         weights = (output_weight, multilayer_weight, representation_weight, kernel_weight)
         for name, value in zip(WEIGHTS, weights, strict=True):
             setattr(self, name, validation.number(name, value, low=0, high=math.inf))
-        self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
         if not validation.is_integer(views) or views < 2:
             raise ValueError(f"views: expected an int of at least 2, got {views!r}")
         self.views = int(views)
@@ -248,42 +203,104 @@ class IMCL(nn.Module):
             validation.integer("kernel_interval", kernel_interval, low=1),
         )
         self.impl = impl
+        self.criterion = validation.function("criterion", criterion)
+        self._find_logits = validation.function("logits", logits)
 
         self.model = model
-        trace = find.trace(model, example_input)
-        self.layers: list[str] = []
-        self.heads = nn.ModuleList()
-        self.classifier: str | None = None
-        self.kernels: list[str] = []
-        if self.multilayer_weight or self.representation_weight:
-            self.layers = _layers(trace, layers, 2 if self.multilayer_weight else 1)
-        if self.multilayer_weight:
-            self.heads.extend(_head(trace, name) for name in self.layers[:-1])
-        if self.output_weight:
-            self.classifier = (
-                find.find_classifier(trace)
-                if classifier is None
-                else find.check_classifier(trace, classifier)
-            )
+        trace = find.trace(model, example_input, logits)
         with evaluating(model):  # otherwise, to read a weight under spectral norm changes it
-            if self.kernel_weight:
-                self.kernels = _kernels(model, kernels)
-            self._kernel_share = KernelShare.of(self.kernels, model, shard_kernels)
+            values = {name: getattr(self, name) for name in WEIGHTS}
+            choice = choose(trace, values, layers, classifier, kernels)
+            self._kernel_share = KernelShare.of(choice.kernels, model, shard_kernels)
+        if choice.nothing:
+            for name in choice.nothing:
+                setattr(self, name, 0.0)
+            warnings.warn(choice.warning, stacklevel=2)
+        self._nothing = choice.nothing
+        self.layers, self.kernels = choice.layers, choice.kernels
+        self.classifier: str | None = choice.classifier
+        headed = self.layers[:-1] if self.multilayer_weight else []
+        self.heads = nn.ModuleList(_head(trace, name) for name in headed)
+        self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
+        self._heads_move = HeadsMove()
+        self._told_of_mask = self._told_of_plain = False
         self._options: tuple[tuple, ConsistencyOptions] | None = None
         self._tape = Tape()
         self._handles = self._register_hooks(trace.channels_last)
-        self._weight_handles = kernel_weights.tap(self._kernel_modules(EVERY_WAY), self._tape)
+        self._weight_handles = kernel_weights.tap(self._kernel_weights(EVERY_WAY), self._tape)
+        self._watch_handles: list[RemovableHandle] = []
+        if isinstance(example_input, Mapping):
+            outputs.show_parameters_of(model, self)
 
-    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | IMCLOutput:
-        """The network's logits (B, K); with ``target``, class indices (B,) or probabilities
-        (B, K), an ``IMCLOutput``.
+    def forward(
+        self,
+        x: Any = outputs.MISSING,
+        target: Any = None,
+        *,
+        labels: Any = None,
+        token_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        r"""What the network returns; with ``target``, an ``IMCLOutput``.
+
+        Args:
+            x: the network's input; a tuple is its arguments, a dict its keyword arguments.
+            target: class indices (B,) or probabilities (B, K), or what ``criterion`` takes.
+            labels: the target under transformers' name, where ``target`` isn't given; the
+                network doesn't get it. In eval mode, where its Trainer reads ``eval_loss``, the
+                loss is the cross entropy (or ``criterion``) alone.
+            token_mask: (B, T) or (B, \*spatial), True or not 0 where a position counts: padding
+                takes no part in representation similarity and in what the heads average. The
+                network doesn't get it. None takes its argument ``attention_mask``, if there is
+                one, on the layers that it fits.
+            kwargs: handed on to the network.
 
         Raises:
             ValueError, TypeError: ``target`` is neither.
             RuntimeError: the network took another course than on ``example_input``.
         """
+        args, kwargs = outputs.arguments(x, kwargs)
+        within = kwargs.pop(outputs.LABELS, None)
         if target is None:
-            return self.model(x)
+            target = within if labels is None else labels
+            if target is None:
+                self._notice_plain_training()
+                return self.model(*args, **kwargs)
+            if not self.training:
+                return self._evaluate(self.model(*args, **kwargs), target)
+        step = self._begin(token_mask, kwargs.get(outputs.ATTENTION_MASK))
+        try:
+            step.outputs.append(self.model(*args, **kwargs))
+        finally:
+            self._tape.step = None
+        self._end(step)
+        return self._objective(step, target)
+
+    def watch(self, token_mask: Tensor | None = None) -> Watch:
+        """The ways around a forward pass of your own, for any loop and any loss.
+
+        ::
+
+            with imcl.watch() as ways:
+                output = model(batch)  # as it always was called, once
+            loss = my_loss(output, batch) + ways.loss(target)
+
+        ``ways.loss(target)`` is everything but the network's own task loss: the heads' and
+        views' cross entropies and KL, and both similarities; without ``target`` the cross
+        entropies are left out. ``ways.terms`` are its parts, as ``IMCLOutput.terms``;
+        ``token_mask`` is that of ``forward``. Under DistributedDataParallel wrap the whole
+        ``IMCL``, and call that in the block. A network that is compiled must have been watched
+        once before it first runs.
+
+        Raises:
+            RuntimeError: on leaving the block, if the model has not run once in it.
+        """
+        if not self._watch_handles:
+            self._watch_handles = ran(self.model, self._tape)
+        return Watch(self, token_mask)
+
+    def _begin(self, token_mask: Tensor | None = None, found: Any = None) -> _Step:
+        """A step under way, until ``_tape.step`` is taken back: the network is to run once."""
         for name in self._off:
             if getattr(self, name):
                 raise RuntimeError(
@@ -295,6 +312,11 @@ class IMCL(nn.Module):
                 "IMCL can't be trained under nn.DataParallel, whose replicas share its hooks; use "
                 "nn.parallel.DistributedDataParallel"
             )
+        if self._tape.step is not None:
+            raise RuntimeError(
+                "IMCL: a step is under way; within a watch block call the network itself, without "
+                "a target, and begin no second block"
+            )
         # Autograd runs backward what ran forward last. Alone, kernel similarity comes first:
         # its gradient, as large as the weights', is made at the very end, when the
         # activations have been freed, and does not raise the peak. Among several processes
@@ -303,28 +325,46 @@ class IMCL(nn.Module):
         # And weights that the forward pass itself makes are not there before it.
         counts = self.training and torch.is_grad_enabled()
         turn = self._schedule.turn if counts else EVERY_WAY
-        modules = self._kernel_modules(turn)
-        kernel_first = sharding.world_size() == 1 and kernel_weights.are_parameters(modules)
-        kernel = self._kernel_similarity(modules, turn) if kernel_first else None
+        weights = self._kernel_weights(turn)
+        kernel_first = sharding.world_size() == 1 and kernel_weights.are_parameters(weights)
+        kernel = self._kernel_similarity(weights, turn) if kernel_first else None
         if not (kernel_first or torch.compiler.is_compiling()):  # which can't trace it
-            self._weight_handles += kernel_weights.tap(modules, self._tape)
-        step = _Step(self, turn)
+            self._weight_handles += kernel_weights.tap(weights, self._tape)
+        step = _Step(self, turn, counts)
+        step.mask, step.found_mask = token_mask, found
+        step.kernel, step.kernels = kernel, None if kernel_first else weights
         self._tape.step = step
-        try:
-            logits = self.model(x)
-        finally:
-            self._tape.step = None
+        return step
+
+    def _end(self, step: _Step) -> None:
+        """What is left to do when the network has run."""
         step.finish()
-        if not kernel_first:
-            kernel = self._kernel_similarity(modules, turn, step)
+        if step.kernels is not None:
+            step.kernel = self._kernel_similarity(step.kernels, step.turn, step)
         if step.calls != len(self._handles):
             raise RuntimeError(
                 f"model: expected the layers {self.layers} and the classifier "
                 f"{self.classifier} to run once each, as on example_input, got {step.calls} "
                 f"runs for {len(self._handles)} hooks (0 after remove_hooks)"
             )
-        loss, head_terms = self._consistency(step, logits, target)
-        representation = None
+
+    def _objective(self, step: _Step, target: Any, task: bool = True) -> IMCLOutput:
+        """The loss of a step that is over; without ``task`` all but the network's own."""
+        output = step.outputs[0]
+        own = task and self.criterion is None
+        loss = head_terms = criterion = None
+        if own or self.heads or step.views is not None:
+            logits = outputs.logits(output, self._find_logits)
+            loss, head_terms = self._consistency(step, logits, target, own)
+        else:
+            logits = self._logits_if_any(output)
+        if task and self.criterion is not None:
+            criterion = _scalar(self.criterion(output, target))
+            loss = criterion if loss is None else loss + criterion
+            criterion = criterion.detach()
+        turn, representation, kernel = step.turn, None, step.kernel
+        if loss is None:
+            loss = zero(self.model)
         if step.similarities:
             layers = len(step.similarities)
             representation = torch.stack(step.similarities).sum()
@@ -333,21 +373,61 @@ class IMCL(nn.Module):
             representation = representation.detach() / layers
         if kernel is not None:
             loss = torch.add(loss, kernel, alpha=turn.kernel * self.kernel_weight)
-        if counts:
-            self._schedule.turn = turn.next
+        if step.counts:
+            self._schedule.turn, step.counts = turn.next, False
+            if not (self._heads_move.done or torch.compiler.is_compiling()):
+                self._heads_move.look(self.model.parameters(), list(self.heads.parameters()))
         return IMCLOutput(
             loss,
             logits,
+            criterion,
             head_terms,
-            len(step.head_logits),
-            0 if step.views is None else self.views,
             representation,
             None if kernel is None else kernel.detach(),
+            own,
+            len(step.head_logits),
+            0 if step.views is None else self.views,
+            output,
         )
+
+    def _evaluate(self, output: Any, target: Any) -> IMCLOutput:
+        """The task's own loss of an output, without the ways."""
+        if self.criterion is not None:
+            loss = _scalar(self.criterion(output, target))
+            logits = self._logits_if_any(output)
+            return IMCLOutput(loss, logits, loss.detach(), None, None, None, False, 0, 0, output)
+        logits = outputs.logits(output, self._find_logits)
+        smoothing = self.label_smoothing
+        loss, terms = functional.collaborative_consistency(
+            [logits], target, label_smoothing=smoothing, ignore_index=IGNORED, return_terms=True,
+            impl=self.impl,
+        )  # fmt: skip
+        head_terms = torch.stack([terms["cross_entropy"], terms["kl"]])
+        return IMCLOutput(loss, logits, None, head_terms, None, None, True, 0, 0, output)
+
+    def _notice_plain_training(self) -> None:
+        if self._told_of_plain or torch.compiler.is_compiling():
+            return
+        on = self.training and torch.is_grad_enabled() and len(self._off) < len(WEIGHTS)
+        if on and self._tape.step is None:
+            self._told_of_plain = True
+            warnings.warn(
+                "IMCL: called in training mode without a target, which is the plain network: no "
+                "way is computed. Pass the target, or train within imcl.watch(); of transformers' "
+                "Trainer label_smoothing_factor and compute_loss_func keep the labels back (IMCL "
+                "has label_smoothing and criterion)",
+                stacklevel=5,  # where the module is called
+            )
+
+    def _logits_if_any(self, output: Any) -> Any:
+        try:
+            return outputs.logits(output, self._find_logits)
+        except TypeError:
+            return None
 
     def remove_hooks(self) -> nn.Module:
         """Take the hooks off the network and return it; ``imcl`` can't train it any more."""
-        for handle in [*self._handles, *self._weight_handles]:
+        for handle in [*self._handles, *self._weight_handles, *self._watch_handles]:
             handle.remove()
         return self.model
 
@@ -371,11 +451,21 @@ class IMCL(nn.Module):
         state_dict.setdefault(f"{prefix}_extra_state", torch.tensor(0, device="cpu"))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _replicate_for_data_parallel(self) -> IMCL:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("forward", None)  # that of ``self``, see show_parameters_of
+        return replica
+
+    def plan(self) -> str:
+        """What each way acts on, and what share of the weights way 4; for people to read."""
+        return plan.text(self, self._nothing)
+
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}={getattr(self, name):g}" for name in WEIGHTS)
+        share = plan.share(self.model, self.kernels)
         return (
             f"{weights}, layers={self.layers}, classifier={self.classifier!r}, "
-            f"kernels={len(self.kernels)}, impl={self.impl!r}"
+            f"kernels={len(self.kernels)} ({share:.1%} of the weights), impl={self.impl!r}"
         )
 
     def _register_hooks(self, channels_last: frozenset[str]) -> list[RemovableHandle]:
@@ -391,49 +481,61 @@ class IMCL(nn.Module):
             handles.append(classifier.register_forward_hook(tap, with_kwargs=True))
         return handles
 
-    def _kernel_modules(self, turn: Turn) -> dict[str, nn.Module]:
-        """Those whose weights this process compares in this step, by path."""
+    def _kernel_weights(self, turn: Turn) -> kernel_weights.Weights:
+        """Where those are that this process compares in this step."""
         if not self.kernel_weight or not turn.kernel:
             return {}
-        return {path: _submodule(self.model, path) for path in self._kernel_share.kernels}
+        return {
+            path: kernel_weights.locate(self.model, path) for path in self._kernel_share.kernels
+        }
 
     def _kernel_similarity(
-        self, modules: dict[str, nn.Module], turn: Turn, step: _Step | None = None
+        self, where: kernel_weights.Weights, turn: Turn, step: _Step | None = None
     ) -> Tensor | None:
         """That of the weights that ``step`` has computed with; None: of parameters, before it."""
         if not self.kernel_weight or not turn.kernel:
             return None
         share = self._kernel_share
-        if not modules:
+        if not where:
             return next(self.model.parameters()).new_zeros(())
         if step is None:
-            weights = [cast(Tensor, module.weight) for module in modules.values()]
+            weights = [cast(Tensor, module._parameters[name]) for module, name in where.values()]
         else:
-            weights = kernel_weights.used(modules, step.weights)
+            weights = kernel_weights.used(where, step.weights)
+        if share.scale != 1 and any(hasattr(weight, "full_tensor") for weight in weights):
+            raise RuntimeError(
+                "shard_kernels: expected whole weights, got such as FSDP2 has in shards, which all "
+                "processes gather together; pass shard_kernels=False"
+            )
+        weights = kernel_weights.by_role(kernel_weights.whole(weights), share.roles, where)
         kind = functional.PENALTIES.index(self.kernel_penalty)
         similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale
 
-    def _consistency(self, step: _Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """All heads of ways 1 and 2 and the network's own cross entropy, in one call."""
+    def _consistency(
+        self, step: _Step, logits: Tensor, target: Tensor | None, own: bool
+    ) -> tuple[Tensor, Tensor]:
+        """All heads of ways 1 and 2 and, if ``own``, the network's own cross entropy, in one
+        call."""
         blocks = [step.head_logits[i] for i in sorted(step.head_logits)]
         blocks.append(logits)
         if step.views is not None:
             blocks.append(step.views)
         checked = validation.target(target, blocks, IGNORED)
-        return functional._consistency(blocks, checked, self._current_options(), self.impl)
+        return functional._consistency(blocks, checked, self._current_options(own), self.impl)
 
-    def _current_options(self) -> ConsistencyOptions:
+    def _current_options(self, own: bool) -> ConsistencyOptions:
         """The options of the consistency, made again if what they are made of has changed."""
         if torch.compiler.is_compiling():  # a cache would be one more guard
-            return self._consistency_options()
-        made_of = self._made_of()
+            return self._consistency_options(own)
+        made_of = self._made_of(own)
         if self._options is None or self._options[0] != made_of:
-            self._options = made_of, self._consistency_options()
+            self._options = made_of, self._consistency_options(own)
         return self._options[1]
 
-    def _made_of(self) -> tuple:
+    def _made_of(self, own: bool) -> tuple:
         return (
+            own,
             self.output_weight,
             self.multilayer_weight,
             self.views,
@@ -443,13 +545,13 @@ class IMCL(nn.Module):
             self.label_smoothing,
         )
 
-    def _consistency_options(self) -> ConsistencyOptions:
+    def _consistency_options(self, own: bool) -> ConsistencyOptions:
         n, views = len(self.heads), self.views if self.output_weight else 0
         output = self.output_weight / self.views
         groups = 2 if views else 1
         return functional._consistency_options(
             n + 1 + views,
-            ce_weight=[self.multilayer_weight / max(n, 1)] * n + [1.0] + [output] * views,
+            ce_weight=[self.multilayer_weight / max(n, 1)] * n + [float(own)] + [output] * views,
             kl_weight=[self.multilayer_weight / (n + 1)] * (n + 1) + [output] * views,
             groups=[n + 1, views][:groups],
             temperature=[self.multilayer_temperature, self.output_temperature][:groups],
@@ -502,9 +604,15 @@ class _Average(Function):
 class _Step(Step):
     """What one training call of an ``IMCL`` collects while its network runs."""
 
-    def __init__(self, imcl: IMCL, turn: Turn) -> None:
+    def __init__(self, imcl: IMCL, turn: Turn, counts: bool) -> None:
         super().__init__()
         self.imcl = imcl
+        self.turn = turn
+        self.counts = counts  # on the schedule
+        self.mask: Tensor | None = None
+        self.kernel: Tensor | None = None
+        # To be compared when the network has run.
+        self.kernels: kernel_weights.Weights | None = None
         self.similar = bool(imcl.representation_weight and turn.representation)
         self.similarities: list[Tensor] = []
         self.head_logits: dict[int, Tensor] = {}
@@ -524,13 +632,44 @@ class _Step(Step):
         the layer's own is due, and not all layers' at once at the start.
         """
         imcl = self.imcl
+        mask = self._mask(index, features)
         if self.similar:
+            seen = features if mask is None else padding.neutral(features, mask, imcl.center)
             kind = functional.PENALTIES.index(imcl.representation_penalty)
             self.similarities.append(
-                functional._pairwise([features], kind, imcl.center, EPS, True, imcl.impl)
+                functional._pairwise([seen], kind, imcl.center, EPS, True, imcl.impl)
             )
         if index < len(imcl.heads):
-            self.head_logits[index] = imcl.heads[index](features)
+            head = cast(AuxiliaryHead, imcl.heads[index])
+            if mask is None:
+                self.head_logits[index] = head(features)
+            else:
+                average = padding.mean(padding.zeroed(features, mask), mask)
+                self.head_logits[index] = head.linear(average)
+
+    def _mask(self, index: int, features: Tensor) -> Tensor | None:
+        """Which positions of a layer count, (B, 1, *spatial); None: all of them."""
+        if self.mask is None and self.found_mask is None:
+            return None
+        shape = (len(features), *features.shape[2:])
+        for mask, name in ((self.mask, "token_mask"), (self.found_mask, outputs.ATTENTION_MASK)):
+            if isinstance(mask, Tensor):
+                if tuple(mask.shape) == shape:
+                    return padding.broadcast(mask, features)
+                told = (
+                    f"{name}: expected shape {shape}, a value for each position of the layer "
+                    f"{self.imcl.layers[index]!r}, got {tuple(mask.shape)}"
+                )
+                if mask is self.mask:
+                    raise ValueError(told)
+                if not (self.imcl._told_of_mask or torch.compiler.is_compiling()):
+                    self.imcl._told_of_mask = True
+                    warnings.warn(
+                        f"{told}; its padding counts. A mask that fits is passed as token_mask",
+                        stacklevel=2,
+                    )
+                return None
+        return None
 
     def _classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
         """The dropout views, (V, B, K), by one more run of the classifier."""
@@ -543,17 +682,9 @@ class _Step(Step):
             self.views = logits.view(imcl.views, len(features), *logits.shape[1:])
 
 
-def _submodule(module: nn.Module, path: str) -> nn.Module:
-    """``module.get_submodule(path)`` in a tenth of its time, of a path that is there."""
-    for name in path.split("."):
-        child = module._modules.get(name)
-        module = getattr(module, name) if child is None else child  # of a compiled module
-    return module
-
-
 def _head(trace: find.Trace, layer: str) -> AuxiliaryHead:
     features = trace.calls[layer][0].output
-    assert features is not None  # or it would be none of the layers
+    assert features is not None and trace.logits is not None  # or it would have no head
     channels = features.shape[-1 if layer in trace.channels_last else 1]
     # Of a network of several dtypes the layer's own; but autocast's is none of a parameter.
     dtypes = [p.dtype for p in trace.model.parameters() if p.is_floating_point()]
@@ -562,31 +693,18 @@ def _head(trace: find.Trace, layer: str) -> AuxiliaryHead:
     own = features.dtype in dtypes and not autocast
     return AuxiliaryHead(
         channels,
-        trace.output.shape[1],
+        trace.logits.shape[1],
         device=features.device,
         dtype=features.dtype if own or not dtypes else dtypes[0],
     )
 
 
-def _layers(trace: find.Trace, layers: Sequence[str] | None, least: int) -> list[str]:
-    chosen = find.find_layers(trace) if layers is None else find.check_layers(trace, layers)
-    if len(chosen) < least:
-        what = "multi-layer consistency" if least > 1 else "representation similarity"
-        off = "multilayer_weight=0" if least > 1 else "representation_weight=0"
-        how = "found" if layers is None else "got"
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"criterion: expected it to return a Tensor, got {type(loss).__name__}")
+    if loss.dim():
         raise ValueError(
-            f"layers: expected at least {least} for {what}, {how} {chosen}; name the modules, "
-            f"give a larger example_input, or pass {off}"
+            f"criterion: expected it to return a scalar, got shape {tuple(loss.shape)}; reduce it, "
+            "for instance with .mean()"
         )
-    return chosen
-
-
-def _kernels(model: nn.Module, kernels: Sequence[str] | None) -> list[str]:
-    chosen = find.find_kernels(model) if kernels is None else find.check_kernels(model, kernels)
-    if not chosen:
-        raise ValueError(
-            "kernels: expected at least one convolution with kernels of more than one pixel, "
-            "fewer than twice the weights in each (more can't become unlike), found none; name "
-            "the modules or pass kernel_weight=0"
-        )
-    return chosen
+    return loss

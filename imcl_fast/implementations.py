@@ -160,6 +160,8 @@ def choose(
         RuntimeError: the implementation asked for can't run, and why.
     """
     if impl == "auto":
+        if device.type == "meta":  # there is nothing to compute
+            return "torch"
         return _fastest(operation, device.type, dtypes, device.index)
     reason = why_not(impl, device.type, dtypes, device.index, operation)
     if reason is not None:

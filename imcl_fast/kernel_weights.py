@@ -19,28 +19,43 @@ from torch.utils.hooks import RemovableHandle
 
 from .taps import Tape
 
+# By path: a module, and the name of its weight.
+Weights = Mapping[str, tuple[nn.Module, str]]
 
-def are_parameters(modules: Mapping[str, nn.Module]) -> bool:
+
+def locate(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module and the name of its weight, of the path of either: ``model.get_submodule`` in a
+    tenth of its time, of a path that is there."""
+    module = model
+    for name in path.split("."):
+        if name in module._parameters:
+            return module, name
+        child = module._modules.get(name)
+        module = getattr(module, name) if child is None else child  # of a compiled module
+    return module, "weight"
+
+
+def are_parameters(weights: Weights) -> bool:
     """Whether the weights can be had before the network runs."""
     return all(
-        "weight" in module._parameters and not module._forward_pre_hooks
-        for module in modules.values()
+        name in module._parameters and not module._forward_pre_hooks
+        for module, name in weights.values()
     )
 
 
-def tap(modules: Mapping[str, nn.Module], tape: Tape) -> list[RemovableHandle]:
+def tap(weights: Weights, tape: Tape) -> list[RemovableHandle]:
     """Hook onto the parametrizations of the weights that have none of ``tape``'s taps yet."""
     handles = []
-    for path, module in modules.items():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrization = cast(nn.ModuleDict, module.parametrizations)["weight"]
+    for path, (module, name) in weights.items():
+        if parametrize.is_parametrized(module, name):
+            parametrization = cast(nn.ModuleDict, module.parametrizations)[name]
             hooks = parametrization._forward_hooks.values()
             if not any(isinstance(hook, _Tap) and hook.tape is tape for hook in hooks):
                 handles.append(parametrization.register_forward_hook(_Tap(tape, path)))
     return handles
 
 
-def used(modules: Mapping[str, nn.Module], made: Mapping[str, Tensor]) -> list[Tensor]:
+def used(weights: Weights, made: Mapping[str, Tensor]) -> list[Tensor]:
     """The weights that the run computed with, which is over.
 
     Args:
@@ -49,20 +64,39 @@ def used(modules: Mapping[str, nn.Module], made: Mapping[str, Tensor]) -> list[T
     Raises:
         RuntimeError: a weight has lost its gradient.
     """
-    weights = []
-    for path, module in modules.items():
+    found = []
+    for path, (module, name) in weights.items():
         weight = made.get(path)
-        if weight is None or _lost_gradient(module, weight):
+        if weight is None or _lost_gradient(module, name, weight):
             # Of a parametrization: made again.
-            weight = cast(Tensor, module.weight)
-        if _lost_gradient(module, weight):
+            weight = cast(Tensor, getattr(module, name))
+        if _lost_gradient(module, name, weight):
             raise RuntimeError(
                 f"kernels: the weight of {path!r} is computed from others under torch.no_grad, "
                 "so nothing can be learnt from it; for gradient checkpointing pass "
                 "use_reentrant=False to torch.utils.checkpoint, or name other modules"
             )
-        weights.append(weight)
-    return weights
+        found.append(weight)
+    return found
+
+
+def whole(weights: list[Tensor]) -> list[Tensor]:
+    """The weights, those that FSDP2 has in shards gathered from all processes: the similarity of
+    rows needs all rows. Of the gradient each process keeps its shard, the same in each."""
+    return [
+        cast(Tensor, weight.full_tensor()) if hasattr(weight, "full_tensor") else weight
+        for weight in weights
+    ]
+
+
+def by_role(weights: list[Tensor], roles: Mapping[str, int], paths: Weights) -> list[Tensor]:
+    """The weights, those whose rows have several roles in as many parts."""
+    if not roles:
+        return weights
+    parts: list[Tensor] = []
+    for path, weight in zip(paths, weights, strict=True):
+        parts.extend(weight.chunk(roles.get(path, 1)))
+    return parts
 
 
 class _Tap:
@@ -77,11 +111,11 @@ class _Tap:
             self.tape.step.weights[self.path] = output
 
 
-def _lost_gradient(module: nn.Module, weight: Tensor) -> bool:
-    if weight.requires_grad or not torch.is_grad_enabled() or "weight" in module._parameters:
+def _lost_gradient(module: nn.Module, attribute: str, weight: Tensor) -> bool:
+    if weight.requires_grad or not torch.is_grad_enabled() or attribute in module._parameters:
         return False
     return any(
         parameter.requires_grad
         for name, parameter in module.named_parameters()
-        if name.startswith(("weight", "parametrizations.weight"))
+        if name.startswith((attribute, f"parametrizations.{attribute}"))
     )

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
+from . import outputs
 from .modes import evaluating
+from .residual import Additions
+from .tracing import eager
 
 # Modules that settle where their output has its channels. Not subclasses of LayerNorm:
 # there are those for (B, C, H, W).
@@ -27,7 +30,7 @@ PASSIVE = ("torch.nn.modules.pooling", "torch.nn.modules.dropout", "torch.nn.mod
 
 
 class Call(NamedTuple):
-    """One call of a submodule: the first input and the output, where they are Tensors."""
+    """One call of a submodule: the first input and the (first) output, where they are Tensors."""
 
     input: Tensor | None
     output: Tensor | None
@@ -49,16 +52,24 @@ class Trace(NamedTuple):
 
     Attributes:
         calls: by module path, in order of completion.
-        output: the logits.
+        logits: (B, K); None where the network returns none.
+        why: then, what it returned instead.
+        shape: of the logits, or of the Tensor in their place; None where there is none.
         channels_last: paths of the modules whose output is (B, *positions, C), as the tokens
             of a transformer are, and not (B, C, *spatial). This is about the order of the
             dimensions, not the strides.
+        residual: paths of the residual blocks; see residual.py.
+        batch: how many samples there were, where the example tells.
     """
 
     model: nn.Module
     calls: dict[str, list[Call]]
-    output: Tensor
+    logits: Tensor | None
+    why: str
+    shape: torch.Size | None
     channels_last: frozenset[str]
+    residual: frozenset[str]
+    batch: int | None
 
     def resolution(self, name: str) -> tuple[int, ...]:
         """Spatial size of a module's output, or number of tokens; () where it has none."""
@@ -69,83 +80,133 @@ class Trace(NamedTuple):
         """The dimensions of ``x``, laid out as the module's output, without batch and channels."""
         return tuple(x.shape[1:-1] if name in self.channels_last else x.shape[2:])
 
+    def of_batch(self, call: Call) -> bool:
+        """Whether an output has a row for each sample, and not for each of its windows."""
+        return self.batch is None or (call.output is not None and len(call.output) == self.batch)
+
     @property
     def spatial_ranks(self) -> set[int]:
         """Number of spatial dimensions of the network's convolutions; empty if it has none."""
         return _spatial_ranks(self.model)
 
 
-def trace(model: nn.Module, example_input: Tensor) -> Trace:
-    """Run the first sample of ``example_input`` in eval mode, without gradient or trace left.
+def trace(
+    model: nn.Module, example_input: Any, how: Callable[[Any], Tensor] | None = None
+) -> Trace:
+    """Run ``example_input`` in eval mode, without gradient or trace left; of a Tensor one sample.
+
+    Args:
+        how: to find the logits; see ``outputs.logits``.
 
     Raises:
-        TypeError, ValueError: ``example_input`` is no batch, or the network's output
-            is not logits (B, K).
+        TypeError, ValueError: ``example_input`` is no batch, or ``how`` finds no Tensor.
     """
-    if not isinstance(example_input, Tensor):
-        raise TypeError(f"example_input: expected a Tensor, got {type(example_input).__name__}")
-    if example_input.dim() < 2 or len(example_input) < 1:
-        raise ValueError(
-            "example_input: expected a batch of at least 1 sample, as the network takes it, "
-            f"got shape {tuple(example_input.shape)}"
+    if isinstance(example_input, Tensor):
+        if example_input.dim() < 2 or len(example_input) < 1:
+            raise ValueError(
+                "example_input: expected a batch of at least 1 sample, as the network takes it, "
+                f"got shape {tuple(example_input.shape)}"
+            )
+        # One sample shows as much as a batch, and every activation is held for a while.
+        example_input = example_input[:1]
+    elif not isinstance(example_input, (tuple, Mapping)):
+        raise TypeError(
+            "example_input: expected a Tensor, a tuple of arguments or a dict of keyword "
+            f"arguments, got {type(example_input).__name__}"
         )
+    args, kwargs = outputs.arguments(example_input, {})
+    kwargs.pop(outputs.LABELS, None)
     calls: dict[str, list[Call]] = {}
     names = {module: name for name, module in model.named_modules() if name}
 
     def record(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         first = next((x for x in (*args, *kwargs.values())[:1] if isinstance(x, Tensor)), None)
-        result = output if isinstance(output, Tensor) else None
+        result = outputs.first_tensor(output)
+        additions.finished.append(additions.running.pop())
         calls.setdefault(names[module], []).append(Call(first, result, _version(result)))
 
-    handles = [module.register_forward_hook(record, with_kwargs=True) for module in names]
+    additions = Additions(model)
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        additions.running.append(names[module])
+
+    handles = [module.register_forward_pre_hook(enter) for module in names]
+    handles += [module.register_forward_hook(record, with_kwargs=True) for module in names]
     try:
-        with evaluating(model), torch.no_grad():
-            # One sample shows as much as a batch, and every activation is held for a while.
-            output = model(example_input[:1])
+        with evaluating(model), torch.no_grad(), eager(), additions:
+            output = model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"model: expected its output to be logits (B, K), got {got}")
-    return Trace(model, calls, output, _channels_last(model, calls))
+    logits, why, shape = _logits(output, how)
+    channels_last = _channels_last(model, calls)
+    batch = len(args[0]) if args and isinstance(args[0], Tensor) else None
+    if batch is None:
+        batch = next((len(x) for x in kwargs.values() if isinstance(x, Tensor) and x.dim()), None)
+    residual = additions.blocks(model)
+    return Trace(model, calls, logits, why, shape, channels_last, residual, batch)
+
+
+def _logits(
+    output: Any, how: Callable[[Any], Tensor] | None
+) -> tuple[Tensor | None, str, torch.Size | None]:
+    """The logits (B, K) of a network, or why there are none, and the shape of what there is."""
+    try:
+        found = outputs.logits(output, how)
+    except TypeError as error:
+        if how is not None:
+            raise
+        return None, str(error), None
+    if found.dim() == 2 and found.is_floating_point() and found.shape[1] > 1:
+        return found, "", found.shape
+    why = (
+        "model: expected its output to be logits (B, K) of at least 2 classes, got "
+        f"{tuple(found.shape)}, {found.dtype}"
+    )
+    return None, why, found.shape
 
 
 def find_layers(trace: Trace) -> list[str]:
     """The last block of every spatial resolution; in a flat network the last layer of each.
 
-    A block is a container that leads from one resolution to one other at most, such as
-    a stage of a ResNet. Where there are blocks, the single layers beside them (the stem)
-    don't count; where there are none (the ``features`` of a VGG), the last layer that
-    follows a convolution before each change of resolution does. Outputs of one pixel,
-    and those that the network overwrites in place, are left out.
+    A block is a container that leads from one resolution to one other at most, such as a stage
+    of a ResNet, or a residual block, whatever it does inside. Where there are blocks, the single
+    layers beside them (the stem) don't count; where there are none (the ``features`` of a VGG),
+    the last layer that follows a convolution before each change of resolution does. As many
+    positions are one resolution, be they tokens or pixels. Outputs of one position, and those
+    that the network overwrites in place, are left out.
 
-    Where that finds no two, as in a vision transformer, whose blocks all have one
-    resolution, it is the blocks at 1/4, 2/4, 3/4 and the end of the longest row of them.
+    Where that finds no two, or all residual blocks have one resolution, as in a vision
+    transformer, it is the blocks at 1/4, 2/4, 3/4 and the end of the longest row of them.
     """
+    row = _quarters_of_longest_row(trace)
+    sizes = {math.prod(trace.resolution(name)) for name in trace.residual} - {1}
+    if len(sizes) == 1 and len(row) == 4:
+        return row
     layers = _last_of_each_resolution(trace)
-    return max(layers, _quarters_of_longest_row(trace), key=len) if len(layers) < 2 else layers
+    return max(layers, row, key=len) if len(layers) < 2 else layers
 
 
 def _last_of_each_resolution(trace: Trace) -> list[str]:
-    blocks: dict[tuple[int, ...], str] = {}
-    single: dict[tuple[int, ...], str] = {}
-    convolved: set[tuple[int, ...]] = set()
+    blocks: dict[int, str] = {}
+    single: dict[int, str] = {}
+    convolved: set[int] = set()
     ranks = trace.spatial_ranks
     for name in sorted(_units(trace, "", trace.model), key=list(trace.calls).index):
         module, call = trace.model.get_submodule(name), trace.calls[name][-1]
         size = trace.resolution(name)
         known_rank = name in trace.channels_last or len(size) in ranks
-        if not size or not known_rank or set(size) == {1}:
+        pixels = math.prod(size)
+        if not size or not known_rank or pixels == 1 or not trace.of_batch(call):
             continue
         if isinstance(module, _ConvNd):
-            convolved.add(size)
+            convolved.add(pixels)
         if call.overwritten or len(trace.calls[name]) > 1:
             continue
         if _has_children(module):
-            blocks[size] = name
-        elif size in convolved and not _is_passive(module):
-            single[size] = name
+            blocks[pixels] = name
+        elif pixels in convolved and not _is_passive(module):
+            single[pixels] = name
     return sorted((blocks or single).values(), key=list(trace.calls).index)
 
 
@@ -156,7 +217,10 @@ def _quarters_of_longest_row(trace: Trace) -> list[str]:
         module, call = trace.model.get_submodule(name), calls[0]
         if call.output is None or call.overwritten or len(calls) > 1:
             continue
-        if _has_children(module) and trace.resolution(name):
+        if not trace.of_batch(call):
+            continue
+        inside = any(path in trace.residual for path in _parents(name))
+        if _has_children(module) and trace.resolution(name) and not inside:
             row = (name.rpartition(".")[0], type(module), call.output.shape)
             rows.setdefault(row, []).append(name)
     longest = max(rows.values(), key=len, default=[])
@@ -206,12 +270,24 @@ def find_classifier(trace: Trace) -> str:
     """
     for name, calls in trace.calls.items():
         module = trace.model.get_submodule(name)
-        if isinstance(module, nn.Linear) and _is_same(calls[-1].output, trace.output):
+        if isinstance(module, nn.Linear) and _is_same(calls[-1].output, trace.logits):
             return check_classifier(trace, name)
     raise ValueError(
         "classifier: the network's output is not the output of an nn.Linear; name the linear "
         "layer that computes the logits, or pass output_weight=0"
     )
+
+
+def predictors(trace: Trace) -> set[str]:
+    """The convolutions and linear layers whose output is the network's, or has its shape: there
+    can be several classifiers."""
+    return {
+        name
+        for name, calls in trace.calls.items()
+        if isinstance(trace.model.get_submodule(name), (_ConvNd, nn.Linear))
+        and _shape(calls) == trace.shape
+        and trace.shape is not None
+    }
 
 
 def check_classifier(trace: Trace, name: str) -> str:
@@ -225,57 +301,13 @@ def check_classifier(trace: Trace, name: str) -> str:
     if not isinstance(module, nn.Linear):
         raise ValueError(f"classifier: expected an nn.Linear, {name!r} is {type(module).__name__}")
     shapes = [None if x is None else tuple(x.shape) for x in (call.input, call.output)]
-    if shapes[0] is None or len(shapes[0]) != 2 or shapes[1] != tuple(trace.output.shape):
+    logits = None if trace.logits is None else tuple(trace.logits.shape)
+    if shapes[0] is None or len(shapes[0]) != 2 or shapes[1] != logits:
         raise ValueError(
             f"classifier: expected a layer from features (B, F) to the network's logits "
-            f"{tuple(trace.output.shape)}; {name!r} leads from {shapes[0]} to {shapes[1]}"
+            f"{logits}; {name!r} leads from {shapes[0]} to {shapes[1]}"
         )
     return name
-
-
-def find_kernels(model: nn.Module) -> list[str]:
-    """The convolutions with kernels larger than one pixel, at least two, that can become unlike.
-
-    The mean squared cosine of N vectors in D dimensions is (N - D) / (D (N - 1)) or more (Welch),
-    that of random ones 1/D. From N = 2D on more than half of the latter must stay, as in stems of
-    few channels and depthwise convolutions; held at that bound a stem can make the training of
-    wide networks unstable (docs/accuracy.md).
-    """
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _ConvNd)
-        and not isinstance(module, _ConvTransposeNd)  # its rows are input channels
-        and max(module.kernel_size) > 1
-        and 1 < module.out_channels < 2 * _weights_per_kernel(module)
-    ]
-
-
-def _weights_per_kernel(module: _ConvNd) -> int:
-    return module.in_channels // module.groups * math.prod(module.kernel_size)
-
-
-def check_kernels(model: nn.Module, kernels: Sequence[str]) -> list[str]:
-    """``kernels``, if they are paths of modules with a ``weight`` (N, ...) of N >= 2 rows.
-
-    Raises:
-        TypeError, ValueError: they are not.
-    """
-    if isinstance(kernels, str) or not isinstance(kernels, Sequence):
-        raise TypeError(
-            f"kernels: expected a sequence of module paths or None, got {type(kernels).__name__}"
-        )
-    modules = dict(model.named_modules())
-    for name in kernels:
-        if name not in modules:
-            raise _unknown("kernels", name, modules)
-        weight = getattr(modules[name], "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2 or len(weight) < 2:
-            raise ValueError(
-                "kernels: expected modules with a weight of at least 2 rows, (Cout, Cin, *k) or "
-                f"(out, in); {name!r} is {type(modules[name]).__name__}"
-            )
-    return list(kernels)
 
 
 def _units(trace: Trace, prefix: str, module: nn.Module) -> Iterator[str]:
@@ -289,20 +321,39 @@ def _units(trace: Trace, prefix: str, module: nn.Module) -> Iterator[str]:
 
 
 def _is_block(trace: Trace, name: str) -> bool:
-    """Whether what a container computes is all at its input's or its output's resolution."""
+    """Whether what a container computes is all at its input's or its output's resolution.
+
+    Of a residual block within it what counts is what leaves that.
+    """
     calls = trace.calls.get(name, [])
     if len(calls) != 1 or calls[0].output is None or calls[0].input is None:
         return False
-    ends = {trace.positions(name, calls[0].input), trace.resolution(name)}
-    sizes = [
-        trace.resolution(path)
-        for path in trace.calls
-        if path.startswith(f"{name}.")
-        and isinstance(trace.model.get_submodule(path), (_ConvNd, nn.Linear))
-    ]
-    sizes = [size for size in sizes if size]  # a linear layer after pooling has none
+    if name in trace.residual:
+        return True
+    ends = {math.prod(trace.positions(name, calls[0].input)), math.prod(trace.resolution(name))}
+    sizes = [trace.resolution(path) for path in _computing(trace, name)]
+    pixels = [math.prod(size) for size in sizes if size]  # a linear layer after pooling has none
     # One-pixel convolutions inside a block are gates (squeeze and excitation).
-    return bool(sizes) and all(size in ends or set(size) == {1} for size in sizes)
+    return bool(pixels) and all(count in ends or count == 1 for count in pixels)
+
+
+def _computing(trace: Trace, name: str) -> Iterator[str]:
+    """Paths of the convolutions, linear layers and outermost residual blocks in a container."""
+    start = len(name.split("."))
+    for path in trace.calls:
+        if not path.startswith(f"{name}."):
+            continue
+        if any(parent in trace.residual for parent in list(_parents(path))[start:]):
+            continue
+        module = trace.model.get_submodule(path)
+        if path in trace.residual or isinstance(module, (_ConvNd, nn.Linear)):
+            yield path
+
+
+def _parents(path: str) -> Iterator[str]:
+    """``a``, ``a.b`` of ``a.b.c``."""
+    parts = path.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
 
 
 def _channels_last(model: nn.Module, calls: dict[str, list[Call]]) -> frozenset[str]:
@@ -349,9 +400,10 @@ def _is_passive(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or type(module).__module__ in PASSIVE
 
 
-def _is_same(output: Tensor | None, other: Tensor) -> bool:
+def _is_same(output: Tensor | None, other: Tensor | None) -> bool:
     return (
         output is not None
+        and other is not None
         and output.shape == other.shape
         and output.data_ptr() == other.data_ptr()
     )
@@ -362,7 +414,7 @@ def _only_call(trace: Trace, argument: str, name: str) -> Call:
     if not isinstance(name, str):
         raise TypeError(f"{argument}: expected module paths (str), got {type(name).__name__}")
     if name not in dict(trace.model.named_modules()) or name == "":
-        raise _unknown(argument, name, trace.calls)
+        raise unknown(argument, name, trace.calls)
     calls = trace.calls.get(name, [])
     if len(calls) != 1:
         raise ValueError(
@@ -372,7 +424,7 @@ def _only_call(trace: Trace, argument: str, name: str) -> Call:
     return calls[0]
 
 
-def _unknown(argument: str, name: object, known: Sequence[str] | dict) -> ValueError:
+def unknown(argument: str, name: object, known: Sequence[str] | dict) -> ValueError:
     close = difflib.get_close_matches(str(name), [path for path in known if path])
     hint = f"did you mean {', '.join(map(repr, close))}?" if close else (
         "paths are those of model.named_modules()"

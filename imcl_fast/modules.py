@@ -12,7 +12,7 @@ from . import dependence, functional, validation
 class RepresentationSimilarityLoss(nn.Module):
     """``functional.representation_similarity`` with its arguments kept.
 
-    Args and errors are those of the function; ``forward(features)`` takes a Tensor
+    Args and errors are those of the function; ``forward(features, mask=None)`` takes a Tensor
     (B, C, *spatial) or a sequence of them and returns a scalar.
     """
 
@@ -29,9 +29,18 @@ class RepresentationSimilarityLoss(nn.Module):
         self.penalty, self.impl = penalty, impl
         self.center, self.eps = validation.plain(center), validation.plain(eps)
 
-    def forward(self, features: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        features: Tensor | Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
         return functional.representation_similarity(
-            features, penalty=self.penalty, center=self.center, eps=self.eps, impl=self.impl
+            features,
+            penalty=self.penalty,
+            center=self.center,
+            eps=self.eps,
+            mask=mask,
+            impl=self.impl,
         )
 
     def extra_repr(self) -> str:

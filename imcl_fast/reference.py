@@ -41,7 +41,7 @@ def pairwise_penalty(
     for x in xs:
         rows = as_matrices(x, batched)  # [B, N, D]
         matrices, n, _ = rows.shape
-        limit = torch.full_like(rows[..., 0], eps)
+        limit = rows.new_full(rows.shape[:-1], eps)
         if center:
             limit = torch.clamp(CENTERED_DEAD_RATIO * _norm(rows), min=eps)
             rows = rows - rows.mean(dim=-1, keepdim=True)
@@ -56,6 +56,26 @@ def pairwise_penalty(
         total = torch.where(off_diagonal, phi, phi.new_zeros(())).sum()
         losses.append(total / max(matrices * n * (n - 1), 1))
     return torch.stack([_loss_dtype(loss) for loss in losses]).mean()
+
+
+def masked_penalty(
+    xs: Sequence[Tensor], masks: Sequence[Tensor | None], *, penalty: str, center: bool, eps: float
+) -> Tensor:
+    """``pairwise_penalty`` of features, sample by sample over the positions where a mask is set."""
+    losses = []
+    for x, mask in zip(xs, masks, strict=True):
+        samples = [x]
+        if mask is not None and len(x):
+            samples = [
+                rows[..., positions.flatten() != 0]
+                for rows, positions in zip(x.flatten(2).split(1), mask, strict=True)
+            ]
+        losses += [
+            pairwise_penalty([rows], penalty=penalty, center=center, eps=eps, batched=True)
+            / (len(samples) * len(xs))
+            for rows in samples
+        ]
+    return torch.stack(losses).sum()
 
 
 def consistency(

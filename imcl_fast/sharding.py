@@ -13,6 +13,8 @@ from typing import cast
 
 from torch import Tensor, distributed, nn
 
+from . import kernel_choice, kernel_weights
+
 
 @dataclass(frozen=True)
 class KernelShare:
@@ -20,11 +22,13 @@ class KernelShare:
 
     Attributes:
         kernels: paths of the modules; may be none.
+        roles: of those whose rows have several, how many.
         scale: W n / L, for n of L layers and W processes, so that the mean over processes
-            is the mean over all layers.
+            is the mean over all layers; each role counts as one.
     """
 
     kernels: tuple[str, ...]
+    roles: dict[str, int]
     scale: float
 
     @classmethod
@@ -34,19 +38,27 @@ class KernelShare:
         Raises:
             RuntimeError: ``shard`` without an initialised ``torch.distributed``.
         """
+        counts = {kernel: kernel_choice.roles(model, kernel) for kernel in kernels}
+        roles = {kernel: count for kernel, count in counts.items() if count > 1}
         if not shard or not kernels:
-            return cls(tuple(kernels), 1.0)
+            return cls(tuple(kernels), roles, 1.0)
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(
                 "shard_kernels: expected torch.distributed to be initialised; call "
                 "torch.distributed.init_process_group first, or pass shard_kernels=False"
             )
-        shapes = [cast(Tensor, model.get_submodule(kernel).weight).shape for kernel in kernels]
+        shapes = {
+            kernel: cast(Tensor, getattr(*kernel_weights.locate(model, kernel))).shape
+            for kernel in kernels
+        }
         # N rows of D columns: each of the two passes takes N^2 D multiplications.
-        costs = [shape[0] * shape.numel() for shape in shapes]
+        costs = [
+            shape[0] * shape.numel() // counts[kernel] for kernel, shape in shapes.items()
+        ]
         world = distributed.get_world_size()
         mine = [kernels[i] for i in balance(costs, world)[distributed.get_rank()]]
-        return cls(tuple(mine), world * len(mine) / len(kernels))
+        share = sum(counts[kernel] for kernel in mine) / sum(counts.values())
+        return cls(tuple(mine), roles, world * share)
 
 
 def balance(costs: Sequence[int], parts: int) -> list[list[int]]:

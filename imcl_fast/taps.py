@@ -6,6 +6,8 @@ but neither follows a registration nor notices one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,8 @@ class Tap:
 
     Args:
         tape: where to look for the step.
-        layer: index of the layer whose output to hand over, or None for the classifier,
-            of which it is the input.
+        layer: index of the layer whose output (of a tuple the first) to hand over, or None
+            for the classifier, of which it is the input.
         channels_last: the output is (B, *positions, C), and a view (B, C, *positions) is
             handed over.
     """
@@ -39,11 +41,14 @@ class Tap:
         self.layer = layer
         self.channels_last = channels_last
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         step = self.tape.step
         if step is None:
             return
-        features = output if self.layer is not None else args[0] if args else kwargs["input"]
+        if self.layer is None:
+            features = args[0] if args else kwargs["input"]
+        else:
+            features = output if isinstance(output, Tensor) else output[0]
         step.report(self.layer, module, features.movedim(-1, 1) if self.channels_last else features)
 
 
@@ -57,6 +62,8 @@ class Step:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.outputs: list[Any] = []  # of the whole network
+        self.found_mask: Any = None  # the network's argument that says what is padding
         self.weights: dict[str, Tensor] = {}  # see kernel_weights
         self.waiting: list[tuple[int | None, nn.Module, Tensor, bool]] = []
         self.context = _autograd_context()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable)
 
@@ -15,3 +17,12 @@ def constant(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def eager() -> AbstractContextManager[Any]:
+    """A context in which what has been compiled runs as written."""
+    if "torch._dynamo" not in sys.modules:  # nothing has
+        return nullcontext()
+    import torch
+
+    return torch.compiler.set_stance("force_eager")

@@ -108,6 +108,13 @@ def is_bool(value: Any) -> bool:
     return kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
 
 
+def function(name: str, value: Any) -> Any:
+    """``value``, if it can be called or is None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a callable or None, got {_kind(value)}")
+    return value
+
+
 def integer(name: str, value: Any, low: int | None = None) -> int:
     """``value``, an integer of 64 bits of Python's or NumPy's, as an int."""
     if not is_integer(value):
@@ -209,6 +216,39 @@ def samples(names: Sequence[str], values: Sequence[Any], least: int) -> None:
         )
 
 
+def masks(value: Any, features: Sequence[Tensor]) -> list[Tensor | None]:
+    """One mask (B, *spatial), of bools or integers, for each of the features, or None."""
+    each = [value] * len(features) if isinstance(value, Tensor) else value
+    if not isinstance(each, Sequence):
+        raise TypeError(f"mask: expected a Tensor or a sequence of them, got {_kind(value)}")
+    if len(each) != len(features):
+        raise ValueError(
+            f"mask: expected one Tensor or {len(features)}, one per layer, got {len(each)}"
+        )
+    for i, (mask, x) in enumerate(zip(each, features, strict=True)):
+        if mask is None:
+            continue
+        label = "mask" if isinstance(value, Tensor) else f"mask[{i}]"
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{label}: expected a Tensor or None, got {type(mask).__name__}")
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(
+                f"{label}: expected bools or integers, True or not 0 where a position counts, got "
+                f"{mask.dtype}"
+            )
+        shape = (len(x), *x.shape[2:])
+        if tuple(mask.shape) != shape:
+            raise ValueError(
+                f"{label}: expected shape {shape}, a value for each position of features "
+                f"{tuple(x.shape)}, got {tuple(mask.shape)}"
+            )
+        if mask.device != x.device:
+            raise ValueError(
+                f"{label}: expected a Tensor on {x.device}, as the features, got {mask.device}"
+            )
+    return list(each)
+
+
 def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | None:
     """Class indices (B,) as int64, in [0, K) or ``ignore_index``, or class probabilities (B, K)
     in the dtype of the loss, on the device of logits (B, K) or (h, *samples, K)."""
@@ -236,6 +276,8 @@ def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | 
     # On other devices the check would have to wait for the device; kernels answer
     # with a NaN loss there instead.
     if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
+        return value
+    if torch._C._are_functorch_transforms_active():
         return value
     low, high = torch.aminmax(value)
     if low.item() >= 0 and high.item() < classes:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# Lightning brings in torchvision, which doesn't import where its build isn't torch's own.
+# Lightning and transformers bring in torchvision, which doesn't import where its build isn't
+# torch's own.
 RUN = """
 import runpy, sys
 from imcl_fast.models import import_torchvision
@@ -25,12 +26,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("bare_pytorch", "torch"),
         ("lightning_module", "lightning"),
         ("accelerate_loop", "accelerate"),
+        ("hugging_face_trainer", "transformers"),
     ],
 )
 def test_it_learns(name, needs, tmp_path):
     if importlib.util.find_spec(needs) is None:
         pytest.skip(f"{needs}, which the example shows, isn't installed")
-    start = ["-c", RUN] if needs == "lightning" else []
+    start = ["-c", RUN] if needs in ("lightning", "transformers") else []
     result = subprocess.run(
         [sys.executable, *start, str(EXAMPLES / f"{name}.py"), "--epochs", "1"],
         cwd=tmp_path,
@@ -51,4 +53,5 @@ def test_every_example_is_tested():
         "bare_pytorch",
         "lightning_module",
         "accelerate_loop",
+        "hugging_face_trainer",
     }

@@ -761,15 +761,19 @@ def test_layers_and_classifier_are_found(make, size, layers, classifier):
 
 
 @pytest.mark.parametrize(
-    ("make", "left_out"),
+    ("make", "left_out", "others"),
     [
-        ("resnet18", []),  # 64 kernels of 147 weights in the first
-        ("vgg16_bn", ["features.0"]),  # 64 of 27
-        ("mobilenet_v2", [f"features.{i}.conv.{int(i > 1)}.0" for i in range(1, 18)]),  # depthwise
-        ("vit_l_16", []),  # 1024 of 768
+        ("resnet18", [], []),  # 64 kernels of 147 weights in the first
+        ("vgg16_bn", ["features.0"], ["classifier.0", "classifier.3"]),  # 64 of 27
+        # Depthwise; and of the 1x1 convolutions those that widen.
+        (
+            "mobilenet_v2",
+            [f"features.{i}.conv.{int(i > 1)}.0" for i in range(1, 18)],
+            ["features.1.conv.1", *(f"features.{i}.conv.2" for i in range(2, 18))],
+        ),
     ],
 )
-def test_kernels_that_can_become_unlike_are_found(make, left_out):
+def test_kernels_that_can_become_unlike_are_found(make, left_out, others):
     with torch.device("meta"):
         network = getattr(import_torchvision().models, make)()
         imcl = IMCL(network, torch.empty(2, 3, 224, 224), **only("kernel_weight"))
@@ -778,7 +782,8 @@ def test_kernels_that_can_become_unlike_are_found(make, left_out):
         if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)
     ]  # fmt: skip
     assert set(left_out) <= set(larger)
-    assert imcl.kernels and imcl.kernels == [path for path in larger if path not in left_out]
+    taken = {*larger, *others} - {*left_out}
+    assert imcl.kernels == [path for path, _ in network.named_modules() if path in taken]
 
 
 @pytest.mark.parametrize(("width", "taken"), [(16, True), (17, True), (18, False), (64, False)])
@@ -867,7 +872,7 @@ def without_linear(network):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(example_input=[1]), TypeError, "example_input: expected a Tensor, got list"),
+        (dict(example_input=[1]), TypeError, "example_input: expected a Tensor, a tuple.*got list"),
         (dict(example_input=torch.ones(3)), ValueError, "example_input: expected a batch"),
         (dict(layers="features.2"), TypeError, "layers: expected a sequence"),
         (dict(layers=["features.99"]), ValueError, "layers: .*'features.99'; did you mean"),
@@ -920,19 +925,48 @@ def test_bad_networks_are_named(network, batch):
     x, _ = batch
     with pytest.raises(TypeError, match="model: expected an nn.Module, got function"):
         IMCL(lambda x: x, x)
-    with pytest.raises(ValueError, match=r"model: .*logits \(B, K\), got \(1, 10, 2, 2\)"):
-        IMCL(network.features, x)
-    with pytest.raises(ValueError, match="classifier: .*not the output of an nn.Linear"):
-        IMCL(with_softmax_gone(copy.deepcopy(network)), x)
-    with pytest.raises(ValueError, match="classifier: .*output_weight=0"):
-        IMCL(without_linear(copy.deepcopy(network)), x)
-    with pytest.raises(ValueError, match="kernels: expected at least one convolution"):
-        IMCL(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x, **only("kernel_weight"))
-    with pytest.raises(ValueError, match="kernels: .*more can't become unlike"):
-        flat = nn.Sequential(nn.Conv2d(1, 20, 3), nn.Conv2d(20, 20, 3, groups=20), nn.Flatten())
-        IMCL(nn.Sequential(flat, nn.Linear(2880, 10)), x, **only("kernel_weight"))
-    with pytest.raises(ValueError, match="layers: expected at least 2"):
-        IMCL(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), x)
+    with pytest.raises(ValueError, match="kernels: .*kernel_weight=0"):
+        IMCL(network, x, **only("kernel_weight"), kernels=[])
+
+
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+
+
+def of_many_kernels():
+    wide = nn.Sequential(nn.Conv2d(1, 20, 3), nn.Conv2d(20, 20, 3, groups=20), nn.Flatten())
+    return nn.Sequential(wide, nn.Linear(2880, 10))
+
+
+@pytest.mark.parametrize(
+    ("change", "off", "message"),
+    [
+        (lambda n: n.features, WEIGHTS[:2], r"model: .*logits \(B, K\).* got \(1, 10, 2, 2\)"),
+        (with_softmax_gone, WEIGHTS[:1], "classifier: .*not the output of an nn.Linear"),
+        (without_linear, WEIGHTS[:1], "classifier: .*output_weight=0"),
+        (lambda n: flat(), WEIGHTS[1:], "layers: .*2, .*1"),
+        (lambda n: of_many_kernels(), WEIGHTS[3:], "kernels: .*more can't become unlike"),
+    ],
+)
+def test_a_way_without_anything_to_act_on_is_switched_off_with_one_warning(
+    network, batch, change, off, message
+):
+    x, y = batch
+    weights = WAYS_ON if off != WEIGHTS[3:] else only("kernel_weight")
+    with pytest.warns(UserWarning, match=message) as told:
+        imcl = IMCL(change(network), x, **weights)
+    assert len(told) == 1 and told[0].filename == __file__
+    assert all(name in str(told[0].message) for name in off)
+    assert {name: getattr(imcl, name) for name in WEIGHTS} == {
+        **weights, **dict.fromkeys(off, 0.0)
+    }  # fmt: skip
+    with imcl.watch() as ways:
+        imcl.model(x)
+    assert ways.loss(y if WEIGHTS[0] not in off else None).isfinite()
+    assert set(ways.terms) == {TERMS[name] for name in WEIGHTS if getattr(imcl, name)}
+    imcl.output_weight = imcl.kernel_weight = 1.0
+    with pytest.raises(RuntimeError, match="weight: this way was switched off"):
+        imcl(x, y)
 
 
 def test_a_network_that_takes_another_course_is_an_error(network, batch):

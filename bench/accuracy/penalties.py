@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from imcl_fast.imcl import IMCL
-from imcl_fast.layers import find_kernels
+from imcl_fast.kernel_choice import find_kernels
 from imcl_fast.redundancy import profile
 from imcl_fast.runs import files
 from imcl_fast.runs.config import TrainConfig

@@ -15,7 +15,7 @@ import torch
 from imcl_fast import models
 from imcl_fast.ilr import MultiHead
 from imcl_fast.imcl import IMCL
-from imcl_fast.layers import find_kernels
+from imcl_fast.kernel_choice import find_kernels
 from imcl_fast.objectives import WAYS
 from imcl_fast.runs.config import TrainConfig
 

@@ -309,8 +309,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
 namespace {
 
 // The samples of xs, whose Grams, or what takes their place, lie one after the other in grams.
-std::vector<Representation> samples_of(const std::vector<Tensor>& xs, const Tensor& grams,
-                                       Axes& axes) {
+std::vector<Representation> representations_of(const std::vector<Tensor>& xs, const Tensor& grams,
+                                               Axes& axes) {
   std::vector<Representation> all;
   for (std::size_t i = 0; i < xs.size(); ++i) {
     Representation s{};

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from .. import data
 from ..data.loader import TestLoader
 from ..data.split import take
+from ..imcl import IMCL
 from ..redundancy import profile
 from ..runs import files
 from ..runs.config import POSITIVE, Range
@@ -43,6 +45,11 @@ def _inspect(options: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     found = find(options.name, options.model, options.classes)
     images = _images(found, options)
+    if options.plan:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the plan says it
+            print(IMCL(found.network, images).plan())
+        return 0
     try:
         layers = profile(found.network, images, center=options.center)
     except RuntimeError as error:
@@ -130,6 +137,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--classes", type=count, metavar="N", help="outputs of torchvision's network"
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="instead print what each of the four ways would act on in this network",
     )
     parser.add_argument(
         "--data",

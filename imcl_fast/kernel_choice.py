@@ -1,0 +1,100 @@
+"""Which weights take part in kernel similarity, and how their rows are grouped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .kernel_weights import locate
+from .layers import unknown
+
+# Names of linear layers that make queries, keys and values at once, each a third of the rows.
+QUERIES_KEYS_VALUES = ("qkv", "Wqkv", "qkv_proj", "query_key_value", "in_proj_weight")
+GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}  # of a recurrent layer's weights
+
+
+def find_kernels(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
+    """The convolutions with kernels larger than one pixel, at least two, that can become unlike.
+
+    Where all such convolutions hold less than half of the network's weights, as in transformers
+    and networks of bottlenecks, the 1x1 convolutions and the linear layers, the input projections
+    of ``nn.MultiheadAttention`` among them, take part too.
+
+    The mean squared cosine of N vectors in D dimensions is (N - D) / (D (N - 1)) or more (Welch),
+    that of random ones 1/D. From N = 2D on more than half of the latter must stay, as in stems of
+    few channels, depthwise convolutions and layers that widen; held at that bound a stem can make
+    the training of wide networks unstable (docs/accuracy.md). Of a layer with several roles (see
+    ``roles``) N is the number of rows of one.
+
+    Args:
+        leave_out: paths of layers whose rows stand for something, as a classifier's; but not of
+            convolutions with larger kernels.
+    """
+    weights = dict(_weights(model))
+    larger = {name for name, shape in weights.items() if math.prod(shape[2:]) > 1}
+    everything = sum(p.numel() for p in model.parameters())
+    among = weights.keys() - (set(leave_out) - larger)
+    if 2 * sum(math.prod(weights[name]) for name in larger) >= everything:
+        among &= larger
+    return [
+        name
+        for name, shape in weights.items()
+        if name in among and 1 < shape[0] // roles(model, name) < 2 * math.prod(shape[1:])
+    ]
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Path and shape of the weights of convolutions and linear layers.
+
+    None is read: of one that is computed whenever it is read, that can change it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            if not isinstance(module, _ConvTransposeNd):  # its rows are input channels
+                channels = module.in_channels // module.groups
+                yield name, (module.out_channels, channels, *module.kernel_size)
+        elif isinstance(module, nn.Linear):
+            yield name, (module.out_features, module.in_features)
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            path = f"{name}.in_proj_weight".removeprefix(".")
+            yield path, (3 * module.embed_dim, module.embed_dim)
+
+
+def check_kernels(model: nn.Module, kernels: Sequence[str]) -> list[str]:
+    """``kernels``, if they are paths of weights (N, ...) of N >= 2 rows, or of modules with one.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if isinstance(kernels, str) or not isinstance(kernels, Sequence):
+        raise TypeError(
+            f"kernels: expected a sequence of module paths or None, got {type(kernels).__name__}"
+        )
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    for name in kernels:
+        if name not in modules and name not in parameters:
+            raise unknown("kernels", name, [*modules, *parameters])
+        module, attribute = locate(model, name)
+        weight = getattr(module, attribute, None)
+        if not isinstance(weight, Tensor) or weight.dim() < 2 or len(weight) < 2:
+            found = "" if name in parameters else f" is {type(modules[name]).__name__}"
+            shape = f" has shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
+            raise ValueError(
+                "kernels: expected modules with a weight of at least 2 rows, (Cout, Cin, *k) or "
+                f"(out, in), or the path of such a weight; {name!r}{found or shape}"
+            )
+    return list(kernels)
+
+
+def roles(model: nn.Module, path: str) -> int:
+    """How many roles the rows of a weight have, in equal shares one after another: queries, keys
+    and values, or the gates of a recurrent layer. Rows are compared within their role."""
+    module, attribute = locate(model, path)
+    if not isinstance(module, nn.Linear):
+        return 3 if attribute in QUERIES_KEYS_VALUES else GATES.get(type(module).__name__, 1)
+    fused = path.rpartition(".")[2] in QUERIES_KEYS_VALUES and module.out_features % 3 == 0
+    return 3 if fused else 1

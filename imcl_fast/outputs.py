@@ -1,0 +1,88 @@
+"""How a network is called, and where the logits are in what it returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+MISSING: Final = object()  # of an argument that may be anything, None among them
+# The names that transformers has for the target and for which tokens are none of padding.
+LABELS = "labels"
+ATTENTION_MASK = "attention_mask"
+
+
+def arguments(x: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """What a network is called with: ``x`` is a tuple of arguments, a mapping of keyword
+    arguments (a batch of transformers), or else the one argument."""
+    if isinstance(x, Tensor):
+        return (x,), kwargs
+    if x is MISSING:
+        return (), kwargs
+    if isinstance(x, tuple):
+        return x, kwargs
+    if isinstance(x, Mapping):
+        return (), {**x, **kwargs}
+    return (x,), kwargs
+
+
+def first_tensor(output: object) -> Tensor | None:
+    """A Tensor, or that in the first place of a tuple, as many blocks return; else None."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def logits(output: Any, how: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """The logits in what a network returns: see ``IMCL``.
+
+    Raises:
+        TypeError: there are none where they are looked for.
+    """
+    if how is not None:
+        chosen = how(output)
+        if isinstance(chosen, Tensor):
+            return chosen
+        raise TypeError(
+            f"logits: expected the callable to return a Tensor, got {type(chosen).__name__}"
+        )
+    if isinstance(output, Tensor):
+        return output
+    found: object = output.get("logits") if isinstance(output, Mapping) else None
+    if found is None:
+        found = getattr(output, "logits", None)
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if isinstance(found, Tensor):
+        return found
+    keys = f" of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
+    raise TypeError(
+        "logits: expected the network to return a Tensor, an object with .logits or ['logits'], or "
+        f"a tuple that begins with them, got {type(output).__name__}{keys}; say where they are "
+        "with logits=lambda output: ..."
+    )
+
+
+def show_parameters_of(model: nn.Module, wrapper: nn.Module) -> None:
+    """Give ``wrapper.forward`` a signature with what ``model`` takes in place of **kwargs.
+
+    transformers' Trainer drops from a batch all that the signature of a module doesn't name.
+    """
+    forward = type(wrapper).forward
+    own = inspect.signature(forward)
+    *named, rest = own.parameters.values()
+    shown = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in own.parameters
+    ]
+    # A function of its own, for a signature is the function's, not the method's.
+    twin = FunctionType(forward.__code__, forward.__globals__, forward.__name__)
+    twin.__defaults__, twin.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
+    twin.__doc__ = forward.__doc__
+    twin.__signature__ = own.replace(parameters=[*named, *shown, rest])  # type: ignore[attr-defined]
+    wrapper.forward = MethodType(twin, wrapper)

@@ -1,0 +1,45 @@
+"""Notices an optimizer that lacks the auxiliary heads, which then never move."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from torch import Tensor
+
+MOVES = 3  # of the network, before it is sure that the heads stay
+
+
+class HeadsMove:
+    """Whether the heads are trained with the network, seen by what the optimizer writes to.
+
+    Each change of a tensor in place counts up its version, on the host.
+    """
+
+    def __init__(self) -> None:
+        self.seen: int | None = None  # of the network, in the call before
+        self.heads = 0  # at the first call
+        self.moves = 0
+        self.done = False
+
+    def look(self, model: Iterable[Tensor], heads: Iterable[Tensor]) -> None:
+        """To be called in each training call, before the optimizer's step."""
+        moved = sum(p._version for p in heads if p.requires_grad)
+        if self.seen is None:
+            self.heads, self.done = moved, not any(p.requires_grad for p in heads)
+        if moved != self.heads:
+            self.done = True
+        if self.done:
+            return
+        version = max((p._version for p in model if p.requires_grad), default=0)
+        self.moves += self.seen is not None and version != self.seen
+        self.seen = version
+        if self.moves == MOVES:
+            self.done = True
+            warnings.warn(
+                f"IMCL: the network has been trained for {MOVES} steps and the auxiliary heads "
+                "have not, so they teach what they were drawn as: the optimizer lacks them. Build "
+                "it of imcl.parameters(), or add imcl.heads.parameters() to it (load_state_dict "
+                "between the steps looks the same)",
+                stacklevel=6,  # where the IMCL is called
+            )

@@ -1,0 +1,265 @@
+"""What the ways act on in networks of many architectures, built without weights; and the plan."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from test_imcl import FlatCNN, only
+from torch import nn
+
+from imcl_fast import IMCL, functional, models
+from imcl_fast.kernel_choice import find_kernels, roles
+from imcl_fast.models import import_torchvision
+from imcl_fast.reports.inspect import main
+
+torchvision = import_torchvision()
+LAYERS = [f"layer{i}" for i in (1, 2, 3, 4)]
+STAGES = [f"stages.{i}" for i in (0, 1, 2, 3)]
+OF_12 = [f"blocks.{i}" for i in (2, 5, 8, 11)]
+OF_24 = [f"blocks.{i}" for i in (5, 11, 17, 23)]
+OF_8 = [f"blocks.{i}" for i in (1, 3, 5, 7)]
+
+
+def features(*indices):
+    return [f"features.{i}" for i in indices]
+
+
+# Architecture: layers, classifier, layers of way 4, their share of the network's weights in %.
+FOUND = {
+    "timm:resnet18": (LAYERS, "fc", 17, 94.1),
+    "timm:resnet50": (LAYERS, "fc", 33, 61.3),
+    "timm:vit_tiny_patch16_224": (OF_12, "head", 37, 64.5),
+    "timm:deit_tiny_distilled_patch16_224": (OF_12, "head", 37, 62.4),
+    "timm:beit_base_patch16_224": (OF_12, "head", 37, 66.1),
+    "timm:cait_xxs24_224": (OF_24, "head", 131, 65.4),
+    "timm:mixer_s32_224": (OF_8, "head", 17, 52.7),
+    "timm:swin_tiny_patch4_window7_224": ([f"layers.{i}" for i in range(4)], "head.fc", 39, 66.5),
+    "timm:maxvit_tiny_tf_224": (["stem", *STAGES], "head.fc", 90, 61.6),
+    "timm:davit_tiny": (STAGES, "head.fc", 40, 66.3),
+    "timm:pvt_v2_b0": (STAGES, "head", 34, 58.6),
+    "timm:edgenext_small": (STAGES, "head.fc", 29, 53.0),
+    "timm:efficientformer_l1": (STAGES, "head", 22, 55.4),
+    "timm:convnext_tiny": (STAGES, "head.fc", 24, 50.7),
+    "timm:efficientnet_b0": ([f"blocks.{i}" for i in (0, 1, 2, 4, 6)], "classifier", 33, 34.0),
+    "timm:mobilenetv3_large_100": (
+        [f"blocks.{i}" for i in (0, 1, 2, 4, 6)], "classifier", 26, 47.6,
+    ),
+    "timm:regnety_008": (["stem", *(f"s{i}" for i in range(1, 5))], "head.fc", 43, 61.7),
+    "timm:densenet121": (
+        [f"features.denseblock{i}" for i in range(1, 5)], "classifier", 119, 86.0,
+    ),
+    "torchvision:resnet18": (LAYERS, "fc", 17, 94.1),
+    "torchvision:swin_t": (features(1, 3, 5, 7), "head", 39, 66.5),
+    "torchvision:maxvit_t": (
+        ["stem", *(f"blocks.{i}" for i in range(4))], "classifier.5", 69, 44.3,
+    ),
+    "torchvision:vit_b_16": (
+        [f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8, 11)], "heads.head", 37, 66.1,
+    ),
+    "torchvision:mobilenet_v2": (features(1, 3, 6, 13, 18), "classifier.1", 18, 27.5),
+    "torchvision:convnext_tiny": (features(1, 3, 5, 7), "classifier.2", 24, 50.7),
+    "torchvision:squeezenet1_0": (features(5, 10, 12), None, 18, 94.8),
+}  # fmt: skip
+
+
+def without_weights(architecture):
+    library, _, name = architecture.partition(":")
+    with torch.device("meta"):
+        if library == "timm":
+            timm = pytest.importorskip("timm", reason="timm is not installed")
+            network = timm.create_model(name)
+        else:
+            network = torchvision.models.get_model(name, weights=None)
+        return network, torch.empty(2, 3, 224, 224)
+
+
+@pytest.mark.parametrize("architecture", FOUND)
+def test_the_choice_in(architecture):
+    layers, classifier, kernels, percent = FOUND[architecture]
+    network, x = without_weights(architecture)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        imcl = IMCL(network, x)
+    assert imcl.layers == layers
+    assert imcl.classifier == classifier
+    # Whatever has nothing to act on says so, and nothing else does.
+    assert [str(w.message) for w in told if "nothing to act on" in str(w.message)] == (
+        [] if classifier else [str(told[-1].message)]
+    )
+    assert len(imcl.kernels) == kernels
+    assert f"({percent}% of the weights)" in repr(imcl)
+    assert f"{kernels} layers with {percent}% of the network's weights" in imcl.plan()
+    for path in [*layers, *imcl.kernels]:
+        assert path in imcl.plan()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "vgg16_bn"])
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_of_the_studies_networks_it_is_the_convolutions_that_can_become_unlike(
+    name, width, channels
+):
+    """Stored rows depend on it."""
+    with torch.device("meta"):
+        network = models.build(name, 10, channels=channels, width=width)
+    larger = [
+        (path, m) for path, m in network.named_modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)
+    ]  # fmt: skip
+    expected = [path for path, m in larger if len(m.weight) < 2 * m.weight[0].numel()]
+    assert find_kernels(network) == expected
+
+
+class Attending(nn.Module):
+    """A token classifier of fused, of torch's own and of recurrent projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.qkv = nn.Linear(8, 24)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm = nn.LSTM(8, 6, batch_first=True)
+        self.widen = nn.Linear(6, 24)
+        self.narrow = nn.Linear(24, 6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, ids):
+        q, k, v = self.qkv(self.embed(ids)).chunk(3, -1)
+        x = self.attention(q, k, v, need_weights=False)[0]
+        x = self.lstm(x)[0]
+        return self.fc((x + self.narrow(self.widen(x).relu())).mean(1))
+
+
+def test_kernels_of_several_roles_are_compared_within_them():
+    torch.manual_seed(0)
+    network, ids, y = Attending(), torch.randint(0, 11, (4, 5)), torch.tensor([0, 1, 2, 0])
+    found = find_kernels(network, ["fc"])
+    assert found == ["qkv", "attention.in_proj_weight", "attention.out_proj", "narrow"]
+    named = [*found, "lstm.weight_ih_l0"]
+    assert [roles(network, name) for name in named] == [3, 3, 1, 1, 4]
+    imcl = IMCL(network, ids, **only("kernel_weight"), kernels=named, impl="torch")
+    out = imcl(ids, y)
+    parts = [*network.qkv.weight.chunk(3), *network.attention.in_proj_weight.chunk(3)]
+    parts += [network.attention.out_proj.weight, network.narrow.weight]
+    parts += network.lstm.weight_ih_l0.chunk(4)
+    expected = functional.kernel_similarity(parts, impl="reference")
+    torch.testing.assert_close(out.terms["kernel_similarity"], expected.detach())
+    (gradient,) = torch.autograd.grad(expected, [network.qkv.weight])
+    out.loss.backward()
+    plain = torch.autograd.grad(
+        nn.functional.cross_entropy(network(ids), y), [network.qkv.weight]
+    )[0]
+    torch.testing.assert_close(network.qkv.weight.grad, plain + 50 * gradient)
+    assert "qkv (24, 8), 3 roles" in imcl.plan()
+    with pytest.raises(ValueError, match="kernels: .*'lstm.bias_ih_l0' has shape"):
+        IMCL(network, ids, **only("kernel_weight"), kernels=["lstm.bias_ih_l0"])
+
+
+def test_what_makes_the_output_is_no_kernel():
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)
+    )
+    imcl = IMCL(network, torch.rand(2, 3, 6, 6), **only("kernel_weight"))
+    assert imcl.kernels == ["2"]  # of the first 8 kernels of 3 weights can't become unlike
+
+
+class Residual(nn.Module):
+    """Blocks whose branches see the image in windows and with other widths."""
+
+    def __init__(self, width, down):
+        super().__init__()
+        self.down = nn.Conv2d(width // 2, width, 2, 2) if down else nn.Identity()
+        self.branch = nn.Sequential(nn.Linear(width, 2 * width), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 3 * width), nn.Linear(3 * width, width))
+
+    def forward(self, x):
+        x = self.down(x)
+        b, c, h, w = x.shape
+        windows = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)
+        windows = self.branch(windows.reshape(-1, 4, c)).reshape(b, h // 2, w // 2, 2, 2, c)
+        x = x + windows.permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+        return x + self.mlp(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Windowed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, 1, 1)
+        self.stages = nn.ModuleList(
+            nn.Sequential(Residual(8 * 2**i, i > 0), Residual(8 * 2**i, False)) for i in range(3)
+        )
+        self.fc = nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_residual_stream_comes_before_what_is_in_its_branches():
+    torch.manual_seed(0)
+    x, y = torch.rand(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
+    imcl = IMCL(Windowed(), x)
+    assert imcl.layers == [f"stages.{i}" for i in range(3)]
+    imcl(x, y).loss.backward()
+    assert all(p.grad is not None for p in imcl.heads.parameters())
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("how", ["whole", "in place", "by stage"])
+def test_a_compiled_network_is_seen_as_it_is(backend, how):
+    torch.manual_seed(0)
+    network, x = FlatCNN(), torch.rand(4, 1, 16, 16)
+    expected = IMCL(network, x)
+    torch.manual_seed(0)
+    network = FlatCNN()
+    torch._dynamo.reset()
+    compiled = network
+    if how == "whole":
+        compiled = torch.compile(network, backend=backend)
+    elif how == "in place":
+        network.compile(backend=backend)
+    else:
+        network.features.compile(backend=backend)
+    imcl = IMCL(compiled, x)  # nothing has been compiled by then
+    assert (imcl.layers, imcl.classifier) == (expected.layers, expected.classifier)
+    assert imcl.kernels == expected.kernels
+
+
+def test_a_compiled_network_trains_in_imcl():
+    x, y = torch.rand(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = FlatCNN()
+        if compiled:
+            torch._dynamo.reset()
+            network = torch.compile(network, backend="aot_eager")
+        imcl = IMCL(network, x, dropout=0.0)
+        for _ in range(2):
+            imcl.zero_grad()
+            out = imcl(x, y)
+            out.loss.backward()
+        found.append([out.terms, [p.grad for p in imcl.parameters()]])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_inspect_prints_the_plan(capsys):
+    assert main(["mobilenet_v3_small", "--plan", "--images", "2"]) == 0
+    told = capsys.readouterr().out
+    for line in ("1 output consistency, weight 1: 2 dropout views through classifier.3",
+                 "2 multi-layer consistency, weight 3: 4 heads", "    features.3\n",
+                 "% of the network's weights"):  # fmt: skip
+        assert line in told
+    assert main(["squeezenet1_1", "--plan", "--images", "2"]) == 0
+    assert "1 output consistency: off (classifier: the network's output" in capsys.readouterr().out
+
+
+def test_the_share_counts_what_is_pruned():
+    network = FlatCNN()
+    nn.utils.prune.l1_unstructured(network.features[4], "weight", 0.3)
+    imcl = IMCL(network, torch.rand(2, 1, 16, 16), **only("kernel_weight"))
+    weights = sum(math.prod(network.features[i].weight.shape) for i in (0, 4, 8))
+    assert f"({weights / sum(p.numel() for p in network.parameters()):.1%} of" in repr(imcl)

@@ -1,0 +1,212 @@
+"""IMCL around models that take more than a Tensor, and return more than logits."""
+
+import copy
+import inspect
+import io
+from collections import OrderedDict, UserDict, namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_imcl import WAYS_ON, FlatCNN, build, step
+from torch import nn
+
+from imcl_fast import IMCL, outputs
+
+Named = namedtuple("Named", ("features", "logits"))
+X = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 3, 4, 5])
+
+
+class Returning(FlatCNN):
+    """Its logits in what ``pack`` makes of them."""
+
+    def __init__(self, pack):
+        super().__init__()
+        self.pack = pack
+
+    def forward(self, x):
+        return self.pack(super().forward(x))
+
+
+class TakingTwo(FlatCNN):
+    """Of two inputs, the second under the first's name or not at all."""
+
+    def forward(self, pixels, scale=None, *, shift=0.0):
+        x = pixels if scale is None else pixels * scale
+        return super().forward(x + shift)
+
+
+def network(pack):
+    torch.manual_seed(0)
+    return Returning(pack).train()
+
+
+PACKED = {
+    "an attribute": (lambda z: SimpleNamespace(logits=z, loss=None), None),
+    "a key": (lambda z: {"logits": z}, None),
+    "a model output": (lambda z: OrderedDict(loss=z.sum(), logits=z), None),
+    "a tuple's first": (lambda z: (z, z + 1), None),
+    "a list's first": (lambda z: [z], None),
+    "a named tuple": (lambda z: Named(z + 1, z), None),
+    "a callable": (lambda z: {"out": z, "aux": z + 1}, lambda output: output["out"]),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_logits_are_found_in(kind):
+    pack, logits = PACKED[kind]
+    expected, gradients = step(build(network(lambda z: z), X), X, Y)
+    imcl = build(network(pack), X, logits=logits)
+    assert imcl.classifier == "fc"
+    out, found = step(imcl, X, Y)
+    assert torch.equal(out.logits, expected.logits)
+    assert torch.equal(out.loss, expected.loss)
+    assert list(out.terms) == list(expected.terms)
+    torch.testing.assert_close(found, gradients, rtol=0, atol=0)
+    # Without a target it is the model's own output, whatever that is.
+    assert type(imcl(X)) is type(imcl.model(X)) is type(out.output)
+
+
+def test_an_output_without_logits_is_named_with_what_to_do():
+    imcl = build(network(lambda z: {"logits": z}), X, **dict.fromkeys(WAYS_ON, 0.0))
+    imcl.model.pack = lambda z: {"out": z, "aux": z}
+    with pytest.raises(TypeError, match=r"logits: .*got dict of 'out', 'aux'; .*logits=lambda"):
+        imcl(X, Y)
+    with pytest.raises(TypeError, match="logits: expected the callable to return a Tensor, got"):
+        IMCL(network(lambda z: z), X, logits=lambda output: None)
+    for name in ("logits", "criterion"):
+        with pytest.raises(TypeError, match=f"{name}: expected a callable or None, got str"):
+            IMCL(network(lambda z: z), X, **{name: "out"})
+
+
+@pytest.mark.parametrize(
+    ("example", "given", "kwargs"),
+    [
+        (X, X, {"scale": torch.tensor(2.0), "shift": 0.5}),
+        ((X, torch.tensor(2.0)), (X, torch.tensor(2.0)), {"shift": 0.5}),
+        (
+            {"pixels": X, "scale": torch.tensor(2.0)},
+            {"pixels": X, "scale": torch.tensor(2.0), "shift": 0.5},
+            {},
+        ),
+        ({"pixels": X}, UserDict(pixels=X, scale=torch.tensor(2.0)), {"shift": 0.5}),
+        ({"pixels": X}, None, {"pixels": X, "scale": torch.tensor(2.0), "shift": 0.5}),
+    ],
+    ids=["keywords", "a tuple", "a dict", "another mapping", "keywords alone"],
+)
+def test_a_model_is_called_with(example, given, kwargs):
+    torch.manual_seed(0)
+    model = TakingTwo()
+    plain = copy.deepcopy(model)
+    imcl = build(model, example)
+    args = () if given is None else (given,)
+    expected = plain(X, torch.tensor(2.0), shift=0.5)
+    assert torch.equal(imcl(*args, **kwargs), expected)
+    assert torch.equal(imcl(*args, target=Y, **kwargs).logits, expected)
+    if given is not None:
+        assert torch.equal(imcl(given, Y, **kwargs).logits, expected)
+
+
+def test_labels_are_the_target_by_another_name_and_no_input():
+    torch.manual_seed(0)
+    model = TakingTwo()
+    batch = {"pixels": X, "labels": Y}
+    imcl = build(model, batch)  # a batch as it comes from the loader
+    expected, gradients = step(imcl, X, Y)
+    for call in (
+        lambda: imcl(**batch),
+        lambda: imcl(batch),
+        lambda: imcl(X, labels=Y),
+        lambda: imcl(**{**batch, "labels": Y.flip(0)}, target=Y),
+    ):
+        imcl.zero_grad()
+        torch.manual_seed(3)
+        out = call()
+        out.loss.backward()
+        assert torch.equal(out.loss, expected.loss)
+        torch.testing.assert_close(
+            {name: p.grad for name, p in imcl.named_parameters()}, gradients, rtol=0, atol=0
+        )
+    assert "labels" in batch
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_of_labels_the_loss_in_eval_mode_is_the_cross_entropy(smoothing):
+    imcl = build(network(lambda z: z), X, label_smoothing=smoothing).eval()
+    out = imcl(X, labels=Y)
+    expected = F.cross_entropy(out.logits, Y, label_smoothing=smoothing)
+    torch.testing.assert_close(out.loss, expected)
+    assert list(out.terms) == ["cross_entropy"]
+    torch.testing.assert_close(out.terms["cross_entropy"], expected.detach())
+    # As before, a target gives the objective in every mode.
+    assert imcl(X, Y).loss > out.loss
+    out.loss.backward()
+    assert imcl.model.fc.weight.grad.abs().sum() > 0
+
+
+def test_an_output_is_also_the_tuple_of_loss_and_logits():
+    out = build(network(lambda z: z), X)(X, Y)
+    assert out[0] is out.loss and out[1] is out.logits and out[1:] == (out.logits,)
+    with pytest.raises(IndexError):
+        out[2]
+
+
+def test_layers_may_return_tuples():
+    class Pair(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), "attention"
+
+    torch.manual_seed(0)
+    model = FlatCNN()
+    expected, gradients = step(build(copy.deepcopy(model), X), X, Y)
+    stages = [Pair(*model.features[i : i + 3]) for i in (0, 4, 8)]
+
+    class Paired(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages, self.fc, self.pool = nn.ModuleList(stages), model.fc, nn.MaxPool2d(2)
+
+        def forward(self, x):
+            for stage in self.stages:
+                x = self.pool(stage(x)[0])
+            return self.fc(x.mean((2, 3)))
+
+    imcl = build(Paired(), X)
+    assert imcl.layers == ["stages.0", "stages.1", "stages.2"]
+    out, found = step(imcl, X, Y)
+    assert torch.equal(out.loss, expected.loss)
+    torch.testing.assert_close(list(found.values()), list(gradients.values()), rtol=0, atol=0)
+
+
+def test_the_signature_shows_what_the_model_takes():
+    imcl = build(TakingTwo(), {"pixels": X})
+    names = list(inspect.signature(imcl.forward).parameters)
+    assert names == [
+        "x", "target", "labels", "token_mask", "pixels", "scale", "shift", "kwargs",
+    ]  # fmt: skip
+    twin = copy.deepcopy(imcl)
+    assert twin.forward.__self__ is twin and imcl.forward.__self__ is imcl
+    with torch.no_grad():
+        twin.model.fc.bias.add_(1)
+    assert torch.allclose(twin(X), imcl(X) + 1)
+    file = io.BytesIO()
+    torch.save(imcl, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(X), imcl(X))
+    with pytest.raises(RuntimeError, match="nn.DataParallel"):
+        imcl._replicate_for_data_parallel()(X, Y)
+    torch._dynamo.reset()
+    compiled = torch.compile(imcl.eval(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels=X, target=Y).loss, imcl(X, Y).loss)
+    assert list(inspect.signature(build(TakingTwo(), X).forward).parameters) == [
+        "x", "target", "labels", "token_mask", "kwargs",
+    ]  # fmt: skip
+
+
+def test_arguments_copy_no_dict_of_the_users():
+    batch = {"a": 1}
+    _, kwargs = outputs.arguments(batch, {})
+    kwargs.pop("a")
+    assert batch == {"a": 1}

@@ -1,0 +1,204 @@
+"""What goes wrong without a word elsewhere: heads outside the optimizer, transforms, meta tensors,
+weights in shards."""
+
+import copy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from test_distributed_objective import Small
+from test_imcl import WEIGHTS, FlatCNN, build
+from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from imcl_fast import IMCL
+from imcl_fast import functional as F
+
+X = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 3, 4, 5])
+
+
+# An optimizer without the heads
+
+
+def trained(imcl, parameters, steps=6, accumulate=1):
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            for _ in range(accumulate):
+                imcl(X, Y).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [str(warning.message) for warning in told]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_heads_that_the_optimizer_lacks_are_told_of_once(accumulate):
+    imcl = build(FlatCNN(), X)
+    told = trained(imcl, imcl.model.parameters(), accumulate=accumulate)
+    assert len(told) == 1 and "imcl.heads.parameters()" in told[0]
+    assert not trained(imcl, imcl.model.parameters())
+
+
+def test_nothing_is_told_where_nothing_is_wrong():
+    imcl = build(FlatCNN(), X)
+    assert not trained(imcl, imcl.parameters())
+    assert not trained(imcl, imcl.model.parameters())  # they have been trained
+    frozen = build(FlatCNN(), X)
+    frozen.heads.requires_grad_(False)
+    assert not trained(frozen, frozen.model.parameters())
+    still = build(FlatCNN(), X)
+    assert not trained(still, still.heads.parameters())
+    one = build(FlatCNN(), X, multilayer_weight=0.0)
+    assert not trained(one, one.parameters())
+    late = build(FlatCNN(), X)
+    optimizer = torch.optim.SGD(late.model.parameters(), lr=0.01)
+    optimizer.add_param_group({"params": late.heads.parameters()})
+    late(X, Y).loss.backward()
+    optimizer.step()
+    assert not trained(copy.deepcopy(late), late.parameters(), steps=1)
+
+
+def test_training_without_a_target_is_told_of_once():
+    imcl = build(FlatCNN(), X)
+    with pytest.warns(UserWarning, match="IMCL: called in training mode without a target") as told:
+        for _ in range(2):
+            imcl(X)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet = build(FlatCNN(), X)
+        quiet.eval()(X)
+        quiet.train()
+        with torch.no_grad():
+            quiet(X)
+        with quiet.watch():
+            quiet(X)
+        build(FlatCNN(), X, **dict.fromkeys(WEIGHTS, 0.0))(X)
+
+
+# Transforms of torch.func, and tensors without values
+
+FEATURES = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+HEADS = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+LOSSES = {
+    "representation": (lambda x, **o: F.representation_similarity(x, center=True, **o), FEATURES),
+    "kernel": (F.kernel_similarity, FEATURES),
+    "consistency": (lambda z, **o: F.collaborative_consistency(z, Y.clamp(max=4), **o), HEADS),
+    "consistency alone": (lambda z, **o: F.collaborative_consistency(z, None, **o), HEADS),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_transforms_of_torch_func(loss):
+    function, x = LOSSES[loss]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf, impl="reference"), leaf)
+    torch.testing.assert_close(torch.func.grad(function)(x), gradient)
+    _, slope = torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(slope, gradient.sum())
+    both = torch.func.vmap(function)(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(both, torch.stack([function(x), function(2 * x)]))
+    for impl in ("torch", "cpp"):
+        with pytest.raises(RuntimeError, match=f'impl="{impl}".* torch.func .*impl="reference"'):
+            torch.func.grad(lambda x, impl=impl: function(x, impl=impl))(x)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+def test_losses_of_meta_tensors(impl):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for function, x in (LOSSES[name] for name in ("representation", "kernel")):
+            x = x.float().to("meta").requires_grad_()
+            function(x, impl=impl).backward()
+            assert x.grad.shape == x.shape and x.grad.is_meta
+        z = HEADS.float().to("meta").requires_grad_()
+        loss = F.collaborative_consistency(z, Y.to("meta"), impl=impl)
+        loss.backward()
+    assert loss.shape == () and loss.dtype == torch.float32 and z.grad.shape == z.shape
+
+
+TYPES = """
+import torch
+from imcl_fast import functional as F
+
+z, y = torch.randn(3, 4, 5, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+F.collaborative_consistency(z, y).backward()
+F.collaborative_consistency(z, y, return_terms=False).backward()
+loss, terms = F.collaborative_consistency(z, y, return_terms=True)
+terms["kl"].sum()
+loss.backward()
+"""
+
+
+def test_static_types(tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    (tmp_path / "user.py").write_text(TYPES)
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", str(tmp_path),
+         "--config-file=", str(tmp_path / "user.py")],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+
+
+# FSDP2 with modules inside sharded
+
+
+def objective(**options):
+    torch.manual_seed(0)
+    network = Small().double()
+    x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    torch.manual_seed(1)
+    layers = ["layer1", "layer3", "layer4"]
+    return IMCL(network, x, layers, dropout=0.0, **options), x, torch.arange(4)
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    imcl, x, y = objective(kernel_interval=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for stage in (imcl.model.layer1, imcl.model.layer2, imcl.model.layer4):
+        fully_shard(stage, mesh=mesh)
+    fully_shard(imcl, mesh=mesh)
+    found = []
+    for _ in range(2):
+        imcl.zero_grad()
+        out = imcl(x[2 * rank : 2 * rank + 2], y[2 * rank : 2 * rank + 2])
+        out.loss.backward()
+        grads = {name: p.grad.full_tensor() for name, p in imcl.named_parameters()}
+        found.append([out.terms.get("kernel_similarity"), grads])
+    shared, x, y = objective(shard_kernels=True)
+    fully_shard(shared.model.layer4, mesh=mesh)
+    fully_shard(shared.model.layer3, mesh=mesh)
+    fully_shard(shared, mesh=mesh)
+    try:
+        shared(x, y)
+    except RuntimeError as error:
+        found.append(str(error))
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_fsdp2_with_sharded_modules_inside(tmp_path):
+    multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    expected = []
+    imcl, x, y = objective(kernel_interval=2)
+    for _ in range(2):
+        imcl.zero_grad()
+        out = imcl(x, y)
+        out.loss.backward()
+        grads = {name: p.grad.clone() for name, p in imcl.named_parameters()}
+        expected.append([out.terms.get("kernel_similarity"), grads])
+    assert [value is None for value, _ in expected] == [False, True]
+    for rank in (0, 1):
+        *found, told = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, expected)
+        assert told.startswith("shard_kernels: expected whole weights")
