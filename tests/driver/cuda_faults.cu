@@ -23,6 +23,11 @@ enum Fault {
   kBeyondDynamic,
   kTooManyThreads,  // no GPU takes such a launch
   kTooMuchShared,   // without cudaFuncSetAttribute
+  kCaptured,        // and replayed: no fault
+  kReadWhileCaptured,
+  kOtherStream,    // than the one that is captured
+  kDefaultStream,  // it can't be captured
+  kFirstOrLast,    // a warp reads what the first and the last one write: one has, as a rule
   // From here on the sum is right by luck, in whatever order threads take turns.
   kNoneByLuck,
   kNoBarrier,            // a thread reads what another warp writes
@@ -38,31 +43,16 @@ enum Fault {
   kReadBeforeAnyTicket,  // a block reads what another writes
   kAtomicAndNot,         // a thread counts without an atomic
 };
-const char* const kNames[] = {"none",
-                              "missing barrier",
-                              "overwritten",
-                              "divergent barrier",
-                              "early return",
-                              "divergent shuffle",
-                              "uninitialised",
-                              "beyond global",
-                              "beyond shared",
-                              "beyond dynamic",
-                              "too many threads",
-                              "too much shared",
-                              "none by luck",
-                              "no barrier",
-                              "only warp barrier",
-                              "no warp barrier",
-                              "half warp barrier",
-                              "overwritten in warp",
-                              "unwritten",
-                              "written twice",
-                              "no fence before",
-                              "no fence after",
-                              "written by blocks",
-                              "read before any ticket",
-                              "atomic and not"};
+// clang-format off
+const char* const kNames[] = {
+    "none", "missing barrier", "overwritten", "divergent barrier", "early return",
+    "divergent shuffle", "uninitialised", "beyond global", "beyond shared", "beyond dynamic",
+    "too many threads", "too much shared", "captured", "read while captured", "other stream",
+    "default stream", "first or last", "none by luck", "no barrier", "only warp barrier",
+    "no warp barrier", "half warp barrier", "overwritten in warp", "unwritten", "written twice",
+    "no fence before", "no fence after", "written by blocks", "read before any ticket",
+    "atomic and not"};
+// clang-format on
 
 __global__ void sum(const float* x, float* out, Fault fault) {
   IMCL_SHARED(of_warps, float[kThreads / 32]);
@@ -111,6 +101,11 @@ __global__ void sum_by_luck(const float* x, float* out, float* others, unsigned*
   else if (fault != kNoBarrier) __syncthreads();
   const int other = (i + 32) % kThreads;
   float value = fmaxf(values[other], x[other]);
+  if (fault == kFirstOrLast) {
+    IMCL_SHARED(twice, float[kThreads]);
+    twice[i] = x[64 + i % 32];
+    if (i / 32 == 1) value = fmaxf(twice[i - 32], twice[i + 32]);
+  }
   __syncthreads();
 
   small[i] = static_cast<uint16_t>(value);
@@ -147,6 +142,20 @@ __global__ void sum_by_luck(const float* x, float* out, float* others, unsigned*
   *out = value / kBlocks;
 }
 
+float captured(const float* x, Fault fault) {
+  float out = -1, read = 0;
+  const auto stream = [](std::uintptr_t number) { return reinterpret_cast<cudaStream_t>(number); };
+  const cudaStream_t wanted = stream(fault == kDefaultStream ? 0 : 16);
+  const emulated::Graph graph(wanted, [&] {
+    IMCL_LAUNCH(sum, 1, kThreads, sizeof(float) * kThreads,
+                fault == kOtherStream ? stream(32) : wanted)
+    (x, &out, kNone);
+    read = out;
+  });
+  graph.replay();
+  return fault == kReadWhileCaptured ? read : out;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -164,11 +173,14 @@ int main(int argc, char** argv) {
     const std::size_t bytes =
         fault == kTooMuchShared ? std::size_t{64} << 10 : sizeof(float) * kThreads;
     try {
-      if (fault < kNoneByLuck)
+      if (fault >= kCaptured && fault <= kDefaultStream) {
+        out = captured(x.get(), static_cast<Fault>(fault));
+      } else if (fault < kFirstOrLast) {
         IMCL_LAUNCH(sum, 1, threads, bytes, nullptr)(x.get(), &out, static_cast<Fault>(fault));
-      else
+      } else {
         IMCL_LAUNCH(sum_by_luck, kBlocks, threads, 0, nullptr)(x.get(), &out, others.get(), &ticket,
                                                                static_cast<Fault>(fault));
+      }
     } catch (const std::exception& error) {
       std::printf("%s\n", error.what());
       continue;

@@ -19,6 +19,9 @@
 //   number of the launch.
 // - Compiled with IMCL_RACES, accesses that nothing orders are errors, whatever numbers come
 //   out of them: cuda_races.h.
+// - What is launched while a stream is captured (emulated::Graph) is done later: what the host
+//   reads then isn't there yet, and what it frees is gone. There is nothing to allocate, copy or
+//   wait with.
 //
 // Not covered: inline PTX, textures, cooperative groups, blocks that wait for one another.
 // There is no atomicAdd of floating-point numbers here: results must not depend on order.
@@ -40,6 +43,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -587,11 +591,50 @@ inline void run_grid(const Grid& grid) {
   if (error) std::rethrow_exception(error);
 }
 
+// What a stream is told while it is captured: not done, but kept for replay(), and all that the
+// host may ask for meanwhile. Whatever it works on must be there in a replay still.
+class Graph {
+ public:
+  template <class Body>
+  Graph(const void* stream, const Body& body) : stream_(stream) {
+    if (!stream) throw std::runtime_error("the default stream can't be captured");
+    if (capturing) throw std::runtime_error("a stream is captured already");
+    capturing = this;
+    try {
+      body();
+    } catch (...) {
+      capturing = nullptr;
+      throw;
+    }
+    capturing = nullptr;
+  }
+  Graph(const Graph&) = delete;
+
+  void replay() const {
+    for (const auto& each : work_) each();
+  }
+
+  // Work for a stream.
+  template <class Work>
+  static void enqueue(const void* stream, const Work& work) {
+    if (!capturing) return work();
+    if (stream != capturing->stream_)
+      throw std::runtime_error("work for another stream than the one that is captured");
+    capturing->work_.emplace_back(work);
+  }
+
+ private:
+  static inline thread_local Graph* capturing = nullptr;
+
+  const void* stream_;
+  std::vector<std::function<void()>> work_;
+};
+
 template <class... P>
 class Launch {
  public:
-  Launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes, const void*)
-      : kernel_(kernel), grid_{grid, block, shared_bytes, nullptr, nullptr} {}
+  Launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes, const void* stream)
+      : kernel_(kernel), grid_{grid, block, shared_bytes, nullptr, nullptr}, stream_(stream) {}
 
   template <class... A>
   void operator()(const A&... arguments) {
@@ -607,18 +650,22 @@ class Launch {
     if (grid_.shared_bytes > allowance(reinterpret_cast<const void*>(kernel_)))
       throw std::runtime_error("more dynamic shared memory than allowed: " +
                                std::to_string(grid_.shared_bytes) + " bytes");
-    const std::tuple<void (*)(P...), std::decay_t<P>...> call(kernel_, arguments...);
-    grid_.context = &call;
-    grid_.body = [](const void* context) {
-      std::apply([](auto kernel, const auto&... values) { kernel(values...); },
-                 *static_cast<const std::tuple<void (*)(P...), std::decay_t<P>...>*>(context));
-    };
-    run_grid(grid_);
+    using Call = std::tuple<void (*)(P...), std::decay_t<P>...>;
+    Graph::enqueue(stream_, [of = grid_, call = Call(kernel_, arguments...)] {
+      Grid grid = of;
+      grid.context = &call;
+      grid.body = [](const void* context) {
+        std::apply([](auto kernel, const auto&... values) { kernel(values...); },
+                   *static_cast<const Call*>(context));
+      };
+      run_grid(grid);
+    });
   }
 
  private:
   void (*kernel_)(P...);
   Grid grid_;
+  const void* stream_;
 };
 
 // ---- warp operations ----
@@ -918,8 +965,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   }
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
+inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t stream) {
+  emulated::Graph::enqueue(stream, [=] { std::memset(data, value, bytes); });
   return cudaSuccess;
 }
 template <class... P>

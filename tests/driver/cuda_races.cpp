@@ -422,6 +422,15 @@ void __tsan_read_range(void* address, std::size_t bytes) {
 void __tsan_write_range(void* address, std::size_t bytes) {
   emulated::races::note(address, bytes, true, false, IMCL_HERE);
 }
+void* __tsan_memcpy(void* to, const void* from, std::size_t bytes) {  // clang's
+  emulated::races::note(from, bytes, false, false, IMCL_HERE);
+  emulated::races::note(to, bytes, true, false, IMCL_HERE);
+  return std::memcpy(to, from, bytes);
+}
+void* __tsan_memset(void* to, int value, std::size_t bytes) {
+  emulated::races::note(to, bytes, true, false, IMCL_HERE);
+  return std::memset(to, value, bytes);
+}
 IMCL_ATOMIC(8)
 IMCL_ATOMIC(32)
 IMCL_ATOMIC(64)

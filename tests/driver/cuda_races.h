@@ -14,7 +14,9 @@
 //   (of whatever block), and __threadfence() there;
 // - the end of the launch.
 //
-// A read of shared memory that its block hasn't written is an error too. Nothing of this
+// A read of shared memory that its block hasn't written is an error too. What goes unseen is what
+// lies on the host's own stack, and copies by memcpy of other than 1, 2, 4, 8 or 16 bytes, of
+// which the compiler makes no access. Nothing of this
 // depends on the order in which threads take turns, or on the numbers.
 //
 // IMCL_EMULATED_WITHOUT=file.cu:123 has whatever stands in that line wait as ever, but order
