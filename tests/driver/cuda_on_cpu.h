@@ -299,7 +299,8 @@ class Block {
       ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStack);  // after a launch that failed
 #endif
     }
-    races::enter_blocks(size(), {stacks[0], stacks.end()}, {fibers_.data(), &*fibers_.end()});
+    races::enter_blocks(size(), {stacks[0], stacks.end()},
+                        {fibers_.data(), fibers_.data() + fibers_.size()});
   }
 
   void run(uint3 which, const Turns& turns) {
