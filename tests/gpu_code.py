@@ -35,10 +35,10 @@ CASES = [
       for lies in ("NHWC", "NCHW") for centred in ("", " centred")),
     *(f"R18 kernels {dtype}" for dtype in ("bf16", "fp32")),
 ]  # fmt: skip
-# Which functions are for layers over rows (dual), and which for the others.
+# Functions of layers over rows (dual) only, and of the others only.
 FORMS = {
     "over_rows": {"_row_norms", "_over_rows", "_product"},
-    "primal": {"_gram", "_primal", "_first_mean", "_shares", "_shifted"},
+    "primal": {"_gram", "_primal", "_shares"},
 }
 
 Line = tuple[str, int] | None  # file and number
@@ -100,7 +100,8 @@ def blocks_of(code: list[tuple[str, Line]], labels: dict[str, int]) -> list[Bloc
     for first, end in itertools.pairwise(starts):
         last = end - 1
         followers = [number[jumps[last]]] if last in jumps else []
-        if last not in ends and not code[last][0].startswith("BRA") and end < len(code):
+        always = last in ends or re.match(r"BRA `", code[last][0])  # BRA.DIV is on a condition
+        if not always and end < len(code):
             followers.append(number[end])
         found.append(Block(first, end, followers))
     return found
