@@ -198,17 +198,23 @@ void note_read(Cell& cell, const Access& mine, const void* address, bool is_shar
 void note_write(Cell& cell, const Access& mine, const void* address) {
   if (!(cell.write.atomic && mine.atomic) && !ordered(cell.write))
     report(mine, true, cell.write, true, address);
-  const Access& read = cell.read;
-  if (read.block >= now.first_block) {
-    const unsigned warp = mine.thread / kWarp, lane = mine.thread % kWarp;
+  if (cell.read.block >= now.first_block) {
+    Access read = cell.read;
+    const uint32_t warp = 1u << mine.thread / kWarp, lane = 1u << mine.thread % kWarp;
     bool after = ordered(read) && !cell.in_several_blocks;
     if (read.block == now.block && read.epoch == now.epoch) {
-      // Of several warps, one at least is another.
-      after = after && !(cell.warps & (cell.warps - 1));
-      if (after && cell.lanes & (cell.lanes - 1))
-        for (unsigned i = 0; i < kWarp; ++i)
-          if (cell.lanes >> i & 1 && i != lane && read.thread / kWarp == warp)
-            after = after && now.clocks[cell.clocks][i] <= now.threads[running].known[i];
+      if (const uint32_t others = cell.warps & ~warp) {
+        after = after && cell.warps == others && !(others & (others - 1));
+        if (read.thread / kWarp == mine.thread / kWarp)  // named is the first of another warp
+          read.thread = static_cast<uint16_t>(__builtin_ctz(others) * kWarp);
+      } else if (cell.lanes & (cell.lanes - 1)) {
+        for (unsigned i = 0; i < kWarp; ++i) {
+          if (!((cell.lanes & ~lane) >> i & 1)) continue;
+          if (now.clocks[cell.clocks][i] <= now.threads[running].known[i]) continue;
+          after = false;
+          read.thread = static_cast<uint16_t>(mine.thread / kWarp * kWarp + i);
+        }
+      }
     }
     if (!after) report(mine, true, read, false, address);
   }
