@@ -108,6 +108,36 @@ class CollaborativeConsistency(Function):
         return None, None, None, *_needed(dz, ctx.needs_input_grad[3:])
 
 
+class SampleGrams(Function):
+    """apply(implementation, scale, *xs) -> Grams (n, B, B) of the samples, centred over them.
+
+    They come out in float64 where there is one, and so does their gradient come in: what is made
+    of them subtracts nearly equal numbers, and they are small.
+    """
+
+    @staticmethod
+    def forward(ctx, *args) -> Tensor:
+        implementation, scale, *xs = args
+        grams, means = implementation.forward(xs, scale)
+        ctx.save_for_backward(*xs, *means)
+        ctx.implementation, ctx.scale, ctx.accumulation = implementation, scale, grams.dtype
+        return grams if grams.device.type == "mps" else grams.double()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        saved = list(ctx.saved_tensors)
+        xs, means = saved[: len(ctx.scale)], saved[len(ctx.scale) :]
+        with _without_grad(), without_autocast(grad.device):
+            s = grad + grad.mT
+            s = s - s.mean(-1, keepdim=True)
+            s = s - s.mean(-2, keepdim=True)
+            if any(factor != 1 for factor in ctx.scale):
+                s = torch.stack([f * each for f, each in zip(ctx.scale, s, strict=True)])
+            dxs = ctx.implementation.backward(s.to(ctx.accumulation), xs, means)
+        dxs = _first_order_only(dxs, [grad, *xs])
+        return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
+
+
 def _is_last_use(grad: Tensor) -> bool:
     """Whether the saved tensors die with this backward, so that they may be overwritten."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(grad):

@@ -1,6 +1,6 @@
 """The fused losses as functions: validate, choose an implementation, call it.
 
-All three accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
+All accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
 ``"triton"`` and ``"cuda"`` (GPU), ``"torch"`` (the same algebra in plain PyTorch,
 any device) and ``"reference"`` (the naive definition, differentiable twice).
 Inputs are never written to. ``"cpp"``, ``"triton"`` and ``"cuda"`` read them as they lie,
@@ -23,6 +23,15 @@ from .autograd import (
     PairwisePenalty,
     without_autocast,
 )
+from .dependence import dependence, view_dependence
+
+__all__ = [
+    "collaborative_consistency",
+    "dependence",
+    "kernel_similarity",
+    "representation_similarity",
+    "view_dependence",
+]
 
 PENALTIES = ("square", "abs", "signed")
 TEACHERS = ("others", "mean", "final", "pairwise")

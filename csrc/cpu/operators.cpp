@@ -235,4 +235,66 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   return {loss, terms, kept};
 }
 
+// ---- Grams of samples ----
+
+namespace {
+
+// The samples of xs, whose Grams, or what takes their place, lie one after the other in grams.
+std::vector<Samples> samples_of(const std::vector<Tensor>& xs, const Tensor& grams, Axes& axes) {
+  std::vector<Samples> all;
+  for (std::size_t i = 0; i < xs.size(); ++i) {
+    Samples s{};
+    s.x = matrices_of(xs[i], false, xs.size(), axes);
+    STD_TORCH_CHECK(s.x.rows == xs[0].size(0) && accumulation_type(xs[i]) == grams.scalar_type(),
+                    "xs: expected as many samples in each, and all float64 or none");
+    const auto offset = static_cast<int64_t>(i) * s.x.rows * s.x.rows;
+    s.gram = const_cast<char*>(static_cast<const char*>(grams.const_data_ptr())) +
+             offset * static_cast<int64_t>(grams.element_size());
+    all.push_back(s);
+  }
+  return all;
+}
+
+}  // namespace
+
+std::tuple<Tensor, std::vector<Tensor>> gram_forward(const std::vector<Tensor>& xs,
+                                                     const std::vector<double>& scale) {
+  STD_TORCH_CHECK(!xs.empty() && xs[0].dim() > 0, "xs: expected at least one tensor (B, *)");
+  STD_TORCH_CHECK(scale.size() == xs.size(), "scale: expected one number per tensor of xs");
+  const ScalarType dtype = accumulation_type(xs[0]);
+  const int64_t rows = xs[0].size(0);
+  const Tensor grams = allocate({static_cast<int64_t>(xs.size()), rows, rows}, dtype, xs[0]);
+  Axes axes;
+  std::vector<Samples> all = samples_of(xs, grams, axes);
+  std::vector<Tensor> means;
+  for (std::size_t i = 0; i < xs.size(); ++i) {
+    all[i].scale = scale[i];
+    all[i].mean = means.emplace_back(allocate({all[i].x.columns}, dtype, xs[0])).mutable_data_ptr();
+  }
+  imcl::gram_forward(*chosen_kernels().dependence, all, parallel());
+  return {grams, means};
+}
+
+std::vector<Tensor> gram_backward(const Tensor& s, const std::vector<Tensor>& xs,
+                                  const std::vector<Tensor>& means) {
+  STD_TORCH_CHECK(!xs.empty() && means.size() == xs.size() && s.is_contiguous() &&
+                      s.numel() == static_cast<int64_t>(xs.size()) * xs[0].size(0) * xs[0].size(0),
+                  "s: expected (n, B, B), contiguous, for n tensors (B, *) and their means");
+  Axes axes;
+  std::vector<Samples> all = samples_of(xs, s, axes);
+  std::vector<Tensor> gradients;
+  for (std::size_t i = 0; i < xs.size(); ++i) {
+    const Tensor& dx = gradients.emplace_back(torch::stable::empty_like(xs[i]));
+    Matrices& m = all[i].x;
+    m.dx = advised(dx);
+    m.dx_row_axis = axes.of(dx, {0});
+    m.dx_column_axis = axes.of(dx, columns_of(xs[i], false));
+    STD_TORCH_CHECK(means[i].numel() == m.columns && means[i].scalar_type() == s.scalar_type(),
+                    "means: expected what gram_forward returned");
+    all[i].mean = const_cast<void*>(means[i].const_data_ptr());
+  }
+  imcl::gram_backward(*chosen_kernels().dependence, all, parallel());
+  return gradients;
+}
+
 }  // namespace imcl::cpu
