@@ -25,13 +25,11 @@ def test_the_page_has_the_table_of_the_model() -> None:
     assert model.BEGIN + "\n" + model.table() + "\n" + model.END in model.PAGE.read_text()
 
 
-def test_every_similarity_that_is_measured_is_in_it() -> None:
-    """Both of a name and a floor that the measurement has too, where bytes are what limits."""
-    measured = {row.name: row for row in rows.rows() if not row.name.startswith("consistency")}
-    cases = {case.row: case for case in model.cases()}
-    assert cases.keys() == measured.keys()
-    for name, case in cases.items():
-        assert model.floor(case) >= measured[name].least_bytes / model.BANDWIDTH * (1 - 1e-9)
+def test_no_floor_is_below_what_must_be_moved() -> None:
+    measured = {row.name: row for row in rows.rows()}
+    for case in model.cases():
+        least = 3 * measured[case.row].bytes / model.BANDWIDTH
+        assert model.floor(case) >= least * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("case", model.cases(), ids=lambda case: case.row)

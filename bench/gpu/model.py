@@ -19,7 +19,7 @@ import torch
 
 from imcl_fast.kernels import config, plan
 
-from ..shapes import R18_FEATURES, resnet18_weights
+from . import rows
 
 CODE = Path(__file__).with_name("code.json")
 PAGE = Path(__file__).parents[2] / "docs/gpu.md"
@@ -34,7 +34,7 @@ GATHERED = 16  # columns at a time, and in the backward rows: kernels/pairwise_f
 
 
 class Case(NamedTuple):
-    row: str  # of bench/gpu/rows.py
+    row: str
     code: str  # of code.json
     dtype: torch.dtype
     batched: bool
@@ -67,18 +67,20 @@ class Launch(NamedTuple):
 
 
 def cases() -> list[Case]:
+    """What of `make gpu` is predicted, in its order."""
     found = []
-    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        name = str(dtype).removeprefix("torch.")
-        weights = _layers(resnet18_weights(), torch.contiguous_format)
-        found.append(Case(f"kernel R18, {name}", f"R18 kernels {short}", dtype, False, False,
-                          weights))  # fmt: skip
-        for center in (False, True):
-            for lies, layout in (("NHWC", torch.channels_last), ("NCHW", torch.contiguous_format)):
-                rest = f"{lies}{' centred' if center else ''}"
-                found.append(Case(f"representation R18 {rest}, {name}",
-                                  f"R18 4 features {short} {rest}", dtype, True, center,
-                                  _layers(R18_FEATURES, layout)))  # fmt: skip
+    for row in rows.rows():
+        if row.operation == "consistency":
+            continue
+        short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[row.dtype]
+        batched = row.operation == "representation"
+        code = f"R18 kernels {short}"
+        if batched:
+            lies = "NHWC" if row.channels_last else "NCHW"
+            code = f"R18 4 features {short} {lies}{' centred' if row.center else ''}"
+        layout = torch.channels_last if row.channels_last else torch.contiguous_format
+        layers = _layers(row.shapes, layout)
+        found.append(Case(row.name, code, row.dtype, batched, row.center, layers))
     return found
 
 
