@@ -34,6 +34,9 @@ KERNEL_FLAGS = (
     *("-DIMCL_CUDA_ON_CPU", "-include", str(EMULATOR)),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"),
 )
+# What has every access of a kernel checked (driver/cuda_races.h); and its part without them.
+CHECKED = ("-O1", "-g1", "-DIMCL_RACES", "-fsanitize=thread")
+CHECKS = ("-O2", "-g1", "-DIMCL_RACES", str(DRIVER / "cuda_races.cpp"))
 
 
 class Emulated(NamedTuple):

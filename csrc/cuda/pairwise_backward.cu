@@ -201,8 +201,7 @@ struct Work {
           if (lane() < Product::kColumnLanes)
             shared.along[warp_row() / 32][Product::column(j)] = sum;
           along[j] = 0;
-        }
-        __syncthreads();
+        }  // write() waits before it reads them
       }
     }
     if (at.pass + 1 < passes) return;

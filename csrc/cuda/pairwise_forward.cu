@@ -364,10 +364,9 @@ IMCL_DEVICE double over_rows(const Task<T>& task, bool is_signed, Shared<Acc<T>>
   return loss - live;
 }
 
-// The sum over a block, for all its threads.
+// The sum over a block, for all its threads; a barrier stands between one and the next.
 IMCL_DEVICE double block_sum(double x, double (&parts)[kThreads / 32]) {
   x = warp_sum(x);
-  __syncthreads();  // what was in parts has been read
   if (lane() == 0) parts[warp()] = x;
   __syncthreads();
   x = 0;

@@ -2,7 +2,7 @@
 // torch: what the sanitizers watch, and a test by itself. The cases, and the plain loops in
 // double that judge the results, are those of cases.h.
 //
-// Usage: cuda_kernels [every n-th case]
+// Usage: cuda_kernels [every n-th case [from this one on]]
 #include <utility>
 
 #include "../../csrc/cuda/consistency.h"
@@ -20,23 +20,39 @@ struct Workspace {
   double* doubles() const { return static_cast<double*>(numbers.data()); }
 };
 
-// One after the other, or on several threads at once; a block of each launch starts at another
-// end than in the last.
+// Blocks one after the other, or on several threads at once; a block of each launch starts at
+// another end than in the last.
 void set_threads(int way) { setenv("IMCL_EMULATED_THREADS", way ? "3" : "1", 1); }
 
 void check(cudaError_t error) {
   if (error != cudaSuccess) fail("%s", cudaGetErrorString(error));
 }
 
-// Calls launch(), which must launch so many kernels.
-template <class Launch>
-void expect_launches(uint64_t expected, const Launch& launch) {
+template <class Body>
+void expect_launches(uint64_t expected, const Body& body) {
   const uint64_t before = emulated::launches;
-  check(launch());
+  body();
   const uint64_t launched = emulated::launches - before;
   if (launched != expected)
     fail("%llu launches, where %llu are enough", static_cast<unsigned long long>(launched),
          static_cast<unsigned long long>(expected));
+}
+
+// Calls launch(stream), which must launch so many kernels, or has it captured and replayed.
+// What launch() passes on by pointers to the host's memory must be gone by its end.
+template <class Launch>
+void run_launches(bool captured, uint64_t expected, unsigned* ticket, const Launch& launch) {
+  if (!captured) return expect_launches(expected, [&] { check(launch(nullptr)); });
+  const auto stream = reinterpret_cast<cudaStream_t>(std::uintptr_t{16});
+  *ticket = 7;  // as it was left: a replay must set it anew
+  std::unique_ptr<emulated::Graph> graph;
+  expect_launches(0, [&] {
+    graph = std::make_unique<emulated::Graph>(stream, [&] {
+      check(cudaMemsetAsync(ticket, 0, sizeof *ticket, stream));
+      check(launch(stream));
+    });
+  });
+  expect_launches(expected, [&] { graph->replay(); });
 }
 
 void run_consistency(const imcl::Consistency& problem, Reduction reduction, Buffer& losses,
@@ -53,8 +69,11 @@ void run_consistency(const imcl::Consistency& problem, Reduction reduction, Buff
   arguments.partials = workspace.doubles();
   arguments.ticket = workspace.ticket.get();
   set_threads(way);
-  expect_launches(1,
-                  [&] { return imcl_cuda_consistency(problem.dtype, &arguments, &plan, nullptr); });
+  run_launches(way != 0, 1, arguments.ticket, [&](cudaStream_t stream) {
+    const auto passed = std::make_unique<imcl::ConsistencyArguments>(arguments);
+    const auto planned = std::make_unique<imcl::ConsistencyPlan>(plan);
+    return imcl_cuda_consistency(problem.dtype, passed.get(), planned.get(), stream);
+  });
 }
 
 // What only these kernels tell apart: rows on 16 bytes, of one tile and of several; as many
@@ -123,7 +142,7 @@ struct Run {
 
   Run(DType dtype, const std::vector<std::unique_ptr<Tensor> >& tensors,
       const std::vector<std::pair<Strides, Strides> >& strides,
-      const imcl::PairwiseSettings& settings, double grad, bool keep) {
+      const imcl::PairwiseSettings& settings, double grad, bool keep, bool captured) {
     imcl::PairwiseCall call{};
     call.dtype = dtype;
     call.settings = settings;
@@ -144,18 +163,22 @@ struct Run {
     call.loss = loss.data();
     call.partials = workspace.doubles();
     call.ticket = workspace.ticket.get();
-    const auto count = static_cast<int64_t>(layers.size());
-    expect_launches(call.programs > 0, [&] {
-      return imcl_cuda_pairwise_forward(&call, layers.data(), count, dimensions.data(), nullptr);
-    });
+    const auto run = [&](auto* launcher) {
+      run_launches(captured, call.programs > 0, call.ticket, [&](cudaStream_t stream) {
+        const auto passed = std::make_unique<imcl::PairwiseCall>(call);
+        const std::vector<imcl::Layer> of = layers;
+        const std::vector<imcl::Dimension> sizes = dimensions;
+        return launcher(passed.get(), of.data(), static_cast<int64_t>(of.size()), sizes.data(),
+                        stream);
+      });
+    };
+    run(&imcl_cuda_pairwise_forward);
     if (!keep) return;
     kept = state.copy();
     Buffer incoming(acc_of(dtype), 1);
     incoming.set(0, grad);
     call.grad = incoming.data();
-    expect_launches(call.programs > 0, [&] {
-      return imcl_cuda_pairwise_backward(&call, layers.data(), count, dimensions.data(), nullptr);
-    });
+    run(&imcl_cuda_pairwise_backward);
   }
 
  private:
@@ -198,14 +221,14 @@ struct Run {
 };
 
 struct PairwiseSweep {
-  int64_t every;
+  int64_t every, first;
   Tally tally;
   int64_t number = 0;
 
   void all(DType dtype, Precision precision, const std::vector<Shape>& shapes, Lie in, Lie out) {
     for (const Penalty penalty : {Penalty::kSquare, Penalty::kAbs, Penalty::kSigned})
       for (const bool center : {false, true})
-        if (number++ % every == 0) one(dtype, precision, shapes, in, out, penalty, center);
+        if (number++ % every == first) one(dtype, precision, shapes, in, out, penalty, center);
   }
 
  private:
@@ -238,7 +261,7 @@ struct PairwiseSweep {
 
     const imcl::PairwiseSettings settings{penalty, center, eps, precision};
     set_threads(0);
-    const Run serial(dtype, tensors, strides, settings, grad, true);
+    const Run serial(dtype, tensors, strides, settings, grad, true, false);
     double loss = 0, bound = 0;
     if (!serial.state.same_bits(serial.kept)) fail("the backward wrote the state");
     for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -248,8 +271,8 @@ struct PairwiseSweep {
     }
     compare(tally, "loss", 0, serial.loss.get(0), loss, 16 * unit * bound);
     set_threads(1);
-    const Run other(dtype, tensors, strides, settings, grad, true);
-    const Run stateless(dtype, tensors, strides, settings, grad, false);
+    const Run other(dtype, tensors, strides, settings, grad, true, true);
+    const Run stateless(dtype, tensors, strides, settings, grad, false, false);
     if (!other.loss.same_bits(serial.loss) || !stateless.loss.same_bits(serial.loss))
       fail("the loss depends on the order of the blocks, or on what is kept");
     for (std::size_t i = 0; i < tensors.size(); ++i)
@@ -294,16 +317,17 @@ void pairwise_sweep(PairwiseSweep& sweep) {
 
 int main(int argc, char** argv) {
   const int every = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
+  const int first = argc > 2 ? std::max(0, std::atoi(argv[2])) % every : 0;
   Tally consistency;
   int64_t number = 0;
   const auto one = [&](const ConsistencySpec& spec) {
-    if (number++ % every != 0) return;
+    if (number++ % every != first) return;
     Random random{static_cast<uint64_t>(number)};
     const ConsistencyCase one(spec, random);
     doing = name_of(spec);
     one.run(consistency, 2, run_consistency);
   };
-  PairwiseSweep pairwise{every, {}};
+  PairwiseSweep pairwise{every, first, {}};
   try {
     pairwise_sweep(pairwise);
     consistency_sweep(one);

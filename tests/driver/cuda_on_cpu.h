@@ -15,6 +15,13 @@
 // - A barrier or warp operation that not every thread (of its mask) comes to, from the same
 //   line, is an error, as are a launch beyond the limits of a GPU, and shared memory beyond
 //   48 KiB without cudaFuncSetAttribute. Errors are thrown by the launch.
+// - With IMCL_EMULATED_SEED=n, blocks and threads take turns in an order drawn from n and the
+//   number of the launch.
+// - Compiled with IMCL_RACES, accesses that nothing orders are errors, whatever numbers come
+//   out of them: cuda_races.h.
+// - What is launched while a stream is captured (emulated::Graph) is done later: what the host
+//   reads then isn't there yet, and what it frees is gone. There is nothing to allocate, copy or
+//   wait with.
 //
 // Not covered: inline PTX, textures, cooperative groups, blocks that wait for one another.
 // There is no atomicAdd of floating-point numbers here: results must not depend on order.
@@ -36,9 +43,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -176,6 +186,7 @@ class Stacks {
 
   std::size_t count() const { return count_; }
   char* operator[](std::size_t i) const { return memory_ + i * pitch() + guard(); }
+  const char* end() const { return memory_ + count_ * pitch(); }
 
   // Made once and handed from launch to launch.
   static std::unique_ptr<Stacks> take(std::size_t count) {
@@ -229,6 +240,12 @@ struct Site {
   }
 };
 
+}  // namespace emulated
+
+#include "cuda_races.h"
+
+namespace emulated {
+
 enum class State { kReady, kAtBarrier, kInWarp, kFinished };
 
 class Block;
@@ -250,6 +267,13 @@ struct Fiber {
 
 inline thread_local Fiber* current = nullptr;
 
+// In what order a block's threads take turns: warp by warp, from the first or from the last
+// one on, or drawn anew each time.
+struct Turns {
+  bool descending = false, drawn = false;
+  uint64_t seed = 0;
+};
+
 // What all blocks of a launch share.
 struct Grid {
   dim3 size, block;
@@ -261,7 +285,8 @@ struct Grid {
 class Block {
  public:
   Block(const Grid& grid, const Stacks& stacks)
-      : grid(grid), fibers_(grid.block.x * grid.block.y * grid.block.z) {
+      : grid(grid), fibers_(grid.block.x * grid.block.y * grid.block.z), order_(fibers_.size()) {
+    std::iota(order_.begin(), order_.end(), 0u);
     for (unsigned i = 0; i < fibers_.size(); ++i) {
       Fiber& fiber = fibers_[i];
       fiber.block = this;
@@ -274,14 +299,18 @@ class Block {
       ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStack);  // after a launch that failed
 #endif
     }
+    races::enter_blocks(size(), {stacks[0], stacks.end()},
+                        {fibers_.data(), fibers_.data() + fibers_.size()});
   }
 
-  void run(uint3 which, bool descending) {
+  void run(uint3 which, const Turns& turns) {
     index = which;
-    descending_ = descending;
+    descending_ = turns.descending;
+    std::mt19937_64 random(turns.seed);
     error_.clear();
-    dynamic_ = Piece(nullptr, grid.shared_bytes, 16);
+    races::enter_block();
     pieces_.clear();
+    dynamic_ = Piece(nullptr, grid.shared_bytes, 16);
     for (Fiber& fiber : fibers_) {
       fiber.state = State::kReady;
       make_context(fiber.context, fiber.stack, &Block::enter);
@@ -289,7 +318,12 @@ class Block {
     while (!finished()) {
       bool moved = false;
       const unsigned warps = (size() + kWarp - 1) / kWarp;
-      for (unsigned w = 0; w < warps; ++w) moved |= run_warp(descending_ ? warps - 1 - w : w);
+      if (turns.drawn) {
+        std::shuffle(order_.begin(), order_.end(), random);
+        for (const unsigned i : order_) moved |= run_thread(fibers_[i]);
+      } else {
+        for (unsigned w = 0; w < warps; ++w) moved |= run_warp(descending_ ? warps - 1 - w : w);
+      }
       if (!release_barrier() && !moved) complain("threads wait for one another for ever");
       descending_ = !descending_;
     }
@@ -299,6 +333,7 @@ class Block {
 
   // Ends the block from inside a thread.
   [[noreturn]] void fail(const std::string& what) {
+    races::run(races::kNobody);
     error_ = what;
     leave(*current);
     std::abort();
@@ -346,6 +381,7 @@ class Block {
 
   // The one piece of shared memory of that key, for all threads of the block.
   void* shared(const void* key, std::size_t bytes, std::size_t alignment) {
+    const races::Unseen unseen;
     std::size_t total = bytes;
     for (const Piece& piece : pieces_) {
       if (piece.key == key) return piece.data.get();
@@ -372,6 +408,7 @@ class Block {
       if (posix_memalign(&memory, alignment, bytes)) std::abort();
       data.reset(memory);
       std::memset(memory, kPoison, bytes);
+      races::shared_memory(memory, bytes);
     }
   };
 
@@ -390,14 +427,18 @@ class Block {
     for (bool moved = true; moved;) {
       moved = false;
       for (unsigned i = 0; i < count; ++i) {
-        Fiber& fiber = fibers_[first + (descending_ ? count - 1 - i : i)];
-        if (fiber.state != State::kReady) continue;
-        enter(fiber);
-        any = moved = true;
-        if (!error_.empty()) complain(error_);
+        moved |= run_thread(fibers_[first + (descending_ ? count - 1 - i : i)]);
       }
+      any |= moved;
     }
     return any;
+  }
+
+  bool run_thread(Fiber& fiber) {
+    if (fiber.state != State::kReady) return false;
+    enter(fiber);
+    if (!error_.empty()) complain(error_);
+    return true;
   }
 
   bool release_barrier() {
@@ -410,6 +451,7 @@ class Block {
     if (waiting != size()) return false;
     for (const Fiber& fiber : fibers_)
       if (!(fiber.site == fibers_[0].site)) complain("threads wait at different barriers");
+    races::barrier(fibers_[0].site);
     for (Fiber& fiber : fibers_) fiber.state = State::kReady;
     return true;
   }
@@ -440,7 +482,9 @@ class Block {
     void* fake_stack;
     __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStack);
 #endif
+    races::run(static_cast<unsigned>(&fiber - fibers_.data()));
     switch_context(&scheduler_, &fiber.context);
+    races::run(races::kNobody);
 #if defined(IMCL_ASAN)
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
@@ -471,6 +515,7 @@ class Block {
   }
 
   std::vector<Fiber> fibers_;
+  std::vector<unsigned> order_;
   std::vector<Piece> pieces_;
   Piece dynamic_;
   Context scheduler_;
@@ -497,6 +542,7 @@ inline std::size_t allowance(const void* kernel) {
 }
 
 inline unsigned os_threads() {
+  if (races::kChecked) return 1;
   const char* wanted = std::getenv("IMCL_EMULATED_THREADS");
   return wanted ? static_cast<unsigned>(std::max(1, std::atoi(wanted)))
                 : std::max(1u, std::thread::hardware_concurrency());
@@ -507,6 +553,15 @@ inline std::atomic<uint64_t> launches{0};
 inline void run_grid(const Grid& grid) {
   const int64_t blocks = int64_t{grid.size.x} * grid.size.y * grid.size.z;
   const uint64_t launch = launches++;
+  const char* const seed = std::getenv("IMCL_EMULATED_SEED");
+  std::vector<int64_t> order(static_cast<std::size_t>(blocks));
+  std::iota(order.begin(), order.end(), 0);
+  std::seed_seq seeds{uint64_t{seed ? std::strtoull(seed, nullptr, 10) : 0}, launch};
+  std::mt19937_64 random(seeds);
+  if (seed) std::shuffle(order.begin(), order.end(), random);
+  else if (launch % 2) std::reverse(order.begin(), order.end());
+  const uint64_t first_seed = random();
+  races::enter_launch();
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
   std::mutex error_mutex;
@@ -516,11 +571,11 @@ inline void run_grid(const Grid& grid) {
     try {
       Block block(grid, *stacks);
       for (int64_t i = next++; i < blocks; i = next++) {
-        const auto b = static_cast<uint64_t>(launch % 2 ? blocks - 1 - i : i);
+        const auto b = static_cast<uint64_t>(order[static_cast<std::size_t>(i)]);
         block.run({static_cast<unsigned>(b % grid.size.x),
                    static_cast<unsigned>(b / grid.size.x % grid.size.y),
                    static_cast<unsigned>(b / grid.size.x / grid.size.y)},
-                  (b + launch) % 2);
+                  {(b + launch) % 2 != 0, seed != nullptr, first_seed + b});
       }
     } catch (...) {
       const std::lock_guard<std::mutex> hold(error_mutex);
@@ -537,11 +592,50 @@ inline void run_grid(const Grid& grid) {
   if (error) std::rethrow_exception(error);
 }
 
+// What a stream is told while it is captured: not done, but kept for replay(), and all that the
+// host may ask for meanwhile. Whatever it works on must be there in a replay still.
+class Graph {
+ public:
+  template <class Body>
+  Graph(const void* stream, const Body& body) : stream_(stream) {
+    if (!stream) throw std::runtime_error("the default stream can't be captured");
+    if (capturing) throw std::runtime_error("a stream is captured already");
+    capturing = this;
+    try {
+      body();
+    } catch (...) {
+      capturing = nullptr;
+      throw;
+    }
+    capturing = nullptr;
+  }
+  Graph(const Graph&) = delete;
+
+  void replay() const {
+    for (const auto& each : work_) each();
+  }
+
+  // Work for a stream.
+  template <class Work>
+  static void enqueue(const void* stream, const Work& work) {
+    if (!capturing) return work();
+    if (stream != capturing->stream_)
+      throw std::runtime_error("work for another stream than the one that is captured");
+    capturing->work_.emplace_back(work);
+  }
+
+ private:
+  static inline thread_local Graph* capturing = nullptr;
+
+  const void* stream_;
+  std::vector<std::function<void()>> work_;
+};
+
 template <class... P>
 class Launch {
  public:
-  Launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes, const void*)
-      : kernel_(kernel), grid_{grid, block, shared_bytes, nullptr, nullptr} {}
+  Launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes, const void* stream)
+      : kernel_(kernel), grid_{grid, block, shared_bytes, nullptr, nullptr}, stream_(stream) {}
 
   template <class... A>
   void operator()(const A&... arguments) {
@@ -557,18 +651,22 @@ class Launch {
     if (grid_.shared_bytes > allowance(reinterpret_cast<const void*>(kernel_)))
       throw std::runtime_error("more dynamic shared memory than allowed: " +
                                std::to_string(grid_.shared_bytes) + " bytes");
-    const std::tuple<void (*)(P...), std::decay_t<P>...> call(kernel_, arguments...);
-    grid_.context = &call;
-    grid_.body = [](const void* context) {
-      std::apply([](auto kernel, const auto&... values) { kernel(values...); },
-                 *static_cast<const std::tuple<void (*)(P...), std::decay_t<P>...>*>(context));
-    };
-    run_grid(grid_);
+    using Call = std::tuple<void (*)(P...), std::decay_t<P>...>;
+    Graph::enqueue(stream_, [of = grid_, call = Call(kernel_, arguments...)] {
+      Grid grid = of;
+      grid.context = &call;
+      grid.body = [](const void* context) {
+        std::apply([](auto kernel, const auto&... values) { kernel(values...); },
+                   *static_cast<const Call*>(context));
+      };
+      run_grid(grid);
+    });
   }
 
  private:
   void (*kernel_)(P...);
   Grid grid_;
+  const void* stream_;
 };
 
 // ---- warp operations ----
@@ -665,7 +763,10 @@ inline int __syncthreads_and(int predicate, emulated::Site site = emulated::Site
   return emulated::current->block->barrier(!predicate, site) == 0;
 }
 inline void __syncwarp(unsigned mask = ~0u, emulated::Site site = emulated::Site::here()) {
-  emulated::collective<char>(mask, '\0', [](const auto&, const auto&) {}, site);
+  const unsigned warp = emulated::current->warp;
+  emulated::collective<char>(
+      mask, '\0',
+      [&](const auto&, const auto&) { emulated::races::warp_barrier(warp, mask, site); }, site);
 }
 
 template <class T>
@@ -713,8 +814,12 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value,
 
 // ---- memory ----
 
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline void __threadfence_block() {}
+inline void __threadfence(emulated::Site site = emulated::Site::here()) {
+#if !defined(IMCL_RACES)  // that has one thread, and that sanitizer no fences
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+#endif
+  emulated::races::fence(site);
+}
 
 template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
 inline T atomicAdd(T* address, std::common_type_t<T> value) {
@@ -861,8 +966,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   }
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
+inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t stream) {
+  emulated::Graph::enqueue(stream, [=] { std::memset(data, value, bytes); });
   return cudaSuccess;
 }
 template <class... P>
