@@ -164,6 +164,9 @@ def collaborative_consistency(
     reduction: str = ...,
     return_terms: Literal[False] = ...,
     groups: Sequence[int] | None = ...,
+    weight: Tensor | None = ...,
+    sample_weight: Tensor | None = ...,
+    class_dim: int | None = ...,
     impl: str = ...,
 ) -> Tensor: ...
 
@@ -183,6 +186,9 @@ def collaborative_consistency(
     reduction: str = ...,
     return_terms: Literal[True],
     groups: Sequence[int] | None = ...,
+    weight: Tensor | None = ...,
+    sample_weight: Tensor | None = ...,
+    class_dim: int | None = ...,
     impl: str = ...,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -202,6 +208,9 @@ def collaborative_consistency(
     reduction: str = ...,
     return_terms: bool,
     groups: Sequence[int] | None = ...,
+    weight: Tensor | None = ...,
+    sample_weight: Tensor | None = ...,
+    class_dim: int | None = ...,
     impl: str = ...,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 

@@ -23,14 +23,17 @@ LAYERS = [
     "runs redundancy",
     "data objectives",
     "models imcl ilr",
-    "modules layers kernel_weights",
+    "modules choice watch plan sharding",
+    "kernel_choice imcl_output",
+    "layers kernel_weights unlearnt",
     "functional",
     "dependence",
     "implementations autograd",
     "operators",
     "kernels",
     "algebra",
-    "reference validation schedule sharding taps modes tracing",
+    "reference validation",
+    "schedule taps modes tracing outputs residual dense padding",
 ]
 
 
