@@ -127,7 +127,7 @@ class SampleGrams(Function):
     def backward(ctx, grad: Tensor):
         saved = list(ctx.saved_tensors)
         xs, means = saved[: len(ctx.scale)], saved[len(ctx.scale) :]
-        with _without_grad(), without_autocast(grad.device):
+        with without_autocast(grad.device), _without_grad():
             s = grad + grad.mT
             s = s - s.mean(-1, keepdim=True)
             s = s - s.mean(-2, keepdim=True)
@@ -163,9 +163,15 @@ def _as_blocks(gradients: list[Tensor], logits: Sequence[Tensor]) -> Sequence[Te
         return gradients
     if all(block.dim() == 2 for block in logits):
         return gradients[0].unbind()
-    heads = [block.shape[0] if block.dim() == 3 else 1 for block in logits]
-    blocks = gradients[0].split(heads)
-    return [block.view(z.shape) for block, z in zip(blocks, logits, strict=True)]
+    stacked, first, blocks = gradients[0], 0, []
+    for z in logits:
+        if z.dim() == 3:
+            blocks.append(stacked.narrow(0, first, len(z)))
+            first += len(z)
+        else:
+            blocks.append(stacked[first])
+            first += 1
+    return blocks
 
 
 class _FirstOrderOnly(Function):

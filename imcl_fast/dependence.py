@@ -161,8 +161,9 @@ def _dependence(
                 normalize=normalize,
                 layer_weight=layer_weight,
             )
-        numbered = kind == algebra.GAUSSIAN and width is not None
-        scale = [1 / (width**2 * max(x[0].numel(), 1)) if numbered else 1.0 for x in xs]
+        scale = [1.0] * len(xs)
+        if kind == algebra.GAUSSIAN and width is not None:
+            scale = [1 / (width**2 * max(x[0].numel(), 1)) for x in xs]
         grams = SampleGrams.apply(implementations.dependence(impl), scale, *xs)
         kernels = algebra.kernels(grams.unflatten(0, (-1, views)), kind, width is None)
         values = algebra.hsic(kernels, how)  # [L, V, V]

@@ -82,7 +82,7 @@ def _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
 def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
     if xs[0].device.type != "cpu":
         return _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep)
-    state = []
+    sizes: dict[torch.dtype, int] = {}  # as States of csrc/cpu/operators.cpp lays them out
     for x in xs if keep else []:
         matrices, n, d = _matrices(x, batched)
         means = n if center else 0
@@ -94,7 +94,9 @@ def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
             size = n + means
         else:
             size = n * n + means
-        state.append(x.new_empty((matrices, size), dtype=_accumulation_dtype([x])))
+        dtype = _accumulation_dtype([x])
+        sizes[dtype] = sizes.get(dtype, 0) + (matrices * size + 15) // 16 * 16
+    state = [xs[0].new_empty(size, dtype=dtype) for dtype, size in sizes.items()]
     return xs[0].new_empty((), dtype=_accumulation_dtype(xs)), state
 
 
@@ -126,13 +128,13 @@ def _gram_backward(s, xs, means):
 
 
 if build_info is not None:
-    torch.library.register_fake("imcl_fast::pairwise_forward")(_pairwise_forward)
+    torch.library.register_fake("imcl_fast::pairwise")(_pairwise_forward)
     torch.library.register_fake("imcl_fast::pairwise_backward")(_pairwise_backward)
     torch.library.register_fake("imcl_fast::consistency")(_consistency)
     torch.library.register_fake("imcl_fast::gram_forward")(_gram_forward)
     torch.library.register_fake("imcl_fast::gram_backward")(_gram_backward)
     pairwise = Pairwise(
-        torch.ops.imcl_fast.pairwise_forward.default,
+        torch.ops.imcl_fast.pairwise.default,
         torch.ops.imcl_fast.pairwise_backward.default,
     )
     consistency = torch.ops.imcl_fast.consistency.default

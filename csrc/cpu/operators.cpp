@@ -139,6 +139,66 @@ Matrices matrices_of(const Tensor& x, bool batched, std::size_t layers, Axes& ax
   return m;
 }
 
+// Where each layer's state lies: behind one another in one tensor for each accumulation type,
+// in order of appearance, every one at the start of a cache line.
+class States {
+ public:
+  explicit States(const PairwiseSettings& settings) : settings_(settings) {}
+
+  void add(const Matrices& m) {
+    constexpr int64_t kLine = 16;  // elements
+    const auto same = [&](const Part& part) { return part.wide == wide(m); };
+    auto part = std::find_if(parts_.begin(), parts_.end(), same);
+    if (part == parts_.end()) part = parts_.insert(part, Part{wide(m), 0});
+    const int64_t size = m.batch * state_size(settings_, m.rows, m.columns);
+    places_.push_back({part - parts_.begin(), part->size});
+    part->size += (size + kLine - 1) / kLine * kLine;
+  }
+
+  std::vector<Tensor> allocated(const Tensor& like) const {
+    std::vector<Tensor> tensors;
+    for (const Part& part : parts_) {
+      tensors.push_back(
+          allocate({part.size}, part.wide ? ScalarType::Double : ScalarType::Float, like));
+      advised(tensors.back());
+    }
+    return tensors;
+  }
+
+  void check(const std::vector<Tensor>& tensors) const {
+    bool same = tensors.size() == parts_.size();
+    for (std::size_t i = 0; same && i < parts_.size(); ++i) {
+      same = tensors[i].numel() == parts_[i].size &&
+             (tensors[i].scalar_type() == ScalarType::Double) == parts_[i].wide;
+    }
+    STD_TORCH_CHECK(same, "state: expected the state that pairwise_forward returned");
+  }
+
+  void point(std::vector<Matrices>& problems, const std::vector<Tensor>& tensors) const {
+    for (std::size_t i = 0; i < problems.size(); ++i) {
+      const Tensor& tensor = tensors[static_cast<std::size_t>(places_[i].part)];
+      const auto offset = places_[i].begin * static_cast<int64_t>(tensor.element_size());
+      problems[i].state = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + offset;
+    }
+  }
+
+ private:
+  struct Part {
+    bool wide;
+    int64_t size;
+  };
+  struct Place {
+    std::ptrdiff_t part;
+    int64_t begin;
+  };
+
+  static bool wide(const Matrices& m) { return m.dtype == DType::kFloat64; }
+
+  PairwiseSettings settings_;
+  std::vector<Part> parts_;
+  std::vector<Place> places_;
+};
+
 }  // namespace
 
 std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tensor>& xs,
@@ -149,17 +209,18 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
   const PairwiseSettings settings = settings_of(penalty, center, eps, precision);
   Axes axes;
   std::vector<Matrices> problems;
-  std::vector<Tensor> state;
+  problems.reserve(xs.size());
+  States states(settings);
   ScalarType loss_type = ScalarType::Float;
   for (const Tensor& x : xs) {
-    Matrices m = matrices_of(x, batched, xs.size(), axes);
-    if (m.dtype == DType::kFloat64) loss_type = ScalarType::Double;
-    if (keep) {
-      state.push_back(
-          allocate({m.batch, state_size(settings, m.rows, m.columns)}, accumulation_type(x), x));
-      m.state = advised(state.back());
-    }
-    problems.push_back(m);
+    problems.push_back(matrices_of(x, batched, xs.size(), axes));
+    states.add(problems.back());
+    if (problems.back().dtype == DType::kFloat64) loss_type = ScalarType::Double;
+  }
+  std::vector<Tensor> state;
+  if (keep) {
+    state = states.allocated(xs[0]);
+    states.point(problems, state);
   }
   const Tensor loss = allocate({}, loss_type, xs[0]);
   write(loss, 0,
@@ -170,24 +231,30 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
 std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tensor>& xs,
                                       const std::vector<Tensor>& state, int64_t penalty,
                                       bool center, double eps, bool batched, int64_t precision) {
-  STD_TORCH_CHECK(state.size() == xs.size(), "state: expected one tensor per tensor of xs");
   const PairwiseSettings settings = settings_of(penalty, center, eps, precision);
   Axes axes;
   std::vector<Matrices> problems;
+  problems.reserve(xs.size());
+  States states(settings);
   std::vector<Tensor> gradients;
-  for (std::size_t i = 0; i < xs.size(); ++i) {
-    Matrices m = matrices_of(xs[i], batched, xs.size(), axes);
-    const Tensor& dx = gradients.emplace_back(torch::stable::empty_like(xs[i]));
-    const int64_t row = batched ? 1 : 0;
+  gradients.reserve(xs.size());
+  for (const Tensor& x : xs) {
+    Matrices& m = problems.emplace_back(matrices_of(x, batched, xs.size(), axes));
+    states.add(m);
+    const Tensor& dx = gradients.emplace_back(allocate_like(x));
     m.dx = advised(dx);
+    if (x.is_contiguous()) {
+      m.dx_batch_axis = m.batch_axis;
+      m.dx_row_axis = m.row_axis;
+      m.dx_column_axis = m.column_axis;
+      continue;
+    }
     m.dx_batch_axis = batched ? axes.of(dx, {0}) : Axis{0, nullptr};
-    m.dx_row_axis = axes.of(dx, {row});
-    m.dx_column_axis = axes.of(dx, columns_of(xs[i], batched));
-    m.state = const_cast<void*>(state[i].const_data_ptr());
-    STD_TORCH_CHECK(state[i].numel() == m.batch * state_size(settings, m.rows, m.columns),
-                    "state: expected the state that pairwise_forward returned");
-    problems.push_back(m);
+    m.dx_row_axis = axes.of(dx, {batched ? 1 : 0});
+    m.dx_column_axis = axes.of(dx, columns_of(x, batched));
   }
+  states.check(state);
+  states.point(problems, state);
   imcl::pairwise_backward(*chosen_kernels().pairwise, problems, settings, read(grad), parallel());
   return gradients;
 }
