@@ -12,7 +12,7 @@ from . import dependence, functional, validation
 class RepresentationSimilarityLoss(nn.Module):
     """``functional.representation_similarity`` with its arguments kept.
 
-    Args and errors are those of the function; ``forward(features, mask=None)`` takes a Tensor
+    Args and errors are those of the function; ``forward(features, *, mask=None)`` takes a Tensor
     (B, C, *spatial) or a sequence of them and returns a scalar.
     """
 
@@ -32,6 +32,7 @@ class RepresentationSimilarityLoss(nn.Module):
     def forward(
         self,
         features: Tensor | Sequence[Tensor],
+        *,
         mask: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         return functional.representation_similarity(
