@@ -1,6 +1,6 @@
 """The fused losses as functions: validate, choose an implementation, call it.
 
-All three accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
+All accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
 ``"triton"`` and ``"cuda"`` (GPU), ``"torch"`` (the same algebra in plain PyTorch,
 any device) and ``"reference"`` (the naive definition, differentiable twice, and what
 ``"auto"`` is under the transforms of ``torch.func``).
@@ -10,8 +10,9 @@ whatever their strides, and copy none, but for logits of mixed dtypes.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import torch
@@ -25,11 +26,21 @@ from .autograd import (
     PairwisePenalty,
     without_autocast,
 )
+from .dependence import dependence, view_dependence
+
+__all__ = [
+    "collaborative_consistency",
+    "dependence",
+    "kernel_similarity",
+    "representation_similarity",
+    "view_dependence",
+]
 
 PENALTIES = ("square", "abs", "signed")
 TEACHERS = ("others", "mean", "final", "pairwise")
 REDUCTIONS = ("mean", "sum", "none")
 PRECISIONS = ("highest", "high", "medium")
+PLAIN = (float, int, bool, str, type(None))  # types of options that are remembered
 
 
 def representation_similarity(
@@ -304,6 +315,22 @@ def collaborative_consistency(
 # seen to that before, as IMCL does when it is built.
 
 
+def _remembered(function: Callable) -> Callable:
+    """Keeps what a function makes of single numbers, bools and names: to validate them again
+    takes longer than the operation."""
+    cached = functools.lru_cache(maxsize=64, typed=True)(function)
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        plain = all(type(value) in PLAIN for value in options.values())
+        return (cached if plain and not torch.compiler.is_compiling() else function)(
+            *args, **options
+        )
+
+    return call
+
+
+@_remembered
 def _consistency_options(
     heads: int,
     *,
@@ -357,7 +384,7 @@ def _consistency(
             dtype = torch.promote_types(dtype, block.dtype)
         blocks = [block.to(dtype) for block in blocks]
     device = blocks[0].device
-    impl = implementations.choose(_transformed(impl), "consistency", device, [dtype])
+    impl = implementations.choose(impl, "consistency", device, [dtype])
     with without_autocast(device):
         if impl == "reference":
             return reference.consistency(
@@ -382,9 +409,7 @@ def _pairwise(
     xs: list[Tensor], penalty: int, center: bool, eps: float, batched: bool, impl: str
 ) -> Tensor:
     device = xs[0].device
-    impl = implementations.choose(
-        _transformed(impl), "pairwise", device, [x.dtype for x in xs]
-    )
+    impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
     options = PairwiseOptions(penalty, center, eps, batched, _precision(device.type))
     with without_autocast(device):
         if impl == "reference":
@@ -392,18 +417,6 @@ def _pairwise(
                 xs, penalty=PENALTIES[penalty], center=center, eps=eps, batched=batched
             )
         return PairwisePenalty.apply(implementations.pairwise(impl), options, *xs)
-
-
-def _transformed(impl: str) -> str:
-    """``impl``, or under transforms of torch.func the one that can be transformed."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return impl
-    if impl not in ("auto", "reference"):
-        raise RuntimeError(
-            f'impl="{impl}" can\'t run under torch.func (grad, vmap, jvp and the like); pass '
-            'impl="reference", which "auto" is there'
-        )
-    return "reference"
 
 
 @tracing.constant
