@@ -23,14 +23,16 @@ LAYERS = [
     "runs redundancy",
     "data objectives",
     "models imcl ilr",
-    "modules layers kernel_weights",
+    "modules watch plan choice sharding unlearnt",
+    "kernel_choice imcl_output",
+    "layers kernel_weights",
     "functional",
     "dependence",
     "implementations autograd",
     "operators",
     "kernels",
     "algebra",
-    "reference validation schedule sharding taps modes tracing",
+    "reference validation schedule taps modes tracing outputs residual padding",
 ]
 
 
