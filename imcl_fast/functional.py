@@ -418,7 +418,7 @@ def _consistency(
             dtype = torch.promote_types(dtype, block.dtype)
         blocks = [block.to(dtype) for block in blocks]
     device = blocks[0].device
-    impl = implementations.choose(_transformed(impl), "consistency", device, [dtype])
+    impl = implementations.choose(impl, "consistency", device, [dtype])
     with without_autocast(device):
         if impl == "reference":
             return reference.consistency(
@@ -445,9 +445,7 @@ def _pairwise(
     xs: list[Tensor], penalty: int, center: bool, eps: float, batched: bool, impl: str
 ) -> Tensor:
     device = xs[0].device
-    impl = implementations.choose(
-        _transformed(impl), "pairwise", device, [x.dtype for x in xs]
-    )
+    impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
     options = PairwiseOptions(penalty, center, eps, batched, _precision(device.type))
     with without_autocast(device):
         if impl == "reference":
@@ -455,18 +453,6 @@ def _pairwise(
                 xs, penalty=PENALTIES[penalty], center=center, eps=eps, batched=batched
             )
         return PairwisePenalty.apply(implementations.pairwise(impl), options, *xs)
-
-
-def _transformed(impl: str) -> str:
-    """``impl``, or under transforms of torch.func the one that can be transformed."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return impl
-    if impl not in ("auto", "reference"):
-        raise RuntimeError(
-            f'impl="{impl}" can\'t run under torch.func (grad, vmap, jvp and the like); pass '
-            'impl="reference", which "auto" is there'
-        )
-    return "reference"
 
 
 @tracing.constant

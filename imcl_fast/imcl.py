@@ -211,7 +211,7 @@ class IMCL(nn.Module):
         with evaluating(model):  # otherwise, to read a weight under spectral norm changes it
             values = {name: getattr(self, name) for name in WEIGHTS}
             choice = choose(trace, values, layers, classifier, kernels)
-            self._kernel_share = KernelShare.of(choice.kernels, model, shard_kernels)
+            self._kernel_share = KernelShare.of(choice.kernels, trace.model, shard_kernels)
         if choice.nothing:
             for name in choice.nothing:
                 setattr(self, name, 0.0)

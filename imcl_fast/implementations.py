@@ -159,6 +159,13 @@ def choose(
         ValueError: ``impl`` is not the name of an implementation.
         RuntimeError: the implementation asked for can't run, and why.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if impl not in ("auto", "reference"):
+            raise RuntimeError(
+                f'impl="{impl}" can\'t run under torch.func (grad, vmap, jvp and the like); pass '
+                'impl="reference", which "auto" is there'
+            )
+        return "reference"
     if impl == "auto":
         if device.type == "meta":  # there is nothing to compute
             return "torch"

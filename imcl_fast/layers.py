@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,7 @@ def trace(
             "example_input: expected a Tensor, a tuple of arguments or a dict of keyword "
             f"arguments, got {type(example_input).__name__}"
         )
+    model = cast(nn.Module, getattr(model, "_orig_mod", model))  # of torch.compile's wrapper
     args, kwargs = outputs.arguments(example_input, {})
     kwargs.pop(outputs.LABELS, None)
     calls: dict[str, list[Call]] = {}

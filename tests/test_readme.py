@@ -97,6 +97,7 @@ def test_every_row_of_the_table_has_a_setting():
 
 @pytest.mark.parametrize("row", SETTINGS)
 @pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel")
 def test_a_row_trains(row):
     torch.manual_seed(0)
     given = {"IMCL": IMCL, "model": Images, "x": X, "y": Y, **SETTINGS[row]}

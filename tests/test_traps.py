@@ -90,6 +90,10 @@ LOSSES = {
     "representation": (lambda x, **o: F.representation_similarity(x, center=True, **o), FEATURES),
     "kernel": (F.kernel_similarity, FEATURES),
     "consistency": (lambda z, **o: F.collaborative_consistency(z, Y.clamp(max=4), **o), HEADS),
+    "dependence": (
+        lambda x, **o: F.dependence(x, HEADS.double().movedim(0, 1).flatten(1), **o),
+        torch.rand(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    ),
     "consistency alone": (lambda z, **o: F.collaborative_consistency(z, None, **o), HEADS),
 }
 
