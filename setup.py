@@ -47,7 +47,7 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "baseline": "",
 }
-PRODUCTS_ONLY = ("amx",)  # levels that the consistency, which has no products, does without
+PRODUCTS_ONLY = ("amx",)  # levels of rounded products, which only the pairwise penalty has
 TORCH_ABI = "0x020b000000000000"  # runs under torch 2.11 and later
 
 NVCCFLAGS = (
@@ -283,13 +283,13 @@ def ninja_file(operators: Path, build_info: Path) -> str:
             lines.append(f"build {kernels[-1]}: nvcc {source}")
     kernels += [
         compile_(cpu / f"{op}_kernels.cpp", f"{op}_{isa}", f"-DIMCL_ISA={isa} {ISA_FLAGS[isa]}")
-        for op in ("pairwise", "consistency")
+        for op in ("pairwise", "consistency", "dependence")
         for isa in levels
         if op == "pairwise" or isa not in PRODUCTS_ONLY
     ]
     kernels += [
         compile_(cpu / f"{name}.cpp", name)
-        for name in ("pairwise", "consistency", "dispatch", "scratch")
+        for name in ("pairwise", "consistency", "dependence", "dispatch", "scratch")
     ]
     isa = compile_(cpu / "isa.cpp", "isa")
     stable = f"-DTORCH_TARGET_VERSION={TORCH_ABI} -isystem {torch / 'include'}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from imcl_fast.training.files import write_json
+from imcl_fast.runs.files import write_json
 
 from . import (
     contention,

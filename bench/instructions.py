@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from imcl_fast.training.files import write_json
+from imcl_fast.runs.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc/cpu"

@@ -4,11 +4,11 @@ place for them: between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from imcl_fast.training.files import write
+from imcl_fast.runs.files import write
 
 from .rows import OPERATIONS
 from .step import FUSED as FUSED_WAYS
@@ -23,6 +23,8 @@ HEADLINES = (
     "kernel R18 float32",
     "consistency 5 x 128 x 1000 float32",
 )
+
+WITHOUT = "fused, without "  # one of the ways: stored results have such steps
 
 Results = Mapping
 
@@ -149,8 +151,11 @@ def operation(name: str) -> Callable[[Results], str]:
                     f"{row['floors']['both'] / both['median']:.0%}" if times["same"] else "",
                     mebibytes(times["peak_bytes"]),
                 ])  # fmt: skip
+        if not lines:
+            return "Not measured yet.\n"
+        similarity = name in ("representation", "kernel")
         return table(
-            [f"{name} similarity" if name != "consistency" else name, "who", "forward ms",
+            [f"{name} similarity" if similarity else name, "who", "forward ms",
              "backward ms", "both ms", "quartiles", "over fused", "of floor", "peak MiB"],
             lines,
         )  # fmt: skip
@@ -160,14 +165,20 @@ def operation(name: str) -> Callable[[Results], str]:
 
 def step(results: Results) -> str:
     """All whole training steps."""
-    lines = []
-    for title, found in results["steps"].items():
+    head = ["training step", "objective", "ms", "quartiles", "images/s", "over plain",
+            "peak MiB", "extra"]  # fmt: skip
+    return table(head, _steps(results, results["steps"]))
+
+
+def _steps(results: Results, titles: Iterable[str]) -> Iterator[list[str]]:
+    for title in titles:
+        found = results["steps"][title]
         for name, one in found["methods"].items():
-            if name.startswith("fused, without "):
+            if name.startswith(WITHOUT):
                 continue
             spent = one["seconds"]
             plain = name == found["base"]
-            lines.append([
+            yield [
                 title,
                 name,
                 milliseconds(spent["median"]),
@@ -176,10 +187,7 @@ def step(results: Results) -> str:
                 "" if plain else percent(one["overhead"]),
                 mebibytes(one["peak_bytes"]),
                 "" if plain else percent(one["extra_memory"]),
-            ])  # fmt: skip
-    head = ["training step", "objective", "ms", "quartiles", "images/s", "over plain",
-            "peak MiB", "extra"]  # fmt: skip
-    return table(head, lines)
+            ]
 
 
 def step_summary(results: Results) -> str:
@@ -191,18 +199,13 @@ def step_summary(results: Results) -> str:
     }  # fmt: skip
     if not over:
         return "None in this run.\n"
-    lines = []
-    for title in dict.fromkeys((min(over, key=over.__getitem__), max(over, key=over.__getitem__))):
-        found = results["steps"][title]
-        for name, one in found["methods"].items():
-            if name.startswith("fused, without "):
-                continue
-            plain = name == found["base"]
-            lines.append([
-                title, name, milliseconds(one["seconds"]["median"]),
-                f"{one['images_per_second']:.0f}", "" if plain else percent(one["overhead"]),
-                "" if plain else percent(one["extra_memory"]),
-            ])  # fmt: skip
+    least, most = (pick(over, key=over.__getitem__) for pick in (min, max))
+    lines = [
+        [title, name, ms, images, overhead, more]
+        for title, name, ms, _, images, overhead, _, more in _steps(
+            results, dict.fromkeys((least, most))
+        )
+    ]
     head = [f"the least and the most of {len(over)} training steps", "objective", "ms",
             "images/s", "over plain", "more memory"]  # fmt: skip
     return table(head, lines)
@@ -231,17 +234,6 @@ def step_kernels(results: Results) -> str:
         )
     said = "; ".join(f"{title}: {count}" for title, count in counts.items())
     return f"Layers whose kernels way 4 takes: {said}.\n"
-
-
-def shares(results: Results) -> str:
-    """What each way adds to a step, by leaving it out."""
-    lines = [
-        [title, *(percent(share) for share in found["shares"].values())]
-        for title, found in results["steps"].items()
-        if found["shares"]
-    ]
-    ways = next((list(f["shares"]) for f in results["steps"].values() if f["shares"]), [])
-    return table(["of the plain step", *ways], lines)
 
 
 def host(results: Results) -> str:
@@ -381,7 +373,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "step-summary": step_summary,
     "step-kernels": step_kernels,
     "naive": naive,
-    "shares": shares,
     "host": host,
     "contention": contention,
     "scaling": scaling,

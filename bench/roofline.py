@@ -50,7 +50,7 @@ def work(row: Row) -> Work:
             matrices, rows = 1, shape[0]
         columns = torch.Size(shape).numel() // (matrices * rows)
         small, large = rows, columns  # of the symmetric matrix, and what is summed over
-        if row.penalty == "square" and 2 * columns <= rows:
+        if row.operation != "dependence" and row.penalty == "square" and 2 * columns <= rows:
             small, large = columns, rows
         gram = matrices * small * (small + 1) * large
         product = 2 * matrices * small * small * large

@@ -14,7 +14,8 @@ from imcl_fast import functional as F
 from . import shapes
 from .shapes import Shapes
 
-OPERATIONS = ("representation", "kernel", "consistency")
+OPERATIONS = ("representation", "kernel", "consistency", "dependence")
+VIEWS = 3  # of a dependence, side by side in its shapes
 TEMPERATURE = 2.0
 
 Loss = Callable[[Sequence[Tensor]], Tensor]
@@ -27,7 +28,8 @@ class Row:
     Attributes:
         operation: one of ``OPERATIONS``.
         work: whose shapes these are, as the tables call it.
-        shapes: of the inputs: features (B, C, H, W), weights, or one (B, K) per head.
+        shapes: of the inputs: features (B, C, H, W), weights, one (B, K) per head, or each layer's
+            features once for every view.
         channels_last: whether 4-D inputs lie so in memory.
         center: of the representation similarity.
         penalty: of the similarities.
@@ -64,9 +66,11 @@ class Row:
         generator = torch.Generator(device).manual_seed(seed)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         leaves = []
-        for shape in self.shapes:
+        for index, shape in enumerate(self.shapes):
             x = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-            if self.operation == "representation":
+            if self.operation == "dependence" and index % VIEWS:
+                x += leaves[index - index % VIEWS].detach()  # otherwise they depend on nothing
+            if self.operation in ("representation", "dependence"):
                 x.relu_()
             x = x.to(self.dtype)
             leaves.append(x.contiguous(memory_format=layout) if x.dim() == 4 else x)
@@ -85,6 +89,8 @@ class Row:
             )
         if self.operation == "kernel":
             return lambda xs: F.kernel_similarity(xs, penalty=self.penalty, impl=impl)
+        if self.operation == "dependence":
+            return lambda xs: F.view_dependence([xs[v::VIEWS] for v in range(VIEWS)], impl=impl)
         y = self.target(device)
         return lambda xs: F.collaborative_consistency(xs, y, temperature=TEMPERATURE, impl=impl)
 
@@ -105,6 +111,11 @@ def consistency(heads: int, batch: int, classes: int, **options) -> Row:
     )
 
 
+def dependence(work: str, layers: Shapes, batch: int, **options) -> Row:
+    shapes_ = tuple((batch, *shape[1:]) for shape in layers for _ in range(VIEWS))
+    return Row("dependence", f"{VIEWS} x {work}, batch {batch}", shapes_, **options)
+
+
 def rows(quick: bool) -> list[Row]:
     """All rows, or the few of a quick run."""
     half = {"dtype": torch.bfloat16}
@@ -115,6 +126,7 @@ def rows(quick: bool) -> list[Row]:
         Row("kernel", "R18", shapes.resnet18_weights(), compiled=not quick),
         consistency(5, 128, 1000, compiled=not quick),
     ]
+    chosen.append(dependence("R18", r18, 64, compiled=not quick))
     if quick:
         return chosen
     features = {
@@ -146,6 +158,9 @@ def rows(quick: bool) -> list[Row]:
         consistency(5, 64, 21841),
         consistency(5, 16, 128256),
         consistency(5, 16, 128256, **half),
+        dependence("R18", r18, 64, **half),
+        dependence("R18", r18, 64, channels_last=True),
+        dependence("R18", r18, 256),
     ]
     return sorted(chosen, key=lambda row: OPERATIONS.index(row.operation))
 

@@ -4,6 +4,7 @@ the number of kernels."""
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -57,10 +58,7 @@ MOST_OF_MEMORY = 0.75
 def slope(points: Sequence[tuple[float, float]]) -> float:
     """Least squares slope of log(y) over log(x): the exponent of a power law."""
     xs, ys = ([math.log(value) for value in column] for column in zip(*points, strict=True))
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum(
-        (x - x_mean) ** 2 for x in xs
-    )
+    return statistics.linear_regression(xs, ys).slope
 
 
 def cost(device: torch.device, quick: bool, seconds: float) -> dict[str, dict]:

@@ -26,8 +26,6 @@ EVERY_STEP = {"representation_interval": 1, "kernel_interval": 1}
 SCHEDULE = {"representation_interval": 4, "kernel_interval": 8}
 BATCHES = 3  # of images, taken in turn
 CLASSES = 10
-WITHOUT = "fused, without "
-OUT_OF_WAYS = {way: tuple(w for w in objectives.WAYS if w != way) for way in objectives.WAYS}
 
 # Method, and arguments of objectives.build. "compiled" ones are compared among themselves.
 MAIN: dict[str, dict] = {
@@ -41,16 +39,13 @@ ANCESTORS: dict[str, dict] = {
     "Song & Chai, 2 heads": {"method": "song-chai-2"},
     "Song & Chai, 4 heads": {"method": "song-chai-4"},
 }
-SHARES: dict[str, dict] = {
-    f"{WITHOUT}{way}": {"method": "imcl", "ways": ways, **EVERY_STEP}
-    for way, ways in OUT_OF_WAYS.items()
-}
 COMPILED: dict[str, dict] = {
     PLAIN_COMPILED: {"method": "imcl", "ways": ()},
     "four ways, naive, compiled": {"method": "imcl", "impl": "reference", **EVERY_STEP},
     "four ways, fused, compiled": {"method": "imcl", **EVERY_STEP},
     f"{SCHEDULED}, compiled": {"method": "imcl", **SCHEDULE},
 }
+METHODS = {**MAIN, **ANCESTORS, **COMPILED}
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def steps(quick: bool) -> list[Step]:
     return [
         # What is quoted: with fewer rounds its overhead varies by several points.
         Step("resnet18", 128, rounds=12),
-        Step("resnet18", 64, width=32, methods=(*few, *ANCESTORS, *SHARES)),
+        Step("resnet18", 64, width=32, methods=(*few, *ANCESTORS)),
         Step("resnet18", 64, width=32, methods=tuple(COMPILED)),
         Step("resnet18", 128, bfloat16=True, methods=few),
         Step("resnet18", 128, width=16, bfloat16=True, methods=few),
@@ -102,8 +97,7 @@ def measure(
     same round, less 1: the machine drifts by more than what is measured. Of a schedule each
     kind of step is timed once in a round; seconds and overhead are the period's mean,
     ``fullest`` the overhead of its longest step. ``extra_memory`` compares peaks above what
-    the idle networks take. ``share`` is what one way adds, by leaving it out, of the plain
-    step. ``kernels`` is the number of layers that way 4 takes.
+    the idle networks take. ``kernels`` is the number of layers that way 4 takes.
     """
     if PLAIN_COMPILED in step.methods:
         torch._dynamo.reset()
@@ -115,14 +109,14 @@ def measure(
             left_out[name] = "this CPU has no bfloat16 units: a step takes ten times its float32"
             continue
         try:
-            found = runs_of(step, name, device)
+            found = runs_of(step, METHODS[name], device, compiled=name in COMPILED)
         except Exception as error:  # the reason goes into the report
             left_out[name] = f"{type(error).__name__}: {error}"
             continue
         kinds[name] = {f"{name} {kind}": share for kind, (share, _) in found.items()}
         runs |= {f"{name} {kind}": run for kind, (_, run) in found.items()}
     if not runs:
-        return {"base": PLAIN, "methods": {}, "shares": {}, "left_out": left_out, "kernels": 0}
+        return {"base": PLAIN, "methods": {}, "left_out": left_out, "kernels": 0}
     times = interleaved(runs, seconds, fewest=fewest or step.rounds, most=30, warm_up=1)
     base = PLAIN_COMPILED if PLAIN_COMPILED in kinds else PLAIN
     (plain,) = kinds[base]
@@ -148,13 +142,8 @@ def measure(
             "peak_bytes": peak,
             "extra_memory": peak / least - 1 if peak is not None and least else None,
         }
-    shares = {
-        name.removeprefix(WITHOUT): methods[FUSED]["overhead"] - found["overhead"]
-        for name, found in methods.items()
-        if name.startswith(WITHOUT)
-    }
     return {
-        "base": base, "methods": methods, "shares": shares, "left_out": left_out,
+        "base": base, "methods": methods, "left_out": left_out,
         "kernels": len(find_kernels(network_of(step))),
     }  # fmt: skip
 
@@ -190,11 +179,10 @@ def kinds_of_steps(schedule: Schedule) -> dict[str, tuple[float, Turn]]:
 
 
 def runs_of(
-    step: Step, method: str, device: torch.device
+    step: Step, options: dict, device: torch.device, *, compiled: bool = False
 ) -> dict[str, tuple[float, Callable[[int], float]]]:
     """By kind of step: its share of a period, and a training step of one method on the i-th
-    batch, which returns its seconds."""
-    options = {**MAIN, **ANCESTORS, **SHARES, **COMPILED}[method]
+    batch, which returns its seconds. ``options`` are those of ``objectives.build``."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCHES, step.batch, 3, step.size, step.size, generator=generator)
@@ -210,7 +198,7 @@ def runs_of(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=step.bfloat16):
             return objective(x, y).loss
 
-    loss = torch.compile(loss_of) if method in COMPILED else loss_of
+    loss = torch.compile(loss_of) if compiled else loss_of
 
     def wait() -> None:
         if device.type == "cuda":

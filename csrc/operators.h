@@ -28,10 +28,19 @@ using ConsistencyForward = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
     const std::vector<int64_t>&, const std::vector<double>&, const std::vector<int64_t>&,
     const std::vector<bool>&, double, int64_t, int64_t, bool);
 
+// (xs, scale) -> (grams, means)
+using GramForward = std::tuple<Tensor, std::vector<Tensor>>(const std::vector<Tensor>&,
+                                                            const std::vector<double>&);
+// (s, xs, means) -> dxs
+using GramBackward = std::vector<Tensor>(const Tensor&, const std::vector<Tensor>&,
+                                         const std::vector<Tensor>&);
+
 namespace cpu {
 PairwiseForward pairwise_forward;
 PairwiseBackward pairwise_backward;
 ConsistencyForward consistency;
+GramForward gram_forward;
+GramBackward gram_backward;
 }  // namespace cpu
 
 namespace cuda {

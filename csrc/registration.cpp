@@ -5,8 +5,10 @@
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY(imcl_fast, m) {
+  // torch.compile keeps compiled graphs on disk by the operators' names, whatever their outputs
+  // are by now: who changes those of an operator gives it a new name.
   m.def(
-      "pairwise_forward(Tensor[] xs, int penalty, bool center, float eps, bool batched, "
+      "pairwise(Tensor[] xs, int penalty, bool center, float eps, bool batched, "
       "int precision, bool keep) -> (Tensor, Tensor[])");
   m.def(
       "pairwise_backward(Tensor grad, Tensor[] xs, Tensor[] state, int penalty, bool center, "
@@ -16,17 +18,21 @@ STABLE_TORCH_LIBRARY(imcl_fast, m) {
       "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
       "bool[] detach, float label_smoothing, int ignore_index, int reduction, bool keep) "
       "-> (Tensor, Tensor, Tensor[])");
+  m.def("gram_forward(Tensor[] xs, float[] scale) -> (Tensor, Tensor[])");
+  m.def("gram_backward(Tensor s, Tensor[] xs, Tensor[] means) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(imcl_fast, CPU, m) {
-  m.impl("pairwise_forward", TORCH_BOX(&imcl::cpu::pairwise_forward));
+  m.impl("pairwise", TORCH_BOX(&imcl::cpu::pairwise_forward));
   m.impl("pairwise_backward", TORCH_BOX(&imcl::cpu::pairwise_backward));
   m.impl("consistency", TORCH_BOX(&imcl::cpu::consistency));
+  m.impl("gram_forward", TORCH_BOX(&imcl::cpu::gram_forward));
+  m.impl("gram_backward", TORCH_BOX(&imcl::cpu::gram_backward));
 }
 
 #if defined(IMCL_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(imcl_fast, CUDA, m) {
-  m.impl("pairwise_forward", TORCH_BOX(&imcl::cuda::pairwise_forward));
+  m.impl("pairwise", TORCH_BOX(&imcl::cuda::pairwise_forward));
   m.impl("pairwise_backward", TORCH_BOX(&imcl::cuda::pairwise_backward));
   m.impl("consistency", TORCH_BOX(&imcl::cuda::consistency));
 }

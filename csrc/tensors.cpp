@@ -20,6 +20,20 @@ Tensor empty_gradient(const Tensor& x) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Without the dispatcher, which costs as much as the allocation.
+Tensor strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype,
+               const Tensor& like) {
+  int32_t device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  AtenTensorHandle tensor = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, to<int32_t>(from(dtype)),
+                                                  device_type, device_index, &tensor));
+  return Tensor(tensor);
+}
+
 // The dimensions of the samples of logits (B, K) or (h, *samples, K): the first, and how many.
 int64_t first_sample(const Tensor& z) { return z.dim() == 2 ? 0 : 1; }
 int64_t sample_dimensions(const Tensor& z) { return z.dim() - 1 - first_sample(z); }
@@ -178,7 +192,16 @@ ScalarType accumulation_type(const Tensor& x) {
 }
 
 Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+  std::array<int64_t, 4> strides{};
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "allocate: expected 4 dimensions at most");
+  int64_t stride = 1;
+  for (std::size_t d = sizes.size(); d-- > 0; stride *= sizes.begin()[d]) strides[d] = stride;
+  return strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), dtype, like);
+}
+
+Tensor allocate_like(const Tensor& x) {
+  if (!x.is_contiguous()) return torch::stable::empty_like(x);
+  return strided(x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type(), x);
 }
 
 PairwiseSettings settings_of(int64_t penalty, bool center, double eps, int64_t precision) {

@@ -23,6 +23,9 @@ ScalarType accumulation_type(const Tensor& x);
 
 Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like);
 
+// Empty, shaped and strided like x and of its dtype, as torch.empty_like.
+Tensor allocate_like(const Tensor& x);
+
 PairwiseSettings settings_of(int64_t penalty, bool center, double eps, int64_t precision);
 
 // 1 / (layers * batch * rows * (rows - 1)), the factor of every term of the penalty.

@@ -9,10 +9,11 @@ from .modules import (
     CollaborativeConsistencyLoss,
     KernelSimilarityLoss,
     RepresentationSimilarityLoss,
+    ViewDependence,
 )
 
 if TYPE_CHECKING:
-    from .training.config import TrainConfig
+    from .runs.config import TrainConfig
     from .training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "RepresentationSimilarityLoss",
     "TrainConfig",
     "Trainer",
+    "ViewDependence",
     "functional",
 ]
 
@@ -34,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
         return Trainer
     if name == "TrainConfig":
-        from .training.config import TrainConfig
+        from .runs.config import TrainConfig
 
         return TrainConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -111,6 +111,36 @@ class CollaborativeConsistency(Function):
         return *[None] * 5, *_needed(dz, ctx.needs_input_grad[5:])
 
 
+class SampleGrams(Function):
+    """apply(implementation, scale, *xs) -> Grams (n, B, B) of the samples, centred over them.
+
+    They come out in float64 where there is one, and so does their gradient come in: what is made
+    of them subtracts nearly equal numbers, and they are small.
+    """
+
+    @staticmethod
+    def forward(ctx, *args) -> Tensor:
+        implementation, scale, *xs = args
+        grams, means = implementation.forward(xs, scale)
+        ctx.save_for_backward(*xs, *means)
+        ctx.implementation, ctx.scale, ctx.accumulation = implementation, scale, grams.dtype
+        return grams if grams.device.type == "mps" else grams.double()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        saved = list(ctx.saved_tensors)
+        xs, means = saved[: len(ctx.scale)], saved[len(ctx.scale) :]
+        with without_autocast(grad.device), _without_grad():
+            s = grad + grad.mT
+            s = s - s.mean(-1, keepdim=True)
+            s = s - s.mean(-2, keepdim=True)
+            if any(factor != 1 for factor in ctx.scale):
+                s = torch.stack([f * each for f, each in zip(ctx.scale, s, strict=True)])
+            dxs = ctx.implementation.backward(s.to(ctx.accumulation), xs, means)
+        dxs = _first_order_only(dxs, [grad, *xs])
+        return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
+
+
 def _is_last_use(grad: Tensor) -> bool:
     """Whether the saved tensors die with this backward, so that they may be overwritten."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(grad):
@@ -136,9 +166,15 @@ def _as_blocks(gradients: list[Tensor], logits: Sequence[Tensor]) -> Sequence[Te
         return gradients
     if all(block.dim() == 2 for block in logits):
         return gradients[0].unbind()
-    heads = [block.shape[0] if block.dim() > 2 else 1 for block in logits]
-    blocks = gradients[0].split(heads)
-    return [block.view(z.shape) for block, z in zip(blocks, logits, strict=True)]
+    stacked, first, blocks = gradients[0], 0, []
+    for z in logits:
+        if z.dim() > 2:
+            blocks.append(stacked.narrow(0, first, len(z)))
+            first += len(z)
+        else:
+            blocks.append(stacked[first])
+            first += 1
+    return blocks
 
 
 class _FirstOrderOnly(Function):

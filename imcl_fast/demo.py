@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from . import data, implementations
 from .objectives import WAYS
+from .reports.paired import in_percent
 from .reports.table import text_table
-from .training import flags
-from .training.config import TrainConfig
-from .training.errors import Interrupted, TrainingError
+from .runs import flags
+from .runs.config import POSITIVE, SHARE, Range, TrainConfig
+from .runs.errors import Interrupted, TrainingError
 from .training.progress import Observer
 from .training.trainer import Trainer
 
@@ -100,7 +101,7 @@ def table(results: Mapping[str, Sequence[Result]], implementation: str) -> str:
     for method, runs in results.items():
         if not runs:
             continue
-        accuracies = [100 * run.summary["last_test_accuracy"] for run in runs]
+        accuracies = [run.summary["last_test_accuracy"] for run in runs]
         fitted = [100 * run.row["fit_noisy"] for run in runs if "fit_noisy" in run.row]
         terms = [[run.row[key] for run in runs if key in run.row] for key in TERMS]
         seconds = statistics.mean(run.summary["seconds_per_step"] for run in runs)
@@ -108,7 +109,7 @@ def table(results: Mapping[str, Sequence[Result]], implementation: str) -> str:
             [
                 method,
                 implementation if METHODS[method] else "plain torch",
-                f"{_mean_and_deviation(accuracies)} %",
+                f"{in_percent(accuracies)} %",
                 f"{statistics.mean(fitted):.1f} %" if fitted else "-",
                 f"{seconds:.4f}",
                 *(f"{statistics.mean(values):.4f}" if values else "-" for values in terms),
@@ -152,24 +153,25 @@ class _OneBar(Observer):
         self._bar.update()
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
 def _parser() -> flags.Parser:
     parser = flags.Parser(
         prog="python -m imcl_fast.demo",
         description="Plain cross entropy against the four ways of intra-model collaborative "
         "learning, on handwritten digits with wrong labels.",
     )
-    add = parser.add_number
-    add("--seeds", int, 3, "runs of each method", low=1)
-    add("--epochs", int, 30, "epochs of each run", low=1)
-    add("--label-noise", float, 0.5, "share of wrong training labels", low=0, high=1)
-    add("--width", int, 8, "channels of the network's first stage", low=2)
-    # So small a network gains little from more, and stalls where other programs use them.
-    add("--threads", int, 1, "CPU threads", low=1)
+    count, share = flags.in_range(int, POSITIVE), flags.in_range(float, SHARE)
+    for flag, kind, default, help in (
+        ("--seeds", count, 3, "runs of each method"),
+        ("--epochs", count, 30, "epochs of each run"),
+        ("--label-noise", share, 0.5, "share of wrong training labels"),
+        ("--width", flags.in_range(int, Range(2)), 8, "channels of the network's first stage"),
+        # So small a network gains little from more, and stalls where other programs use them.
+        ("--threads", count, 1, "CPU threads"),
+    ):
+        metavar = "X" if kind is share else "N"
+        parser.add_argument(
+            flag, type=kind, default=default, metavar=metavar, help=f"{help} (default: {default})"
+        )
     parser.add_argument(
         "--impl",
         choices=implementations.IMPLEMENTATIONS,

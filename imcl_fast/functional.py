@@ -1,6 +1,6 @@
 """The fused losses as functions: validate, choose an implementation, call it.
 
-All three accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
+All accept ``impl``: ``"auto"`` (the fastest there is), ``"cpp"`` (CPU),
 ``"triton"`` and ``"cuda"`` (GPU), ``"torch"`` (the same algebra in plain PyTorch,
 any device) and ``"reference"`` (the naive definition, differentiable twice).
 Inputs are never written to. ``"cpp"``, ``"triton"`` and ``"cuda"`` read them as they lie,
@@ -9,8 +9,9 @@ whatever their strides, and copy none, but for logits of mixed dtypes.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,11 +24,21 @@ from .autograd import (
     PairwisePenalty,
     without_autocast,
 )
+from .dependence import dependence, view_dependence
+
+__all__ = [
+    "collaborative_consistency",
+    "dependence",
+    "kernel_similarity",
+    "representation_similarity",
+    "view_dependence",
+]
 
 PENALTIES = ("square", "abs", "signed")
 TEACHERS = ("others", "mean", "final", "pairwise")
 REDUCTIONS = ("mean", "sum", "none")
 PRECISIONS = ("highest", "high", "medium")
+PLAIN = (float, int, bool, str, type(None))  # types of options that are remembered
 
 
 def representation_similarity(
@@ -251,6 +262,22 @@ def collaborative_consistency(
 # seen to that before, as IMCL does when it is built.
 
 
+def _remembered(function: Callable) -> Callable:
+    """Keeps what a function makes of single numbers, bools and names: to validate them again
+    takes longer than the operation."""
+    cached = functools.lru_cache(maxsize=64, typed=True)(function)
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        plain = all(type(value) in PLAIN for value in options.values())
+        return (cached if plain and not torch.compiler.is_compiling() else function)(
+            *args, **options
+        )
+
+    return call
+
+
+@_remembered
 def _consistency_options(
     heads: int,
     *,

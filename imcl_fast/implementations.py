@@ -12,13 +12,18 @@ import torch
 
 from . import operators, tracing
 from .algebra import consistency as algebra_consistency
+from .algebra import dependence as algebra_dependence
 from .algebra import pairwise as algebra_pairwise
 
 IMPLEMENTATIONS = ("auto", "cpp", "triton", "cuda", "torch", "reference")
 
 # What ``impl="auto"`` tries in turn on tensors of a GPU, the faster one first, for each
 # operation. No GPU has measured the two against each other yet.
-GPU_PREFERENCE = {"pairwise": ("triton", "cuda"), "consistency": ("triton", "cuda")}
+GPU_PREFERENCE = {
+    "pairwise": ("triton", "cuda"),
+    "consistency": ("triton", "cuda"),
+    "dependence": (),  # its products are the library's, its kernels are for CPUs
+}
 TRITON_VERSION = (3, 6)  # the oldest that takes tuples of tensors as the kernels pass them
 
 _PAIRWISE = {
@@ -34,14 +39,25 @@ _CONSISTENCY = {
     "torch": algebra_consistency.forward,
 }
 
+_DEPENDENCE = {
+    "cpp": operators.gram,
+    "torch": operators.Gram(algebra_dependence.gram_forward, algebra_dependence.gram_backward),
+}
+
 
 def why_not(
-    impl: str, device: str, dtypes: Sequence[torch.dtype] = (), index: int | None = None
+    impl: str,
+    device: str,
+    dtypes: Sequence[torch.dtype] = (),
+    index: int | None = None,
+    operation: str = "pairwise",
 ) -> str | None:
-    """Why ``impl`` can't run on tensors of that device type, or None where it can.
+    """Why ``impl`` can't run an operation on tensors of that device type, or None where it can.
 
     ``index`` is that of the device among those of its type; None is the current one.
     """
+    if operation == "dependence" and impl in ("triton", "cuda"):
+        return 'the dependence has no kernels for GPUs; impl="torch" is what is quick there'
     if impl in ("torch", "reference"):
         return None
     if impl == "cpp":
@@ -136,8 +152,8 @@ def _why_not_capability(index: int) -> str | None:
 def choose(
     impl: str, operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = ()
 ) -> str:
-    """The implementation of ``"pairwise"`` or ``"consistency"`` to run on such tensors: the
-    one asked for, or the fastest there is.
+    """The implementation of ``"pairwise"``, ``"consistency"`` or ``"dependence"`` to run on such
+    tensors: the one asked for, or the fastest there is.
 
     Raises:
         ValueError: ``impl`` is not the name of an implementation.
@@ -145,7 +161,7 @@ def choose(
     """
     if impl == "auto":
         return _fastest(operation, device.type, dtypes, device.index)
-    reason = why_not(impl, device.type, dtypes, device.index)
+    reason = why_not(impl, device.type, dtypes, device.index, operation)
     if reason is not None:
         raise RuntimeError(
             f'impl="{impl}" can\'t run: {reason}. Use impl="auto"; '
@@ -159,6 +175,8 @@ def _fastest(
     operation: str, device: str, dtypes: Sequence[torch.dtype], index: int | None
 ) -> str:
     candidates = ("cpp",) if device == "cpu" else GPU_PREFERENCE[operation]
+    if not candidates:
+        return "torch"
     reasons = []
     for name in candidates:
         reason = why_not(name, device, dtypes, index)
@@ -180,6 +198,13 @@ def pairwise(impl: str) -> operators.Pairwise:
 def consistency(impl: str) -> Callable:
     """The consistency under a chosen implementation other than ``reference``."""
     implementation = _CONSISTENCY[impl]
+    assert implementation is not None
+    return implementation
+
+
+def dependence(impl: str) -> operators.Gram:
+    """The Grams of samples under a chosen implementation other than ``reference``."""
+    implementation = _DEPENDENCE[impl]
     assert implementation is not None
     return implementation
 

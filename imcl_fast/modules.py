@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from . import functional, validation
+from . import dependence, functional, validation
 
 
 class RepresentationSimilarityLoss(nn.Module):
@@ -130,3 +130,46 @@ class CollaborativeConsistencyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, teacher={self.teacher!r}, impl={self.impl!r}"
+
+
+class ViewDependence(nn.Module):
+    """``functional.view_dependence`` with its arguments kept.
+
+    Args and errors are those of the function; ``forward(views)`` takes V views, each a Tensor
+    (B, *) or a sequence of one per layer, and returns a scalar, to be maximised.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer_weight: float | Sequence[float] = 1.0,
+        kernel: str = "gaussian",
+        bandwidth: float | str = "median",
+        estimator: str = "unbiased",
+        normalize: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        validation.choice("kernel", kernel, dependence.KERNELS)
+        validation.choice("estimator", estimator, dependence.ESTIMATORS)
+        self.kernel, self.estimator, self.impl = kernel, estimator, impl
+        self.layer_weight = validation.plain(layer_weight)
+        self.bandwidth = bandwidth if isinstance(bandwidth, str) else validation.plain(bandwidth)
+        self.normalize = validation.plain(normalize)
+
+    def forward(self, views: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
+        return functional.view_dependence(
+            views,
+            layer_weight=self.layer_weight,
+            kernel=self.kernel,
+            bandwidth=self.bandwidth,
+            estimator=self.estimator,
+            normalize=self.normalize,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel={self.kernel!r}, bandwidth={self.bandwidth!r}, estimator={self.estimator!r}, "
+            f"normalize={self.normalize}, impl={self.impl!r}"
+        )

@@ -33,6 +33,13 @@ class Pairwise(NamedTuple):
     backward: Callable
 
 
+class Gram(NamedTuple):
+    """One implementation of the Grams of samples."""
+
+    forward: Callable
+    backward: Callable
+
+
 def _load() -> tuple[ModuleType | None, str]:
     if not LIBRARY.exists():
         return None, "the compiled extension isn't there: it was not built when installing"
@@ -47,6 +54,7 @@ def _load() -> tuple[ModuleType | None, str]:
 build_info, LOAD_ERROR = _load()
 pairwise: Pairwise | None = None
 consistency: Callable | None = None
+gram: Gram | None = None
 
 
 def _accumulation_dtype(xs: Sequence[Tensor]) -> torch.dtype:
@@ -75,7 +83,7 @@ def _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
 def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
     if xs[0].device.type != "cpu":
         return _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep)
-    state = []
+    sizes: dict[torch.dtype, int] = {}  # as States of csrc/cpu/operators.cpp lays them out
     for x in xs if keep else []:
         matrices, n, d = _matrices(x, batched)
         means = n if center else 0
@@ -87,7 +95,9 @@ def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
             size = n + means
         else:
             size = n * n + means
-        state.append(x.new_empty((matrices, size), dtype=_accumulation_dtype([x])))
+        dtype = _accumulation_dtype([x])
+        sizes[dtype] = sizes.get(dtype, 0) + (matrices * size + 15) // 16 * 16
+    state = [xs[0].new_empty(size, dtype=dtype) for dtype, size in sizes.items()]
     return xs[0].new_empty((), dtype=_accumulation_dtype(xs)), state
 
 
@@ -109,15 +119,30 @@ def _consistency(logits, target, weight, sample_weight, ce_weight, *options):
     return loss, terms, gradients
 
 
+def _gram_forward(xs, scale):
+    batch, dtype = xs[0].shape[0], _accumulation_dtype(xs)
+    means = [x.new_empty((math.prod(x.shape[1:]),), dtype=dtype) for x in xs]
+    return xs[0].new_empty((len(xs), batch, batch), dtype=dtype), means
+
+
+def _gram_backward(s, xs, means):
+    return [torch.empty_like(x) for x in xs]
+
+
 if build_info is not None:
-    torch.library.register_fake("imcl_fast::pairwise_forward")(_pairwise_forward)
+    torch.library.register_fake("imcl_fast::pairwise")(_pairwise_forward)
     torch.library.register_fake("imcl_fast::pairwise_backward")(_pairwise_backward)
     torch.library.register_fake("imcl_fast::consistency")(_consistency)
+    torch.library.register_fake("imcl_fast::gram_forward")(_gram_forward)
+    torch.library.register_fake("imcl_fast::gram_backward")(_gram_backward)
     pairwise = Pairwise(
-        torch.ops.imcl_fast.pairwise_forward.default,
+        torch.ops.imcl_fast.pairwise.default,
         torch.ops.imcl_fast.pairwise_backward.default,
     )
     consistency = torch.ops.imcl_fast.consistency.default
+    gram = Gram(
+        torch.ops.imcl_fast.gram_forward.default, torch.ops.imcl_fast.gram_backward.default
+    )
 
 
 # The launchers are imported when first called: importing Triton takes a second.

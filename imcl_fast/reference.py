@@ -166,6 +166,67 @@ def _averaged(terms: Tensor, weights: Tensor) -> Tensor:
     return terms * torch.where(total == 0, 0, 1 / total)
 
 
+def dependence(
+    views: Sequence[Sequence[Tensor]],
+    *,
+    kernel: str,
+    bandwidth: float | None,
+    estimator: str,
+    normalize: bool,
+    layer_weight: Sequence[float],
+) -> Tensor:
+    """Sum over layers of ``layer_weight`` times the mean over pairs of views of HSIC, or CKA.
+
+    ``views[v][l]`` is layer l of view v, (B, *); ``bandwidth`` None is the median distance.
+    """
+    total = []
+    for weight, layer in zip(layer_weight, zip(*views, strict=True), strict=True):
+        kernels = [_sample_kernel(x, kernel, bandwidth) for x in layer]
+        pairs = []
+        for v, k in enumerate(kernels):
+            for w in kernels[:v]:
+                value = _hsic(k, w, estimator)
+                if normalize:
+                    variance = _hsic(k, k, estimator), _hsic(w, w, estimator)
+                    degenerate = (variance[0] <= 0) | (variance[1] <= 0)
+                    product = (variance[0] * variance[1]).masked_fill(degenerate, 1)
+                    value = (value / product.sqrt()).masked_fill(degenerate, 0)
+                pairs.append(value)
+        total.append(weight * torch.stack(pairs).mean())
+    return torch.stack(total).sum().to(_loss_dtype(views[0][0]).dtype)
+
+
+def _sample_kernel(x: Tensor, kernel: str, bandwidth: float | None) -> Tensor:
+    """K (B, B) of the samples of x (B, *); in float64 where there is one, for HSIC subtracts
+    nearly equal numbers."""
+    rows = _loss_dtype(x.flatten(1) if x.dim() > 1 else x.unsqueeze(1))
+    rows = rows - rows.mean(0)  # HSIC is the same, and less of it cancels
+    gram = rows @ rows.T
+    gram = gram if gram.device.type == "mps" else gram.double()
+    if kernel == "linear":
+        return gram
+    norms = gram.diagonal()
+    squared = norms.unsqueeze(1) + norms.unsqueeze(0) - 2 * gram
+    if bandwidth is not None:
+        return (-squared / (2 * bandwidth**2 * rows.shape[1])).exp()
+    i, j = torch.triu_indices(len(rows), len(rows), 1, device=x.device)
+    median = squared.detach()[i, j].median()
+    return (-squared / (2 * median.masked_fill(median == 0, 1))).exp()
+
+
+def _hsic(k: Tensor, l: Tensor, estimator: str) -> Tensor:  # noqa: E741
+    batch = len(k)
+    if estimator == "biased":
+        h = torch.eye(batch, dtype=k.dtype, device=k.device) - 1 / batch
+        return (k @ h @ l @ h).trace() / (batch - 1) ** 2
+    k, l = (m - m.diagonal().diag() for m in (k, l))  # noqa: E741
+    return (
+        (k @ l).trace()
+        + k.sum() * l.sum() / ((batch - 1) * (batch - 2))
+        - 2 * (k @ l).sum() / (batch - 2)
+    ) / (batch * (batch - 3))
+
+
 def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1)
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .training import flags
-from .training.config import TrainConfig
-from .training.errors import DiskFullError, Interrupted, NonFiniteError, TrainingError
-from .training.progress import summary_table
+from .runs import flags
+from .runs.config import TrainConfig
+from .runs.errors import DiskFullError, Interrupted, NonFiniteError, TrainingError, one_line
+from .training.progress import Console, summary_table
 from .training.trainer import Trainer
 
 DESCRIPTION = (
@@ -30,17 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interrupted and saved.
     """
     config = flags.parse(arguments, "imcl-train", DESCRIPTION)
-    if config.run_dir is None:
-        config = replace(config, run_dir=default_folder(config))
+    folder = config.run_dir or default_folder(config)
+    config = replace(config, run_dir=folder)
     # The first of several; also where the environment is nonsense.
     world, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
     speaks = rank == "0" or not (world + rank).isdecimal() or int(rank) >= int(world)
     try:
-        summary = Trainer(config).fit()
+        observer = Console()
+        summary = Trainer(config, observer=observer).fit()
+        if speaks and config.report:
+            observer.said(_report(folder))
     except TrainingError as error:
         # What stops the first process stops all; only a batch is one process's own.
         if speaks or isinstance(error, NonFiniteError):
-            print(f"imcl-train: {_one_line(error)}", file=sys.stderr)
+            print(f"imcl-train: {one_line(error)}", file=sys.stderr)
         if speaks and isinstance(error, (Interrupted, DiskFullError)):
             print(f"imcl-train: go on with: {resume_command(config)}", file=sys.stderr)
         return error.exit_code
@@ -48,11 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("imcl-train: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"imcl-train: {_one_line(error)}", file=sys.stderr)
+        print(f"imcl-train: {one_line(error)}", file=sys.stderr)
         return 1
     if speaks:
-        print(f"\n{summary_table(summary)}\nrun folder{'':11s}{config.run_dir}")
+        print(f"\n{summary_table(summary)}\nrun folder{'':11s}{folder}")
     return 0
+
+
+def _report(folder: Path) -> str:
+    """Write the report; a line that says where, or why there is none."""
+    from .reports.charts import MissingMatplotlib  # slow to import, and used once
+    from .reports.html import write_report
+
+    try:
+        return f"report: {write_report(folder)}"
+    except MissingMatplotlib as error:
+        return f"no report: {error}"
 
 
 def default_folder(config: TrainConfig) -> Path:
@@ -67,10 +81,6 @@ def resume_command(config: TrainConfig) -> str:
     if world != "1":
         start = ["torchrun", "--nproc-per-node", world, "-m", "imcl_fast.train"]
     return shlex.join([*start, *flags.command(replace(config, resume="auto"))])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

@@ -187,6 +187,28 @@ def rows(name: str, xs: Sequence[Tensor], dim: int, kind: str) -> None:
             )
 
 
+def samples(names: Sequence[str], values: Sequence[Any], least: int) -> None:
+    """Tensors (B, *) of one B on one device; B is at least ``least``, or 0."""
+    for name, value in zip(names, values, strict=True):
+        (x,) = tensors(name, [value], "(B, *)", range(1, 64))
+        if x.device != values[0].device:
+            raise ValueError(
+                f"{name}: expected all tensors on one device ({values[0].device}, as {names[0]}), "
+                f"got {x.device}"
+            )
+        if x.shape[0] != values[0].shape[0]:
+            raise ValueError(
+                f"{name}: expected {values[0].shape[0]} samples, as {names[0]}, got shape "
+                f"{tuple(x.shape)}"
+            )
+    batch = values[0].shape[0]
+    if 0 < batch < least:
+        raise ValueError(
+            f"{names[0]}: expected at least {least} samples, got {batch}"
+            + ("; the biased estimator does with 2" if batch > 1 else "")
+        )
+
+
 def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | None:
     """Class indices (B,) as int64, in [0, K) or ``ignore_index``, or class probabilities (B, K)
     in the dtype of the loss, on the device of logits (B, K) or (h, *samples, K)."""

@@ -134,6 +134,20 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Work this small gains nothing from a second thread, and loses much on a busy machine."""
+    with threads(1):
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits():
+    from imcl_fast import data  # the tests for a GPU need none of it
+
+    return data.load("digits")
+
+
 def leaf(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A leaf on the same memory (or, with ``dtype``, a copy) that requires a gradient."""
     x = x.detach()

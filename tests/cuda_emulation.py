@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc/cuda"
 DRIVER = Path(__file__).resolve().parent / "driver"
 EMULATOR = DRIVER / "cuda_on_cpu.h"
-NAMES = ("pairwise_forward", "pairwise_backward", "consistency")
+NAMES = ("pairwise", "pairwise_backward", "consistency")
 JOBS = 2  # compilers at once
 
 # g++ doesn't know nvcc's pragmas; shared memory is carved out of bytes.
@@ -136,6 +136,6 @@ def load() -> Emulated:
     torch.ops.load_library(library())
     ops = torch.ops.imcl_fast_emulated
     return Emulated(
-        operators.Pairwise(ops.pairwise_forward.default, ops.pairwise_backward.default),
+        operators.Pairwise(ops.pairwise.default, ops.pairwise_backward.default),
         ops.consistency.default,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from imcl_fast.reports.redundancy import profile
+from imcl_fast.redundancy import profile
 
 WAYS = ["output", "multilayer", "representation", "kernel"]
 TERMS = {

@@ -10,7 +10,9 @@ from typing import Any
 import gpu_stubs
 import torch
 
+from bench import roofline
 from bench.gpu import measure, rows, worker
+from bench.step import Step
 
 SMALL = tuple((4, 8 * 2**i, 16 >> i, 16 >> i) for i in range(4))
 
@@ -29,8 +31,9 @@ gpu_stubs.record_launches()
 gpu_stubs.pretend_cuda()
 rows.R18_FEATURES, rows.resnet18_weights = SMALL, lambda: WEIGHTS
 rows.CONSISTENCIES, rows.rows = ((5, 4, 10),), gpu_stubs.few_rows
-measure.COPIED, measure.EDGE = 1024, 16
-measure.BATCH, measure.WIDTH, measure.WARM_UP, measure.ROTATED = 4, 4, 1, 2
+measure.TRAINED = Step("resnet18", 4, width=4, bfloat16=True)
+measure.DEVICE, measure.WARM_UP, measure.ROTATED = torch.device("cpu"), 1, 2
+roofline.REPEATS = 1
 worker.main(answer)
 with launches.open("a") as file:  # there are several workers
     file.write(json.dumps(gpu_stubs.KEYS) + "\n")

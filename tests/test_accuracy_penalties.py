@@ -16,7 +16,7 @@ from bench.accuracy.penalties import Probe, kernels, measure, penalty
 from bench.accuracy.tables import NOT_RUN
 from imcl_fast import models, reference
 from imcl_fast.imcl import IMCL
-from imcl_fast.training.config import TrainConfig
+from imcl_fast.runs.config import TrainConfig
 from imcl_fast.training.progress import Observer
 from imcl_fast.training.trainer import Trainer
 

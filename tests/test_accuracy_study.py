@@ -37,9 +37,10 @@ from bench.accuracy.study import Study
 from bench.render import fill_places
 from imcl_fast.imcl import IMCL
 from imcl_fast.reports.paired import interval
-from imcl_fast.training.config import OBJECTIVE, SETTINGS, TrainConfig
+from imcl_fast.runs.config import OBJECTIVE, SETTINGS, TrainConfig
+from imcl_fast.runs.network import build_network
 from imcl_fast.training.distributed import Processes
-from imcl_fast.training.preparation import build_network, build_objective, prepare_data
+from imcl_fast.training.preparation import build_objective, prepare_data
 from imcl_fast.training.progress import Observer
 from imcl_fast.training.trainer import Trainer
 
@@ -140,13 +141,7 @@ if "--label-noise" in words:
 note("ended")
 """
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

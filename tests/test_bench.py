@@ -324,7 +324,6 @@ RESULTS = {
                 "four ways, fused": method(1.1, 0.08, 0.02),
                 "fused, without kernel": method(1.05, 0.05, 0.01),
             },
-            "shares": {"kernel": 0.03},
             "left_out": {},
         },
         "a middling step": {
@@ -333,7 +332,6 @@ RESULTS = {
                 "plain cross entropy": method(1.0, 0.0, 0.0),
                 "four ways, fused": method(1.2, 0.19, 0.02),
             },
-            "shares": {},
             "left_out": {},
         },
         "a dear step, compiled": {
@@ -343,7 +341,6 @@ RESULTS = {
                 "four ways, naive, compiled": method(1.9, 0.876, 0.5),
                 "four ways, fused, compiled": method(1.3, 0.28, 0.02),
             },
-            "shares": {},
             "left_out": {},
         },
     },
@@ -379,7 +376,6 @@ def test_tables_say_what_was_measured() -> None:
     assert "| R18 float32 | reference | 100 | 200 | 300 | 300 - 300 | 5.00 | 10% | 3 |" in kernel
     assert "foreign (another quantity)" in kernel
     assert "without kernel" not in render.TABLES["step"](RESULTS)
-    assert "| a step | +3.0 % |" in render.TABLES["shares"](RESULTS)
     host_row = "| four ways | 9.00 | 10.5 | +0.50 | +1.00 | +1.20 | +2.50 | 1.25 |"
     assert host_row in render.TABLES["host"](RESULTS)
     busy = render.TABLES["contention"](RESULTS).splitlines()[2:]
@@ -486,11 +482,11 @@ def test_losing_passes_are_listed_and_only_those() -> None:
 
 def test_tables_are_filled_in_between_their_markers_only(tmp_path: Path) -> None:
     document = tmp_path / "README.md"
-    document.write_text("before\n<!-- bench:shares -->\nold\n<!-- /bench:shares -->\nafter\n")
-    assert render.fill(document, RESULTS) == ["shares"]
+    document.write_text("before\n<!-- bench:memory -->\nold\n<!-- /bench:memory -->\nafter\n")
+    assert render.fill(document, RESULTS) == ["memory"]
     once = document.read_text()
-    assert once.startswith("before\n<!-- bench:shares -->\n| of the plain step |")
-    assert once.endswith("|\n<!-- /bench:shares -->\nafter\n")
+    assert once.startswith("before\n<!-- bench:memory -->\n| kernels N |")
+    assert once.endswith("|\n<!-- /bench:memory -->\nafter\n")
     assert "old" not in once
     render.fill(document, RESULTS)
     assert document.read_text() == once
@@ -500,8 +496,8 @@ def test_tables_are_filled_in_between_their_markers_only(tmp_path: Path) -> None
     "text",
     [
         "<!-- bench:nonsense -->\n<!-- /bench:nonsense -->\n",
-        "<!-- bench:shares -->\nno end\n",
-        "<!-- bench:shares -->\n<!-- bench:step -->\n<!-- /bench:shares -->\n",
+        "<!-- bench:memory -->\nno end\n",
+        "<!-- bench:memory -->\n<!-- bench:step -->\n<!-- /bench:memory -->\n",
     ],
 )
 def test_a_document_of_wrong_markers_is_left_alone(text: str, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imcl_fast.training import checkpoint, files
-from imcl_fast.training.checkpoint import CheckpointStore, load, save
-from imcl_fast.training.errors import CheckpointError, DiskFullError
+from imcl_fast.runs import checkpoint, files
+from imcl_fast.runs.checkpoint import CheckpointStore, load, save
+from imcl_fast.runs.errors import CheckpointError, DiskFullError
 
 CONTENT = {
     "weights": {"a": torch.arange(600.0), "b": torch.ones(2, 3, dtype=torch.bfloat16)},

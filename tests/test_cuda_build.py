@@ -201,7 +201,7 @@ def built(nvcc) -> None:
 def test_extension_has_both_devices(built: None) -> None:
     """One library serves this torch, CUDA or not."""
     assert operators.LOAD_ERROR == ""
-    for name in ("pairwise_forward", "pairwise_backward", "consistency"):
+    for name in ("pairwise", "pairwise_backward", "consistency"):
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"imcl_fast::{name}", key)
 

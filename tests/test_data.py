@@ -31,15 +31,7 @@ from imcl_fast.data.split import subset, validation_split
 from imcl_fast.models import import_torchvision
 
 INSTALLED = fashion_mnist.DEBIAN
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Batches this small gain nothing from a second one, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

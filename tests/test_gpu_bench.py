@@ -25,7 +25,7 @@ from bench.gpu import rows, suite, workers
 pytestmark = pytest.mark.slow if EVERY else []
 
 HERE = Path(__file__).parent
-FAULTY = "kernel R18, bfloat16"
+FAULTY = "kernel R18 bfloat16"
 FEW = ("tests/test_triton.py", "tests/test_autograd.py")
 DRAWN = "tests/test_consistency.py::test_drawn"
 COMPILERS = "tests/test_offline_compile.py"  # which are not for a GPU

@@ -15,14 +15,7 @@ import_torchvision()
 from torchvision.models import resnet, vgg  # noqa: E402
 
 CLASSES = 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_resnet():

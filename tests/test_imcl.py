@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from imcl_fast import IMCL, data, functional, reference
+from imcl_fast import IMCL, functional, reference
 from imcl_fast.imcl import _average
 from imcl_fast.models import import_torchvision, resnet18
 
@@ -33,6 +33,7 @@ TERMS = dict(
         strict=True,
     )
 )
+pytestmark = pytest.mark.usefixtures("one_thread")
 WAYS_ON = {
     "output_weight": 0.7,
     "multilayer_weight": 1.3,
@@ -56,20 +57,6 @@ class FlatCNN(nn.Module):
 
     def forward(self, x):
         return self.fc(self.features(x).mean((2, 3)))
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small gain nothing from a second one, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from imcl_fast.training import lock
+from imcl_fast.runs import lock
 
 FORK = multiprocessing.get_context("fork")
 

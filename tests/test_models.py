@@ -9,16 +9,7 @@ from torch import nn
 from imcl_fast import IMCL
 from imcl_fast.models import NAMES, build, import_torchvision, resnet18
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small gain nothing from a second one, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 RESNETS = [name for name in NAMES if name.startswith("resnet")]
 
 

@@ -19,6 +19,8 @@ PAIRS = {
     "kernel": (imcl_fast.KernelSimilarityLoss, F.kernel_similarity),
     "consistency": (imcl_fast.CollaborativeConsistencyLoss, F.collaborative_consistency),
 }
+# Its behaviour is tested in test_dependence.py: it has other implementations.
+ALL_PAIRS = {**PAIRS, "dependence": (imcl_fast.ViewDependence, F.view_dependence)}
 # Every argument away from its default, and not all at once: some undo each other.
 OPTIONS = {
     "representation": [
@@ -71,9 +73,9 @@ def test_module_is_the_function(impl: Impl, kind: str, options: dict) -> None:
         assert not default[0].sum().equal(expected[0].sum()), "the option changed nothing"
 
 
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", ALL_PAIRS)
 def test_module_has_the_arguments_of_the_function(kind: str) -> None:
-    module, function = PAIRS[kind]
+    module, function = ALL_PAIRS[kind]
 
     def keywords(signature: inspect.Signature) -> dict:
         return {
@@ -96,9 +98,9 @@ def test_module_has_the_arguments_of_the_function(kind: str) -> None:
     assert positional(inspect.signature(module.forward)) == positional(of_function)
 
 
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", ALL_PAIRS)
 def test_module_holds_nothing_to_train_or_save(kind: str) -> None:
-    loss = PAIRS[kind][0]()
+    loss = ALL_PAIRS[kind][0]()
     assert not list(loss.parameters()) and not list(loss.buffers())
     assert not loss.state_dict()
     loss.to(torch.float64).eval().train()

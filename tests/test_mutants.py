@@ -61,6 +61,7 @@ def test_every_line_stands_once_in_the_sources() -> None:
             assert all((ROOT / a).exists() for a in tests.arguments if a.endswith(".py")), tests
 
 
+@pytest.mark.slow
 def test_a_survivor_is_told_from_the_killed(toy, capsys) -> None:
     root, lists = toy
     before = (root / "sums.py").read_text()
@@ -79,6 +80,7 @@ def test_a_survivor_is_told_from_the_killed(toy, capsys) -> None:
     assert run(toy) == 1
 
 
+@pytest.mark.slow
 def test_mutants_that_do_not_run_are_not_killed(toy, capsys) -> None:
     root, lists = toy
     (lists / "toy.toml").write_text(LIST.replace("a - b", "a +"))

@@ -84,14 +84,7 @@ NETWORKS = {
     "timm resnet18": (timm_resnet18, 64, STAGES, "fc"),
     "hand-written": (HandWritten, 16, ["body.a", "body.b"], "out"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -13,13 +13,7 @@ from imcl_fast.ilr import MultiHead
 from imcl_fast.models import resnet18
 from imcl_fast.objectives import METHODS, WAYS, CrossEntropy, build
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

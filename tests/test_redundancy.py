@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from imcl_fast import functional as F
+from imcl_fast import redundancy
 from imcl_fast.models import import_torchvision, resnet18
-from imcl_fast.reports import inspect, redundancy
-from imcl_fast.reports.redundancy import profile
+from imcl_fast.redundancy import profile
+from imcl_fast.reports import inspect
 
 BINS, CELLS = 40, 64
 

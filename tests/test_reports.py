@@ -14,7 +14,7 @@ from run_folders import WAYS, profiles, write_run
 from imcl_fast import train
 from imcl_fast.reports import charts, compare, inspect
 from imcl_fast.reports.html import write_report
-from imcl_fast.reports.run import UnreadableRun, read_run
+from imcl_fast.runs.folder import UnreadableRun, read_run
 
 drawn = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None,

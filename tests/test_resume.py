@@ -21,7 +21,7 @@ from training_processes import (
     wait_for,
 )
 
-from imcl_fast.reports.run import read_run
+from imcl_fast.runs.folder import read_run
 
 # How often runs are killed: 20 and more for a study of it.
 KILLS = int(os.environ.get("IMCL_FAST_KILLS", "3"))

@@ -100,7 +100,7 @@ def kernel_jobs(
         levels["amx"] = [*unit, "-DIMCL_MATRIX_UNIT", STAND_IN]
     return {
         f"{op}_{isa}": [*common, f"-DIMCL_ISA={isa}", *own, *extra, CPU / f"{op}_kernels.cpp"]
-        for op in ("consistency", "pairwise")
+        for op in ("consistency", "dependence", "pairwise")
         for isa, own in reversed(levels.items())
         if (only is None or isa in only) and (op == "pairwise" or isa not in products_only)
     }

@@ -12,34 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_processes import SMALL, table
+from training_processes import SMALL, TERMS, table
 
 from imcl_fast import models, objectives, operators, train
-from imcl_fast.training import flags
-from imcl_fast.training.config import SETTINGS, TrainConfig
-from imcl_fast.training.errors import UsageError
+from imcl_fast.runs import flags
+from imcl_fast.runs.config import SETTINGS, TrainConfig
+from imcl_fast.runs.errors import UsageError
 from imcl_fast.training.records import Records
 
-TERMS = [
-    "cross_entropy",
-    "output_consistency",
-    "multilayer_consistency",
-    "representation_similarity",
-    "kernel_similarity",
-]
 MEASURES = [
     "epoch", "train_loss", "test_loss", "test_accuracy", "train_accuracy", "seconds",
     "images_per_second", "data_seconds", "lr",
 ]  # fmt: skip
-pytestmark = pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +145,7 @@ def test_the_summary_and_the_configuration(run):
 
 
 def test_the_reports_can_read_it(run):
-    from imcl_fast.reports.run import read_run
+    from imcl_fast.runs.folder import read_run
 
     read = read_run(run[0])
     assert read.finished and read.epochs == 2 and read.label == "imcl"
@@ -334,7 +322,8 @@ def test_a_loss_that_is_no_number_stops_the_run(capsys, tmp_path):
 # The configuration and its flags
 
 
-def test_every_setting_is_a_flag_that_help_explains(capsys):
+def test_every_setting_is_a_flag_that_help_explains(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # lines are broken at the hyphens of a word too
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
     assert stop.value.code == 0

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from training_processes import table
+from training_processes import TERMS, config, table
 
 import imcl_fast
 from imcl_fast import (
-    TrainConfig,
     Trainer,
     data,
     demo,
@@ -25,58 +24,32 @@ from imcl_fast import (
     objectives,
     training,
 )
-from imcl_fast.reports.run import read_run
-from imcl_fast.training.distributed import Processes
-from imcl_fast.training.errors import (
+from imcl_fast.runs.errors import (
     CheckpointError,
     DiskFullError,
     Interrupted,
     NonFiniteError,
     UsageError,
 )
+from imcl_fast.runs.folder import read_run
+from imcl_fast.runs.network import build_network
+from imcl_fast.training.distributed import Processes
 from imcl_fast.training.optimization import (
     WaysWarmup,
     build_optimizer,
     build_schedule,
     parameter_groups,
 )
-from imcl_fast.training.preparation import build_network, build_objective, prepare_data
+from imcl_fast.training.preparation import build_objective, prepare_data
 from imcl_fast.training.progress import Console, Observer, epoch_text
 from imcl_fast.training.state import EpochSums, _joint_sums
 from imcl_fast.training.way_costs import way_seconds
 
-TERMS = [
-    "cross_entropy",
-    "output_consistency",
-    "multilayer_consistency",
-    "representation_similarity",
-    "kernel_similarity",
-]
 QUIET = Observer()
-pytestmark = pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel")
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small gain nothing from a second one, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def config(**settings):
-    return TrainConfig(
-        **{
-            "width": 2, "train_images": 200, "batch_size": 50, "epochs": 1, "device": "cpu",
-            "tensorboard": False, "report": False, "measure_ways": False, **settings,
-        }
-    )  # fmt: skip
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel"),
+]
 
 
 def trained(digits, **settings):
@@ -500,7 +473,7 @@ def test_weights_that_are_no_numbers_are_not_saved(digits, tmp_path):
 
 
 def test_a_disk_that_fills_up_keeps_the_checkpoint_before(digits, tmp_path, monkeypatch):
-    from imcl_fast.training import files
+    from imcl_fast.runs import files
 
     fsync, calls = os.fsync, []
 
@@ -765,7 +738,7 @@ def test_demo_is_interrupted_in_peace(capsys, monkeypatch):
     [
         (["--seeds", "0"], "argument --seeds: expected at least 1, got 0"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
-        (["--label-noise", "2"], "argument --label-noise: expected at least 0 and at most 1"),
+        (["--label-noise", "2"], "argument --label-noise: expected a number in [0, 1], got 2"),
     ],
 )
 def test_demo_names_bad_flags(capsys, flags, message):

@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from training_processes import checkpoints, table
+from training_processes import checkpoints, config, table
 
-from imcl_fast import data
-from imcl_fast.training.config import TrainConfig
+from imcl_fast.runs.errors import CheckpointError
 from imcl_fast.training.distributed import Processes
-from imcl_fast.training.errors import CheckpointError
 from imcl_fast.training.loop import Loop
 from imcl_fast.training.progress import Observer
 from imcl_fast.training.records import Records
@@ -130,24 +128,13 @@ def test_other_processes_share_the_sums_of_those_before(world) -> None:
 # Whole runs
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
 def train(digits, run, **settings):
     """A run of 4 steps per epoch in ``run``, its trainer and the folder."""
-    config = TrainConfig(
-        **{
-            "ways": (), "train_images": 200, "batch_size": 50, "epochs": 2, "device": "cpu",
-            "tensorboard": False, "report": False, "measure_ways": False, "log_every": 1,
-            "run_dir": run, **settings,
-        }
-    )  # fmt: skip
+    own = {"ways": (), "epochs": 2, "log_every": 1, "run_dir": run, **settings}
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(256, 20), nn.Tanh(), nn.Linear(20, 10))
     start = network[1].weight.detach().clone()
-    Trainer(config, data_set=digits, network=network, observer=Observer()).fit()
+    Trainer(config(**own), data_set=digits, network=network, observer=Observer()).fit()
     return network[1].weight.detach() - start
 
 

@@ -359,3 +359,16 @@ def test_the_capability_asked_for_is_that_of_the_tensors_device(
     monkeypatch.setattr(implementations, "_why_not_capability", asked.append)
     implementations.choose("cuda", "pairwise", torch.device("cuda", 1))
     assert asked == [1]
+
+
+def test_a_value_is_validated_whatever_was_remembered():
+    """1 and True are one key of a dict, and so are 1 and 1.0."""
+    logits, target = torch.randn(2, 3, 5), torch.tensor([0, 4, 2])
+    for _ in range(2):
+        expected = F.collaborative_consistency(logits, target, temperature=1)
+        again = F.collaborative_consistency(logits, target, temperature=1.0)
+        assert torch.equal(again, expected)
+        with pytest.raises(TypeError, match="temperature: expected a number"):
+            F.collaborative_consistency(logits, target, temperature=True)
+        with pytest.raises(TypeError, match="detach_teacher: expected a bool"):
+            F.collaborative_consistency(logits, target, detach_teacher=1)

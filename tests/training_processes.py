@@ -19,16 +19,33 @@ from pathlib import Path
 
 import torch
 
+from imcl_fast import TrainConfig
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imcl_fast.train", "sklearn.datasets", "sklearn.model_selection"])
 # Columns whose values depend on the machine's speed.
 TIMES = ("seconds", "images_per_second", "data_seconds")
+# Those of the four ways, as the columns of a table are called.
+TERMS = [
+    "cross_entropy",
+    "output_consistency",
+    "multilayer_consistency",
+    "representation_similarity",
+    "kernel_similarity",
+]
 # Small enough for a run to take a second, on real digits.
 SMALL = (
     "--width", "2", "--train-images", "160", "--batch-size", "20", "--epochs", "3",
     "--label-noise", "0.5", "--threads", "1", "--log-every", "1",
     "--no-report", "--no-measure-ways", "--no-tensorboard",
 )  # fmt: skip
+
+
+def config(**settings) -> TrainConfig:
+    """Of a run in this process that is as small."""
+    small = {"width": 2, "train_images": 200, "batch_size": 50, "epochs": 1, "device": "cpu",
+             "tensorboard": False, "report": False, "measure_ways": False}  # fmt: skip
+    return TrainConfig(**{**small, **settings})
 
 
 class Command:

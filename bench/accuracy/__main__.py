@@ -12,8 +12,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from imcl_fast.reports.charts import MissingMatplotlib
-from imcl_fast.training.errors import DiskFullError
-from imcl_fast.training.flags import Parser
+from imcl_fast.runs.config import POSITIVE
+from imcl_fast.runs.errors import DiskFullError
+from imcl_fast.runs.flags import Parser, in_range
 
 from ..render import MarkerError, fill_places
 from . import migrations, penalties, results, runs, study_file, tables
@@ -109,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-root", type=Path, metavar="DIR",
         help="folder the data set lies in; Debian's Fashion-MNIST is found without")
     add("--download", action="store_true", help="fetch the data set into the data root")
-    add("--jobs", type=_positive, metavar="N",
+    add("--jobs", type=in_range(int, POSITIVE), metavar="N",
         help="runs at a time (default: the study's, else as many as the cores allow, or one on a "
         "GPU)")
-    add("--threads", type=_positive, metavar="N",
+    add("--threads", type=in_range(int, POSITIVE), metavar="N",
         help="CPU threads of each run (default: the study's, else the cores shared out)")
     add("--minutes", type=float, metavar="N", help="start no more runs after so many")
     add("--only", default="*", metavar="GLOB",
@@ -125,13 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--render", action="store_true",
         help="run nothing, make the plots and fill the documents from the CSV files")
     return parser  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from imcl_fast.imcl import IMCL
 from imcl_fast.layers import find_kernels
-from imcl_fast.reports.redundancy import profile
-from imcl_fast.training import files
-from imcl_fast.training.config import TrainConfig
+from imcl_fast.redundancy import profile
+from imcl_fast.runs import files
+from imcl_fast.runs.config import TrainConfig
+from imcl_fast.runs.network import build_network
 from imcl_fast.training.distributed import Processes
-from imcl_fast.training.preparation import build_network, prepare_data
+from imcl_fast.training.preparation import prepare_data
 from imcl_fast.training.progress import Observer
 from imcl_fast.training.trainer import Trainer
 

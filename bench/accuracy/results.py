@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imcl_fast.training.files as files
-from imcl_fast.reports.run import Run
+from imcl_fast.runs import files
+from imcl_fast.runs.folder import Run
 
 from ..facts import cpu
 from .study import PlannedRun, Study

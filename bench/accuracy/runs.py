@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from imcl_fast.reports.run import Run, UnreadableRun, read_run
-from imcl_fast.training import flags, lock
+from imcl_fast.runs import flags, lock
+from imcl_fast.runs.folder import CHECKPOINTS, Run, UnreadableRun, read_run
 from imcl_fast.training.interruption import Interruption
-from imcl_fast.training.records import CHECKPOINTS
 
 from .progress import Progress
 from .results import Store, of_run

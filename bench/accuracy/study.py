@@ -17,7 +17,7 @@ from imcl_fast.ilr import MultiHead
 from imcl_fast.imcl import IMCL
 from imcl_fast.layers import find_kernels
 from imcl_fast.objectives import WAYS
-from imcl_fast.training.config import TrainConfig
+from imcl_fast.runs.config import TrainConfig
 
 # Values at which an argument of an objective changes nothing, so that one that is new, and has such
 # a default, makes no old row stale. A default that isn't neutral belongs to the fingerprint.

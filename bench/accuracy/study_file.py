@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imcl_fast.training.config import SETTINGS, TrainConfig
+from imcl_fast.runs.config import SETTINGS, TrainConfig
 
 from .study import Method, Part, PlannedRun, Study
 

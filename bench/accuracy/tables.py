@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from imcl_fast.reports.paired import Interval, deviation
-from imcl_fast.training import flags
-from imcl_fast.training.config import TrainConfig
+from imcl_fast.reports.paired import Interval, in_percent, in_points
+from imcl_fast.runs import flags
+from imcl_fast.runs.config import TrainConfig
 
 from ..render import mebibytes, milliseconds, table
 from .analysis import Analysis
@@ -77,7 +77,7 @@ def tables(found: Analysis) -> str:
             lines.append([
                 method.title,
                 str(len(runs)),
-                _mean([run.accuracy for run in runs]),
+                in_percent([run.accuracy for run in runs], "±"),
                 "" if plain else _interval(compared()),
                 f"{100 * statistics.fmean(run.best_accuracy for run in runs):.2f}",
                 "" if plain or best is None else f"{100 * best.mean:+.2f}",
@@ -198,18 +198,7 @@ def _level(found: Analysis, condition: str) -> str:
 
 
 def _interval(value: Interval | None) -> str:
-    if value is None:
-        return ""
-    mean = f"{100 * value.mean:+.2f}"
-    if value.low is None or value.high is None:
-        return mean
-    return f"{mean} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
-
-
-def _mean(values: list[float]) -> str:
-    spread = deviation(values)
-    mean = f"{100 * statistics.fmean(values):.2f}"
-    return mean if spread is None else f"{mean} ± {100 * spread:.2f}"
+    return "" if value is None else in_points(value)
 
 
 def _counted(values: list[str]) -> str:

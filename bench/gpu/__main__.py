@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,9 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .. import roofline
+from ..facts import commit
 from . import rows, suite
 from .report import report
-from .workers import COMMAND, ROOT, Workers
+from .workers import COMMAND, Workers
 
 ONE_ANSWER = 60.0  # seconds: an implementation of a row that takes longer hangs
 STEPS = ("plain", *rows.FUSED, "torch", "reference")
@@ -43,15 +44,6 @@ class Results:
         for name, text in (("gpu.json", json.dumps(self.found, indent=1)),
                            ("gpu.txt", report(self.found))):  # fmt: skip
             (self.out / name).write_text(text)
-
-
-def commit() -> str:
-    try:
-        said = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                              capture_output=True, text=True).stdout.strip()  # fmt: skip
-    except OSError:
-        said = ""
-    return said or os.environ.get("IMCL_FAST_COMMIT", "unknown")
 
 
 def measure(
@@ -88,7 +80,8 @@ def measure(
             for impl in STEPS:
                 ask("step", impl, kind="step", impl=impl)
             for row in rows.rows():
-                results.put({"bytes": row.least_bytes, "impls": {}}, "operations", row.name)
+                least = sum(roofline.work(row)[:2])  # of the forward and the backward
+                results.put({"bytes": least, "impls": {}}, "operations", row.name)
             for impls in (rows.FUSED, [n for n in rows.COMPETITORS if n not in rows.FUSED]):
                 for row in rows.rows():
                     for impl in impls:

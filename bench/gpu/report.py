@@ -14,7 +14,7 @@ def _head(results: dict[str, Any]) -> Iterator[str]:
     for name in ("facts", "rates"):
         one = results.get(name, {})
         numbers = one.get("found", {}).items()
-        yield ", ".join(f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers)
+        yield ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers)
         yield from _missing(name, one)
 
 
@@ -25,9 +25,9 @@ def _missing(name: str, one: dict[str, Any]) -> Iterator[str]:
 
 
 def _operations(results: dict[str, Any]) -> Iterator[str]:
-    bandwidth = results.get("rates", {}).get("found", {}).get("copy_GB_per_s")
+    bandwidth = results.get("rates", {}).get("found", {}).get("copy_bytes_per_s")
     for name, row in results.get("operations", {}).items():
-        floor = row["bytes"] / bandwidth / 1e6 if bandwidth else None
+        floor = 1e3 * row["bytes"] / bandwidth if bandwidth else None
         at_least = f"floor {floor:.3f} ms, " if floor else ""
         yield f"\n{name}: forward and backward, {at_least}{row['bytes']} bytes"
         yield f"{'':16s}{'device ms':>12s}{'of copy':>9s}{'called ms':>12s}{'peak MB':>10s}"

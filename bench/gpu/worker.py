@@ -6,7 +6,6 @@ A process of its own, because after a fault of the GPU a process can't go on.
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -16,9 +15,10 @@ from typing import Any
 
 import torch
 
-import imcl_fast
+import bench.facts
 from imcl_fast import implementations
 
+from .. import roofline
 from . import measure, rows
 
 
@@ -32,24 +32,8 @@ def facts() -> dict[str, str]:
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
             capture_output=True, text=True,
         ).stdout.strip()  # fmt: skip
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
-    return {
-        "device": torch.cuda.get_device_name(),
-        "driver": driver or "unknown",
-        "cuda": torch.version.cuda or torch.version.hip or "none",
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": platform.python_version(),
-        "imcl_fast": imcl_fast.__version__,
-        **{
-            f"impl={name}": implementations.why_not(name, "cuda") or "runs" for name in rows.FUSED
-        },
-    }
+    runs = {f"impl={name}": implementations.why_not(name, "cuda") or "runs" for name in rows.FUSED}
+    return {**bench.facts.facts(measure.DEVICE), "driver": driver or "unknown", **runs}
 
 
 def answer(asked: dict[str, Any]) -> Any:
@@ -57,7 +41,7 @@ def answer(asked: dict[str, Any]) -> Any:
     if kind == "facts":
         return facts()
     if kind == "rates":
-        return measure.rates(rounds)
+        return roofline.measure_rates(measure.DEVICE)
     if kind == "step":
         return measure.training_step(asked["impl"], rounds)
     row = next(row for row in rows.rows() if row.name == asked["row"])

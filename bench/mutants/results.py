@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from imcl_fast.training.files import write_json
+from imcl_fast.runs.files import write_json
 
 from ..facts import commit, cpu
 from ..render import fill_places, table

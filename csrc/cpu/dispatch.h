@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "consistency.h"
+#include "dependence.h"
 #include "pairwise.h"
 
 namespace imcl {
@@ -11,6 +12,7 @@ namespace imcl {
 struct Kernels {
   const PairwiseKernels* pairwise;
   const ConsistencyKernels* consistency;
+  const DependenceKernels* dependence;
 };
 
 // Of the level with that index in isa_levels().

@@ -139,6 +139,66 @@ Matrices matrices_of(const Tensor& x, bool batched, std::size_t layers, Axes& ax
   return m;
 }
 
+// Where each layer's state lies: behind one another in one tensor for each accumulation type,
+// in order of appearance, every one at the start of a cache line.
+class States {
+ public:
+  explicit States(const PairwiseSettings& settings) : settings_(settings) {}
+
+  void add(const Matrices& m) {
+    constexpr int64_t kLine = 16;  // elements
+    const auto same = [&](const Part& part) { return part.wide == wide(m); };
+    auto part = std::find_if(parts_.begin(), parts_.end(), same);
+    if (part == parts_.end()) part = parts_.insert(part, Part{wide(m), 0});
+    const int64_t size = m.batch * state_size(settings_, m.rows, m.columns);
+    places_.push_back({part - parts_.begin(), part->size});
+    part->size += (size + kLine - 1) / kLine * kLine;
+  }
+
+  std::vector<Tensor> allocated(const Tensor& like) const {
+    std::vector<Tensor> tensors;
+    for (const Part& part : parts_) {
+      tensors.push_back(
+          allocate({part.size}, part.wide ? ScalarType::Double : ScalarType::Float, like));
+      advised(tensors.back());
+    }
+    return tensors;
+  }
+
+  void check(const std::vector<Tensor>& tensors) const {
+    bool same = tensors.size() == parts_.size();
+    for (std::size_t i = 0; same && i < parts_.size(); ++i) {
+      same = tensors[i].numel() == parts_[i].size &&
+             (tensors[i].scalar_type() == ScalarType::Double) == parts_[i].wide;
+    }
+    STD_TORCH_CHECK(same, "state: expected the state that pairwise_forward returned");
+  }
+
+  void point(std::vector<Matrices>& problems, const std::vector<Tensor>& tensors) const {
+    for (std::size_t i = 0; i < problems.size(); ++i) {
+      const Tensor& tensor = tensors[static_cast<std::size_t>(places_[i].part)];
+      const auto offset = places_[i].begin * static_cast<int64_t>(tensor.element_size());
+      problems[i].state = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + offset;
+    }
+  }
+
+ private:
+  struct Part {
+    bool wide;
+    int64_t size;
+  };
+  struct Place {
+    std::ptrdiff_t part;
+    int64_t begin;
+  };
+
+  static bool wide(const Matrices& m) { return m.dtype == DType::kFloat64; }
+
+  PairwiseSettings settings_;
+  std::vector<Part> parts_;
+  std::vector<Place> places_;
+};
+
 }  // namespace
 
 std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tensor>& xs,
@@ -149,17 +209,18 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
   const PairwiseSettings settings = settings_of(penalty, center, eps, precision);
   Axes axes;
   std::vector<Matrices> problems;
-  std::vector<Tensor> state;
+  problems.reserve(xs.size());
+  States states(settings);
   ScalarType loss_type = ScalarType::Float;
   for (const Tensor& x : xs) {
-    Matrices m = matrices_of(x, batched, xs.size(), axes);
-    if (m.dtype == DType::kFloat64) loss_type = ScalarType::Double;
-    if (keep) {
-      state.push_back(
-          allocate({m.batch, state_size(settings, m.rows, m.columns)}, accumulation_type(x), x));
-      m.state = advised(state.back());
-    }
-    problems.push_back(m);
+    problems.push_back(matrices_of(x, batched, xs.size(), axes));
+    states.add(problems.back());
+    if (problems.back().dtype == DType::kFloat64) loss_type = ScalarType::Double;
+  }
+  std::vector<Tensor> state;
+  if (keep) {
+    state = states.allocated(xs[0]);
+    states.point(problems, state);
   }
   const Tensor loss = allocate({}, loss_type, xs[0]);
   write(loss, 0,
@@ -170,24 +231,30 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
 std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tensor>& xs,
                                       const std::vector<Tensor>& state, int64_t penalty,
                                       bool center, double eps, bool batched, int64_t precision) {
-  STD_TORCH_CHECK(state.size() == xs.size(), "state: expected one tensor per tensor of xs");
   const PairwiseSettings settings = settings_of(penalty, center, eps, precision);
   Axes axes;
   std::vector<Matrices> problems;
+  problems.reserve(xs.size());
+  States states(settings);
   std::vector<Tensor> gradients;
-  for (std::size_t i = 0; i < xs.size(); ++i) {
-    Matrices m = matrices_of(xs[i], batched, xs.size(), axes);
-    const Tensor& dx = gradients.emplace_back(torch::stable::empty_like(xs[i]));
-    const int64_t row = batched ? 1 : 0;
+  gradients.reserve(xs.size());
+  for (const Tensor& x : xs) {
+    Matrices& m = problems.emplace_back(matrices_of(x, batched, xs.size(), axes));
+    states.add(m);
+    const Tensor& dx = gradients.emplace_back(allocate_like(x));
     m.dx = advised(dx);
+    if (x.is_contiguous()) {
+      m.dx_batch_axis = m.batch_axis;
+      m.dx_row_axis = m.row_axis;
+      m.dx_column_axis = m.column_axis;
+      continue;
+    }
     m.dx_batch_axis = batched ? axes.of(dx, {0}) : Axis{0, nullptr};
-    m.dx_row_axis = axes.of(dx, {row});
-    m.dx_column_axis = axes.of(dx, columns_of(xs[i], batched));
-    m.state = const_cast<void*>(state[i].const_data_ptr());
-    STD_TORCH_CHECK(state[i].numel() == m.batch * state_size(settings, m.rows, m.columns),
-                    "state: expected the state that pairwise_forward returned");
-    problems.push_back(m);
+    m.dx_row_axis = axes.of(dx, {batched ? 1 : 0});
+    m.dx_column_axis = axes.of(dx, columns_of(x, batched));
   }
+  states.check(state);
+  states.point(problems, state);
   imcl::pairwise_backward(*chosen_kernels().pairwise, problems, settings, read(grad), parallel());
   return gradients;
 }
@@ -235,6 +302,68 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   const Tensor loss = allocate({}, dtype, logits[0]);
   write(loss, 0, total);
   return {loss, terms, kept};
+}
+
+// ---- Grams of samples ----
+
+namespace {
+
+// The samples of xs, whose Grams, or what takes their place, lie one after the other in grams.
+std::vector<Samples> samples_of(const std::vector<Tensor>& xs, const Tensor& grams, Axes& axes) {
+  std::vector<Samples> all;
+  for (std::size_t i = 0; i < xs.size(); ++i) {
+    Samples s{};
+    s.x = matrices_of(xs[i], false, xs.size(), axes);
+    STD_TORCH_CHECK(s.x.rows == xs[0].size(0) && accumulation_type(xs[i]) == grams.scalar_type(),
+                    "xs: expected as many samples in each, and all float64 or none");
+    const auto offset = static_cast<int64_t>(i) * s.x.rows * s.x.rows;
+    s.gram = const_cast<char*>(static_cast<const char*>(grams.const_data_ptr())) +
+             offset * static_cast<int64_t>(grams.element_size());
+    all.push_back(s);
+  }
+  return all;
+}
+
+}  // namespace
+
+std::tuple<Tensor, std::vector<Tensor>> gram_forward(const std::vector<Tensor>& xs,
+                                                     const std::vector<double>& scale) {
+  STD_TORCH_CHECK(!xs.empty() && xs[0].dim() > 0, "xs: expected at least one tensor (B, *)");
+  STD_TORCH_CHECK(scale.size() == xs.size(), "scale: expected one number per tensor of xs");
+  const ScalarType dtype = accumulation_type(xs[0]);
+  const int64_t rows = xs[0].size(0);
+  const Tensor grams = allocate({static_cast<int64_t>(xs.size()), rows, rows}, dtype, xs[0]);
+  Axes axes;
+  std::vector<Samples> all = samples_of(xs, grams, axes);
+  std::vector<Tensor> means;
+  for (std::size_t i = 0; i < xs.size(); ++i) {
+    all[i].scale = scale[i];
+    all[i].mean = means.emplace_back(allocate({all[i].x.columns}, dtype, xs[0])).mutable_data_ptr();
+  }
+  imcl::gram_forward(*chosen_kernels().dependence, all, parallel());
+  return {grams, means};
+}
+
+std::vector<Tensor> gram_backward(const Tensor& s, const std::vector<Tensor>& xs,
+                                  const std::vector<Tensor>& means) {
+  STD_TORCH_CHECK(!xs.empty() && means.size() == xs.size() && s.is_contiguous() &&
+                      s.numel() == static_cast<int64_t>(xs.size()) * xs[0].size(0) * xs[0].size(0),
+                  "s: expected (n, B, B), contiguous, for n tensors (B, *) and their means");
+  Axes axes;
+  std::vector<Samples> all = samples_of(xs, s, axes);
+  std::vector<Tensor> gradients;
+  for (std::size_t i = 0; i < xs.size(); ++i) {
+    const Tensor& dx = gradients.emplace_back(torch::stable::empty_like(xs[i]));
+    Matrices& m = all[i].x;
+    m.dx = advised(dx);
+    m.dx_row_axis = axes.of(dx, {0});
+    m.dx_column_axis = axes.of(dx, columns_of(xs[i], false));
+    STD_TORCH_CHECK(means[i].numel() == m.columns && means[i].scalar_type() == s.scalar_type(),
+                    "means: expected what gram_forward returned");
+    all[i].mean = const_cast<void*>(means[i].const_data_ptr());
+  }
+  imcl::gram_backward(*chosen_kernels().dependence, all, parallel());
+  return gradients;
 }
 
 }  // namespace imcl::cpu

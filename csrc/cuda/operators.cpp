@@ -133,7 +133,7 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
   std::vector<Tensor> gradients;
   for (const Tensor& x : xs) {
     device.check(x, "xs");
-    gradients.push_back(torch::stable::empty_like(x));
+    gradients.push_back(allocate_like(x));
   }
   PairwiseCall call{};
   call.settings = settings_of(penalty, center, eps, precision);

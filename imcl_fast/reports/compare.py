@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..training import files
-from ..training.flags import Parser
+from ..runs import files
+from ..runs.flags import Parser
+from ..runs.folder import Run, UnreadableRun, read_run
 from . import charts
 from .groups import Group, NotComparable, group
-from .page import heading, page, paragraph, table
-from .paired import deviation
-from .run import Run, UnreadableRun, read_run
+from .page import page
+from .paired import deviation, in_percent, in_points
 from .table import number, show, text_table
 
 NOTE = (
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _compare(options)
-    except (UnreadableRun, NotComparable, charts.MissingMatplotlib, OSError) as error:
+    except (UnreadableRun, NotComparable, ImportError, OSError) as error:
         print(f"imcl-compare: {error}", file=sys.stderr)
         return 2
 
@@ -77,18 +77,14 @@ def summary_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for each in groups:
         difference, slowdown = each.difference(), each.slowdown()
-        spread = "-"
-        if difference is not None:
-            spread = f"{100 * difference.mean:+.2f}"
-            if difference.low is not None and difference.high is not None:
-                spread += f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+        spread = "-" if difference is None else in_points(difference)
         fitted = _fitted(each)
         lines.append(
             [
                 each.name,
                 str(len(each.runs)),
-                _mean_and_deviation(each.accuracies()),
-                _mean_and_deviation(each.accuracies(best=True)),
+                in_percent(each.accuracies()),
+                in_percent(each.accuracies(best=True)),
                 "baseline" if each.baseline is each else spread,
                 "-" if difference is None else str(difference.values),
                 number(statistics.fmean(fitted) if fitted else None, ".1f", 100),
@@ -138,54 +134,43 @@ def as_csv(groups: Sequence[Group]) -> str:
 def as_html(groups: Sequence[Group]) -> str:
     """The same as a page with charts."""
     head, lines = summary_table(groups)
-    count = sum(len(each.runs) for each in groups)
     runs = [run for each in groups for run in each.runs.values()]
-    sets = sorted({str(run.setting("dataset", "-")) for run in runs})
-    body = [
-        heading(f"{count} runs on {', '.join(sets)}", 1),
-        paragraph(NOTE, faint=True),
-        table(head, lines),
-        heading("Accuracy, last epoch"),
-        charts.means(
-            [each.name for each in groups],
-            [[100 * value for value in each.accuracies()] for each in groups],
-            "%; small strokes are runs, bars one standard deviation",
-        ),
-    ]
     epochs = max(run.epochs for run in runs)
     panels = [
-        (
-            title,
-            {each.name: _mean_curve(list(each.runs.values()), column, epochs) for each in groups},
-        )
+        (title, {each.name: _mean_curve(list(each.runs.values()), column, epochs)
+                 for each in groups})
         for title, column in (
             ("accuracy by epoch, %", "test_accuracy"),
             ("wrong labels fitted, %", "fit_noisy"),
         )
         if any(run.last(column) is not None for run in runs)
-    ]
-    body += [
-        heading("Curves, means over seeds"),
-        charts.curves(panels, range(1, epochs + 1), columns=2),
-        heading("Runs"),
-        table(
-            ["run", "method", "seed", "accuracy %", "best %", "ms/step"],
-            [
-                [
-                    str(run.folder),
-                    each.name,
-                    str(seed),
-                    number(run.accuracy, ".2f", 100),
-                    number(run.best_accuracy, ".2f", 100),
-                    number(run.summary.get("seconds_per_step"), ".2f", 1e3),
-                ]
-                for each in groups
-                for seed, run in each.runs.items()
-            ],
-            left=2,
+    ]  # fmt: skip
+    return page(
+        "comparison.html",
+        title="Comparison of runs",
+        data_sets=sorted({str(run.setting("dataset", "-")) for run in runs}),
+        note=NOTE,
+        head=head,
+        lines=lines,
+        accuracies=charts.means(
+            [each.name for each in groups],
+            [[100 * value for value in each.accuracies()] for each in groups],
+            "%; small strokes are runs, bars one standard deviation",
         ),
-    ]
-    return page("Comparison of runs", body)
+        curves=charts.curves(panels, range(1, epochs + 1), columns=2),
+        runs=[
+            [
+                run.folder,
+                each.name,
+                seed,
+                number(run.accuracy, ".2f", 100),
+                number(run.best_accuracy, ".2f", 100),
+                number(run.summary.get("seconds_per_step"), ".2f", 1e3),
+            ]
+            for each in groups
+            for seed, run in each.runs.items()
+        ],
+    )
 
 
 def _mean_curve(runs: Sequence[Run], column: str, epochs: int) -> list[float | None]:
@@ -201,14 +186,6 @@ def _mean_curve(runs: Sequence[Run], column: str, epochs: int) -> list[float | N
 def _fitted(each: Group) -> list[float]:
     values = [run.last("fit_noisy") for run in each.runs.values()]
     return [value for value in values if value is not None]
-
-
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    spread = deviation(values)
-    mean = f"{100 * statistics.fmean(values):.2f}"
-    return mean if spread is None else f"{mean} +- {100 * spread:.2f}"
 
 
 def _parser() -> Parser:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..training.config import OBJECTIVE, PROVENANCE, SETTINGS
+from ..runs.config import OBJECTIVE, PROVENANCE, SETTINGS
+from ..runs.folder import Run
 from .paired import Interval, interval
-from .run import Run
 
 Key = tuple[tuple[str, str], ...]
 PLAIN = "ce"

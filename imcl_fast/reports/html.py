@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training import files
-from ..training.config import PROVENANCE, SETTINGS
+from ..runs import files
+from ..runs.config import PROVENANCE, SETTINGS
+from ..runs.folder import LABELS, Run, read_run
 from . import charts
-from .page import facts, heading, page, paragraph, table
-from .run import LABELS, Run, read_run
+from .page import page
 from .table import number
 
 NAME = "report.html"
 KINDS = {"representation": "Representations", "kernel": "Kernels"}
+# What the table of all numbers has of each profile: key, title, format, scale.
+COLUMNS = (
+    ("mean_abs_cos", "|cos|", ".3f", 1.0),
+    ("mean_square_cos", "cos²", ".4f", 1.0),
+    ("dead_share", "dead %", ".1f", 100.0),
+    ("effective_rank", "eff. rank", ".1f", 1.0),
+)
+
+Profile = Sequence[Mapping[str, Any]]
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -34,16 +42,20 @@ def write_report(run_folder: str | Path) -> Path:
     """
     charts.check_matplotlib()
     run = read_run(run_folder)
-    title = " · ".join(
-        str(part)
-        for part in (run.setting("dataset"), run.setting("model"), run.label)
-        if part is not None
+    parts = run.setting("dataset"), run.setting("model"), run.label
+    content = page(
+        "run.html",
+        title=" · ".join(str(part) for part in parts if part is not None),
+        status=_status(run),
+        results=_results(run),
+        curves=_curves(run),
+        terms=_terms(run),
+        step_time=_step_time(run),
+        configuration=_configuration(run),
+        **_redundancy(run),
     )
-    body = [heading(title, 1), paragraph(_status(run), faint=True)]
-    body += [heading("Result"), facts(_results(run))]
-    body += _curves(run) + _step_time(run) + _redundancy(run) + _configuration(run)
     path = run.folder / NAME
-    files.write(path, page(title, body).encode())
+    files.write(path, content.encode())
     return path
 
 
@@ -55,220 +67,142 @@ def _status(run: Run) -> str:
 
 
 def _results(run: Run) -> list[tuple[str, str]]:
-    summary, where = run.summary, run.held_out
-    best = run.best_accuracy
+    where, best = run.held_out, run.best_accuracy
     pairs = [(f"{where} accuracy, last epoch", number(run.accuracy, ".2f", 100) + " %")]
     if best is not None:
         at = run.metrics["test_accuracy"].index(best)
         epoch = number(run.metrics["epoch"][at], ".0f") if "epoch" in run.metrics else "-"
         pairs.append((f"{where} accuracy, best epoch", f"{100 * best:.2f} % (epoch {epoch})"))
-    for column, label, form, scale, unit in (
-        ("train_accuracy", "training accuracy", ".2f", 100.0, " %"),
-        ("fit_noisy", "wrong labels fitted", ".2f", 100.0, " %"),
-        ("train_loss", "training loss", ".4f", 1.0, ""),
-        ("test_loss", f"{where} loss", ".4f", 1.0, ""),
+    last, summary = run.last, run.summary.get
+    for value, label, form, scale, unit in (
+        (last("train_accuracy"), "training accuracy", ".2f", 100, " %"),
+        (last("fit_noisy"), "wrong labels fitted", ".2f", 100, " %"),
+        (last("train_loss"), "training loss", ".4f", 1, ""),
+        (last("test_loss"), f"{where} loss", ".4f", 1, ""),
+        (summary("steps"), "optimizer steps", ",.0f", 1, ""),
+        (summary("seconds"), "time", ",.1f", 1, " s"),
+        (summary("seconds_per_step"), "time per step", ",.2f", 1e3, " ms"),
+        (summary("images_per_second"), "images per second", ",.0f", 1, ""),
+        (summary("peak_memory_bytes"), "peak memory", ",.0f", 2**-20, " MiB"),
     ):
-        if (value := run.last(column)) is not None:
+        if value is not None:
             pairs.append((label, number(value, form, scale) + unit))
-    for key, label, form, scale, unit in (
-        ("steps", "optimizer steps", ",.0f", 1, ""),
-        ("seconds", "time", ",.1f", 1, " s"),
-        ("seconds_per_step", "time per step", ",.2f", 1e3, " ms"),
-        ("images_per_second", "images per second", ",.0f", 1, ""),
-        ("peak_memory_bytes", "peak memory", ",.0f", 2**-20, " MiB"),
-    ):
-        if summary.get(key) is not None:
-            pairs.append((label, number(summary[key], form, scale) + unit))
     return pairs
 
 
-def _curves(run: Run) -> list[str]:
-    metrics = run.metrics
+def _curves(run: Run) -> str | None:
+    """Of accuracy, loss and learning rate; None before the end of the first epoch."""
+    metrics, where = run.metrics, run.held_out
     if not run.epochs:
-        return [heading("Curves"), paragraph("No epoch has been finished yet.")]
-    named = {
-        "test_accuracy": run.held_out,
-        "test_loss": run.held_out,
-        "train_accuracy": "training",
-        "train_loss": "training",
-        "fit_noisy": LABELS["fit_noisy"],
-    }
-
-    def panel(title: str, *columns: str, scale: float = 1) -> tuple[str, dict[str, Any]]:
-        return title, {
-            named[name]: [None if value is None else scale * value for value in metrics[name]]
-            for name in columns
-            if any(value is not None for value in metrics.get(name, ()))
+        return None
+    panels = []
+    for title, scale, series in (
+        ("accuracy, %", 100, {"test_accuracy": where, "train_accuracy": "training",
+                              "fit_noisy": LABELS["fit_noisy"]}),
+        ("loss", 1, {"test_loss": where, "train_loss": "training"}),
+        ("learning rate", 1, {"lr": "learning rate"}),
+    ):  # fmt: skip
+        measured = {
+            name: [None if value is None else scale * value for value in metrics[column]]
+            for column, name in series.items()
+            if any(value is not None for value in metrics.get(column, ()))
         }
-
-    panels = [
-        panel("accuracy, %", "test_accuracy", "train_accuracy", "fit_noisy", scale=100),
-        panel("loss", "test_loss", "train_loss"),
-    ]
-    if any(value is not None for value in metrics.get("lr", ())):
-        panels.append(("learning rate", {"learning rate": metrics["lr"]}))
-    body = [
-        heading("Curves"),
-        charts.curves([p for p in panels if p[1]], metrics["epoch"]),
-    ]
-    if run.terms:
-        body += [
-            heading("Terms of the loss", 3),
-            paragraph("Unweighted means over each epoch.", faint=True),
-            charts.curves(
-                [(LABELS.get(name, name), {name: metrics[name]}) for name in run.terms],
-                metrics["epoch"],
-            ),
-        ]
-    return body
+        if measured:
+            panels.append((title, measured))
+    return charts.curves(panels, metrics["epoch"])
 
 
-def _step_time(run: Run) -> list[str]:
+def _terms(run: Run) -> str | None:
+    if not run.epochs or not run.terms:
+        return None
+    panels = [(LABELS.get(name, name), {name: run.metrics[name]}) for name in run.terms]
+    return charts.curves(panels, run.metrics["epoch"])
+
+
+def _step_time(run: Run) -> dict[str, Any] | None:
+    """What each way takes of a step, where that was measured."""
     ways, step = run.summary.get("way_seconds"), run.summary.get("seconds_per_step")
     if not isinstance(ways, Mapping) or not ways or not isinstance(step, float):
-        return []
+        return None
     measured = {LABELS.get(str(way), str(way)): float(seconds) for way, seconds in ways.items()}
     parts = {"network and cross entropy": step - sum(measured.values()), **measured}
-    lines = [
-        [name, number(seconds, ".2f", 1e3), number(seconds / step, ".1f", 100)]
-        for name, seconds in {**parts, "all": step}.items()
-    ]
-    return [
-        heading("Time of a step"),
-        paragraph(
-            "A way's time is what a step gained when the way was left out, measured on the last "
-            "batches after training; less than zero is noise.",
-            faint=True,
-        ),
-        charts.shares(
-            {name: 1e3 * seconds for name, seconds in parts.items() if seconds > 0}, "ms per step"
-        ),
-        table(["", "ms", "%"], lines),
-    ]
+    shown = {name: 1e3 * seconds for name, seconds in parts.items() if seconds > 0}
+    return {
+        "chart": charts.shares(shown, "ms per step"),
+        "lines": [
+            [name, number(seconds, ".2f", 1e3), number(seconds / step, ".1f", 100)]
+            for name, seconds in {**parts, "all": step}.items()
+        ],
+    }
 
 
-def _redundancy(run: Run) -> list[str]:
+def _redundancy(run: Run) -> dict[str, Any]:
+    """Pictures and numbers of every layer of the first profile there is, in all of them."""
     series = {"before training": run.before, "after training": run.after}
-    series = {name: layers for name, layers in series.items() if layers}
+    series = {label: layers for label, layers in series.items() if layers}
     if not series:
-        return []
-    scale = charts.heat_map([[(i / 191) ** 2 for i in range(192)]])
-    body = [
-        heading("Redundancy"),
-        paragraph(
-            "How alike the kernels of a layer are, and the channels of what it makes of an "
-            "image: |cos| between each two, of channels after their mean over the pixels was "
-            "subtracted, averaged over images; 0 is unrelated, 1 the same but for its scale."
-        ),
-        charts.layers(
-            [
-                (
-                    f"{title.lower()}: mean |cos|",
-                    [layer["name"] for layer in _of_kind(next(iter(series.values())), kind)],
-                    {label: _column(series, label, kind, "mean_abs_cos") for label in series},
-                )
-                for kind, title in KINDS.items()
-                if _of_kind(next(iter(series.values())), kind)
-            ]
-        ),
-        f'<p class="faint">Heat maps: 0 <img class="scale" src="{scale}" alt=""> 1, of pairs of '
-        "rows in order, the diagonal left out; beyond 64 rows a pixel is the mean over a block. "
-        "Histograms: pairs by |cos|, counts on a logarithmic scale; "
-        + ", ".join(
-            f'<span style="color: {colour}">■</span> {name}'
-            for name, colour in zip(series, charts.COLOURS, strict=False)
-        )
-        + ".</p>",
-    ]
+        return {"kinds": {}}
+    found = {
+        (label, layer["kind"], layer["name"]): layer
+        for label, layers in series.items()
+        for layer in layers
+    }
+    first, *_ = series.values()
+    kinds, panels, lines = {}, [], []
     for kind, title in KINDS.items():
-        names = [layer["name"] for layer in _of_kind(next(iter(series.values())), kind)]
-        if names:
-            cards = [_card(name, kind, series) for name in names]
-            body += [heading(title, 3), f'<div class="cards">{"".join(cards)}</div>']
-    return [*body, heading("All numbers", 3), _numbers(series)]
-
-
-def _of_kind(layers: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [layer for layer in layers if layer["kind"] == kind]
-
-
-def _column(
-    series: Mapping[str, list[dict[str, Any]]], label: str, kind: str, key: str
-) -> list[float | None]:
-    """A number of each of the first profile's layers, out of the profile ``label``."""
-    found = {layer["name"]: layer.get(key) for layer in _of_kind(series[label], kind)}
-    return [found.get(layer["name"]) for layer in _of_kind(next(iter(series.values())), kind)]
-
-
-def _card(name: str, kind: str, series: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Heat maps and histograms of one layer."""
-    pictures, histograms = [], []
-    size = ""
-    for label, layers in series.items():
-        for layer in _of_kind(layers, kind):
-            if layer["name"] != name:
-                continue
-            size = f"{layer['rows']} x {layer['columns']}"
-            if layer.get("heatmap"):
-                word = label.split()[0]
-                pictures.append(
-                    f'<div><img src="{charts.heat_map(layer["heatmap"])}" '
-                    f'alt="heat map {html.escape(word)}">{word} '
-                    f"{number(layer.get('mean_abs_cos'), '.3f')}</div>"
-                )
-            if layer.get("histogram"):
-                histograms.append(layer["histogram"])
-    pictures.append(f"<div>{charts.histogram(histograms)}</div>")
-    return (
-        f'<figure class="card"><span class="name">{html.escape(name)}</span> '
-        f'<span class="faint">{html.escape(size)}</span>'
-        f'<div class="pictures">{"".join(pictures)}</div></figure>'
-    )
-
-
-def _numbers(series: Mapping[str, list[dict[str, Any]]]) -> str:
-    columns = (
-        ("mean_abs_cos", "|cos|", ".3f", 1.0),
-        ("mean_square_cos", "cos²", ".4f", 1.0),
-        ("dead_share", "dead %", ".1f", 100.0),
-        ("effective_rank", "eff. rank", ".1f", 1.0),
-    )
-    short = [label.split()[0] for label in series]
-    head = ["layer", "kind", "N", "D", "Welch bound of cos²"]
-    head += [f"{label} {word}" for _, label, _, _ in columns for word in short]
-    lines = []
-    for kind in KINDS:
-        layers = _of_kind(next(iter(series.values())), kind)
-        cells = [
-            [number(value, form, scale) for value in _column(series, label, kind, key)]
-            for key, _, form, scale in columns
-            for label in series
+        layers = [layer for layer in first if layer["kind"] == kind]
+        if not layers:
+            continue
+        profiles = [
+            {label: found.get((label, kind, layer["name"]), {}) for label in series}
+            for layer in layers
         ]
-        for i, layer in enumerate(layers):
-            line = [str(layer["name"]), kind, str(layer["rows"]), str(layer["columns"])]
-            line.append(number(layer.get("welch_bound"), ".4f"))
-            lines.append(line + [column[i] for column in cells])
-    return table(head, lines, left=2)
+        kinds[title] = [_card(*pair) for pair in zip(layers, profiles, strict=True)]
+        means = {label: [each[label].get("mean_abs_cos") for each in profiles] for label in series}
+        panels.append(
+            (f"{title.lower()}: mean |cos|", [layer["name"] for layer in layers], means)
+        )
+        for layer, each in zip(layers, profiles, strict=True):
+            lines.append([
+                layer["name"], kind, layer["rows"], layer["columns"],
+                number(layer.get("welch_bound"), ".4f"),
+                *(number(each[label].get(key), form, scale)
+                  for key, _, form, scale in COLUMNS for label in series),
+            ])  # fmt: skip
+    head = ["layer", "kind", "N", "D", "Welch bound of cos²"]
+    head += [f"{title} {label.split()[0]}" for _, title, _, _ in COLUMNS for label in series]
+    return {
+        "kinds": kinds,
+        "cosines": charts.layers(panels),
+        "scale": charts.heat_map([[(i / 191) ** 2 for i in range(192)]]),
+        "legend": list(zip(series, charts.COLOURS, strict=False)),
+        "numbers": {"head": head, "lines": lines},
+    }
 
 
-def _configuration(run: Run) -> list[str]:
+def _card(layer: Mapping[str, Any], profiles: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Heat maps and histograms of one layer."""
+    pictures = [
+        (label.split()[0], number(one.get("mean_abs_cos"), ".3f"), charts.heat_map(one["heatmap"]))
+        for label, one in profiles.items()
+        if one.get("heatmap")
+    ]
+    known = [one["histogram"] for one in profiles.values() if one.get("histogram")]
+    return {**layer, "pictures": pictures, "histogram": charts.histogram(known)}
+
+
+def _configuration(run: Run) -> dict[str, list[tuple[str, str]]]:
+    """Names and values by the heading they stand under."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for name, value in run.config.items():
         if name not in PROVENANCE:
             group = SETTINGS[name].group if name in SETTINGS else "other"
             groups.setdefault(group, []).append((name.replace("_", " "), _text(value)))
-    body = [heading("Configuration")]
-    for group, pairs in groups.items():
-        body += [heading(group.capitalize(), 3), facts(pairs)]
     for name in PROVENANCE:
-        value = run.config.get(name)
-        if value:
+        if value := run.config.get(name):
             entries = value if isinstance(value, Mapping) else {name: value}
-            body += [
-                heading(name.capitalize(), 3),
-                facts([(str(key), _text(entry, "-")) for key, entry in entries.items()]),
-            ]
-    return body
+            groups[name] = [(str(key), _text(entry, "-")) for key, entry in entries.items()]
+    return groups
 
 
 def _text(value: Any, none: str = "default") -> str:

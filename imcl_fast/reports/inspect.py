@@ -15,11 +15,13 @@ from torch.nn.modules.conv import _ConvNd
 from .. import data
 from ..data.loader import TestLoader
 from ..data.split import take
-from ..training import files
-from ..training.flags import Parser
+from ..redundancy import profile
+from ..runs import files
+from ..runs.config import POSITIVE, Range
+from ..runs.errors import one_line
+from ..runs.flags import Parser, in_range
 from . import charts
 from .networks import Found, UnknownNetwork, find
-from .redundancy import profile
 from .table import number, show, text_table
 
 HEAD = ["layer", "kind", "N x D", "mean |cos|", "mean cos^2", "Welch", "dead %", "eff. rank"]
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _inspect(options)
     except (UnknownNetwork, charts.MissingMatplotlib, ImportError, OSError, ValueError) as error:
-        print(f"imcl-inspect: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"imcl-inspect: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -110,6 +112,7 @@ def _channels(network: nn.Module) -> int:
 
 
 def _parser() -> Parser:
+    count, size = in_range(int, POSITIVE), in_range(int, Range(8))
     parser = Parser(
         prog="imcl-inspect",
         description="How alike the kernels and the channels of a network's layers are. Welch is "
@@ -126,7 +129,7 @@ def _parser() -> Parser:
         "--model", metavar="MODEL", help="the network of a state_dict that lies in no run folder"
     )
     parser.add_argument(
-        "--classes", type=_at_least(1), metavar="N", help="outputs of torchvision's network"
+        "--classes", type=count, metavar="N", help="outputs of torchvision's network"
     )
     parser.add_argument(
         "--data",
@@ -134,10 +137,10 @@ def _parser() -> Parser:
         help="images to run it on (the run's own test images, or else random)",
     )
     parser.add_argument(
-        "--image-size", type=_at_least(8), metavar="PIXELS", help="height and width (224)"
+        "--image-size", type=size, metavar="PIXELS", help="height and width (224)"
     )
     parser.add_argument(
-        "--images", type=_at_least(1), default=16, metavar="N", help="how many (16)"
+        "--images", type=count, default=16, metavar="N", help="how many (16)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of random weights and images (0)")
     parser.add_argument(
@@ -151,16 +154,6 @@ def _parser() -> Parser:
         "--plot", type=_picture, metavar="FILE", help="also draw them: FILE.svg or FILE.png"
     )
     return parser
-
-
-def _at_least(low: int):
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"expected at least {low}, got {value}")
-        return value
-
-    return integer
 
 
 def _picture(text: str) -> Path:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .. import data
 from ..models import import_torchvision
-from ..training import checkpoint
-from ..training.config import TrainConfig
-from ..training.errors import CheckpointError, UsageError
-from ..training.preparation import build_network
-from ..training.records import CHECKPOINTS, CONFIG, WEIGHTS
+from ..runs import checkpoint
+from ..runs.config import TrainConfig
+from ..runs.errors import CheckpointError, UsageError, one_line
+from ..runs.folder import CHECKPOINTS, CONFIG, WEIGHTS
+from ..runs.network import build_network
 
 BEST = "best.pt"
 OBJECTIVE_PREFIX = "model."  # of the plain network in its objective's state_dict
@@ -166,5 +166,5 @@ def _of_run(config: TrainConfig) -> Found:
         return Found(build_network(config, data_set), data_set)
     except (OSError, ValueError, ImportError, UsageError) as error:
         raise UnknownNetwork(
-            f"the run's data set tells the network's shape, but: {' '.join(str(error).split())}"
+            f"the run's data set tells the network's shape, but: {one_line(error)}"
         ) from error

@@ -6,18 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 
+from tabulate import tabulate
+
 
 def text_table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
     """``lines`` under ``head``; the first ``left`` columns are names."""
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [head, *lines]
-    ]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+    align = ["left" if i < left else "right" for i in range(len(head))]
+    # The head as a line like others: as a head it would widen every column.
+    first, *rest = tabulate(
+        [head, *lines], tablefmt="plain", colalign=align, disable_numparse=True
+    ).split("\n")
+    return "\n".join([first, "-" * max(map(len, [first, *rest])), *rest])
 
 
 def number(value: object, form: str = ".4f", scale: float = 1.0) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import TrainingError, UsageError
+from ..runs.errors import TrainingError, UsageError
 
 T = TypeVar("T")
 

@@ -17,17 +17,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.dataset import Split
 from ..data.split import take
+from ..runs.checkpoint import CheckpointStore
+from ..runs.config import TrainConfig
+from ..runs.errors import CheckpointError, Interrupted, NonFiniteError
+from ..runs.folder import CHECKPOINTS
 from . import non_finite
-from .checkpoint import CheckpointStore
-from .config import TrainConfig
 from .distributed import Processes
-from .errors import CheckpointError, Interrupted, NonFiniteError
 from .evaluation import predict
 from .interruption import Interruption
 from .optimization import WaysWarmup, build_optimizer, build_schedule
 from .preparation import Material, build_objective
 from .progress import Observer
-from .records import CHECKPOINTS, Records
+from .records import Records
 from .state import EpochSums, TrainingState
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..redundancy import run_with_hooks
+
 
 def describe(objective: nn.Module, images: Tensor, values: Mapping[str, float]) -> str:
     """Which terms of the loss are not finite, and the first layer that makes such features.
@@ -37,22 +39,12 @@ def spoilt(module: nn.Module) -> str | None:
 
 def _first_bad_layer(network: nn.Module, images: Tensor) -> str | None:
     found: list[str] = []
-    handles = []
 
-    def watch(name: str):
-        def hook(module: nn.Module, args: tuple, output: object) -> None:
-            if isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
+    def look(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        alone = next(module.children(), None) is None
+        if alone and isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
 
-        return hook
-
-    for name, module in network.named_modules():
-        if next(module.children(), None) is None:
-            handles.append(module.register_forward_hook(watch(name)))
-    try:
-        with torch.no_grad():
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad():
+        run_with_hooks(network, images, look)
     return found[0] if found else None

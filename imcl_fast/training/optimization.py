@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from ..imcl import IMCL, WEIGHTS
-from .config import TrainConfig
+from ..runs.config import TrainConfig
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:

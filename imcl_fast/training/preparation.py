@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import data, models, objectives
+from .. import data, objectives
 from ..data import DataSet, Split
 from ..data.loader import TestLoader, TrainLoader
 from ..data.noise import label_noise
 from ..data.split import subset, validation_split
 from ..modes import evaluating
-from .config import TrainConfig
+from ..runs.config import TrainConfig
+from ..runs.errors import UsageError
 from .distributed import Processes
-from .errors import UsageError
 
 # Enough to tell a percent of memorised labels, few enough to cost little per epoch.
 TRAIN_MEASURED = 4096
@@ -124,24 +124,6 @@ def prepare_data(config: TrainConfig, data_set: DataSet | None = None) -> Materi
         held_out=config.validation_images > 0,
         measured=order[:TRAIN_MEASURED].sort().values,
     )
-
-
-def build_network(config: TrainConfig, data_set: DataSet) -> nn.Module:
-    """The network that the configuration names, for the data's channels and classes."""
-    try:
-        return models.build(
-            config.model,
-            len(data_set.classes),
-            channels=data_set.shape[0],
-            image_size=data_set.shape[-1],
-            width=config.width,
-            stem_stride=config.stem_stride,
-        )
-    except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0]
-        raise UsageError(f"width: can't make the network ({reason}); make it smaller") from error
 
 
 def build_objective(

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from .. import operators
-from .config import TrainConfig
-from .errors import UsageError
+from ..runs.config import TrainConfig
+from ..runs.errors import UsageError
 
 
 def check_environment() -> None:

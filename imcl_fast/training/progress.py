@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from tabulate import tabulate
 from tqdm import tqdm
 
-from . import files
+from ..runs import files
 
 # As few letters as a bar needs.
 SHORT = {
@@ -143,10 +144,4 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     for way, seconds in summary.get("way_seconds", {}).items():
         lines.append((f"cost of {way}", f"{seconds:+.4f} s per step"))
-    return aligned(lines)
-
-
-def aligned(lines: Sequence[tuple[str, str]]) -> str:
-    """Two columns."""
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
+    return tabulate(lines, tablefmt="plain", disable_numparse=True)

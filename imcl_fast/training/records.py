@@ -15,13 +15,19 @@ from typing import Any, TextIO
 import torch
 
 from .. import __version__
-from . import files, lock
-from .config import TrainConfig
-from .errors import UsageError
-
-CONFIG, METRICS, STEPS, SUMMARY = "config.json", "metrics.csv", "steps.csv", "summary.json"
-NOISE, WEIGHTS, LOG = "noise.pt", "network.pt", "log.txt"
-CHECKPOINTS, TENSORBOARD = "checkpoints", "tb"
+from ..runs import files, lock
+from ..runs.config import TrainConfig
+from ..runs.errors import UsageError
+from ..runs.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    NOISE,
+    STEPS,
+    SUMMARY,
+    TENSORBOARD,
+    WEIGHTS,
+)
 
 
 class Records:

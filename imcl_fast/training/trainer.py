@@ -13,15 +13,18 @@ from torch import nn
 from ..data import DataError, DataSet
 from ..data.split import take
 from ..imcl import IMCL
-from .config import TrainConfig
+from ..redundancy import profile
+from ..runs.config import TrainConfig
+from ..runs.errors import UsageError
+from ..runs.folder import AFTER, BEFORE, LOG
+from ..runs.network import build_network
 from .distributed import Processes, joined
-from .errors import UsageError
 from .interruption import Interruption
 from .loop import Loop
-from .preparation import Material, build_network, build_objective, prepare_data
+from .preparation import Material, build_objective, prepare_data
 from .process import check_environment, peak_memory, settings
 from .progress import Console, Observer
-from .records import LOG, Records
+from .records import Records
 from .way_costs import way_seconds
 
 PROFILED_IMAGES = 32
@@ -33,7 +36,8 @@ class Trainer:
     """A training run, also one process of several if torchrun started it.
 
     Args:
-        config: every setting of the run. Without ``run_dir`` nothing is written.
+        config: every setting of the run. Without ``run_dir`` nothing is written. The report is
+            ``reports.html.write_report``'s to write, when the run is over.
         data_set: to train on instead of the one that ``config`` names.
         network: to train instead of the one that ``config`` names: any classifier of the
             data's images. It is trained in place and moved to the run's device. Given in
@@ -130,7 +134,7 @@ def _begin(loop: Loop) -> None:
                 noise = {"original": material.true_labels, "noisy": material.train.labels}
             records.begin(config, noise)
             if config.report:
-                _profile(loop, records, "redundancy_before.json")
+                _profile(loop, records, BEFORE)
         if config.tensorboard and not records.open_board(loop.state.step):
             loop.observer.said("TensorBoard isn't installed: its files are left out")
     if not resumed:
@@ -163,22 +167,9 @@ def _finish(loop: Loop) -> dict[str, Any]:
         if costs is not None:
             summary["way_seconds"] = costs
     if config.report:
-        _profile(loop, records, "redundancy_after.json")
+        _profile(loop, records, AFTER)
     records.summary(summary)
-    records.close()
-    if config.report:
-        _report(loop, records)
     return summary
-
-
-def _report(loop: Loop, records: Records) -> None:
-    from ..reports.charts import MissingMatplotlib
-    from ..reports.html import write_report  # slow to import, and used once
-
-    try:
-        loop.observer.said(f"report: {write_report(records.folder)}")
-    except MissingMatplotlib as error:
-        loop.observer.said(f"no report: {error}")
 
 
 def _summary(loop: Loop) -> dict[str, Any]:
@@ -217,8 +208,6 @@ def _summary(loop: Loop) -> dict[str, Any]:
 
 
 def _profile(loop: Loop, records: Records, name: str) -> None:
-    from ..reports.redundancy import profile  # training itself needs none of the reports
-
     some = take(loop.material.test, torch.arange(min(PROFILED_IMAGES, len(loop.material.test))))
     alone = Processes(0, 1, loop.processes.device)
     batches = loop.material.test_loader(some, loop.config, alone)

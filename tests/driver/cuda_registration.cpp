@@ -5,7 +5,7 @@
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY_IMPL(imcl_fast_emulated, CPU, m) {
-  m.impl("pairwise_forward", TORCH_BOX(&imcl::cuda::pairwise_forward));
+  m.impl("pairwise", TORCH_BOX(&imcl::cuda::pairwise_forward));
   m.impl("pairwise_backward", TORCH_BOX(&imcl::cuda::pairwise_backward));
   m.impl("consistency", TORCH_BOX(&imcl::cuda::consistency));
 }

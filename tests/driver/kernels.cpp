@@ -165,12 +165,112 @@ void pairwise_case(Tally& tally, const Level& level, DType dtype,
   ++tally.cases;
 }
 
+// ---- Grams of samples ------------------------------------------------------------------
+
+// One run over the tensors of a case, whose rows are the samples.
+struct GramRun {
+  std::vector<imcl::Samples> samples;
+  std::vector<Buffer> means, grams, dx;
+
+  GramRun(DType dtype, const std::vector<std::unique_ptr<Tensor> >& tensors) {
+    for (const auto& t : tensors) {
+      const Shape& s = t->shape;
+      means.emplace_back(acc_of(dtype), s.columns);
+      grams.emplace_back(acc_of(dtype), s.rows * s.rows);
+      dx.emplace_back(dtype, t->out.reach);
+      samples.push_back(
+          {{dtype, 1, s.rows, s.columns, t->x.data(), t->in.batch, t->in.row, t->in.column,
+            dx.back().data(), t->out.batch, t->out.row, t->out.column, nullptr, 0},
+           t->scale,
+           means.back().data(),
+           grams.back().data()});
+    }
+  }
+
+  // Puts S where the Grams were.
+  void replace(const std::vector<Buffer>& symmetric) {
+    for (std::size_t i = 0; i < samples.size(); ++i) samples[i].gram = symmetric[i].data();
+  }
+};
+
+void gram_case(Tally& tally, const Level& level, DType dtype,
+               const std::vector<std::unique_ptr<Tensor> >& tensors, Random& random) {
+  const imcl::DependenceKernels& kernels = *level.kernels.dependence;
+  const double unit = unit_of(acc_of(dtype));
+  GramRun serial(dtype, tensors);
+  imcl::gram_forward(kernels, serial.samples, kSerial);
+  std::vector<Buffer> symmetric;
+  for (const auto& t : tensors) {
+    const int64_t n = t->shape.rows;
+    Buffer& s = symmetric.emplace_back(acc_of(dtype), n * n);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = i; j < n; ++j) {
+        s.set(i * n + j, random());
+        s.set(j * n + i, s.get(i * n + j));
+      }
+  }
+  serial.replace(symmetric);
+  imcl::gram_backward(kernels, serial.samples, kSerial);
+
+  for (std::size_t index = 0; index < tensors.size(); ++index) {
+    const Tensor& t = *tensors[index];
+    const int64_t n = t.shape.rows, d = t.shape.columns;
+    const Buffer &gram = serial.grams[index], &s = symmetric[index], &dx = serial.dx[index];
+    check_written("means", serial.means[index], d, [&](auto cover) {
+      for (int64_t k = 0; k < d; ++k) cover(k);
+    });
+    check_written("gradient", dx, t.out.reach, [&](auto cover) {
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t k = 0; k < d; ++k) cover(t.out(0, i, k));
+    });
+    const auto x = [&](int64_t i, int64_t k) { return t.x.get(t.in(0, i, k)); };
+    std::vector<double> mean(static_cast<std::size_t>(d)), size(static_cast<std::size_t>(d));
+    for (int64_t k = 0; k < d; ++k)
+      for (int64_t i = 0; i < n; ++i) {
+        mean[static_cast<std::size_t>(k)] += x(i, k) / static_cast<double>(n);
+        size[static_cast<std::size_t>(k)] += std::fabs(x(i, k)) / static_cast<double>(n);
+      }
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j) {
+        double expected = 0, bound = 0;
+        for (int64_t k = 0; k < d; ++k) {
+          const double m = mean[static_cast<std::size_t>(k)],
+                       all = size[static_cast<std::size_t>(k)];
+          expected += t.scale * (x(i, k) - m) * (x(j, k) - m);
+          bound += t.scale * (std::fabs(x(i, k)) + all) * (std::fabs(x(j, k)) + all);
+        }
+        compare(tally, "gram", i * n + j, gram.get(i * n + j), expected, 16 * unit * bound);
+      }
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t k = 0; k < d; ++k) {
+        double expected = 0, bound = 0;
+        for (int64_t j = 0; j < n; ++j) {
+          const double each = s.get(i * n + j);
+          expected += each * (x(j, k) - mean[static_cast<std::size_t>(k)]);
+          bound += std::fabs(each) * (std::fabs(x(j, k)) + size[static_cast<std::size_t>(k)]);
+        }
+        compare(tally, "gradient", i * d + k, dx.get(t.out(0, i, k)), expected,
+                16 * unit * bound + epsilon_of(dtype) * std::fabs(expected) +
+                    (dtype == DType::kFloat16 ? 0x1p-24 : 0.0));
+      }
+    if (!t.x.same_bits(t.before)) fail("an input was written");
+  }
+  GramRun other(dtype, tensors);
+  imcl::gram_forward(kernels, other.samples, kThreads);
+  other.replace(symmetric);
+  imcl::gram_backward(kernels, other.samples, kThreads);
+  for (std::size_t i = 0; i < tensors.size(); ++i)
+    if (!other.grams[i].same_bits(serial.grams[i]) || !other.dx[i].same_bits(serial.dx[i]))
+      fail("tensor %zu: Gram or gradient depend on the threads", i);
+  ++tally.cases;
+}
+
 // ---- The sweep -------------------------------------------------------------------------
 
 struct Sweep {
   int64_t every;
   std::vector<Level> levels;
-  std::vector<Tally> pairwise, consistency;
+  std::vector<Tally> pairwise, consistency, gram;
   int64_t number = 0;
 
   bool skip() { return number++ % every != 0; }
@@ -205,6 +305,22 @@ struct Sweep {
     for (std::size_t i = 0; i < levels.size(); ++i) {
       doing = std::string(levels[i].name) + ": " + name;
       pairwise_case(pairwise[i], levels[i], dtype, tensors, settings, grad);
+    }
+  }
+
+  void gram_one(DType dtype, const std::vector<Shape>& shapes, Layout in, Layout out) {
+    if (skip()) return;
+    Random random{static_cast<uint64_t>(number)};
+    std::vector<std::unique_ptr<Tensor> > tensors;
+    std::string name = std::string("grams ") + name_of(dtype);
+    for (const Shape& s : shapes) {
+      tensors.push_back(std::make_unique<Tensor>(dtype, s, in, out, random));
+      name += " (" + std::to_string(s.rows) + ", " + std::to_string(s.columns) + ")";
+    }
+    name += std::string(" ") + kLayoutNames[in] + " to " + kLayoutNames[out];
+    for (std::size_t i = 0; i < levels.size(); ++i) {
+      doing = std::string(levels[i].name) + ": " + name;
+      gram_case(gram[i], levels[i], dtype, tensors, random);
     }
   }
 
@@ -266,6 +382,21 @@ void sweep_pairwise(Sweep& sweep) {
     }
 }
 
+void sweep_grams(Sweep& sweep) {
+  // Beside each width of a vector, a strip and a panel; more columns than a task takes.
+  const Shape shapes[] = {{1, 2, 1},   {1, 4, 3},    {1, 5, 16},   {1, 8, 17},    {1, 16, 40},
+                          {1, 17, 33}, {1, 33, 300}, {1, 4, 2100}, {1, 34, 1025}, {1, 300, 7}};
+  int64_t turn = 0;
+  for (const DType dtype : kDTypes) {
+    for (const Shape& s : shapes)
+      for (int64_t i = 0; i < 3; ++i, ++turn)
+        sweep.gram_one(dtype, {s}, static_cast<Layout>(turn % kLayouts),
+                       static_cast<Layout>(turn / kLayouts % kExpanded));
+    sweep.gram_one(dtype, {{1, 9, 1500}, {1, 9, 2}, {1, 9, 0}, {1, 9, 70}}, kRows, kRows);
+    sweep.gram_one(dtype, {{1, 0, 5}, {1, 0, 1}}, kRows, kRows);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -279,15 +410,19 @@ int main(int argc, char** argv) {
   if (sweep.levels.empty()) fail("this CPU has none of those asked for");
   sweep.pairwise.resize(sweep.levels.size());
   sweep.consistency.resize(sweep.levels.size());
+  sweep.gram.resize(sweep.levels.size());
   sweep_pairwise(sweep);
   consistency_sweep([&](const ConsistencySpec& spec) { sweep.consistency_one(spec); });
+  sweep_grams(sweep);
   for (std::size_t i = 0; i < sweep.levels.size(); ++i) {
     const Tally &pairwise = sweep.pairwise[i], &consistency = sweep.consistency[i];
+    const Tally& gram = sweep.gram[i];
     std::printf(
-        "%-10s pairwise %5lld cases, consistency %4lld; errors up to %.2g and %.2g of "
-        "what is allowed; pairwise's bits %016llx\n",
+        "%-10s pairwise %5lld cases, consistency %4lld, grams %3lld; errors up to %.2g, %.2g and "
+        "%.2g of what is allowed; pairwise's bits %016llx\n",
         sweep.levels[i].name, static_cast<long long>(pairwise.cases),
-        static_cast<long long>(consistency.cases), pairwise.worst, consistency.worst,
+        static_cast<long long>(consistency.cases), static_cast<long long>(gram.cases),
+        pairwise.worst, consistency.worst, gram.worst,
         static_cast<unsigned long long>(pairwise.bits));
   }
   return 0;

@@ -10,7 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
-import imcl_fast.training.files as files
+from imcl_fast.runs import files
 
 from .. import results, study_file
 from . import FOLDER, Before, migrate

@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from imcl_fast import models
-from imcl_fast.training.config import TrainConfig
+from imcl_fast.runs.config import TrainConfig
 
 from ..study import PlannedRun, hashed
 

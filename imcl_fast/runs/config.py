@@ -8,10 +8,10 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import data, models, validation
 from ..functional import PENALTIES, TEACHERS
@@ -22,44 +22,75 @@ from ..objectives import METHODS, WAYS
 PROVENANCE = ("versions", "machine")
 
 
+OBJECTIVE = "objective"
+# The first setting of each group, and the heading that the group has in the help.
+GROUPS = {
+    "dataset": "data",
+    "model": "network",
+    "method": OBJECTIVE,
+    "epochs": "optimization",
+    "device": "hardware and precision",
+    "run_dir": "run folder",
+}
+
+
+class Range(NamedTuple):
+    """Numbers from ``low`` to ``high``, finite ones only; open: without the bound itself."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def has(self, number: float) -> bool:
+        above = self.low < number if self.open_low else self.low <= number
+        below = number < self.high if self.open_high else number <= self.high
+        return above and below and math.isfinite(number)
+
+    def __str__(self) -> str:
+        low, high = f"{self.low:g}", f"{self.high:g}"
+        if math.isinf(self.low):
+            return "a finite number"
+        if math.isinf(self.high):
+            return f"more than {low}" if self.open_low else f"at least {low}"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"a number in {left}{low}, {high}{right}"
+
+
+POSITIVE, NOT_NEGATIVE, ABOVE_ZERO = Range(1), Range(0), Range(0, open_low=True)
+SHARE, BELOW_ONE = Range(0, 1), Range(0, 1, open_high=True)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is known of a field of ``TrainConfig`` beside its type and default.
 
     Attributes:
         help: one sentence for the command line.
-        group: heading it stands under there.
         choices: the values allowed; for a tuple, of each element.
-        low, high: inclusive bounds of a number.
-        open_low, open_high: whether the bound itself is excluded.
+        within: the numbers allowed.
         fixed: whether a resumed run must have the same value to end where an
             uninterrupted one does.
         option: the keyword argument of ``objectives.build`` it is passed on as, if it is
-            set; its default is the objective's own.
+            set, True for its own name; its default is the objective's own.
         metavar: how the command line names the value.
+        group: heading it stands under there.
     """
 
     help: str
-    group: str
     choices: tuple[str, ...] | None = None
-    low: float = -math.inf
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
+    within: Range = Range()
     fixed: bool = True
-    option: str | None = None
+    option: str | bool = False
     metavar: str | None = None
+    group: str = ""
 
 
-def _set(default: Any, help: str, group: str, **options: Any) -> Any:
-    metadata = {"setting": Setting(help, group, **options)}
+def _set(default: Any, help: str, **known: Any) -> Any:
+    metadata = {"setting": Setting(help, **known)}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-DATA, NETWORK, OBJECTIVE = "data", "network", "objective"
-OPTIMIZATION, HARDWARE, RUN = "optimization", "hardware and precision", "run folder"
 
 
 @dataclass(frozen=True)
@@ -71,234 +102,192 @@ class TrainConfig:
             message names it.
     """
 
-    dataset: str = _set("digits", "data set to train on", DATA, choices=data.NAMES)
-    data_root: Path | None = _set(
-        None, "folder the data set lies in", DATA, fixed=False, metavar="DIR"
-    )
+    dataset: str = _set("digits", "data set to train on", choices=data.NAMES)
+    data_root: Path | None = _set(None, "folder the data set lies in", fixed=False, metavar="DIR")
     download: bool = _set(
-        False, "fetch the data set into the data root if it isn't there", DATA, fixed=False
+        False, "fetch the data set into the data root if it isn't there", fixed=False
     )
     image_size: int | None = _set(
-        None, "height and width in pixels, the data set's own by default", DATA, low=8
+        None, "height and width in pixels, the data set's own by default", within=Range(8)
     )
     train_images: int | None = _set(
-        None, "train on a stratified subset of so many images, on all by default", DATA, low=2
+        None, "train on a stratified subset of so many images, on all by default", within=Range(2)
     )
     validation_images: int = _set(
         0,
         "hold out so many training images with clean labels and measure on them INSTEAD of on "
         "the test set: for choosing settings",
-        DATA,
-        low=0,
+        within=NOT_NEGATIVE,
     )
     split_seed: int = _set(
-        0, "of the choice of training and validation images, apart from the run's seed", DATA, low=0
+        0,
+        "of the choice of training and validation images, apart from the run's seed",
+        within=NOT_NEGATIVE,
     )
     label_noise: float = _set(
-        0.0, "probability that a training label is replaced by a wrong one", DATA, low=0, high=1
+        0.0, "probability that a training label is replaced by a wrong one", within=SHARE
     )
     noise_type: str = _set(
         "symmetric",
         "wrong labels are uniformly random others, or the class's likeliest confusion",
-        DATA,
         choices=("symmetric", "asymmetric"),
     )
-    augment: bool = _set(True, "random augmentation, the data set's own", DATA)
+    augment: bool = _set(True, "random augmentation, the data set's own")
     workers: int = _set(
-        0, "processes that load images, for data that isn't in memory", DATA, low=0, fixed=False
+        0,
+        "processes that load images, for data that isn't in memory",
+        fixed=False,
+        within=NOT_NEGATIVE,
     )
 
-    model: str = _set("resnet18", "network to train", NETWORK, choices=models.NAMES)
-    width: int = _set(64, "channels of the network's first stage", NETWORK, low=1)
+    model: str = _set("resnet18", "network to train", choices=models.NAMES)
+    width: int = _set(64, "channels of the network's first stage", within=POSITIVE)
     stem_stride: int = _set(
         1,
         "of the first convolution; 2 halves the resolution at once, for a quarter of the work",
-        NETWORK,
-        low=1,
-        high=2,
+        within=Range(1, 2),
     )
-    channels_last: bool = _set(
-        False, "keep images and weights in channels_last memory format", NETWORK
-    )
-    compile: bool = _set(False, "train through torch.compile", NETWORK)
+    channels_last: bool = _set(False, "keep images and weights in channels_last memory format")
+    compile: bool = _set(False, "train through torch.compile")
 
-    method: str = _set("imcl", "what to train with", OBJECTIVE, choices=METHODS)
+    method: str = _set("imcl", "what to train with", choices=METHODS)
     ways: tuple[str, ...] = _set(
         WAYS,
         "comma-separated ways of --method imcl, or all or none (plain cross entropy)",
-        OBJECTIVE,
         choices=WAYS,
         metavar="WAYS",
     )
     weights: dict[str, float] = _set(
         {},
         "weight of each way, such as output=1,kernel=100; the others keep the method's own",
-        OBJECTIVE,
         choices=WAYS,
-        low=0,
         metavar="WAY=W,...",
+        within=NOT_NEGATIVE,
     )
     ways_warmup_epochs: float = _set(
-        0.0, "epochs in which the ways' weights rise linearly to their values", OBJECTIVE, low=0
+        0.0, "epochs in which the ways' weights rise linearly to their values", within=NOT_NEGATIVE
     )
-    label_smoothing: float = _set(
-        0.0, "of every cross entropy", OBJECTIVE, low=0, high=1, open_high=True
-    )
+    label_smoothing: float = _set(0.0, "of every cross entropy", within=BELOW_ONE)
     layers: tuple[str, ...] | None = _set(
-        None,
-        "comma-separated module paths whose features take part",
-        OBJECTIVE,
-        option="layers",
-        metavar="PATHS",
+        None, "comma-separated module paths whose features take part", metavar="PATHS", option=True
     )
     kernels: tuple[str, ...] | None = _set(
         None,
         "comma-separated module paths whose weights take part in kernel similarity",
-        OBJECTIVE,
-        option="kernels",
         metavar="PATHS",
+        option=True,
     )
-    views: int | None = _set(None, "dropout views", OBJECTIVE, low=2, option="views")
-    dropout: float | None = _set(
-        None, "of the views", OBJECTIVE, low=0, high=1, open_high=True, option="dropout"
-    )
-    output_temperature: float | None = _set(
-        None, "of the views", OBJECTIVE, low=0, open_low=True, option="output_temperature"
-    )
+    views: int | None = _set(None, "dropout views", within=Range(2), option=True)
+    dropout: float | None = _set(None, "of the views", within=BELOW_ONE, option=True)
+    output_temperature: float | None = _set(None, "of the views", within=ABOVE_ZERO, option=True)
     multilayer_temperature: float | None = _set(
-        None, "of the heads", OBJECTIVE, low=0, open_low=True, option="multilayer_temperature"
+        None, "of the heads", within=ABOVE_ZERO, option=True
     )
-    teacher: str | None = _set(
-        None, "of the heads", OBJECTIVE, choices=TEACHERS, option="multilayer_teacher"
-    )
+    teacher: str | None = _set(None, "of the heads", choices=TEACHERS, option="multilayer_teacher")
     representation_penalty: str | None = _set(
-        None, "of the features", OBJECTIVE, choices=PENALTIES, option="representation_penalty"
+        None, "of the features", choices=PENALTIES, option=True
     )
-    center: bool | None = _set(
-        None, "compare features by correlation, not cosine", OBJECTIVE, option="center"
-    )
-    kernel_penalty: str | None = _set(
-        None, "of the kernels", OBJECTIVE, choices=PENALTIES, option="kernel_penalty"
-    )
+    center: bool | None = _set(None, "compare features by correlation, not cosine", option=True)
+    kernel_penalty: str | None = _set(None, "of the kernels", choices=PENALTIES, option=True)
     representation_interval: int | None = _set(
         None,
         "compute way 3 in every N-th batch only, with N times its weight",
-        OBJECTIVE,
-        low=1,
-        option="representation_interval",
+        within=POSITIVE,
+        option=True,
     )
     kernel_interval: int | None = _set(
         None,
         "compute way 4 in every N-th batch only, with N times its weight",
-        OBJECTIVE,
-        low=1,
-        option="kernel_interval",
+        within=POSITIVE,
+        option=True,
     )
     beta: float | None = _set(
-        None, "weight of the labels in a song-chai method", OBJECTIVE, low=0, high=1, option="beta"
+        None, "weight of the labels in a song-chai method", within=SHARE, option=True
     )
-    impl: str = _set(
-        "auto", "implementation of the fused losses", OBJECTIVE, choices=IMPLEMENTATIONS
-    )
+    impl: str = _set("auto", "implementation of the fused losses", choices=IMPLEMENTATIONS)
 
-    epochs: int = _set(10, "passes over the training images", OPTIMIZATION, low=1)
+    epochs: int = _set(10, "passes over the training images", within=POSITIVE)
     batch_size: int = _set(
-        128, "images of a batch, those of all processes together", OPTIMIZATION, low=1
+        128, "images of a batch, those of all processes together", within=POSITIVE
     )
-    accumulate: int = _set(1, "batches of each optimizer step", OPTIMIZATION, low=1)
-    optimizer: str = _set(
-        "sgd", "sgd is that with Nesterov momentum", OPTIMIZATION, choices=("sgd", "adamw")
-    )
-    lr: float = _set(0.1, "highest learning rate", OPTIMIZATION, low=0, open_low=True)
-    momentum: float = _set(
-        0.9, "of sgd, beta1 of adamw", OPTIMIZATION, low=0, high=1, open_high=True
-    )
+    accumulate: int = _set(1, "batches of each optimizer step", within=POSITIVE)
+    optimizer: str = _set("sgd", "sgd is that with Nesterov momentum", choices=("sgd", "adamw"))
+    lr: float = _set(0.1, "highest learning rate", within=ABOVE_ZERO)
+    momentum: float = _set(0.9, "of sgd, beta1 of adamw", within=BELOW_ONE)
     weight_decay: float = _set(
-        5e-4, "of all but normalisation parameters and biases", OPTIMIZATION, low=0
+        5e-4, "of all but normalisation parameters and biases", within=NOT_NEGATIVE
     )
     clip_norm: float | None = _set(
         None,
         "highest L2 norm of an optimizer step's whole gradient, unbounded by default",
-        OPTIMIZATION,
-        low=0,
-        open_low=True,
         metavar="NORM",
+        within=ABOVE_ZERO,
     )
     schedule: str = _set(
         "cosine",
         "of the learning rate; step divides it by 10 after 1/2 and 3/4 of the steps",
-        OPTIMIZATION,
         choices=("cosine", "step", "onecycle", "constant"),
     )
     warmup_epochs: float = _set(
         0.0,
         "epochs in which the learning rate rises linearly; of onecycle, 0 means its usual 30 %%",
-        OPTIMIZATION,
-        low=0,
+        within=NOT_NEGATIVE,
     )
     ema: float | None = _set(
         None,
         "decay of an exponential moving average of the weights, which is then what is measured",
-        OPTIMIZATION,
-        low=0,
-        high=1,
-        open_high=True,
         metavar="DECAY",
+        within=BELOW_ONE,
     )
     seed: int = _set(
-        0, "of weights, wrong labels, order, augmentation and dropout", OPTIMIZATION, low=0
+        0, "of weights, wrong labels, order, augmentation and dropout", within=NOT_NEGATIVE
     )
 
     device: str = _set(
-        "auto", "such as cpu or cuda; auto takes an accelerator if there is one", HARDWARE,
-        fixed=False,
-    )  # fmt: skip
-    threads: int | None = _set(
-        None, "CPU threads, PyTorch's choice by default", HARDWARE, low=1, high=4096, fixed=False
+        "auto", "such as cpu or cuda; auto takes an accelerator if there is one", fixed=False
     )
-    amp: str = _set("off", "autocast to half precision", HARDWARE, choices=("off", "bf16", "fp16"))
+    threads: int | None = _set(
+        None, "CPU threads, PyTorch's choice by default", fixed=False, within=Range(1, 4096)
+    )
+    amp: str = _set("off", "autocast to half precision", choices=("off", "bf16", "fp16"))
     deterministic: bool = _set(
-        False, "bitwise repeatable on a GPU too, at some cost; on CPUs it always is", HARDWARE
+        False, "bitwise repeatable on a GPU too, at some cost; on CPUs it always is"
     )
 
     run_dir: Path | None = _set(
         None,
         "folder of everything the run writes, by default runs/DATASET-MODEL-METHOD-sSEED",
-        RUN,
         fixed=False,
         metavar="DIR",
     )
     resume: str = _set(
         "never",
         "auto goes on from the newest good checkpoint of the run folder, if there is one",
-        RUN,
         choices=("never", "auto"),
         fixed=False,
     )
     checkpoint_every: str = _set(
         "10m",
         "besides each epoch's end, save after so many optimizer steps (500) or minutes (10m)",
-        RUN,
         fixed=False,
         metavar="N|Nm",
     )
     evaluate_every: int = _set(
-        1, "epochs between measurements of accuracy; after the last there is one anyway", RUN,
-        low=1, metavar="EPOCHS",
-    )  # fmt: skip
-    keep: int = _set(3, "newest checkpoints to keep, beside the best", RUN, low=1, fixed=False)
+        1,
+        "epochs between measurements of accuracy; after the last there is one anyway",
+        metavar="EPOCHS",
+        within=POSITIVE,
+    )
+    keep: int = _set(3, "newest checkpoints to keep, beside the best", fixed=False, within=POSITIVE)
     log_every: int = _set(
-        20, "steps between rows of steps.csv", RUN, low=1, fixed=False, metavar="STEPS"
+        20, "steps between rows of steps.csv", fixed=False, metavar="STEPS", within=POSITIVE
     )
-    tensorboard: bool = _set(
-        True, "write TensorBoard's files too, if it is installed", RUN, fixed=False
-    )
+    tensorboard: bool = _set(True, "write TensorBoard's files too, if it is installed", fixed=False)
     report: bool = _set(
-        True, "write report.html, with how redundant the layers are before and after", RUN,
-        fixed=False,
-    )  # fmt: skip
+        True, "write report.html, with how redundant the layers are before and after", fixed=False
+    )
     measure_ways: bool = _set(
-        True, "measure after training what each way costs per step", RUN, fixed=False
+        True, "measure after training what each way costs per step", fixed=False
     )
 
     def __post_init__(self) -> None:
@@ -352,19 +341,15 @@ class TrainConfig:
     @property
     def label(self) -> str:
         """The method and its ways in a word, for names and tables."""
-        if self.method != "imcl":
-            return self.method
-        if not self.ways:
-            return "ce"
-        return "imcl" if set(self.ways) == set(WAYS) else "+".join(self.ways)
+        return label_of(self.method, self.ways)
 
     @property
     def objective_options(self) -> dict[str, Any]:
         """Those keyword arguments of ``objectives.build`` that were set, beside the usual."""
         return {
-            setting.option: getattr(self, name)
-            for name, setting in SETTINGS.items()
-            if setting.option is not None and getattr(self, name) is not None
+            argument: getattr(self, name)
+            for name in SETTINGS
+            if (argument := argument_of(name)) and getattr(self, name) is not None
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -419,9 +404,26 @@ class TrainConfig:
         ]
 
 
-SETTINGS: dict[str, Setting] = {
-    entry.name: entry.metadata["setting"] for entry in dataclasses.fields(TrainConfig)
-}
+SETTINGS: dict[str, Setting] = {}
+_group = ""
+for _field in dataclasses.fields(TrainConfig):
+    _group = GROUPS.get(_field.name, _group)
+    SETTINGS[_field.name] = dataclasses.replace(_field.metadata["setting"], group=_group)
+
+
+def argument_of(name: str) -> str | None:
+    """The keyword argument of ``objectives.build`` that a setting is passed on as, if it is."""
+    option = SETTINGS[name].option
+    return name if option is True else option or None
+
+
+def label_of(method: str, ways: Sequence[str]) -> str:
+    """A method and its ways in a word: ``ce``, ``imcl``, ``output+kernel``, another method."""
+    if method != "imcl":
+        return method
+    if not ways:
+        return "ce"
+    return "imcl" if set(ways) == set(WAYS) else "+".join(ways)
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
@@ -455,23 +457,7 @@ def _check_range(name: str, value: Any, setting: Setting) -> None:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(setting.choices)}, got {element!r}"
                 )
-    numbers = value.values() if isinstance(value, dict) else [value]
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            continue
-        low, high = setting.low, setting.high
-        inside = (low < number if setting.open_low else low <= number) and (
-            number < high if setting.open_high else number <= high
-        )
-        if not inside or not math.isfinite(number):
-            raise ValueError(f"{name}: expected {_range(setting)}, got {number}")
-
-
-def _range(setting: Setting) -> str:
-    low, high = f"{setting.low:g}", f"{setting.high:g}"
-    if math.isinf(setting.low):
-        return "a finite number"
-    if math.isinf(setting.high):
-        return f"more than {low}" if setting.open_low else f"at least {low}"
-    left, right = "(" if setting.open_low else "[", ")" if setting.open_high else "]"
-    return f"a number in {left}{low}, {high}{right}"
+    for number in value.values() if isinstance(value, dict) else [value]:
+        counts = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if counts and not setting.within.has(number):
+            raise ValueError(f"{name}: expected {setting.within}, got {number}")

@@ -1,4 +1,4 @@
-"""Reads a run folder, as ``imcl-train`` writes it, also while the run is going on."""
+"""The files of a run folder, read as ``imcl-train`` writes them, also while the run goes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..objectives import WAYS
+from .config import label_of
+from .errors import one_line
+
+CONFIG, METRICS, STEPS, SUMMARY = "config.json", "metrics.csv", "steps.csv", "summary.json"
+NOISE, WEIGHTS, LOG = "noise.pt", "network.pt", "log.txt"
+BEFORE, AFTER = "redundancy_before.json", "redundancy_after.json"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tb"
 
 # The columns of metrics.csv that are no terms of the objective.
 MEASURES = (
@@ -84,14 +90,8 @@ class Run:
     @property
     def label(self) -> str:
         """What was trained, in a word: ``ce``, ``imcl``, ``output+kernel``, another method."""
-        method = str(self.setting("method", "imcl"))
-        ways = self.setting("ways") or ()
-        ways = ways.split(",") if isinstance(ways, str) else [str(way) for way in ways]
-        if method != "imcl" or "all" in ways:
-            return method
-        if not ways or "none" in ways:
-            return "ce"
-        return "imcl" if set(ways) == set(WAYS) else "+".join(ways)
+        ways = [str(way) for way in self.setting("ways") or ()]
+        return label_of(str(self.setting("method", "imcl")), ways)
 
     @property
     def held_out(self) -> str:
@@ -127,15 +127,15 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UnreadableRun(f"{folder}: expected a run folder, as imcl-train writes it")
-    if not (folder / "config.json").is_file():
-        raise UnreadableRun(f"{folder}: expected a run folder, it has no config.json")
+    if not (folder / CONFIG).is_file():
+        raise UnreadableRun(f"{folder}: expected a run folder, it has no {CONFIG}")
     return Run(
         folder=folder,
-        config=_read_json(folder / "config.json", dict),
-        metrics=_read_metrics(folder / "metrics.csv"),
-        summary=_read_json(folder / "summary.json", dict),
-        before=_read_profile(folder / "redundancy_before.json"),
-        after=_read_profile(folder / "redundancy_after.json"),
+        config=_read_json(folder / CONFIG, dict),
+        metrics=_read_metrics(folder / METRICS),
+        summary=_read_json(folder / SUMMARY, dict),
+        before=_read_profile(folder / BEFORE),
+        after=_read_profile(folder / AFTER),
     )
 
 
@@ -146,7 +146,7 @@ def _read_json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UnreadableRun(f"{path}: expected JSON, {_one_line(error)}") from error
+        raise UnreadableRun(f"{path}: expected JSON, {one_line(error)}") from error
     if not isinstance(value, kind):
         expected = "an object" if kind is dict else "a list"
         raise UnreadableRun(f"{path}: expected {expected}, got {type(value).__name__}")
@@ -171,7 +171,7 @@ def _read_metrics(path: Path) -> dict[str, list[float | None]]:
         with path.open(newline="", encoding="utf-8") as file:
             header, *lines = list(csv.reader(file)) or [[]]
     except (OSError, ValueError, csv.Error) as error:
-        raise UnreadableRun(f"{path}: expected CSV, {_one_line(error)}") from error
+        raise UnreadableRun(f"{path}: expected CSV, {one_line(error)}") from error
     if (header or lines) and header[:1] != ["epoch"]:
         raise UnreadableRun(
             f"{path}: expected CSV whose first column is epoch, got {','.join(header)[:40]!r}"
@@ -190,9 +190,5 @@ def _read_metrics(path: Path) -> dict[str, list[float | None]]:
         try:
             columns[name] = [float(cell) if cell else None for cell in cells]
         except ValueError as error:
-            raise UnreadableRun(f"{path}, column {name}: {_one_line(error)}") from error
+            raise UnreadableRun(f"{path}, column {name}: {one_line(error)}") from error
     return columns
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

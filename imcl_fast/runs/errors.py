@@ -38,3 +38,8 @@ class Interrupted(TrainingError):
         super().__init__(message)
         self.signal = signal.Signals(number)
         self.exit_code = 128 + number  # as shells report it
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without the ends of its lines."""
+    return " ".join(str(error).split())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 
 from ..ilr import MultiHead
 from ..imcl import IMCL
-from .config import SETTINGS, Setting, TrainConfig
+from .config import SETTINGS, Range, TrainConfig, argument_of
 
 WORDS = {"all": SETTINGS["ways"].choices or (), "none": ()}
 
@@ -25,30 +24,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
-    def add_number(
-        self,
-        flag: str,
-        kind: type[int] | type[float],
-        default: float,
-        help: str,
-        *,
-        low: float = -math.inf,
-        high: float = math.inf,
-    ) -> None:
-        """A flag whose value is a number from ``low`` to ``high``."""
 
-        def read(text: str) -> float:
-            value = kind(text)
-            if not low <= value <= high:
-                at_most = "" if math.isinf(high) else f" and at most {high:g}"
-                raise argparse.ArgumentTypeError(f"expected at least {low:g}{at_most}, got {text}")
-            return value
+def in_range(kind: type[int] | type[float], within: Range) -> Callable[[str], float]:
+    """What reads a number within a range, for ``add_argument(type=...)``."""
 
-        read.__name__ = kind.__name__  # what an error calls it
-        metavar = "N" if kind is int else "X"
-        self.add_argument(
-            flag, type=read, default=default, metavar=metavar, help=f"{help} (default: {default})"
-        )
+    def read(text: str) -> float:
+        value = kind(text)
+        if not within.has(value):
+            raise argparse.ArgumentTypeError(f"expected {within}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # what an error calls it
+    return read
 
 
 def parse(arguments: Sequence[str] | None, prog: str, description: str) -> TrainConfig:
@@ -77,7 +64,7 @@ def build_parser(prog: str, description: str) -> Parser:
             groups[setting.group] = parser.add_argument_group(setting.group)
         options: dict[str, Any] = {
             "default": _default(field),
-            "help": setting.help + _default_text(field, setting),
+            "help": setting.help + _default_text(field),
         }
         kind = _plain(kinds[field.name])
         if kind is bool:
@@ -125,15 +112,15 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default
 
 
-def _default_text(field: dataclasses.Field, setting: Setting) -> str:
+def _default_text(field: dataclasses.Field) -> str:
     """What a help text says of the default, if it doesn't say so itself."""
     value = _default(field)
-    if setting.option is not None:
-        objective = IMCL if setting.option in inspect.signature(IMCL).parameters else MultiHead
-        own = inspect.signature(objective).parameters[setting.option].default
+    if argument := argument_of(field.name):
+        objective = IMCL if argument in inspect.signature(IMCL).parameters else MultiHead
+        own = inspect.signature(objective).parameters[argument].default
         text = "all that are found" if own is None else _text(own)
         return f" (default: the method's own, {text} in {objective.__name__})"
-    if "by default" in setting.help:
+    if "by default" in SETTINGS[field.name].help:
         return ""
     return f" (default: {'none' if value in (None, {}) else _text(value)})"
 

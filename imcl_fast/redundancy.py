@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..autograd import without_autocast
-from ..layers import PASSIVE
-from ..modes import evaluating
+from .autograd import without_autocast
+from .layers import PASSIVE
+from .modes import evaluating
 
 BINS = 40
 HEAT_MAP_SIZE = 64
@@ -252,7 +252,7 @@ def _find_representations(
             if channels > 1 and pixels > 1 and output.is_floating_point():
                 outputs[id(output)] = call
 
-    _with_hooks(model, image, record)
+    run_with_hooks(model, image, record)
     return order, {call for key, call in outputs.items() if key not in left_out}
 
 
@@ -275,10 +275,11 @@ def _run(
                 found[call] = _Layer(label, "representation", center)
             found[call].update(output.flatten(2))
 
-    _with_hooks(model, images, record)
+    run_with_hooks(model, images, record)
 
 
-def _with_hooks(model: nn.Module, images: Tensor, record: Any) -> None:
+def run_with_hooks(model: nn.Module, images: Tensor, record: Any) -> None:
+    """Run ``model``; ``record(path, module, args, output)`` is called after each of its modules."""
     handles = [
         module.register_forward_hook(
             lambda module, args, output, name=name: record(name, module, args, output)

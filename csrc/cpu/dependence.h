@@ -1,0 +1,39 @@
+// Gram matrices of the samples of a batch and their gradients, on the CPU: what the dependence
+// between representations (HSIC, CKA) needs of them; the rest is done on the small Grams.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "pairwise.h"
+
+namespace imcl {
+
+// One representation: samples are the rows of a single matrix. All pointers are to numbers of the
+// accumulation type.
+struct Samples {
+  Matrices x;
+  double scale;  // of the Gram
+  void* mean;    // (columns): of each column over the samples
+  void* gram;    // (rows, rows)
+};
+
+// The per-ISA kernels; each call is for columns [first, first + count) and serial.
+struct DependenceKernels {
+  // Bytes of the Gram of some of the columns, in whole panels.
+  int64_t (*part_size)(const Samples&);
+  // part = X_c X_c^T of these columns, their upper panels; fills their means.
+  void (*part)(const Samples&, int64_t first, int64_t count, void* part);
+  // gram = scale * the sum of so many parts, one after the other.
+  void (*finish)(const Samples&, const void* parts, int64_t count);
+  // dx = S X_c in these columns, for the symmetric S that lies in gram.
+  void (*product)(const Samples&, int64_t first, int64_t count);
+};
+
+// Fills every gram and mean.
+void gram_forward(const DependenceKernels&, const std::vector<Samples>&, const Parallel&);
+
+// Every dx.
+void gram_backward(const DependenceKernels&, const std::vector<Samples>&, const Parallel&);
+
+}  // namespace imcl

@@ -1,0 +1,156 @@
+// The Gram of the samples of one representation and its gradient, compiled once per ISA.
+//
+// X has B rows, the samples, of D columns, the features; m_k is the mean of column k and
+// X_c = X - 1 m^T.
+//
+// forward   G = scale X_c X_c^T     (B, B)   the upper panels only, then mirrored
+// backward  dX = S X_c              (B, D)   for the symmetric S = scale H (dG + dG^T) H,
+//                                            H = I - 1 1^T/B
+#include "dependence.h"
+#include "pairwise_backward.h"
+
+namespace imcl {
+inline namespace IMCL_ISA {
+namespace {
+
+const Parallel kSerial{1, [](int64_t count, void (*body)(int64_t, void*), void* context) {
+                         for (int64_t i = 0; i < count; ++i) body(i, context);
+                       }};
+
+// An axis from one of its indices on, and how far into the tensor that lies.
+struct Rest {
+  int64_t offset;
+  Axis axis;
+};
+
+Rest rest_of(const Axis& axis, int64_t first) {
+  if (axis.table) return {0, {axis.stride, axis.table + first}};
+  return {first * axis.stride, axis};
+}
+
+template <class T>
+Matrix<T> columns_of(const Samples& s, int64_t first, int64_t count) {
+  const Rest columns = rest_of(s.x.column_axis, first);
+  return {static_cast<const T*>(s.x.x) + columns.offset, s.x.row_axis, columns.axis, s.x.rows,
+          count};
+}
+
+// mean[k] of the columns k: rows are read one after the other where they are dense.
+template <class T>
+void column_means(const Matrix<T>& x, AccOf<T>* mean) {
+  using Acc = AccOf<T>;
+  constexpr int64_t width = kLanes<Acc>;
+  if (!x.column.is_unit())
+    return row_means(Matrix<T>{x.x, x.column, x.row, x.columns, x.rows}, mean);
+  std::fill_n(mean, x.columns, Acc(0));
+  for (int64_t i = 0; i < x.rows; ++i) {
+    const T* row = x.x + x.row[i];
+    int64_t k = 0;
+    for (; k + width <= x.columns; k += width) store(mean + k, load(mean + k) + load_acc(row + k));
+    for (; k < x.columns; ++k) mean[k] += to_acc(row[k]);
+  }
+  for (int64_t k = 0; k < x.columns; ++k) mean[k] /= static_cast<Acc>(x.rows);
+}
+
+template <class Acc>
+int64_t padded_rows(const Samples& s) {
+  return divide_up(s.x.rows, kPanel<Acc>) * kPanel<Acc>;
+}
+
+template <class T>
+void part_of(const Samples& s, int64_t first, int64_t count, void* part) {
+  using Acc = AccOf<T>;
+  const Matrix<T> x = columns_of<T>(s, first, count);
+  Acc* mean = static_cast<Acc*>(s.mean) + first;
+  column_means(x, mean);
+  const Source<T> source{x.x, x.row, x.column, nullptr, mean};
+  gram<Acc>(source, x.rows, count, static_cast<Acc*>(part), padded_rows<Acc>(s), kSerial);
+}
+
+template <class Acc>
+void finish_gram(const Samples& s, const Acc* parts, int64_t count) {
+  constexpr int64_t width = kLanes<Acc>;
+  const int64_t n = s.x.rows, padded = padded_rows<Acc>(s);
+  const Vec<Acc> scale = splat(static_cast<Acc>(s.scale));
+  Acc* g = static_cast<Acc*>(s.gram);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = i / width * width; j < n; j += width) {
+      Vec<Acc> sum = {};
+      for (int64_t p = 0; p < count; ++p) sum += load(parts + (p * padded + i) * padded + j);
+      sum *= scale;
+      for (int64_t v = std::max<int64_t>(0, i - j); v < std::min(width, n - j); ++v)
+        g[i * n + j + v] = g[(j + v) * n + i] = sum[v];
+    }
+  }
+}
+
+template <class T>
+void product_of(const Samples& s, int64_t first, int64_t count) {
+  using Acc = AccOf<T>;
+  const Matrix<T> x = columns_of<T>(s, first, count);
+  const Rest out = rest_of(s.x.dx_column_axis, first);
+  Backward<Acc, T> work{};
+  work.x = Source<T>{x.x, x.column, x.row, static_cast<const Acc*>(s.mean) + first};
+  work.dx = static_cast<T*>(s.x.dx) + out.offset;
+  work.dx_free = out.axis;
+  work.dx_k = s.x.dx_row_axis;
+  work.free_count = count;
+  work.k_count = s.x.rows;
+  work.grad = 1;
+
+  constexpr int64_t panel = kPanel<Acc>;
+  const int64_t panels = divide_up(work.k_count, panel), panel_size = panel * work.depth();
+  Scratch scratch;
+  Acc* packed = scratch.get<Acc>(panels * panel_size);
+  const Source<Acc> symmetric{
+      static_cast<const Acc*>(s.gram), {1, nullptr}, {work.k_count, nullptr}};
+  for (int64_t p = 0; p < panels; ++p)
+    pack(symmetric, p * panel, std::min(panel, work.k_count - p * panel), 0, work.k_count,
+         packed + p * panel_size);
+  work.symmetric = packed;
+  work.s = static_cast<const Acc*>(s.gram);
+  work.run(kSerial);
+}
+
+// Calls run with a null pointer of the tensor's type.
+template <class Run>
+auto with_type(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::kFloat64: return run(static_cast<double*>(nullptr));
+    case DType::kBFloat16: return run(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16: return run(static_cast<Float16*>(nullptr));
+    default: return run(static_cast<float*>(nullptr));
+  }
+}
+
+int64_t part_size(const Samples& s) {
+  return with_type(s.x.dtype, [&](auto* x) {
+    using Acc = AccOf<std::remove_pointer_t<decltype(x)>>;
+    return padded_rows<Acc>(s) * padded_rows<Acc>(s) * static_cast<int64_t>(sizeof(Acc));
+  });
+}
+
+void part(const Samples& s, int64_t first, int64_t count, void* out) {
+  with_type(s.x.dtype,
+            [&](auto* x) { part_of<std::remove_pointer_t<decltype(x)>>(s, first, count, out); });
+}
+
+void finish(const Samples& s, const void* parts, int64_t count) {
+  with_type(s.x.dtype, [&](auto* x) {
+    using Acc = AccOf<std::remove_pointer_t<decltype(x)>>;
+    finish_gram(s, static_cast<const Acc*>(parts), count);
+  });
+}
+
+void product(const Samples& s, int64_t first, int64_t count) {
+  with_type(s.x.dtype,
+            [&](auto* x) { product_of<std::remove_pointer_t<decltype(x)>>(s, first, count); });
+}
+
+}  // namespace
+
+extern const DependenceKernels dependence_kernels;
+const DependenceKernels dependence_kernels = {part_size, part, finish, product};
+
+}  // namespace IMCL_ISA
+}  // namespace imcl

@@ -1,0 +1,95 @@
+"""Dependence between representations (HSIC, CKA) from the Gram matrices of their samples.
+
+X (B, D) holds a sample in each row, X_c = X - its mean over the samples, G = X_c X_c^T (B, B).
+A kernel K comes from G: linear K = G, Gaussian K_ij = exp(-d_ij/(2 s)) with the squared distances
+d_ij = G_ii + G_jj - 2 G_ij. With K~ the kernel centred over the samples,
+
+biased    K~ = H K H, H = I - 1 1^T/B;     HSIC(K, L) = <K~, L~>/(B - 1)^2
+unbiased  K_ii := 0, k = K 1, S = 1^T K 1;  HSIC(K, L) = <K~, L~>/(B(B - 3)),
+          K~_ij = K_ij - (k_i + k_j)/(B - 2) + S/((B - 1)(B - 2)) for i != j, K~_ii = 0
+
+(Gretton et al. 2005; Song et al. 2012, JMLR 13:1393; in this form 1310.6101). So the HSIC of all
+pairs of V views is one product of V flattened matrices, and its gradient with respect to X is
+dX = S X_c for S = H (dG + dG^T) H: what is as large as X is read twice and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LINEAR, GAUSSIAN = range(2)
+BIASED, UNBIASED = range(2)
+
+
+def gram_forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+    """scale X_c X_c^T of every x (B, *) as (n, B, B), and the means (D,)."""
+    grams, means = [], []
+    for x, factor in zip(xs, scale, strict=True):
+        rows = _rows(x)
+        mean = rows.mean(0)
+        centred = rows - mean
+        grams.append(factor * (centred @ centred.T))
+        means.append(mean)
+    return torch.stack(grams), means
+
+
+def gram_backward(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[Tensor]:
+    """S X_c of every x, shaped and strided like x; S (n, B, B) is symmetric."""
+    gradients = []
+    for each, x, mean in zip(s, xs, means, strict=True):
+        dx = (each @ (_rows(x) - mean)).to(x.dtype).reshape(x.shape)
+        gradients.append(dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx))
+    return gradients
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, D) in the accumulation dtype."""
+    rows = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def kernels(grams: Tensor, kernel: int, median: bool) -> Tensor:
+    """Kernels (..., B, B) from Grams; ``median``: the width is the median squared distance."""
+    if kernel == LINEAR:
+        return grams
+    norms = grams.diagonal(dim1=-2, dim2=-1)
+    distances = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * grams).clamp(min=0)
+    return (-distances / median_of_pairs(distances) if median else -distances).div(2).exp()
+
+
+def median_of_pairs(distances: Tensor) -> Tensor:
+    """The (lower) median over pairs i < j, (..., 1, 1); 1 where it is 0. A constant to autograd."""
+    batch = distances.shape[-1]
+    i, j = torch.triu_indices(batch, batch, 1, device=distances.device)
+    median = distances.detach()[..., i, j].median(-1).values
+    return torch.where(median == 0, 1.0, median)[..., None, None]
+
+
+def hsic(kernels: Tensor, estimator: int) -> Tensor:
+    """HSIC (..., V, V) of all pairs of V kernels (..., V, B, B)."""
+    batch = kernels.shape[-1]
+    if estimator == BIASED:
+        rows = kernels.mean(-1, keepdim=True)
+        centred = kernels - rows - rows.mT + rows.mean(-2, keepdim=True)
+        count = (batch - 1) ** 2
+    else:
+        off_diagonal = 1 - torch.eye(batch, dtype=kernels.dtype, device=kernels.device)
+        hollow = kernels * off_diagonal
+        rows = hollow.sum(-1, keepdim=True) / (batch - 2)
+        total = rows.sum(-2, keepdim=True) / (batch - 1)
+        centred = (hollow - rows - rows.mT + total) * off_diagonal
+        count = batch * (batch - 3)
+    flat = centred.flatten(-2)
+    return flat @ flat.mT / count
+
+
+def cka(hsic: Tensor) -> Tensor:
+    """HSIC_vw / sqrt(HSIC_vv HSIC_ww); 0, and its gradient, where one of these is not positive."""
+    own = hsic.diagonal(dim1=-2, dim2=-1)
+    bad = (own <= 0).unsqueeze(-1) | (own <= 0).unsqueeze(-2)  # a NaN stays one
+    product = own.unsqueeze(-1) * own.unsqueeze(-2)
+    ratio = hsic / torch.where(bad, 1.0, product).sqrt()
+    return torch.where(bad, 0.0, ratio)

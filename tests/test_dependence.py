@@ -1,0 +1,449 @@
+"""Dependence between representations against its naive definition in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from bounds import SUM, assert_accurate, loss_dtype, unit
+from conftest import DTYPES, Impl, assert_same_bits, dtype_name, leaf, threads, usable
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import LAYOUTS, lay_out
+from torch import Tensor
+
+import imcl_fast
+from imcl_fast import dependence as module
+from imcl_fast import functional as F
+from imcl_fast.algebra import dependence as algebra
+
+IMPLS = ("torch", "cpp")
+OPTIONS = [
+    {"kernel": kernel, "bandwidth": bandwidth, "estimator": estimator, "normalize": normalize}
+    for kernel, bandwidth in (("linear", "median"), ("gaussian", "median"), ("gaussian", 0.7))
+    for estimator, normalize in itertools.product(("biased", "unbiased"), (False, True))
+]
+
+
+def option_name(options: dict) -> str:
+    return ", ".join(str(value) for value in options.values())
+
+
+@pytest.fixture(scope="session", params=IMPLS)
+def impl(request: pytest.FixtureRequest) -> Impl:
+    return usable(Impl(request.param, "cpu"))
+
+
+class Views(NamedTuple):
+    """V views of L layers of B samples, whose features share a part."""
+
+    batch: int
+    shapes: tuple[tuple[int, ...], ...]  # of the features of a layer
+    views: int = 2
+    layouts: tuple[str, ...] = ("contiguous",)
+    offset: float = 0.0  # of all features, in units of their deviation
+    seed: int = 0
+
+    def build(self, dtype: torch.dtype) -> list[list[Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        cause = normal(self.batch, 3)
+        layouts = itertools.cycle(self.layouts)
+        return [
+            [
+                leaf(lay_out((self.offset + normal(self.batch, *shape)
+                              + (cause @ normal(3, math.prod(shape))).view(-1, *shape)).to(dtype),
+                             next(layouts)))
+                for shape in self.shapes
+            ]
+            for _ in range(self.views)
+        ]  # fmt: skip
+
+
+@st.composite
+def drawn_views(draw: st.DrawFn) -> Views:
+    shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
+    layouts = [name for name in LAYOUTS if not name.startswith("expanded")]
+    return Views(
+        draw(st.sampled_from((4, 5, 7, 8, 15, 16, 17, 33))),
+        tuple(draw(st.lists(shapes, min_size=1, max_size=3))),
+        draw(st.integers(2, 4)),
+        tuple(draw(st.lists(st.sampled_from(layouts), min_size=1, max_size=3))),
+        draw(st.sampled_from((0.0, 0.5, 3.0))),
+        draw(st.integers(0, 999)),
+    )
+
+
+Result = tuple[Tensor, list[Tensor]]
+
+
+def run(views: Sequence[Sequence[Tensor]], impl: str, **options) -> Result:
+    loss = F.view_dependence(views, impl=impl, **options)
+    xs = [x for view in views for x in view]
+    return loss.detach(), list(torch.autograd.grad(loss, xs))
+
+
+def noise_of(views: Sequence[Sequence[Tensor]], truth: Result, **options) -> Result:
+    """What rounding every number of the Grams once leaves of the loss (), and of each gradient
+    (B,): from draws of such roundings, in float64. Norms of samples are those with their mean,
+    which is taken off after it was rounded."""
+    xs = [x.detach().double() for layer in zip(*views, strict=True) for x in layer]
+    dtype = loss_dtype(views[0][0].dtype)
+    width = module._bandwidth(options["bandwidth"])
+    numbered = options["kernel"] == "gaussian" and width is not None
+    scale = [1 / (width**2 * x[0].numel()) if numbered else 1.0 for x in xs]
+    exact, means = algebra.gram_forward(xs, scale)
+    generator = torch.Generator().manual_seed(0)
+    losses, gradients = [], []
+    for _ in range(6):
+        grams = []
+        for g, x, factor in zip(exact, xs, scale, strict=True):
+            size = factor**0.5 * x.flatten(1).norm(dim=1)
+            error = torch.randn(g.shape, generator=generator, dtype=torch.float64)
+            own = torch.outer(size, g.diagonal().sqrt())
+            grams.append(g + SUM * unit(dtype) * (error + error.T) / 2**0.5 * (own + own.T) / 2)
+        grams = torch.stack(grams).requires_grad_()
+        kernel = module.KERNELS.index(options["kernel"])
+        kernels = algebra.kernels(grams.unflatten(0, (-1, len(views))), kernel, width is None)
+        values = algebra.hsic(kernels, module.ESTIMATORS.index(options["estimator"]))
+        if options["normalize"]:
+            values = algebra.cka(values)
+        pairs = len(views) * (len(views) - 1)
+        loss = (values.sum() - values.diagonal(dim1=-2, dim2=-1).sum()) / pairs
+        (d,) = torch.autograd.grad(loss, grams)
+        s = torch.stack([f * (e + e.T) for f, e in zip(scale, d, strict=True)])
+        losses.append(loss.detach() - truth[0])
+        gradients.append([
+            (dx - t.double()).flatten(1).norm(dim=1)
+            for dx, t in zip(_by_view(algebra.gram_backward(s, xs, means), len(views)), truth[1],
+                             strict=True)
+        ])  # fmt: skip
+    products = [
+        SUM * unit(dtype) * (e.abs() @ x.flatten(1).abs()).norm(dim=1)
+        for e, x in zip(s, xs, strict=True)
+    ]
+    spread = [
+        torch.stack(each).square().mean(0).sqrt() + product
+        for each, product in zip(zip(*gradients, strict=True), _by_view(products, len(views)),
+                                 strict=True)
+    ]  # fmt: skip
+    return torch.stack(losses).square().mean().sqrt() + unit(dtype) * truth[0].abs(), spread
+
+
+def _by_view(by_layer: Sequence[Tensor], views: int) -> list[Tensor]:
+    return [x for v in range(views) for x in by_layer[v::views]]
+
+
+def check(got: Result, views: Sequence[Sequence[Tensor]], **options) -> None:
+    judge(got, views, *truth_of(views, **options))
+
+
+def truth_of(views: Sequence[Sequence[Tensor]], **options) -> tuple[Result, Result]:
+    """What is right, and its noise."""
+    wide = [[leaf(x.detach().double()) for x in view] for view in views]
+    truth = run(wide, "reference", **options)
+    return truth, noise_of(views, truth, **options)
+
+
+def judge(got: Result, views: Sequence[Sequence[Tensor]], truth: Result, noise: Result) -> None:
+    dtype = loss_dtype(views[0][0].dtype)
+    assert got[0].dtype == dtype
+    assert_accurate("loss", got[0], truth[0], noise[0].reshape(1), dtype)
+    xs = [x for view in views for x in view]
+    for i, (g, t, n, x) in enumerate(zip(got[1], truth[1], noise[1], xs, strict=True)):
+        assert (g.dtype, g.shape) == (x.dtype, x.shape)
+        assert_accurate(f"gradient {i}", g, t, n, x.dtype)
+
+
+@given(drawn=drawn_views(), dtype=st.sampled_from(DTYPES), options=st.sampled_from(OPTIONS))
+def test_drawn(impl: Impl, drawn: Views, dtype: torch.dtype, options: dict) -> None:
+    views = drawn.build(dtype)
+    check(run(views, impl.name, **options), views, **options)
+
+
+@pytest.mark.parametrize("turn", range(len(OPTIONS)))
+def test_options(impl: Impl, turn: int) -> None:
+    """More columns than a task takes, and a batch wider than a panel."""
+    dtype, options = DTYPES[turn % len(DTYPES)], OPTIONS[5 * turn % len(OPTIONS)]
+    views = Views(34, ((7, 60), (3, 20, 25)), 3, offset=0.5).build(dtype)
+    check(run(views, impl.name, **options), views, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=option_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_the_bound_bites(dtype: torch.dtype, options: dict) -> None:
+    """Zeros, -g, 1.1 g or 1.25 g, a loss off by 5 %, a layer of a view or a sample left out."""
+    views = Views(12, ((4, 5), (30,)), 3).build(dtype)
+    loss, gradients = run(views, "torch", **options)
+    truth, noise = truth_of(views, **options)
+    judge((loss, gradients), views, truth, noise)
+    factor = 1.1 if dtype == torch.float32 else 1.25
+    wrong = [(1.05 * loss, gradients), (math.nan * loss, gradients)]
+    wrong += [(loss, [f * g for g in gradients]) for f in (0.0, -1.0, factor, math.inf)]
+    for i in range(len(gradients)):
+        wrong.append((loss, [0 * g if i == j else g for j, g in enumerate(gradients)]))
+    one = gradients[0].clone()
+    one[3] = 0
+    for result in [*wrong, (loss, [one, *gradients[1:]])]:
+        with pytest.raises(AssertionError):
+            judge(result, views, truth, noise)
+
+
+def test_two_tensors_are_two_views() -> None:
+    (x,), (y,) = Views(9, ((4, 3),)).build(torch.float32)
+    for options in OPTIONS:
+        assert_same_bits(
+            [F.dependence(x, y, **options)], [F.view_dependence([x, y], **options)]
+        )
+
+
+def test_layers_are_weighted_and_pairs_averaged() -> None:
+    views = Views(9, ((4, 3), (5,)), 3).build(torch.float64)
+    got = F.view_dependence(views, layer_weight=[0.5, -2.0])
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = sum(
+        weight / 3 * F.dependence(views[v][layer], views[w][layer], impl="reference")
+        for layer, weight in enumerate((0.5, -2.0))
+        for v, w in pairs
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+# --- known values
+
+
+def test_known_values() -> None:
+    """By hand: 4 samples on a line, at 0, 1, 2, 3, and in the corners of a square."""
+    x = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64).unsqueeze(1)
+    biased = F.dependence(x, x, kernel="linear", estimator="biased")
+    # H K H = x_c x_c^T, whose squared norm is |x_c|^4 = 5^2.
+    assert biased.item() == pytest.approx(25 / 9, rel=1e-12)
+    y = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64).unsqueeze(1)
+    # <x_c, y_c> = 0: not correlated.
+    assert F.dependence(x, y, kernel="linear", estimator="biased").item() == pytest.approx(0)
+    assert F.dependence(x, -3 * x + 1, kernel="linear", estimator="biased", normalize=True).item() \
+        == pytest.approx(1, rel=1e-12)  # fmt: skip
+    # Squared distances 1 (three), 4 (two) and 9: the lower median is 1.
+    k = torch.exp(-(x - x.T).square() / 2)
+    h = torch.eye(4, dtype=torch.float64) - 0.25
+    expected = (k @ h @ k @ h).trace() / 9
+    torch.testing.assert_close(F.dependence(x, x, estimator="biased"), expected)
+
+
+@pytest.mark.parametrize("estimator", module.ESTIMATORS)
+def test_independent_representations_have_none(estimator: str) -> None:
+    """Over many batches the unbiased estimate averages to 0; the biased one doesn't."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.stack([
+        F.dependence(torch.randn(6, 2, generator=generator, dtype=torch.float64),
+                     torch.randn(6, 3, generator=generator, dtype=torch.float64),
+                     estimator=estimator)
+        for _ in range(400)
+    ])  # fmt: skip
+    error = values.std() / len(values) ** 0.5
+    assert (abs(values.mean()) < 3 * error) == (estimator == "unbiased")
+
+
+@pytest.mark.parametrize("kernel", module.KERNELS)
+def test_identical_views_have_a_cka_of_1(impl: Impl, kernel: str) -> None:
+    ((x,), _) = Views(16, ((4, 5),)).build(torch.float32)
+    assert F.dependence(x, x, kernel=kernel, normalize=True, impl=impl.name).item() == \
+        pytest.approx(1, rel=1e-5)  # fmt: skip
+
+
+# --- degenerate
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=option_name)
+def test_constant_features_depend_on_nothing(impl: Impl, options: dict) -> None:
+    (x,), (y,) = Views(8, ((6,),)).build(torch.float32)
+    constant = leaf(torch.full((8, 3), 2.5))
+    loss = F.dependence(x, constant, impl=impl.name, **options)
+    assert loss.item() == 0
+    for g in torch.autograd.grad(loss, [x, constant]):
+        assert not g.any()
+
+
+def test_an_unbiased_variance_below_0_gives_no_cka(impl: Impl) -> None:
+    # Every sample but one apart from all others alike: U-centred, nothing is left.
+    x = leaf(torch.eye(4, dtype=torch.float64))
+    y = leaf(torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    own = F.dependence(x, x, impl="reference")
+    assert own.item() <= 1e-30
+    loss = F.dependence(x, y, normalize=True, impl=impl.name)
+    reference = F.dependence(x, y, normalize=True, impl="reference")
+    assert loss.item() == pytest.approx(reference.item(), abs=1e-12)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, [x, y]))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=option_name)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_gives_none(impl: Impl, options: dict, bad: float) -> None:
+    (x,), (y,) = Views(8, ((6,),)).build(torch.float32)
+    with torch.no_grad():
+        x[2, 3] = bad
+    assert F.dependence(x, y, impl=impl.name, **options).isnan()
+
+
+def test_an_empty_batch_gives_0(impl: Impl) -> None:
+    x, y = leaf(torch.zeros(0, 4)), leaf(torch.zeros(0, 2, 2))
+    loss = F.dependence(x, y, impl=impl.name)
+    assert loss.item() == 0
+    assert [g.shape for g in torch.autograd.grad(loss, [x, y])] == [x.shape, y.shape]
+
+
+# --- as PyTorch's own
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=option_name)
+def test_gradcheck(impl: Impl, options: dict) -> None:
+    (x,), (y,) = Views(6, ((2, 3),)).build(torch.float64)
+    if options["bandwidth"] == "median" and options["kernel"] == "gaussian":
+        options = {**options, "bandwidth": 1.3}  # the median is a constant to the gradient
+    assert torch.autograd.gradcheck(
+        lambda x, y: F.dependence(x, y, impl=impl.name, **options), (x, y)
+    )
+
+
+def test_operators() -> None:
+    usable(Impl("cpp", "cpu"))
+    xs = [torch.randn(6, 5, 3), torch.randn(6, 4).to(torch.bfloat16)]
+    _, means = torch.ops.imcl_fast.gram_forward(xs, [1.0, 2.0])
+    s = torch.randn(2, 6, 6)
+    torch.library.opcheck(torch.ops.imcl_fast.gram_forward.default, (xs, [1.0, 2.0]))
+    torch.library.opcheck(torch.ops.imcl_fast.gram_backward.default, (s + s.mT, xs, means))
+
+
+def test_compiled_in_one_graph(impl: Impl) -> None:
+    views = Views(8, ((4, 5), (9,)), 3).build(torch.float32)
+    loss, gradients = run(views, impl.name)
+    torch._dynamo.reset()
+    compiled = torch.compile(F.view_dependence, fullgraph=True, backend="aot_eager")
+    again = compiled(views, impl=impl.name)
+    xs = [x for view in views for x in view]
+    torch.testing.assert_close(again, loss)
+    for g, h in zip(torch.autograd.grad(again, xs), gradients, strict=True):
+        torch.testing.assert_close(g, h)
+
+
+@given(drawn=drawn_views(), count=st.sampled_from((1, 2, 3)))
+def test_every_number_of_threads_gives_the_same_bits(drawn: Views, count: int) -> None:
+    usable(Impl("cpp", "cpu"))
+    views = drawn._replace(shapes=(*drawn.shapes, (1100,))).build(torch.float32)
+    loss, gradients = run(views, "cpp")
+    with threads(count):
+        again, same = run(views, "cpp")
+    assert_same_bits([again, *same], [loss, *gradients])
+
+
+def test_inputs_and_the_incoming_gradient_are_not_written(impl: Impl) -> None:
+    views = Views(8, ((4, 5),), 2).build(torch.float32)
+    before = [x.detach().clone() for view in views for x in view]
+    loss = F.view_dependence(views, impl=impl.name)
+    grad = torch.tensor(2.0)
+    xs = [x for view in views for x in view]
+    first = torch.autograd.grad(loss, xs, grad, retain_graph=True)
+    assert_same_bits(list(torch.autograd.grad(loss, xs, grad)), list(first))
+    assert grad.item() == 2
+    assert_same_bits([x.detach() for x in xs], before)
+
+
+def test_a_view_without_gradient_gets_none(impl: Impl) -> None:
+    (x,), (y,) = Views(8, ((4, 5),), 2).build(torch.float32)
+    loss = F.dependence(x, y.detach(), impl=impl.name)
+    (g,) = torch.autograd.grad(loss, [x])
+    assert_same_bits([g], [torch.autograd.grad(F.dependence(x, y, impl=impl.name), [x])[0]])
+
+
+def test_second_derivatives_name_the_reference(impl: Impl) -> None:
+    (x,), (y,) = Views(8, ((4, 5),), 2).build(torch.float64)
+    (g,) = torch.autograd.grad(F.dependence(x, y, impl=impl.name), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match='impl="reference"'):
+        g.sum().backward()
+
+
+def test_autocast_rounds_nothing(impl: Impl) -> None:
+    views = Views(8, ((4, 5),), 2).build(torch.float32)
+    expected = F.view_dependence(views, impl=impl.name)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits([F.view_dependence(views, impl=impl.name)], [expected])
+
+
+# --- the Module
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel": "linear", "estimator": "biased", "normalize": True},
+        {"bandwidth": 0.5, "layer_weight": [1.0, -2.0]},
+    ],
+    ids=str,
+)
+def test_module_is_the_function(impl: Impl, options: dict) -> None:
+    views = Views(8, ((4, 5), (9,)), 3).build(torch.float32)
+    module = imcl_fast.ViewDependence(impl=impl.name, **options)
+    expected = F.view_dependence(views, impl=impl.name, **options)
+    assert_same_bits([module(views)], [expected])
+    assert_same_bits([pickle.loads(pickle.dumps(module))(views)], [expected])
+    assert not options or not expected.equal(F.view_dependence(views, impl=impl.name))
+    assert f"impl={impl.name!r}" in repr(module)
+
+
+def test_module_makes_views_dependent(impl: Impl) -> None:
+    """A few steps up the gradient raise the CKA of two views."""
+    generator = torch.Generator().manual_seed(0)
+    views = [leaf(torch.randn(12, 3, 4, generator=generator)) for _ in range(2)]
+    module = imcl_fast.ViewDependence(normalize=True, impl=impl.name)
+    optimizer = torch.optim.Adam(views, lr=0.05, maximize=True)
+    values = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        value = module(views)
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] > values[0] + 0.3
+
+
+# --- errors
+
+
+X = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: F.dependence(X, [X]), TypeError, "y: expected a Tensor, got list"),
+        (lambda: F.dependence(X, X[:3]), ValueError, "y: expected 4 samples, as x, got shape"),
+        (lambda: F.dependence(X[:3], X[:3]), ValueError,
+         "x: expected at least 4 samples, got 3; the biased estimator does with 2"),
+        (lambda: F.dependence(X[:1], X[:1], estimator="biased"), ValueError,
+         "x: expected at least 2 samples, got 1$"),
+        (lambda: F.dependence(X, X.long()), TypeError, "y.*expected float16"),
+        (lambda: F.dependence(X, X, kernel="rbf"), ValueError, "kernel: expected one of linear"),
+        (lambda: F.dependence(X, X, bandwidth="mean"), ValueError, "bandwidth: expected a number"),
+        (lambda: F.dependence(X, X, bandwidth=0), ValueError, "bandwidth: expected a number in"),
+        (lambda: F.dependence(X, X, estimator="fair"), ValueError, "estimator: expected one of"),
+        (lambda: F.dependence(X, X, normalize=1), TypeError, "normalize: expected a bool"),
+        (lambda: F.dependence(X, X, impl="triton"), RuntimeError, "no kernels for GPUs"),
+        (lambda: F.view_dependence(X), TypeError, "views: expected a sequence of Tensors"),
+        (lambda: F.view_dependence([X]), ValueError, "views: expected at least 2 views, got 1"),
+        (lambda: F.view_dependence([[X], [X, X]]), ValueError, r"views\[1\]: expected as many"),
+        (lambda: F.view_dependence([X, X[:2]]), ValueError, r"views\[1\]\[0\]: expected 4 samples"),
+        (lambda: F.view_dependence([X, X], layer_weight=[1, 2]), ValueError, "layer_weight"),
+    ],
+)  # fmt: skip
+def test_errors(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
