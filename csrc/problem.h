@@ -54,7 +54,7 @@ struct Strides {
 };
 
 // The axes of the samples, the last running fastest; one where all tensors' axes collapse.
-struct Samples {
+struct SampleAxes {
   int axes;
   int64_t sizes[kMostAxes];
 
@@ -112,7 +112,7 @@ struct Labels {
 struct Consistency {
   DType dtype;
   int64_t batch, classes;  // batch: of all axes of samples
-  Samples samples;
+  SampleAxes samples;
   std::vector<Head> heads;
   std::vector<Group> groups;
   Labels labels;

@@ -59,8 +59,8 @@ class Collapse {
     }
   }
 
-  Samples samples() const {
-    Samples samples{0, {}};
+  SampleAxes samples() const {
+    SampleAxes samples{0, {}};
     walk([&](std::size_t d, bool begins) {
       if (begins) samples.sizes[samples.axes++] = 1;
       samples.sizes[samples.axes - 1] *= sizes_[d];

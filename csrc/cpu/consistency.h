@@ -10,7 +10,7 @@ namespace imcl {
 // One sample after the other, without a division for each.
 class Walk {
  public:
-  IMCL_INLINE Walk(const Samples& samples, int64_t sample) : samples_(samples) {
+  IMCL_INLINE Walk(const SampleAxes& samples, int64_t sample) : samples_(samples) {
     for (int axis = samples.axes - 1; axis > 0; --axis) {
       at_.of[axis] = sample % samples.sizes[axis];
       sample /= samples.sizes[axis];
@@ -29,7 +29,7 @@ class Walk {
   }
 
  private:
-  const Samples& samples_;
+  const SampleAxes& samples_;
   Strides at_;  // indices
 };
 

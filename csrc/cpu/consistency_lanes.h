@@ -4,6 +4,8 @@
 // A block of samples is read into [head][class][sample] as it lies, along the samples or along
 // the classes, and its gradient is written back from there. What consistency_kernels.cpp has as
 // numbers of a head are vectors here, and there are no chunks: all classes are at hand.
+//
+// Loops over the classes keep what they need in locals: a store could change any member.
 #pragma once
 
 #include <algorithm>
@@ -242,8 +244,9 @@ class Lanes {
 
   // The lowest number becomes -inf; samples that don't count 0, for they may hold anything.
   void mask() {
-    for (int64_t i = 0; i < n_ * classes_; ++i) {
-      Acc* place = z_ + i * pitch_ + at_;
+    const int64_t rows = n_ * classes_, pitch = pitch_;
+    Acc* place = z_ + at_;
+    for (int64_t i = 0; i < rows; ++i, place += pitch) {
       const V x = load(place);
       store(place, x <= splat(kLowest<T>) ? splat(kMasked<Acc>) : x);
     }
@@ -273,17 +276,24 @@ class Lanes {
     State& state = heads_[h];
     state.shift = shift_of(max_of(z_of(h, 0) + at_, classes_, pitch_));
     V plain = {}, tempered = {};
-    for (int64_t k = 0; kl_ && k < classes_; ++k) {
-      const V e = exp_of(centred(h, k) * splat(inverse_t_));
-      tempered_[h * classes_ + k] = e;
-      tempered += e;
-      plain += e * e;  // what it should be at T = 2 only
+    const Acc* z = z_of(h, 0) + at_;
+    const V shift = state.shift, inverse_t = splat(inverse_t_);
+    const int64_t classes = classes_, pitch = pitch_;
+    if (kl_) {
+      V* kept = tempered_ + h * classes;
+      for (int64_t k = 0; k < classes; ++k) {
+        const V e = exp_of((load(z + k * pitch) - shift) * inverse_t);
+        kept[k] = e;
+        tempered += e;
+        plain += e * e;  // what it should be at T = 2 only
+      }
     }
     if (plain_is_kept_) {
+      V* kept = plain_ + h * classes;
       plain = V{};
-      for (int64_t k = 0; k < classes_; ++k) {
-        const V e = exp_of(centred(h, k));
-        plain_[h * classes_ + k] = e;
+      for (int64_t k = 0; k < classes; ++k) {
+        const V e = exp_of(load(z + k * pitch) - shift);
+        kept[k] = e;
         plain += e;
       }
     }
@@ -294,7 +304,7 @@ class Lanes {
     const V share = splat(static_cast<Acc>(1.0 / static_cast<double>(classes_)));
     for (int64_t k = 0; summed_ && k < classes_; ++k) {
       const V y = soft_ ? load(y_ + k * pitch_ + at_) : share;
-      state.label_logit += unless_0(y, y * z(h, k));
+      state.label_logit += unless_0(y, y * this->z(h, k));
     }
   }
 
@@ -304,22 +314,24 @@ class Lanes {
     const double averaged = static_cast<double>(own_teacher_ ? n_ - 1 : n_);
     const V share = splat(static_cast<Acc>(1 / (group_.temperature * averaged)));
     V max = splat(kMasked<Acc>), sum = {};
-    for (int64_t k = 0; k < classes_; ++k) {
+    const int64_t classes = classes_, pitch = pitch_, head = classes * pitch, n = n_;
+    const int64_t left_out = own_teacher_ ? h : -1;
+    const bool final = group_.teacher == Teacher::kFinal;
+    const V factor = final ? splat(inverse_t_) : share;
+    for (int64_t k = 0; k < classes; ++k) {
+      const Acc* z = z_ + k * pitch + at_;
       V x = {};
-      if (group_.teacher == Teacher::kFinal) {
-        x = z(n_ - 1, k) * splat(inverse_t_);
-      } else {
-        for (int64_t j = 0; j < n_; ++j)
-          if (j != h || !own_teacher_) x += z(j, k) * share;
-      }
+      for (int64_t j = final ? n - 1 : 0; j < n; ++j)
+        if (j != left_out) x += load(z + j * head) * factor;
       t[k] = x;
       max = max_vector(x, max);
     }
     const V shift = shift_of(max);
-    for (int64_t k = 0; k < classes_; ++k) {
-      t[k] -= shift;
-      q[k] = exp_of(t[k]);
-      sum += q[k];
+    for (int64_t k = 0; k < classes; ++k) {
+      const V x = t[k] - shift, e = exp_of(x);
+      t[k] = x;
+      q[k] = e;
+      sum += e;
     }
     heads_[h].teacher = sum;
   }
@@ -329,9 +341,11 @@ class Lanes {
     State& state = heads_[h];
     const int64_t by = own_teacher_ ? h : 0;
     const V *t = t_ + by * classes_, *q = teacher_ + by * classes_;
+    const Acc* z = z_of(h, 0) + at_;
+    const V shift = state.shift, inverse_t = splat(inverse_t_);
     V gap = {};
     for (int64_t k = 0; k < classes_; ++k)
-      gap += unless_0(q[k], q[k] * (t[k] - centred(h, k) * splat(inverse_t_)));
+      gap += unless_0(q[k], q[k] * (t[k] - (load(z + k * pitch_) - shift) * inverse_t));
     const V sum = heads_[by].teacher;
     state.rest = log_of(sum);
     state.kl = gap / sum - state.rest + state.log_tempered;
@@ -419,7 +433,11 @@ class Lanes {
       state.kl_scale = kl;
       weights += kl;
     }
-    for (int64_t k = 0; k < classes_; ++k) gradient_of_class(k, weights);
+    if (pairwise_ || (taught_ && !group_.detach)) {
+      for (int64_t k = 0; k < classes_; ++k) gradient_of_class(k, weights);
+    } else {
+      for (int64_t h = 0; h < n_; ++h) gradient_of_head(h);
+    }
     if (!labelled_ || soft_) return;
     for (int lane = 0; lane < width; ++lane) {
       const int64_t y = index_[lane];
@@ -428,6 +446,34 @@ class Lanes {
         z_of(h, y)[at_ + lane] -=
             static_cast<Acc>(head(h).ce_weight) * ce_scale_[lane] * size_[lane] * sharp_;
     }
+  }
+
+  // Where no head needs another's: without a KL, or of teachers that are detached.
+  void gradient_of_head(int64_t h) {
+    const State& state = heads_[h];
+    const int64_t classes = classes_, pitch = pitch_;
+    const V of_plain = state.of_plain, of_tempered = state.of_tempered;
+    const V of_teacher = state.of_teacher;
+    const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_;
+    const V uniform = labelled_ && !soft_ ? ce * size_ * splat(uniform_) : V{};
+    const V* tempered = kl_ ? tempered_ + h * classes : nullptr;
+    const V* plain = plain_is_kept_ ? plain_ + h * classes : nullptr;
+    const V* q = taught_ ? teacher_ + (own_teacher_ ? h : 0) * classes : nullptr;
+    Acc* out = z_of(h, 0) + at_;
+    for (int64_t k = 0; k < classes; ++k) {
+      V dz = V{} - uniform;
+      if (plain) dz += plain[k] * of_plain;
+      if (tempered) {
+        const V e = tempered[k];
+        dz += plain ? e * of_tempered : e * (e * of_plain + of_tempered);
+      }
+      if (q) dz -= q[k] * of_teacher;
+      store(out + k * pitch, dz);
+    }
+    if (!soft_) return;
+    const Acc* y = y_ + at_;
+    for (int64_t k = 0; k < classes; ++k)
+      store(out + k * pitch, load(out + k * pitch) - ce * load(y + k * pitch));
   }
 
   void gradient_of_class(int64_t k, V weights) {

@@ -17,7 +17,7 @@ struct ConsistencyArguments {
   Group groups[kMostHeads];
   int head_count, group_count, largest_group;
   int64_t batch, classes;
-  Samples samples;
+  SampleAxes samples;
   Labels labels;
   Reduction reduction;
   bool gradient;      // every head's dz is to be written
