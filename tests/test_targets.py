@@ -304,13 +304,17 @@ def test_reference_is_differentiable_twice() -> None:
         )
 
 
-def test_mixed_labels_train_a_network(impl: Impl) -> None:
-    """What mixup makes of a batch: ``imcl(x, probabilities)``, all four ways."""
+def network() -> torch.nn.Module:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(
+    return torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3),
         torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4),
-    ).to(impl.device)
+    )
+
+
+def test_mixed_labels_train_a_network(impl: Impl) -> None:
+    """What mixup makes of a batch: ``imcl(x, probabilities)``, all four ways."""
+    model = network().to(impl.device)
     x, y = torch.randn(6, 3, 8, 8, device=impl.device), torch.tensor([0, 1, 2, 3, 0, 1])
     one_hot = TF.one_hot(y, 4).float().to(impl.device)
     mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
@@ -319,4 +323,18 @@ def test_mixed_labels_train_a_network(impl: Impl) -> None:
     out.loss.backward()
     expected = TF.cross_entropy(out.logits, mixed)
     torch.testing.assert_close(out.terms["cross_entropy"], expected.detach())
+    assert all(p.grad.isfinite().all() for p in imcl.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["MixUp", "CutMix"])
+def test_torchvisions_mixtures_train_a_network(name: str) -> None:
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    model = network()
+    mixture = getattr(v2, name)(num_classes=4)
+    x, y = mixture(torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1]))
+    assert y.shape == (6, 4) and ((y > 0) & (y < 1)).any()
+    imcl = imcl_fast.IMCL(model, x)
+    out = imcl(x, y)
+    out.loss.backward()
+    torch.testing.assert_close(out.terms["cross_entropy"], TF.cross_entropy(out.logits, y).detach())
     assert all(p.grad.isfinite().all() for p in imcl.parameters() if p.grad is not None)
