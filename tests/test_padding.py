@@ -95,11 +95,11 @@ def test_a_mask_per_layer_and_one_for_all():
     a, b = features(), torch.rand(4, 3, 5, 5)
     of_pixels = torch.rand(4, 5, 5) > 0.5
     loss = imcl_fast.RepresentationSimilarityLoss(center=True)
-    expected = (loss(a, mask(10)) + loss(b, of_pixels)) / 2
-    torch.testing.assert_close(loss([a, b], [mask(10), of_pixels]).float(), expected.float())
-    expected = (loss(a) + loss(b, of_pixels)) / 2
-    torch.testing.assert_close(loss([a, b], [None, of_pixels]).float(), expected.float())
-    torch.testing.assert_close(loss([a, a], mask(10)), loss(a, mask(10)))
+    expected = (loss(a, mask=mask(10)) + loss(b, mask=of_pixels)) / 2
+    torch.testing.assert_close(loss([a, b], mask=[mask(10), of_pixels]).float(), expected.float())
+    expected = (loss(a) + loss(b, mask=of_pixels)) / 2
+    torch.testing.assert_close(loss([a, b], mask=[None, of_pixels]).float(), expected.float())
+    torch.testing.assert_close(loss([a, a], mask=mask(10)), loss(a, mask=mask(10)))
     empty = features()[:0]
     for name in ("torch", "reference"):
         none = functional.representation_similarity(empty, mask=mask(10)[:0], impl=name)

@@ -77,11 +77,10 @@ __device__ Means means(const ConsistencyArguments& in) {
 // Blocks that a multiprocessor is to hold at once: as many as need no register spilled.
 template <class T>
 constexpr int kBlocks =
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-    sizeof(T) == 2 ? 1 :
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000
+    sizeof(T) == 4 ? 2 :
 #endif
-    sizeof(T) == 8 ? 1
-                   : 2;
+                   1;
 
 template <class T>
 __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
