@@ -102,6 +102,20 @@ def cases(impl: Impl, among: Sequence, turn: int) -> list:
     return [among[turn % len(among)]] if impl.interpreted else among
 
 
+# What takes Triton's interpreter ten seconds and more: many tiles of classes, and many runs.
+SLOW_INTERPRETED = (
+    "test_whole_chunks_are_masked", "test_fifty_thousand_classes", "test_runs_are_bitwise_equal"
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        for item in items:
+            if getattr(item, "originalname", None) in SLOW_INTERPRETED:
+                item.add_marker(pytest.mark.slow)
+
+
 def usable(impl: Impl) -> Impl:
     reason = implementations.why_not(impl.name, impl.device)
     if reason is None:
