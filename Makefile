@@ -37,7 +37,7 @@ demo: $(READY)
 	$(RUN) -m imcl_fast.demo
 
 # What is slow and rarely changes, or changes only together with what is quick to test, is left to
-# `make test-slow`, which continuous integration runs too.
+# `make test-slow`.
 test: SELECT := -m "not slow"
 test-slow: SELECT := -m slow
 test-slow: export IMCL_FAST_TEST_ALL := 1

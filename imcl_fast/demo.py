@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     results: dict[str, list[Result]] = {method: [] for method in METHODS}
     interrupted = False
-    with tqdm(unit="step", dynamic_ncols=True) as bar:
+    with tqdm(unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         try:
             for seed in range(options.seeds):
                 for method, ways in METHODS.items():
@@ -137,17 +137,22 @@ def differences(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 class _OneBar(Observer):
-    """Shows a run as a part of one bar over all runs."""
+    """Shows a run as a part of one bar over all runs; without a terminal as a line per run."""
 
     def __init__(self, bar: tqdm, name: str, runs: int) -> None:
         self._bar, self._name, self._runs = bar, name, runs
 
     def started(self, step: int, steps: int) -> None:
+        if self._bar.disable:
+            print(f"{self._name}: {steps} steps", file=sys.stderr, flush=True)
+            return
         if self._bar.total is None:
             self._bar.total = steps * self._runs
         self._bar.set_description(self._name)
 
     def stepped(self, values: Mapping[str, float] | None) -> None:
+        if self._bar.disable:
+            return
         if values is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
         self._bar.update()
