@@ -391,9 +391,20 @@ class TrainConfig:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
-        if isinstance(content, dict):
-            content = {name: value for name, value in content.items() if name not in PROVENANCE}
-        return cls.from_json(content)
+        if not isinstance(content, dict):
+            return cls.from_json(content)
+        versions = content.get("versions")
+        written_by = versions.get("imcl_fast") if isinstance(versions, dict) else None
+        config = cls.from_json(
+            {name: value for name, value in content.items() if name not in PROVENANCE}
+        )
+        return config._as_of_0_1() if str(written_by).startswith("0.1.") else config
+
+    def _as_of_0_1(self) -> TrainConfig:
+        """What was left to the objective, where its default was another in versions 0.1."""
+        left = [name for name in ("representation_interval", "kernel_interval")
+                if getattr(self, name) is None]  # fmt: skip
+        return dataclasses.replace(self, **dict.fromkeys(left, 1)) if self.has_ways else self
 
     def differences(self, other: TrainConfig) -> list[str]:
         """Names of the settings that differ among those a resumed run must keep."""
