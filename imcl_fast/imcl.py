@@ -113,14 +113,15 @@ class IMCL(nn.Module):
     every step (lazy regularisation: StyleGAN2, 1912.04958). With an interval of k it is in one
     training call of k, times k, so that the mean gradient is the same: way 3 in calls 0, k, 2k
     and so on, way 4 half of the intervals' greatest common divisor later, so that with 8 and 16
-    no call computes both. In the other calls ``terms`` doesn't have it. The defaults are those of
-    the longest schedule under which accuracy was that of every call, in a study of 640 steps a
-    run; in a training of a few dozen steps such a call is a jolt, and 1 is the better choice. Only calls in training
-    mode and with gradients enabled count, those of all batches that one optimizer step
-    accumulates too; any other computes every way at its plain weight. How many have been made is
-    in ``state_dict``, so that a resumed training goes on with the schedule; a state_dict from
-    before there was one begins it. Who calls twice on the same batch for one optimizer step
-    (SAM) wants odd intervals; a CUDA graph replays the ways of the call that it captured.
+    no call computes both. In the other calls ``terms`` doesn't have it. The defaults are those
+    of the longest schedule under which accuracy was that of every call, in a study of 640 steps
+    a run; in a training of a few dozen steps such a call is a jolt, and 1 is the better choice.
+    Only calls in training mode and with gradients enabled count, those of all batches that one
+    optimizer step accumulates too; any other computes every way at its plain weight. How many
+    have been made is in ``state_dict``, so that a resumed training goes on with the schedule; a
+    state_dict from before there was one begins it. Who calls twice on the same batch for one
+    optimizer step (SAM) wants odd intervals; a CUDA graph replays the ways of the call that it
+    captured.
 
     Under gradient checkpointing the work on a layer is done once, not again when its segment
     is run again. A layer inside a segment, other than at its end, needs

@@ -1,11 +1,12 @@
 """Reads a study from a TOML file.
 
 The file has the settings of all runs in ``[train]``, and in ``[conditions.NAME]``,
-``[networks.NAME]`` and ``[methods.NAME]`` those that come on top, in this order, beside a
-``title`` each. ``[ways]`` has settings of the methods that have some of the four ways, before their
-own. The settings are the fields of ``TrainConfig``. A method also has ``seeds``, N for seeds 1 to N; it may be restricted by ``conditions`` and ``networks``, lists of names, and say in
-``versus`` which other method it is a variant of. A study that confirms what another was looked at
-for starts at ``first_seed`` instead of 1, on seeds that nobody has seen.
+``[networks.NAME]`` and ``[methods.NAME]`` those that come on top, in this order, beside a ``title``
+each. ``[ways]`` has settings of the methods that have some of the four ways, before their own. The
+settings are the fields of ``TrainConfig``. A method also has ``seeds``, N for seeds 1 to N; it may
+be restricted by ``conditions`` and ``networks``, lists of names, and say in ``versus`` which other
+method it is a variant of. A study that confirms what another was looked at for starts at
+``first_seed`` instead of 1, on seeds that nobody has seen.
 """
 
 from __future__ import annotations

@@ -402,9 +402,13 @@ class TrainConfig:
 
     def _as_of_0_1(self) -> TrainConfig:
         """What was left to the objective, where its default was another in versions 0.1."""
-        left = [name for name in ("representation_interval", "kernel_interval")
-                if getattr(self, name) is None]  # fmt: skip
-        return dataclasses.replace(self, **dict.fromkeys(left, 1)) if self.has_ways else self
+        if not self.has_ways:
+            return self
+        return dataclasses.replace(
+            self,
+            representation_interval=self.representation_interval or 1,
+            kernel_interval=self.kernel_interval or 1,
+        )
 
     def differences(self, other: TrainConfig) -> list[str]:
         """Names of the settings that differ among those a resumed run must keep."""
