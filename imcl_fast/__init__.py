@@ -11,6 +11,8 @@ from .modules import (
     RepresentationSimilarityLoss,
     ViewDependence,
 )
+from .perturbation import Perturbation
+from .quality_agnostic import QualityAgnostic
 
 if TYPE_CHECKING:
     from .runs.config import TrainConfig
@@ -21,6 +23,8 @@ __all__ = [
     "IMCL",
     "CollaborativeConsistencyLoss",
     "KernelSimilarityLoss",
+    "Perturbation",
+    "QualityAgnostic",
     "RepresentationSimilarityLoss",
     "TrainConfig",
     "Trainer",
