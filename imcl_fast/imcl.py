@@ -9,25 +9,24 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, kernel_weights, outputs, padding, plan, sharding, validation
+from . import functional, kernel_weights, outputs, plan, sharding, validation
 from . import layers as find
-from .autograd import ConsistencyOptions
 from .choice import choose
+from .heads import head_for
+from .imcl_consistency import IGNORED, HeadsConsistency
 from .imcl_output import IMCLOutput
+from .imcl_step import EPS, IMCLStep
 from .implementations import IMPLEMENTATIONS
 from .modes import evaluating
 from .schedule import Schedule, Turn
 from .sharding import KernelShare
-from .taps import Step, Tap, Tape
+from .taps import Tap, Tape
 from .unlearnt import HeadsMove
 from .watch import Watch, ran, zero
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
-IGNORED = -100  # target of samples that count for nothing
-EPS = 1e-12  # of the similarities
 EVERY_WAY = Turn(0, 1, 1)  # of a call that is not on the schedule
 
 
@@ -220,11 +219,11 @@ class IMCL(nn.Module):
         self.layers, self.kernels = choice.layers, choice.kernels
         self.classifier: str | None = choice.classifier
         headed = self.layers[:-1] if self.multilayer_weight else []
-        self.heads = nn.ModuleList(_head(trace, name) for name in headed)
+        self.heads = nn.ModuleList(head_for(trace, name) for name in headed)
         self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
         self._heads_move = HeadsMove()
         self._told_of_mask = self._told_of_plain = False
-        self._options: tuple[tuple, ConsistencyOptions] | None = None
+        self._consistency = HeadsConsistency()
         self._tape = Tape()
         self._handles = self._register_hooks(trace.channels_last)
         self._weight_handles = kernel_weights.tap(self._kernel_weights(EVERY_WAY), self._tape)
@@ -299,7 +298,7 @@ class IMCL(nn.Module):
             self._watch_handles = ran(self.model, self._tape)
         return Watch(self, token_mask)
 
-    def _begin(self, token_mask: Tensor | None = None, found: Any = None) -> _Step:
+    def _begin(self, token_mask: Tensor | None = None, found: Any = None) -> IMCLStep:
         """A step under way, until ``_tape.step`` is taken back: the network is to run once."""
         for name in self._off:
             if getattr(self, name):
@@ -330,13 +329,13 @@ class IMCL(nn.Module):
         kernel = self._kernel_similarity(weights, turn) if kernel_first else None
         if not (kernel_first or torch.compiler.is_compiling()):  # which can't trace it
             self._weight_handles += kernel_weights.tap(weights, self._tape)
-        step = _Step(self, turn, counts)
+        step = IMCLStep(self, turn, counts)
         step.mask, step.found_mask = token_mask, found
         step.kernel, step.kernels = kernel, None if kernel_first else weights
         self._tape.step = step
         return step
 
-    def _end(self, step: _Step) -> None:
+    def _end(self, step: IMCLStep) -> None:
         """What is left to do when the network has run."""
         step.finish()
         if step.kernels is not None:
@@ -348,14 +347,14 @@ class IMCL(nn.Module):
                 f"runs for {len(self._handles)} hooks (0 after remove_hooks)"
             )
 
-    def _objective(self, step: _Step, target: Any, task: bool = True) -> IMCLOutput:
+    def _objective(self, step: IMCLStep, target: Any, task: bool = True) -> IMCLOutput:
         """The loss of a step that is over; without ``task`` all but the network's own."""
         output = step.outputs[0]
         own = task and self.criterion is None
         loss = head_terms = criterion = None
         if own or self.heads or step.views is not None:
             logits = outputs.logits(output, self._find_logits)
-            loss, head_terms = self._consistency(step, logits, target, own)
+            loss, head_terms = self._consistency(self, step, logits, target, own)
         else:
             logits = self._logits_if_any(output)
         if task and self.criterion is not None:
@@ -490,7 +489,7 @@ class IMCL(nn.Module):
         }
 
     def _kernel_similarity(
-        self, where: kernel_weights.Weights, turn: Turn, step: _Step | None = None
+        self, where: kernel_weights.Weights, turn: Turn, step: IMCLStep | None = None
     ) -> Tensor | None:
         """That of the weights that ``step`` has computed with; None: of parameters, before it."""
         if not self.kernel_weight or not turn.kernel:
@@ -511,193 +510,6 @@ class IMCL(nn.Module):
         kind = functional.PENALTIES.index(self.kernel_penalty)
         similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale
-
-    def _consistency(
-        self, step: _Step, logits: Tensor, target: Tensor | None, own: bool
-    ) -> tuple[Tensor, Tensor]:
-        """All heads of ways 1 and 2 and, if ``own``, the network's own cross entropy, in one
-        call."""
-        blocks = [step.head_logits[i] for i in sorted(step.head_logits)]
-        blocks.append(logits)
-        if step.views is not None:
-            blocks.append(step.views)
-        checked = validation.target(target, blocks, IGNORED)
-        return functional._consistency(blocks, checked, self._current_options(own), self.impl)
-
-    def _current_options(self, own: bool) -> ConsistencyOptions:
-        """The options of the consistency, made again if what they are made of has changed."""
-        if torch.compiler.is_compiling():  # a cache would be one more guard
-            return self._consistency_options(own)
-        made_of = self._made_of(own)
-        if self._options is None or self._options[0] != made_of:
-            self._options = made_of, self._consistency_options(own)
-        return self._options[1]
-
-    def _made_of(self, own: bool) -> tuple:
-        return (
-            own,
-            self.output_weight,
-            self.multilayer_weight,
-            self.views,
-            self.output_temperature,
-            self.multilayer_temperature,
-            self.multilayer_teacher,
-            self.label_smoothing,
-        )
-
-    def _consistency_options(self, own: bool) -> ConsistencyOptions:
-        n, views = len(self.heads), self.views if self.output_weight else 0
-        output = self.output_weight / self.views
-        groups = 2 if views else 1
-        return functional._consistency_options(
-            n + 1 + views,
-            ce_weight=[self.multilayer_weight / max(n, 1)] * n + [float(own)] + [output] * views,
-            kl_weight=[self.multilayer_weight / (n + 1)] * (n + 1) + [output] * views,
-            groups=[n + 1, views][:groups],
-            temperature=[self.multilayer_temperature, self.output_temperature][:groups],
-            teacher=[self.multilayer_teacher, "pairwise"][:groups],
-            detach_teacher=True,
-            label_smoothing=self.label_smoothing,
-            ignore_index=IGNORED,
-            reduction="mean",
-        )
-
-
-class AuxiliaryHead(nn.Module):
-    r"""Classifier on intermediate features: (B, C, \*spatial) -> average -> linear -> (B, K)."""
-
-    def __init__(self, channels: int, classes: int, *, device=None, dtype=None) -> None:
-        super().__init__()
-        self.linear = nn.Linear(channels, classes, device=device, dtype=dtype)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear(_average(features))
-
-
-def _average(features: Tensor) -> Tensor:
-    """(B, C, *spatial) -> (B, C), with a gradient of one number for all pixels.
-
-    That of ``Tensor.mean`` is as large as the features, and contiguous where they are
-    channels_last, which makes adding it to their other gradients ten times as slow.
-    """
-    if features.dtype not in (torch.float32, torch.float64):
-        return _Average.apply(features)
-    # The same in fewer microseconds. In half precision a sum can be out of range, and autocast
-    # would have a gradient as large as the features after all.
-    pixels = math.prod(features.shape[2:])
-    return features.sum(dim=tuple(range(2, features.dim()))) / pixels
-
-
-class _Average(Function):
-
-    @staticmethod
-    def forward(ctx, features: Tensor) -> Tensor:
-        ctx.shape = features.shape
-        return features.mean(dim=tuple(range(2, features.dim())))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        pixels = math.prod(ctx.shape[2:])
-        return (grad / pixels).reshape(*grad.shape, *[1] * (len(ctx.shape) - 2)).expand(ctx.shape)
-
-
-class _Step(Step):
-    """What one training call of an ``IMCL`` collects while its network runs."""
-
-    def __init__(self, imcl: IMCL, turn: Turn, counts: bool) -> None:
-        super().__init__()
-        self.imcl = imcl
-        self.turn = turn
-        self.counts = counts  # on the schedule
-        self.mask: Tensor | None = None
-        self.kernel: Tensor | None = None
-        # To be compared when the network has run.
-        self.kernels: kernel_weights.Weights | None = None
-        self.similar = bool(imcl.representation_weight and turn.representation)
-        self.similarities: list[Tensor] = []
-        self.head_logits: dict[int, Tensor] = {}
-        self.views: Tensor | None = None
-
-    def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
-        if layer is None:
-            self._classifier_finished(module, features)
-        else:
-            self._layer_finished(layer, features)
-
-    def _layer_finished(self, index: int, features: Tensor) -> None:
-        """The penalty and the auxiliary head of a layer, as soon as its features exist.
-
-        They are in cache now; and since autograd runs backward in reverse order, the
-        penalty's gradient will be made when the backward pass reaches this layer, where
-        the layer's own is due, and not all layers' at once at the start.
-        """
-        imcl = self.imcl
-        mask = self._mask(index, features)
-        if self.similar:
-            seen = features if mask is None else padding.neutral(features, mask, imcl.center)
-            kind = functional.PENALTIES.index(imcl.representation_penalty)
-            self.similarities.append(
-                functional._pairwise([seen], kind, imcl.center, EPS, True, imcl.impl)
-            )
-        if index < len(imcl.heads):
-            head = cast(AuxiliaryHead, imcl.heads[index])
-            if mask is None:
-                self.head_logits[index] = head(features)
-            else:
-                average = padding.mean(padding.zeroed(features, mask), mask)
-                self.head_logits[index] = head.linear(average)
-
-    def _mask(self, index: int, features: Tensor) -> Tensor | None:
-        """Which positions of a layer count, (B, 1, *spatial); None: all of them."""
-        if self.mask is None and self.found_mask is None:
-            return None
-        shape = (len(features), *features.shape[2:])
-        for mask, name in ((self.mask, "token_mask"), (self.found_mask, outputs.ATTENTION_MASK)):
-            if isinstance(mask, Tensor):
-                if tuple(mask.shape) == shape:
-                    return padding.broadcast(mask, features)
-                told = (
-                    f"{name}: expected shape {shape}, a value for each position of the layer "
-                    f"{self.imcl.layers[index]!r}, got {tuple(mask.shape)}"
-                )
-                if mask is self.mask:
-                    raise ValueError(told)
-                if not (self.imcl._told_of_mask or torch.compiler.is_compiling()):
-                    self.imcl._told_of_mask = True
-                    warnings.warn(
-                        f"{told}; its padding counts. A mask that fits is passed as token_mask",
-                        stacklevel=2,
-                    )
-                return None
-        return None
-
-    def _classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
-        """The dropout views, (V, B, K), by one more run of the classifier."""
-        imcl = self.imcl
-        if imcl.output_weight:
-            views = features.expand(imcl.views, *features.shape)  # [V, B, F]
-            views = torch.dropout(views, imcl.dropout, imcl.training)
-            # Not a call of the module, which would run this very hook again.
-            logits = classifier.forward(views.flatten(0, 1))
-            self.views = logits.view(imcl.views, len(features), *logits.shape[1:])
-
-
-def _head(trace: find.Trace, layer: str) -> AuxiliaryHead:
-    features = trace.calls[layer][0].output
-    assert features is not None and trace.logits is not None  # or it would have no head
-    channels = features.shape[-1 if layer in trace.channels_last else 1]
-    # Of a network of several dtypes the layer's own; but autocast's is none of a parameter.
-    dtypes = [p.dtype for p in trace.model.parameters() if p.is_floating_point()]
-    kind = features.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    own = features.dtype in dtypes and not autocast
-    return AuxiliaryHead(
-        channels,
-        trace.logits.shape[1],
-        device=features.device,
-        dtype=features.dtype if own or not dtypes else dtypes[0],
-    )
-
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
