@@ -13,12 +13,14 @@ from .kernel_choice import check_kernels, find_kernels
 class Choice:
     """Attributes:
     layers: paths of the layers of ways 2 and 3, in the order the network runs them.
-    classifier: path of the linear layer of way 1.
+    headed: those of them that get an auxiliary classifier.
+    classifier: path of the linear layer, or 1x1 convolution, of way 1.
     kernels: paths of the modules of way 4.
     nothing: why a way has nothing to act on, by the name of its weight.
     """
 
     layers: list[str] = field(default_factory=list)
+    headed: list[str] = field(default_factory=list)
     classifier: str | None = None
     kernels: list[str] = field(default_factory=list)
     nothing: dict[str, str] = field(default_factory=dict)
@@ -65,6 +67,8 @@ def choose(
             _find_layers(trace, on, choice)
         else:
             choice.layers = _check_layers(trace, layers, least)
+    if "multilayer_weight" in on - choice.nothing.keys():
+        _find_headed(trace, choice)
     if "output_weight" in on:
         if classifier is None:
             _find_classifier(trace, choice)
@@ -102,6 +106,21 @@ def _find_layers(trace: find.Trace, on: set[str], choice: Choice) -> None:
             )
     if on - choice.nothing.keys() & {"multilayer_weight", "representation_weight"}:
         choice.layers = chosen
+
+
+def _find_headed(trace: find.Trace, choice: Choice) -> None:
+    """All but the last, which the network's own classifier is for; of a dense output those that
+    have its number of spatial dimensions."""
+    choice.headed = choice.layers[:-1]
+    if trace.class_dim is None or trace.logits is None:
+        return
+    rank = trace.logits.dim() - 2
+    choice.headed = [name for name in choice.headed if len(trace.resolution(name)) == rank]
+    if not choice.headed:
+        choice.nothing["multilayer_weight"] = (
+            f"layers: expected features of as many spatial dimensions as the logits "
+            f"{tuple(trace.logits.shape)} have in one of {choice.layers[:-1]}; name other modules"
+        )
 
 
 def _find_classifier(trace: find.Trace, choice: Choice) -> None:

@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from . import functional, kernel_weights, outputs, plan, sharding, validation
 from . import layers as find
 from .choice import choose
+from .dense_outputs import Resize
 from .heads import head_for
-from .imcl_consistency import IGNORED, HeadsConsistency
+from .imcl_consistency import HeadsConsistency
 from .imcl_output import IMCLOutput
 from .imcl_step import EPS, IMCLStep
 from .implementations import IMPLEMENTATIONS
@@ -41,14 +42,17 @@ class IMCL(nn.Module):
 
     where CE is that of the network's own logits, views are dropout views of the last
     features through the one classifier, and the heads are an auxiliary classifier on each
-    chosen layer but the last, and the network's own. The backbone runs once. Nothing is
+    chosen layer but the last, and the network's own. Where the logits are dense, (B, K, \*spatial)
+    of segmentation or (B, \*tokens, K) of tokens, every pixel or token is a sample, the auxiliary
+    classifiers are 1x1 convolutions or linear layers of each token, and what they and the views
+    give is interpolated to the size of the logits. The backbone runs once. Nothing is
     left over afterwards: ``imcl.model`` is the plain network with its own state_dict, and
     ``remove_hooks`` takes even the idle hooks off it. ``criterion`` puts any other loss in
     the place of CE, and ``watch`` leaves the training call to a loop of your own.
 
     Args:
-        model: maps x to logits (B, K), or, for ways 3 and 4, to anything. It may be on any
-            device, in any floating dtype.
+        model: maps x to logits (B, K), (B, K, \*spatial) or (B, \*tokens, K), or, for ways 3
+            and 4, to anything. It may be on any device, in any floating dtype.
         example_input: a batch as ``model`` takes it: a Tensor, whose first sample is run once,
             or a tuple of arguments or a dict of keyword arguments, run as they are, in eval
             mode and without gradients.
@@ -62,7 +66,8 @@ class IMCL(nn.Module):
         output_weight, multilayer_weight, representation_weight, kernel_weight: of the four
             ways. 0 leaves a way out: no hook, no head, no call. The others may be
             changed between steps.
-        classifier: path of the nn.Linear that computes the logits. None finds it.
+        classifier: path of the nn.Linear that computes the logits, or, of dense ones, the 1x1
+            convolution, also where these are interpolated afterwards. None finds it.
         kernels: paths of the modules whose ``weight`` takes part in kernel similarity, or of
             other weights themselves (``"lstm.weight_ih_l0"``). None takes the convolutions with
             kernels of more than one pixel, and, where those hold less than half of the network's
@@ -94,6 +99,14 @@ class IMCL(nn.Module):
             logits ways 3 and 4 are left.
         logits: ``(output) -> Tensor``, the logits in what ``model`` returns. None takes a
             Tensor, ``output.logits``, ``output["logits"]``, or a tuple's first.
+        class_dim: where dense logits have their classes: 1 for (B, K, \*spatial), -1 for
+            (B, \*tokens, K). None goes by the first of these that tells: ``labels`` in
+            ``example_input``; the module whose output the logits are; the positions of the
+            input, if the logits have the same; whether the network's convolutions have as many
+            spatial dimensions. Under a ``criterion``, or where the output has the shape of an
+            input, as an autoencoder's, an output of 3 dimensions or more only counts as logits if
+            this, or ``logits``, is given.
+        ignore_index: target of samples, pixels or tokens that count for nothing.
         impl: see ``functional``.
 
     Raises:
@@ -101,8 +114,9 @@ class IMCL(nn.Module):
         RuntimeError: ``shard_kernels`` without ``torch.distributed``.
 
     A way that has nothing to act on in this network is switched off, with one warning that
-    says why: way 1 without a linear layer that computes the logits, way 2 without two layers,
-    way 3 without one, way 4 without kernels that can become unlike.
+    says why: way 1 without a linear layer (or 1x1 convolution) that computes the logits, way 2
+    without two layers, or ones that are maps where the logits are, way 3 without one, way 4
+    without kernels that can become unlike.
 
     Every term is a mean over the batch, or does not depend on it. So the losses of k equal
     parts of a batch, each divided by k, accumulate to the gradient of the whole, but for what
@@ -169,6 +183,8 @@ class IMCL(nn.Module):
         shard_kernels: bool = False,
         criterion: Callable[[Any, Any], Tensor] | None = None,
         logits: Callable[[Any], Tensor] | None = None,
+        class_dim: int | None = None,
+        ignore_index: int = -100,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -206,7 +222,11 @@ class IMCL(nn.Module):
         self._find_logits = validation.function("logits", logits)
 
         self.model = model
-        trace = find.trace(model, example_input, logits)
+        if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
+            raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
+        self.ignore_index = validation.integer("ignore_index", ignore_index)
+        trace = find.trace(model, example_input, logits, class_dim, criterion is not None)
+        self.class_dim = trace.class_dim
         with evaluating(model):  # otherwise, to read a weight under spectral norm changes it
             values = {name: getattr(self, name) for name in WEIGHTS}
             choice = choose(trace, values, layers, classifier, kernels)
@@ -218,8 +238,9 @@ class IMCL(nn.Module):
         self._nothing = choice.nothing
         self.layers, self.kernels = choice.layers, choice.kernels
         self.classifier: str | None = choice.classifier
-        headed = self.layers[:-1] if self.multilayer_weight else []
-        self.heads = nn.ModuleList(head_for(trace, name) for name in headed)
+        self.heads = nn.ModuleList(head_for(trace, name) for name in choice.headed)
+        self._head_of = {self.layers.index(name): i for i, name in enumerate(choice.headed)}
+        self._resize = trace.makers.get(choice.classifier or "", Resize())
         self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
         self._heads_move = HeadsMove()
         self._told_of_mask = self._told_of_plain = False
@@ -244,14 +265,16 @@ class IMCL(nn.Module):
 
         Args:
             x: the network's input; a tuple is its arguments, a dict its keyword arguments.
-            target: class indices (B,) or probabilities (B, K), or what ``criterion`` takes.
+            target: class indices (B,) or probabilities (B, K), of dense logits (B, \*spatial),
+                (B, \*tokens) or probabilities shaped like them; or what ``criterion`` takes.
             labels: the target under transformers' name, where ``target`` isn't given; the
                 network doesn't get it. In eval mode, where its Trainer reads ``eval_loss``, the
                 loss is the cross entropy (or ``criterion``) alone.
             token_mask: (B, T) or (B, \*spatial), True or not 0 where a position counts: padding
-                takes no part in representation similarity and in what the heads average. The
-                network doesn't get it. None takes its argument ``attention_mask``, if there is
-                one, on the layers that it fits.
+                takes no part in representation similarity and in what the heads average, nor,
+                where dense logits have as many positions, in anything that is computed from
+                them, their own cross entropy among it. The network doesn't get it. None takes
+                its argument ``attention_mask``, if there is one, where it fits.
             kwargs: handed on to the network.
 
         Raises:
@@ -260,14 +283,16 @@ class IMCL(nn.Module):
         """
         args, kwargs = outputs.arguments(x, kwargs)
         within = kwargs.pop(outputs.LABELS, None)
+        found = kwargs.get(outputs.ATTENTION_MASK)
         if target is None:
             target = within if labels is None else labels
             if target is None:
                 self._notice_plain_training()
                 return self.model(*args, **kwargs)
+            outputs.check_labels(self.model)
             if not self.training:
-                return self._evaluate(self.model(*args, **kwargs), target)
-        step = self._begin(token_mask, kwargs.get(outputs.ATTENTION_MASK))
+                return self._evaluate(self.model(*args, **kwargs), target, (token_mask, found))
+        step = self._begin(token_mask, found)
         try:
             step.outputs.append(self.model(*args, **kwargs))
         finally:
@@ -389,19 +414,14 @@ class IMCL(nn.Module):
             output,
         )
 
-    def _evaluate(self, output: Any, target: Any) -> IMCLOutput:
+    def _evaluate(self, output: Any, target: Any, masks: tuple[Any, Any]) -> IMCLOutput:
         """The task's own loss of an output, without the ways."""
         if self.criterion is not None:
             loss = _scalar(self.criterion(output, target))
             logits = self._logits_if_any(output)
             return IMCLOutput(loss, logits, loss.detach(), None, None, None, False, 0, 0, output)
         logits = outputs.logits(output, self._find_logits)
-        smoothing = self.label_smoothing
-        loss, terms = functional.collaborative_consistency(
-            [logits], target, label_smoothing=smoothing, ignore_index=IGNORED, return_terms=True,
-            impl=self.impl,
-        )  # fmt: skip
-        head_terms = torch.stack([terms["cross_entropy"], terms["kl"]])
+        loss, head_terms = self._consistency.own(self, logits, target, masks)
         return IMCLOutput(loss, logits, None, head_terms, None, None, True, 0, 0, output)
 
     def _notice_plain_training(self) -> None:
@@ -470,7 +490,7 @@ class IMCL(nn.Module):
     def _register_hooks(self, channels_last: frozenset[str]) -> list[RemovableHandle]:
         handles = []
         for index, name in enumerate(self.layers):
-            if self.representation_weight or index < len(self.heads):
+            if self.representation_weight or index in self._head_of:
                 tap = Tap(self._tape, index, name in channels_last)
                 module = self.model.get_submodule(name)
                 handles.append(module.register_forward_hook(tap, with_kwargs=True))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import functional, kernel_weights, outputs, padding
-from .heads import AuxiliaryHead
 from .schedule import Turn
 from .taps import Step
 
@@ -57,13 +56,8 @@ class IMCLStep(Step):
             self.similarities.append(
                 functional._pairwise([seen], kind, imcl.center, EPS, True, imcl.impl)
             )
-        if index < len(imcl.heads):
-            head = cast(AuxiliaryHead, imcl.heads[index])
-            if mask is None:
-                self.head_logits[index] = head(features)
-            else:
-                average = padding.mean(padding.zeroed(features, mask), mask)
-                self.head_logits[index] = head.linear(average)
+        if index in imcl._head_of:
+            self.head_logits[index] = imcl.heads[imcl._head_of[index]](features, mask)
 
     def _mask(self, index: int, features: Tensor) -> Tensor | None:
         """Which positions of a layer count, (B, 1, *spatial); None: all of them."""
@@ -90,10 +84,10 @@ class IMCLStep(Step):
         return None
 
     def _classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
-        """The dropout views, (V, B, K), by one more run of the classifier."""
+        """The dropout views, (V, B, K), or as dense logits, by one more run of the classifier."""
         imcl = self.imcl
         if imcl.output_weight:
-            views = features.expand(imcl.views, *features.shape)  # [V, B, F]
+            views = features.expand(imcl.views, *features.shape)  # [V, B, F], or dense
             views = torch.dropout(views, imcl.dropout, imcl.training)
             # Not a call of the module, which would run this very hook again.
             logits = classifier.forward(views.flatten(0, 1))

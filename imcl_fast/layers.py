@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from . import outputs
+from . import dense_outputs, outputs
+from .dense_outputs import Resize
 from .modes import evaluating
 from .residual import Additions
 from .tracing import eager
@@ -52,9 +53,11 @@ class Trace(NamedTuple):
 
     Attributes:
         calls: by module path, in order of completion.
-        logits: (B, K); None where the network returns none.
+        logits: (B, K), (B, K, *spatial) or (B, *tokens, K); None where the network returns none.
         why: then, what it returned instead.
         shape: of the logits, or of the Tensor in their place; None where there is none.
+        class_dim: where dense logits have their classes, 1 or -1; None for (B, K).
+        makers: by path, the modules whose output is the logits, or is when it is resized; how.
         channels_last: paths of the modules whose output is (B, *positions, C), as the tokens
             of a transformer are, and not (B, C, *spatial). This is about the order of the
             dimensions, not the strides.
@@ -67,6 +70,8 @@ class Trace(NamedTuple):
     logits: Tensor | None
     why: str
     shape: torch.Size | None
+    class_dim: int | None
+    makers: dict[str, Resize]
     channels_last: frozenset[str]
     residual: frozenset[str]
     batch: int | None
@@ -91,12 +96,18 @@ class Trace(NamedTuple):
 
 
 def trace(
-    model: nn.Module, example_input: Any, how: Callable[[Any], Tensor] | None = None
+    model: nn.Module,
+    example_input: Any,
+    how: Callable[[Any], Tensor] | None = None,
+    class_dim: int | None = None,
+    criterion: bool = False,
 ) -> Trace:
     """Run ``example_input`` in eval mode, without gradient or trace left; of a Tensor one sample.
 
     Args:
         how: to find the logits; see ``outputs.logits``.
+        class_dim: where dense logits have their classes; None finds out.
+        criterion: whether the output may be meant for something else than cross entropy.
 
     Raises:
         TypeError, ValueError: ``example_input`` is no batch, or ``how`` finds no Tensor.
@@ -116,7 +127,7 @@ def trace(
         )
     model = cast(nn.Module, getattr(model, "_orig_mod", model))  # of torch.compile's wrapper
     args, kwargs = outputs.arguments(example_input, {})
-    kwargs.pop(outputs.LABELS, None)
+    labels = kwargs.pop(outputs.LABELS, None)
     calls: dict[str, list[Call]] = {}
     names = {module: name for name, module in model.named_modules() if name}
 
@@ -139,32 +150,40 @@ def trace(
     finally:
         for handle in handles:
             handle.remove()
-    logits, why, shape = _logits(output, how)
     channels_last = _channels_last(model, calls)
+    found, why = _found(output, how)
+    shape = None if found is None else found.shape
+    last = {name: of_module[-1].output for name, of_module in calls.items()}
+    if found is not None:
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if how is None and class_dim is None:
+            why = dense_outputs.doubt(found, given, criterion)
+        if found.dim() < 3:
+            class_dim = None
+        elif class_dim is None:
+            by_modules = [(output, name in channels_last) for name, output in last.items()]
+            ranks = _spatial_ranks(model)
+            class_dim = dense_outputs.class_dim(found, by_modules, given, labels, ranks)
+        why = why or dense_outputs.no_logits(found, class_dim)
+    logits = None if why else found
+    makers = {} if logits is None else dense_outputs.makers(logits, last, class_dim)
     batch = len(args[0]) if args and isinstance(args[0], Tensor) else None
     if batch is None:
         batch = next((len(x) for x in kwargs.values() if isinstance(x, Tensor) and x.dim()), None)
     residual = additions.blocks(model)
-    return Trace(model, calls, logits, why, shape, channels_last, residual, batch)
+    return Trace(
+        model, calls, logits, why, shape, class_dim, makers, channels_last, residual, batch
+    )
 
 
-def _logits(
-    output: Any, how: Callable[[Any], Tensor] | None
-) -> tuple[Tensor | None, str, torch.Size | None]:
-    """The logits (B, K) of a network, or why there are none, and the shape of what there is."""
+def _found(output: Any, how: Callable[[Any], Tensor] | None) -> tuple[Tensor | None, str]:
+    """The Tensor in the logits' place, or why there is none."""
     try:
-        found = outputs.logits(output, how)
+        return outputs.logits(output, how), ""
     except TypeError as error:
         if how is not None:
             raise
-        return None, str(error), None
-    if found.dim() == 2 and found.is_floating_point() and found.shape[1] > 1:
-        return found, "", found.shape
-    why = (
-        "model: expected its output to be logits (B, K) of at least 2 classes, got "
-        f"{tuple(found.shape)}, {found.dtype}"
-    )
-    return None, why, found.shape
+        return None, str(error)
 
 
 def find_layers(trace: Trace) -> list[str]:
@@ -174,8 +193,8 @@ def find_layers(trace: Trace) -> list[str]:
     of a ResNet, or a residual block, whatever it does inside. Where there are blocks, the single
     layers beside them (the stem) don't count; where there are none (the ``features`` of a VGG),
     the last layer that follows a convolution before each change of resolution does. As many
-    positions are one resolution, be they tokens or pixels. Outputs of one position, and those
-    that the network overwrites in place, are left out.
+    positions are one resolution, be they tokens or pixels. Outputs of one position, those
+    that the network overwrites in place, and what makes the logits, are left out.
 
     Where that finds no two, or all residual blocks have one resolution, as in a vision
     transformer, it is the blocks at 1/4, 2/4, 3/4 and the end of the longest row of them.
@@ -200,6 +219,8 @@ def _last_of_each_resolution(trace: Trace) -> list[str]:
         pixels = math.prod(size)
         if not size or not known_rank or pixels == 1 or not trace.of_batch(call):
             continue
+        if name in trace.makers:
+            continue
         if isinstance(module, _ConvNd):
             convolved.add(pixels)
         if call.overwritten or len(trace.calls[name]) > 1:
@@ -218,7 +239,7 @@ def _quarters_of_longest_row(trace: Trace) -> list[str]:
         module, call = trace.model.get_submodule(name), calls[0]
         if call.output is None or call.overwritten or len(calls) > 1:
             continue
-        if not trace.of_batch(call):
+        if not trace.of_batch(call) or name in trace.makers:
             continue
         inside = any(path in trace.residual for path in _parents(name))
         if _has_children(module) and trace.resolution(name) and not inside:
@@ -264,45 +285,66 @@ def check_layers(trace: Trace, layers: Sequence[str]) -> list[str]:
 
 
 def find_classifier(trace: Trace) -> str:
-    """The linear layer whose output is the network's output.
+    """The linear layer, or 1x1 convolution, whose output is the network's output.
 
     Raises:
         ValueError: there is none.
     """
-    for name, calls in trace.calls.items():
-        module = trace.model.get_submodule(name)
-        if isinstance(module, nn.Linear) and _is_same(calls[-1].output, trace.logits):
+    for name in trace.makers:
+        if _classifies(trace.model.get_submodule(name)):
             return check_classifier(trace, name)
+    if trace.class_dim is None:
+        raise ValueError(
+            "classifier: the network's output is not the output of an nn.Linear; name the linear "
+            "layer that computes the logits, or pass output_weight=0"
+        )
     raise ValueError(
-        "classifier: the network's output is not the output of an nn.Linear; name the linear "
-        "layer that computes the logits, or pass output_weight=0"
+        "classifier: the network's output is not that of an nn.Linear or a 1x1 convolution, or "
+        "this interpolated; pass output_weight=0"
     )
 
 
+def _classifies(module: nn.Module) -> bool:
+    """Whether what a module does is the same linear map everywhere."""
+    if isinstance(module, nn.Linear):
+        return True
+    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd):
+        return False
+    return set(module.kernel_size) == set(module.stride) == {1} and not any(module.padding)
+
+
 def predictors(trace: Trace) -> set[str]:
-    """The convolutions and linear layers whose output is the network's, or has its shape: there
-    can be several classifiers."""
+    """The convolutions and linear layers whose output is the network's, if need be resized, or
+    has its shape: there can be several classifiers."""
     return {
         name
         for name, calls in trace.calls.items()
         if isinstance(trace.model.get_submodule(name), (_ConvNd, nn.Linear))
-        and _shape(calls) == trace.shape
-        and trace.shape is not None
+        and (name in trace.makers or (trace.shape is not None and _shape(calls) == trace.shape))
     }
 
 
 def check_classifier(trace: Trace, name: str) -> str:
-    """``name``, if it is the path of an nn.Linear that maps features (B, F) to logits (B, K).
+    """``name``, if it is the path of an nn.Linear that maps features (B, F) to logits (B, K); for
+    dense logits of one, or of a 1x1 convolution, that makes them, be it at another resolution.
 
     Raises:
         TypeError, ValueError: it is not.
     """
     call = _only_call(trace, "classifier", name)
     module = trace.model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"classifier: expected an nn.Linear, {name!r} is {type(module).__name__}")
     shapes = [None if x is None else tuple(x.shape) for x in (call.input, call.output)]
     logits = None if trace.logits is None else tuple(trace.logits.shape)
+    if trace.class_dim is not None:
+        if not _classifies(module) or name not in trace.makers:
+            raise ValueError(
+                "classifier: expected an nn.Linear or a 1x1 convolution whose output is, or "
+                f"interpolated is, the network's logits {logits}; {name!r} is "
+                f"{type(module).__name__} and leads from {shapes[0]} to {shapes[1]}"
+            )
+        return name
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"classifier: expected an nn.Linear, {name!r} is {type(module).__name__}")
     if shapes[0] is None or len(shapes[0]) != 2 or shapes[1] != logits:
         raise ValueError(
             f"classifier: expected a layer from features (B, F) to the network's logits "
@@ -399,15 +441,6 @@ def _has_children(module: nn.Module) -> bool:
 
 def _is_passive(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or type(module).__module__ in PASSIVE
-
-
-def _is_same(output: Tensor | None, other: Tensor | None) -> bool:
-    return (
-        output is not None
-        and other is not None
-        and output.shape == other.shape
-        and output.data_ptr() == other.data_ptr()
-    )
 
 
 def _only_call(trace: Trace, argument: str, name: str) -> Call:

@@ -929,6 +929,10 @@ def test_bad_networks_are_named(network, batch):
         IMCL(network, x, **only("kernel_weight"), kernels=[])
 
 
+def with_one_class(network):
+    return nn.Sequential(network.features, nn.Conv2d(10, 1, 1))
+
+
 def flat():
     return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
 
@@ -941,7 +945,7 @@ def of_many_kernels():
 @pytest.mark.parametrize(
     ("change", "off", "message"),
     [
-        (lambda n: n.features, WEIGHTS[:2], r"model: .*logits \(B, K\).* got \(1, 10, 2, 2\)"),
+        (with_one_class, WEIGHTS[:2], r"model: .*logits of at least 2 .* got \(1, 1, 2, 2\)"),
         (with_softmax_gone, WEIGHTS[:1], "classifier: .*not the output of an nn.Linear"),
         (without_linear, WEIGHTS[:1], "classifier: .*output_weight=0"),
         (lambda n: flat(), WEIGHTS[1:], "layers: .*2, .*1"),

@@ -107,7 +107,7 @@ Augmentation = PaddedCrop | ResizedCrop
 # Made where they are used, so that a worker process imports torchvision by import_torchvision.
 @cache
 def _random_crop(size: int) -> Any:
-    v2 = _transforms()
+    v2 = transforms()
     return v2.Compose(
         [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     )
@@ -115,11 +115,12 @@ def _random_crop(size: int) -> Any:
 
 @cache
 def _central_crop(size: int) -> Any:
-    v2 = _transforms()
+    v2 = transforms()
     return v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()])
 
 
-def _transforms() -> Any:
+def transforms() -> Any:
+    """torchvision's transforms, of version 2."""
     import_torchvision()
     from torchvision.transforms import v2
 

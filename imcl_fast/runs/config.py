@@ -133,6 +133,19 @@ class TrainConfig:
         choices=("symmetric", "asymmetric"),
     )
     augment: bool = _set(True, "random augmentation, the data set's own")
+    mixup: float | None = _set(
+        None,
+        "mix images and labels of two by shares of Beta(ALPHA, ALPHA) (arXiv 1710.09412)",
+        metavar="ALPHA",
+        within=ABOVE_ZERO,
+    )
+    cutmix: float | None = _set(
+        None,
+        "paste a part of an image and its label's share into another (arXiv 1905.04899); with "
+        "mixup each batch has one of the two",
+        metavar="ALPHA",
+        within=ABOVE_ZERO,
+    )
     workers: int = _set(
         0,
         "processes that load images, for data that isn't in memory",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import data, objectives
 from ..data import DataSet, Split
 from ..data.loader import TestLoader, TrainLoader
+from ..data.mixing import Mixing
 from ..data.noise import label_noise
 from ..data.split import subset, validation_split
 from ..modes import evaluating
@@ -59,14 +60,20 @@ class Material:
                 self.data_set,
                 batch_size=config.batch_size,
                 augment=config.augment,
+                mixing=self._mixing(config),
                 seed=config.seed,
                 device=processes.device,
                 rank=processes.rank,
                 world=processes.world,
                 workers=config.workers,
             )
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise UsageError(str(error)) from error
+
+    def _mixing(self, config: TrainConfig) -> Mixing | None:
+        if config.mixup is None and config.cutmix is None:
+            return None
+        return Mixing(config.mixup, config.cutmix, len(self.data_set.classes))
 
     def test_loader(self, split: Split, config: TrainConfig, processes: Processes) -> TestLoader:
         """Batches of ``split`` as they are, this process's share of them."""
