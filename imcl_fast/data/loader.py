@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import validation
-from .augmentation import Augmentation, ResizedCrop
+from .augmentation import Augmentation, OwnTransforms, ResizedCrop
 from .dataset import DataError, DataSet, Split
 from .mixing import Mixing
 
@@ -223,7 +223,8 @@ class _Files:
     ) -> None:
         assert not isinstance(split.images, Tensor)
         self._images = split.images
-        self._center = ResizedCrop(data_set.shape[-1])
+        own = data_set.augmentation
+        self._center = own if isinstance(own, OwnTransforms) else ResizedCrop(data_set.shape[-1])
         self._labels = split.labels
         self._normalise = _Normalise(data_set, device)
         self._device = device

@@ -153,7 +153,12 @@ class TrainConfig:
         within=NOT_NEGATIVE,
     )
 
-    model: str = _set("resnet18", "network to train", choices=models.NAMES)
+    model: str = _set(
+        "resnet18",
+        f"network to train: {', '.join(models.NAMES)}, timm:NAME, or package.module:factory, which "
+        "is called without arguments, or with the number of classes if it takes num_classes",
+        metavar="MODEL",
+    )
     width: int = _set(64, "channels of the network's first stage", within=POSITIVE)
     stem_stride: int = _set(
         1,
@@ -308,6 +313,11 @@ class TrainConfig:
             value = _typed(name, getattr(self, name), kind)
             _check_range(name, value, SETTINGS[name])
             object.__setattr__(self, name, value)
+        if self.model not in models.NAMES and not all(self.model.partition(":")):
+            raise ValueError(
+                f"model: expected one of {', '.join(models.NAMES)}, timm:NAME or "
+                f"package.module:factory, got {self.model!r}"
+            )
         if len(set(self.ways)) != len(self.ways):
             raise ValueError(f"ways: expected every way once, got {','.join(self.ways)}")
         if self.method != "imcl" and self.ways != WAYS:
