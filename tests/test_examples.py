@@ -27,6 +27,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("lightning_module", "lightning"),
         ("accelerate_loop", "accelerate"),
         ("hugging_face_trainer", "transformers"),
+        ("segmentation", "torch"),
     ],
 )
 def test_it_learns(name, needs, tmp_path):
@@ -54,4 +55,5 @@ def test_every_example_is_tested():
         "lightning_module",
         "accelerate_loop",
         "hugging_face_trainer",
+        "segmentation",
     }
