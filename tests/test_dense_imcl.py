@@ -10,7 +10,7 @@ from test_imcl import TERMS, WAYS_ON, WEIGHTS, only
 from torch import nn
 
 from imcl_fast import IMCL, reference
-from imcl_fast.heads import MapHead, TokenHead
+from imcl_fast.heads import AuxiliaryHead, MapHead, TokenHead
 from imcl_fast.layers import trace
 from imcl_fast.models import import_torchvision
 
@@ -305,25 +305,23 @@ def test_token_heads_do_not_see_the_padding(how):
                                terms["cross_entropy"])  # fmt: skip
 
 
-def test_whatever_is_at_a_padded_position():
-    class Spoilt(Tagger):
-        def forward(self, ids, attention_mask):
-            x = super().forward(ids, attention_mask)
-            return x.masked_fill(attention_mask[..., None] == 0, 0.0)
-
-    ids, y = tokens()
-    keep = (torch.arange(7) < 5).long().expand(len(ids), 7)
-    torch.manual_seed(0)
-    imcl = IMCL(Spoilt().double(), (ids, keep), output_weight=0, **EVERY_STEP)
-    expected = imcl(ids, y, attention_mask=keep).loss
-    for block in imcl.model.blocks:
-        block.register_forward_hook(
-            lambda module, args, x: x.masked_fill(keep[..., None] == 0, 50.0), prepend=True
-        )
-    loss = imcl(ids, y, attention_mask=keep).loss
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert all(p.grad.isfinite().all() for p in imcl.heads.parameters())
+@pytest.mark.parametrize("value", [50.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "head", [AuxiliaryHead(5, 3), TokenHead(5, 3), MapHead(5, 3, 1)], ids=lambda h: type(h).__name__
+)
+def test_whatever_is_at_a_padded_position(head, value):
+    keep = torch.arange(7) < torch.tensor([7, 4, 0])[:, None, None]  # [B, 1, T]
+    clean = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    expected = head(clean, keep)
+    features = torch.where(keep, clean, value).requires_grad_()
+    logits = head(features, keep)
+    assert logits.shape == ((3, 3) if isinstance(head, AuxiliaryHead) else (3, 3, 7))
+    counts = keep if logits.dim() == 3 else torch.ones(())
+    torch.testing.assert_close(logits * counts, expected * counts)
+    head.zero_grad()
+    logits.sum().backward()
+    assert features.grad.isfinite().all() and not features.grad[~keep.expand(3, 5, 7)].any()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
 # What is found
