@@ -37,17 +37,10 @@ class HeadsConsistency:
     ) -> tuple[Tensor, Tensor]:
         """The network's own cross entropy alone, and the terms (2, 1)."""
         options = functional._consistency_options(
-            1,
-            ce_weight=1.0,
-            kl_weight=0.0,
-            groups=None,
-            temperature=1.0,
-            teacher="others",
-            detach_teacher=True,
-            label_smoothing=imcl.label_smoothing,
-            ignore_index=_ignored(imcl, target),
-            reduction="mean",
-        )
+            1, ce_weight=1.0, kl_weight=0.0, groups=None, temperature=1.0, teacher="others",
+            detach_teacher=True, label_smoothing=imcl.label_smoothing,
+            ignore_index=_ignored(imcl, target), reduction="mean",
+        )  # fmt: skip
         return _call(imcl, [], logits, None, target, masks, options)
 
     def _current(self, imcl: IMCL, own: bool, ignored: int) -> ConsistencyOptions:
