@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from . import layers as find
+from .dense_outputs import fits
 from .kernel_choice import check_kernels, find_kernels
 
 
@@ -109,17 +110,18 @@ def _find_layers(trace: find.Trace, on: set[str], choice: Choice) -> None:
 
 
 def _find_headed(trace: find.Trace, choice: Choice) -> None:
-    """All but the last, which the network's own classifier is for; of a dense output those that
-    have its number of spatial dimensions."""
+    """All but the last, which the network's own classifier is for; of a dense output those whose
+    positions can be made its."""
     choice.headed = choice.layers[:-1]
     if trace.class_dim is None or trace.logits is None:
         return
-    rank = trace.logits.dim() - 2
-    choice.headed = [name for name in choice.headed if len(trace.resolution(name)) == rank]
+    size = trace.logits.movedim(trace.class_dim, 1).shape[2:]
+    choice.headed = [name for name in choice.headed if fits(trace.resolution(name), size)]
     if not choice.headed:
         choice.nothing["multilayer_weight"] = (
-            f"layers: expected features of as many spatial dimensions as the logits "
-            f"{tuple(trace.logits.shape)} have in one of {choice.layers[:-1]}; name other modules"
+            "layers: expected one whose positions lie over those of the logits "
+            f"{tuple(trace.logits.shape)}, as maps or as tokens row by row, among "
+            f"{choice.layers[:-1]}; name other modules"
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,23 @@ class Resize(NamedTuple):
     align_corners: bool | None = False
 
     def __call__(self, maps: Tensor, size: torch.Size) -> Tensor:
-        """(N, K, *positions) -> (N, K, *size)."""
+        """(N, K, *positions), or tokens (N, K, T) that lie over the size, -> (N, K, *size).
+
+        Raises:
+            ValueError: they don't.
+        """
         if maps.shape[2:] == size:
             return maps
+        if maps.dim() != len(size) + 2:
+            cells = grid(maps.shape[2], size)
+            if cells is None:
+                raise ValueError(
+                    f"layers: expected tokens that lie row by row over logits of {tuple(size)}, "
+                    f"as on example_input, got {maps.shape[2]} of them"
+                )
+            maps = maps.unflatten(2, cells)
+            if cells == tuple(size):
+                return maps
         mode = LINEAR[len(size)] if self.mode == "linear" else self.mode
         return F.interpolate(maps, size, mode=mode, align_corners=self.align_corners)
 
@@ -71,10 +86,11 @@ def no_logits(found: Tensor, class_dim: int | None) -> str:
     )
 
 
-def doubt(found: Tensor, example: Sequence[Tensor], criterion: bool) -> str:
+def doubt(found: Tensor, example: Sequence[Tensor], labels: Any, criterion: bool) -> str:
     """Why an output of several dimensions is likelier an image or features than logits, or
     nothing."""
-    image = any(x.shape == found.shape for x in example)
+    indices = isinstance(labels, Tensor) and not labels.is_floating_point()
+    image = any(x.shape == found.shape for x in example) and not indices
     if found.dim() < 3 or not (image or criterion):
         return ""
     return (
@@ -87,12 +103,13 @@ def doubt(found: Tensor, example: Sequence[Tensor], criterion: bool) -> str:
 def makers(
     logits: Tensor, outputs: Mapping[str, Tensor | None], class_dim: int | None
 ) -> dict[str, Resize]:
-    """By path, the modules whose output is the logits, or is when it is resized; and how."""
+    """By path, the modules whose output is the logits, or is, of dense ones, when it is resized;
+    and how."""
     found = {}
     for name, output in outputs.items():
         if output is None:
             continue
-        if is_same(output, logits):
+        if is_same(output, logits) or (class_dim is not None and _is_copy(output, logits)):
             found[name] = Resize()
         elif class_dim == 1 and _could_be(output, logits):
             size = logits.shape[2:]
@@ -103,6 +120,54 @@ def makers(
     return found
 
 
+def rivals(
+    logits: Tensor,
+    outputs: Mapping[str, Tensor | None],
+    linear: Collection[str],
+    taken: Sequence[Tensor],
+    class_dim: int,
+) -> frozenset[str]:
+    """Paths of the modules that give other outputs of as many classes, as auxiliary classifiers
+    do: those of a convolution or linear layer that no module goes on with.
+
+    Args:
+        linear: paths of the convolutions and linear layers.
+        taken: what the modules got.
+    """
+    ends = [
+        output
+        for name in linear
+        if (output := outputs[name]) is not None
+        and output.dim() == logits.dim()
+        and output.shape[class_dim] == logits.shape[class_dim]
+        and not any(is_same(output, x) for x in taken)
+    ]
+    return frozenset(
+        name
+        for name, output in outputs.items()
+        if output is not None and any(is_same(output, end) for end in ends)
+    )
+
+
+def fits(positions: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a head on features of some positions can give logits of a size."""
+    if len(positions) == len(size):
+        return True
+    return len(positions) == 1 and grid(positions[0], size) is not None
+
+
+def grid(count: int, size: Sequence[int]) -> tuple[int, ...] | None:
+    """How so many tokens, row by row, lie over maps of a size: each a square of its pixels; None
+    if they don't."""
+    if not count:
+        return None
+    side = round((math.prod(size) / count) ** (1 / len(size)))
+    if not side or any(n % side for n in size):
+        return None
+    cells = tuple(n // side for n in size)
+    return cells if math.prod(cells) == count else None
+
+
 def is_same(output: Tensor, other: Tensor) -> bool:
     """Whether two Tensors are the same numbers in the same order, not by chance."""
     return (
@@ -110,6 +175,11 @@ def is_same(output: Tensor, other: Tensor) -> bool:
         and output.data_ptr() == other.data_ptr()
         and output.stride() == other.stride()
     )
+
+
+def _is_copy(output: Tensor, logits: Tensor) -> bool:
+    """Whether logits are an output in another dtype, or resized to the size that it has."""
+    return output.shape == logits.shape and torch.equal(output.to(logits.dtype), logits)
 
 
 def _could_be(output: Tensor, logits: Tensor) -> bool:

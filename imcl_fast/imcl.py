@@ -115,8 +115,9 @@ class IMCL(nn.Module):
 
     A way that has nothing to act on in this network is switched off, with one warning that
     says why: way 1 without a linear layer (or 1x1 convolution) that computes the logits, way 2
-    without two layers, or ones that are maps where the logits are, way 3 without one, way 4
-    without kernels that can become unlike.
+    without two layers, or ones whose positions lie over those of dense logits (tokens of a
+    transformer do, row by row, but not beside a class token), way 3 without one, way 4 without
+    kernels that can become unlike.
 
     Every term is a mean over the batch, or does not depend on it. So the losses of k equal
     parts of a batch, each divided by k, accumulate to the gradient of the whole, but for what
@@ -221,10 +222,10 @@ class IMCL(nn.Module):
         self.criterion = validation.function("criterion", criterion)
         self._find_logits = validation.function("logits", logits)
 
-        self.model = model
         if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
             raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
         self.ignore_index = validation.integer("ignore_index", ignore_index)
+        self.model = model
         trace = find.trace(model, example_input, logits, class_dim, criterion is not None)
         self.class_dim = trace.class_dim
         with evaluating(model):  # otherwise, to read a weight under spectral norm changes it
@@ -289,7 +290,8 @@ class IMCL(nn.Module):
             if target is None:
                 self._notice_plain_training()
                 return self.model(*args, **kwargs)
-            outputs.check_labels(self.model)
+            if self.criterion is None or self.class_dim is not None:
+                outputs.check_labels(self.model)
             if not self.training:
                 return self._evaluate(self.model(*args, **kwargs), target, (token_mask, found))
         step = self._begin(token_mask, found)

@@ -106,13 +106,18 @@ def _check_target(logits: Tensor, target: Any, class_dim: int) -> None:
     samples = {1: logits.shape[:1] + logits.shape[2:], -1: logits.shape[:-1]}
     if target.shape == (logits.shape if target.is_floating_point() else samples[class_dim]):
         return
-    other = -class_dim
-    hint = f"; if the classes are there, pass class_dim={other}"
+    hint, found = "", target.shape
+    if found == samples[-class_dim]:
+        hint = f"; if the classes are there, pass class_dim={-class_dim}"
+    elif class_dim == 1 and len(found) == len(samples[1]) and found[:1] == samples[1][:1]:
+        hint = (
+            "; logits smaller than the labels are resized with logits=lambda output: "
+            "torch.nn.functional.interpolate(output.logits, size)"
+        )
     raise ValueError(
         f"target: expected class indices {tuple(samples[class_dim])}, or probabilities "
         f"{tuple(logits.shape)} of a floating dtype, for logits {tuple(logits.shape)} with the "
-        f"classes in dimension {class_dim}, got shape {tuple(target.shape)} of {target.dtype}"
-        f"{hint if target.shape == samples[other] else ''}"
+        f"classes in dimension {class_dim}, got shape {tuple(found)} of {target.dtype}{hint}"
     )
 
 

@@ -58,6 +58,7 @@ class Trace(NamedTuple):
         shape: of the logits, or of the Tensor in their place; None where there is none.
         class_dim: where dense logits have their classes, 1 or -1; None for (B, K).
         makers: by path, the modules whose output is the logits, or is when it is resized; how.
+        rivals: paths of the modules whose output is that of another classifier of dense logits.
         channels_last: paths of the modules whose output is (B, *positions, C), as the tokens
             of a transformer are, and not (B, C, *spatial). This is about the order of the
             dimensions, not the strides.
@@ -72,6 +73,7 @@ class Trace(NamedTuple):
     shape: torch.Size | None
     class_dim: int | None
     makers: dict[str, Resize]
+    rivals: frozenset[str]
     channels_last: frozenset[str]
     residual: frozenset[str]
     batch: int | None
@@ -84,6 +86,10 @@ class Trace(NamedTuple):
     def positions(self, name: str, x: Tensor) -> tuple[int, ...]:
         """The dimensions of ``x``, laid out as the module's output, without batch and channels."""
         return tuple(x.shape[1:-1] if name in self.channels_last else x.shape[2:])
+
+    def predicts(self, name: str) -> bool:
+        """Whether a module's output is one of classes."""
+        return name in self.makers or name in self.rivals
 
     def of_batch(self, call: Call) -> bool:
         """Whether an output has a row for each sample, and not for each of its windows."""
@@ -157,7 +163,7 @@ def trace(
     if found is not None:
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if how is None and class_dim is None:
-            why = dense_outputs.doubt(found, given, criterion)
+            why = dense_outputs.doubt(found, given, labels, criterion)
         if found.dim() < 3:
             class_dim = None
         elif class_dim is None:
@@ -166,13 +172,19 @@ def trace(
             class_dim = dense_outputs.class_dim(found, by_modules, given, labels, ranks)
         why = why or dense_outputs.no_logits(found, class_dim)
     logits = None if why else found
-    makers = {} if logits is None else dense_outputs.makers(logits, last, class_dim)
+    makers, rivals = {}, frozenset[str]()
+    if logits is not None:
+        makers = dense_outputs.makers(logits, last, class_dim)
+        if class_dim is not None:
+            linear = [x for x in last if isinstance(model.get_submodule(x), (_ConvNd, nn.Linear))]
+            taken = [x for all_of in calls.values() for x, *_ in all_of if x is not None]
+            rivals = dense_outputs.rivals(logits, last, linear, taken, class_dim)
     batch = len(args[0]) if args and isinstance(args[0], Tensor) else None
     if batch is None:
         batch = next((len(x) for x in kwargs.values() if isinstance(x, Tensor) and x.dim()), None)
     residual = additions.blocks(model)
     return Trace(
-        model, calls, logits, why, shape, class_dim, makers, channels_last, residual, batch
+        model, calls, logits, why, shape, class_dim, makers, rivals, channels_last, residual, batch
     )
 
 
@@ -219,7 +231,7 @@ def _last_of_each_resolution(trace: Trace) -> list[str]:
         pixels = math.prod(size)
         if not size or not known_rank or pixels == 1 or not trace.of_batch(call):
             continue
-        if name in trace.makers:
+        if trace.predicts(name):
             continue
         if isinstance(module, _ConvNd):
             convolved.add(pixels)
@@ -239,7 +251,7 @@ def _quarters_of_longest_row(trace: Trace) -> list[str]:
         module, call = trace.model.get_submodule(name), calls[0]
         if call.output is None or call.overwritten or len(calls) > 1:
             continue
-        if not trace.of_batch(call) or name in trace.makers:
+        if not trace.of_batch(call) or trace.predicts(name):
             continue
         inside = any(path in trace.residual for path in _parents(name))
         if _has_children(module) and trace.resolution(name) and not inside:
@@ -320,7 +332,7 @@ def predictors(trace: Trace) -> set[str]:
         name
         for name, calls in trace.calls.items()
         if isinstance(trace.model.get_submodule(name), (_ConvNd, nn.Linear))
-        and (name in trace.makers or (trace.shape is not None and _shape(calls) == trace.shape))
+        and (trace.predicts(name) or (trace.shape is not None and _shape(calls) == trace.shape))
     }
 
 

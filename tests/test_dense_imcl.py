@@ -9,7 +9,7 @@ from conftest import Impl, usable
 from test_imcl import TERMS, WAYS_ON, WEIGHTS, only
 from torch import nn
 
-from imcl_fast import IMCL, reference
+from imcl_fast import IMCL, dense_outputs, functional, reference
 from imcl_fast.heads import AuxiliaryHead, MapHead, TokenHead
 from imcl_fast.layers import trace
 from imcl_fast.models import import_torchvision
@@ -456,29 +456,90 @@ def test_what_may_be_no_logits_is_taken_for_none_and_said(make, options, why):
         assert imcl(x, y.clamp(max=1)).loss.isfinite()
 
 
-def test_tokens_get_no_head_that_makes_maps():
-    class Patches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.patch = nn.Conv2d(2, 8, 4, 4)
-            self.blocks = nn.Sequential(
-                *[nn.TransformerEncoderLayer(8, 2, 8, batch_first=True) for _ in range(4)]
-            )
-            self.classifier = nn.Conv2d(8, CLASSES, 1)
+class Patches(nn.Module):
+    """A transformer on patches whose tokens become a map, perhaps with one more for the class."""
 
-        def forward(self, x):
-            x = self.patch(x)
-            seen = self.blocks(x.flatten(2).mT).mT.unflatten(2, x.shape[2:])
-            return F.interpolate(self.classifier(seen), scale_factor=4, mode="bilinear")
+    def __init__(self, patch=4, more=0):
+        super().__init__()
+        self.patch = nn.Conv2d(2, 8, patch, patch)
+        self.token = nn.Parameter(torch.rand(1, more, 8))
+        self.blocks = nn.Sequential(
+            *[nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True) for _ in range(4)]
+        )
+        self.classifier = nn.Conv2d(8, CLASSES, 1)
 
+    def forward(self, x):
+        maps = self.patch(x)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), maps.flatten(2).mT], 1)
+        seen = self.blocks(tokens)[:, self.token.shape[1] :].mT.unflatten(2, maps.shape[2:])
+        return F.interpolate(self.classifier(seen), x.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("patch", [1, 4])
+def test_tokens_lie_row_by_row(patch):
+    torch.manual_seed(0)
+    x, y = pixels(torch.float64)
+    x, y = x[:, :, :8], y[:, :8]  # no square
+    imcl = IMCL(Patches(patch).double(), x, **WAYS_ON, **EVERY_STEP)
+    assert imcl.layers == [f"blocks.{i}" for i in range(4)] and imcl.classifier == "classifier"
+    seen = []
+    for block in imcl.model.blocks[:-1]:
+        block.register_forward_hook(lambda module, args, output: seen.append(output))
+    terms = imcl(x, y).terms
+    heads = [
+        F.interpolate(head.linear(tokens).mT.unflatten(2, (8 // patch, 16 // patch)),
+                      (8, 16), mode="bilinear")
+        for head, tokens in zip(imcl.heads, seen, strict=True)
+    ]  # fmt: skip
+    heads.append(imcl.model(x))
+    _, expected = functional.collaborative_consistency(
+        heads, y, temperature=imcl.multilayer_temperature, return_terms=True, impl="reference"
+    )
+    ce, kl = expected["cross_entropy"], expected["kl"]
+    torch.testing.assert_close(
+        terms["multilayer_consistency"], (ce[:-1].mean() + kl.mean()).detach()
+    )
+    with pytest.raises(ValueError, match="layers: expected tokens that lie row by row"):
+        imcl.model.patch.stride = (8, 4)
+        imcl(x, y)
+
+
+def test_beside_a_class_token_they_get_no_head():
     torch.manual_seed(0)
     x, y = pixels(torch.float32)
-    with pytest.warns(UserWarning, match="multilayer_weight .layers: .*spatial dimensions"):
-        imcl = IMCL(Patches(), x, **WAYS_ON, **EVERY_STEP)
-    assert imcl.layers == [f"blocks.{i}" for i in range(4)] and imcl.classifier == "classifier"
+    with pytest.warns(UserWarning, match="multilayer_weight .layers: expected one whose positions"):
+        imcl = IMCL(Patches(more=1), x, **WAYS_ON, **EVERY_STEP)
     out = imcl(x, y)
     assert out.loss.isfinite()
     assert set(out.terms) == {"cross_entropy", *TERMS.values()} - {TERMS["multilayer_weight"]}
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "cells"),
+    [(16, (16, 16), (4, 4)), (8, (8, 16), (2, 4)), (128, (8, 16), (8, 16)), (8, (64,), (8,)),
+     (17, (16, 16), None), (9, (16, 16), None), (0, (16, 16), None), (512, (16, 16), None),
+     (8, (4, 4, 4), (2, 2, 2)), (4, (16, 4), (4, 1)),
+     (2, (16, 4), None)],
+)  # fmt: skip
+def test_a_grid_has_square_cells(count, size, cells):
+    assert dense_outputs.grid(count, size) == cells
+
+
+def test_an_auxiliary_classifier_is_neither_layer_nor_kernels():
+    torch.manual_seed(0)
+    x, y = pixels(torch.float32)
+
+    class Residual(TwoHeads):
+        def __init__(self):
+            super().__init__()
+            self.stages[1] = nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+            self.auxiliary = nn.Sequential(nn.Conv2d(8, 9, 3, padding=1), nn.ReLU(),
+                                           nn.Conv2d(9, CLASSES, 1))  # fmt: skip
+
+    imcl = IMCL(Residual(), x, **WAYS_ON, logits=lambda output: output["out"])
+    assert imcl.layers == ["stages.1", "stages.2"] and imcl.classifier == "classifier"
+    assert "auxiliary.2" not in imcl.kernels
+    assert imcl(x, y).loss.isfinite()
 
 
 @pytest.mark.parametrize(
