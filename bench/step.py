@@ -87,8 +87,8 @@ def steps(quick: bool) -> list[Step]:
         Step("resnet50", 32, bfloat16=True, methods=few),
         Step("vit", 64, width=128, methods=few),
         Step("vit", 64, width=128, bfloat16=True, methods=few),
-        Step("fcn_resnet18", 16, width=32, size=64, methods=few),
-        Step("fcn_resnet18", 16, width=32, size=64, bfloat16=True, methods=few),
+        Step("fcn_resnet18", 32, methods=few),
+        Step("fcn_resnet18", 32, bfloat16=True, methods=few),
     ]
 
 
