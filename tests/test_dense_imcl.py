@@ -268,6 +268,20 @@ def test_torch_compile_takes_it_whole(kind):
     torch.testing.assert_close(compiled(x, y).loss, imcl(x, y).loss)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_step(kind):
+    imcl, x, y = build(kind, torch.float32)
+    torch.manual_seed(3)
+    exact = imcl(x, y)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = imcl(x, y)
+    assert out.loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss, exact.loss, rtol=0.05, atol=0)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in imcl.parameters() if p.grad is not None)
+
+
 # Padding
 
 

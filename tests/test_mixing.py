@@ -97,6 +97,7 @@ def test_the_command_mixes_wrong_labels_too(tmp_path):
         command = Command([*SMALL, *more, "--run-dir", str(tmp_path / name)], tmp_path)
         assert command.wait() == 0, command.err
         runs[name] = table(tmp_path / name / "metrics.csv")
+    assert "a wrong label), mixed by mixup 0.8 or cutmix 1, measured on" in command.out
     assert runs["plain"][-1]["train_loss"] != runs["mixed"][-1]["train_loss"]
     assert float(runs["mixed"][-1]["fit_noisy"]) <= 1
     command = Command([*SMALL, "--mixup", "0", "--run-dir", str(tmp_path / "no")], tmp_path)

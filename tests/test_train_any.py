@@ -107,6 +107,15 @@ def digits_set():
     return imcl_fast.data.load("digits")
 
 
+def test_a_network_that_cannot_be_built_leaves_no_folder(factories, tmp_path, capsys):
+    flags = [flag for flag in SMALL if flag not in ("--width", "2")]
+    run = tmp_path / "run"
+    assert train.main([*flags, "--model", f"{factories}:absent", "--run-dir", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "absent: can't be built (AttributeError" in err
+    assert not run.exists()
+
+
 def test_settings_of_this_packages_networks_are_for_them_alone(factories, digits_set):
     with pytest.raises(UsageError, match="width: expected none for .*:make, which has its own"):
         build_network(config(model=f"{factories}:make", width=8), digits_set)

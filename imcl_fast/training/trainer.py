@@ -98,13 +98,13 @@ class Trainer:
                 observer = self._observer or Console()
             check_implementation(config, processes.device)
             material = prepare_data(config, self._data_set)
+            torch.manual_seed(config.seed)
+            network = self.network or build_network(config, material.data_set)
             records = None
             if folder is not None:
                 processes.on_first(lambda: claim.enter_context(Records.claim(folder, config)))
                 records = Records(folder) if processes.first else None
                 observer.logs_to(folder / LOG)
-            torch.manual_seed(config.seed)
-            network = self.network or build_network(config, material.data_set)
             loop = Loop(config, processes, material, network, records, observer)
             # From here on, what is random in a step: each process drops out other features.
             torch.manual_seed(config.seed + 7919 * processes.rank)
@@ -152,10 +152,13 @@ def _description(config: TrainConfig, material: Material, loop: Loop) -> str:
     where = "held-out training images, NOT test images" if material.held_out else "test images"
     processes = loop.processes
     plain = isinstance(loop.state.objective, CrossEntropy)
+    alphas = {"mixup": config.mixup, "cutmix": config.cutmix}
+    mixed = [f"{name} {alpha:g}" for name, alpha in alphas.items() if alpha is not None]
     return (
         f"{'plain cross entropy' if plain else config.label} on {material.data_set.name}: "
         f"{len(material.train)} training images"
         + (f" ({wrong} with a wrong label)" if wrong else "")
+        + (f", mixed by {' or '.join(mixed)}" if mixed else "")
         + f", measured on {len(material.test)} {where}; train accuracy is that of "
         f"{len(material.measured)} training images without augmentation; "
         f"{loop.steps_per_epoch} steps per epoch on {processes.device}"
