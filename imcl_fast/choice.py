@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from . import layers as find
+from .classifier import check_classifier, find_classifier, predictors
 from .dense_outputs import fits
 from .kernel_choice import check_kernels, find_kernels
 
@@ -74,7 +75,7 @@ def choose(
         if classifier is None:
             _find_classifier(trace, choice)
         else:
-            choice.classifier = find.check_classifier(trace, classifier)
+            choice.classifier = check_classifier(trace, classifier)
     if "kernel_weight" in on:
         if kernels is None:
             _find_kernels(trace, choice)
@@ -127,13 +128,13 @@ def _find_headed(trace: find.Trace, choice: Choice) -> None:
 
 def _find_classifier(trace: find.Trace, choice: Choice) -> None:
     try:
-        choice.classifier = find.find_classifier(trace)
+        choice.classifier = find_classifier(trace)
     except ValueError as error:
         choice.nothing["output_weight"] = str(error)
 
 
 def _find_kernels(trace: find.Trace, choice: Choice) -> None:
-    choice.kernels = find_kernels(trace.model, find.predictors(trace))
+    choice.kernels = find_kernels(trace.model, predictors(trace))
     if not choice.kernels:
         choice.nothing["kernel_weight"] = (
             "kernels: found no layer, but for what makes the output, with fewer than twice as many "

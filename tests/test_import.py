@@ -24,7 +24,7 @@ LAYERS = [
     "data objectives",
     "models imcl ilr",
     "modules choice watch plan sharding",
-    "kernel_choice imcl_output imcl_consistency",
+    "kernel_choice classifier imcl_output imcl_consistency",
     "imcl_step",
     "heads kernel_weights unlearnt",
     "layers",
