@@ -68,6 +68,7 @@ def test_a_copy_has_all_of_the_package_and_no_run(tmp_path) -> None:
     Tree(tmp_path / "root", tmp_path / "copy", "avx2")
     found = {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*.py")}
     assert found == {"package/runs/two.py"}
+    assert (tmp_path / "copy/build").is_dir()  # pytest makes no parents of --basetemp
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ class Tree:
         if objects.is_dir():  # but not ninja's log: there they are of other files
             shutil.copytree(objects, folder / "build/objects",
                             ignore=shutil.ignore_patterns(".ninja*"))  # fmt: skip
+        (folder / "build").mkdir(exist_ok=True)  # where the tests' files go
         self._stale = True
 
     def test(self, tests: Tests, seconds: float | None, compiled: bool = True) -> Outcome:
