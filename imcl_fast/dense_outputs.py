@@ -14,8 +14,14 @@ LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # interpolation, by spati
 
 
 class Resize(NamedTuple):
-    """How a network makes maps of logits as large as its output."""
+    """How the output of a module becomes the logits of a network.
 
+    Attributes:
+        class_dim: where the output has its classes, 1 or -1.
+        mode, align_corners: of the interpolation of maps; "linear" is bilinear in two dimensions.
+    """
+
+    class_dim: int = 1
     mode: str = "linear"
     align_corners: bool | None = False
 
@@ -41,7 +47,90 @@ class Resize(NamedTuple):
         return F.interpolate(maps, size, mode=mode, align_corners=self.align_corners)
 
 
-RESIZES = (Resize(), Resize(align_corners=True), Resize("nearest", None))
+INTERPOLATIONS = (("linear", False), ("linear", True), ("nearest", None))
+OF_IMAGES = (("bicubic", False), ("bicubic", True))  # there are these for two dimensions only
+
+
+class Found(NamedTuple):
+    """What is known of a network's output.
+
+    Attributes:
+        logits: the output, or None if it isn't taken for logits.
+        why: then, why not.
+        class_dim: where dense logits have their classes, 1 or -1; None for (B, K).
+        makers: by path, the modules whose output is the logits, or becomes them; and how.
+    """
+
+    logits: Tensor | None
+    why: str
+    class_dim: int | None
+    makers: dict[str, Resize]
+
+
+def find(
+    output: Tensor,
+    outputs: Mapping[str, Tensor | None],
+    channels_last: Collection[str],
+    linear: Collection[str],
+    example: Sequence[Tensor],
+    labels: Any,
+    ranks: set[int],
+    *,
+    where: int | None,
+    sure: bool,
+    named: bool,
+    criterion: bool,
+) -> Found:
+    """Whether an output is logits, and where their classes are: see ``IMCL``.
+
+    Args:
+        outputs: of the modules, by path, in order.
+        channels_last: paths of those whose channels come last.
+        linear: paths of the convolutions and linear layers.
+        example: what the network was run on.
+        labels: the target in the example, if there is one.
+        ranks: number of spatial dimensions of the network's convolutions.
+        where: the classes' dimension, if the user has said it.
+        sure: whether the user has said that it is logits, or where these are.
+        named: whether the output is called logits.
+        criterion: whether it may be meant for something else than cross entropy.
+    """
+    dim = None
+    if output.dim() > 2:
+        by_modules = [(x, name in channels_last) for name, x in outputs.items()]
+        dim = where or class_dim(output, by_modules, example, labels, ranks)
+    if not output.is_floating_point() or output.dim() < 2 or output.shape[dim or 1] < 2:
+        why = (
+            "model: expected its output to be logits of at least 2 classes, (B, K), (B, K, "
+            f"*spatial) or (B, *tokens, K), got {tuple(output.shape)}, {output.dtype}"
+        )
+        return Found(None, why, None, {})
+    made = makers(output, outputs, dim)
+    if dim is not None and not sure:
+        indices = isinstance(labels, Tensor) and not labels.is_floating_point()
+        doubt = _doubt(output, dim, example, bool(made.keys() & set(linear)), criterion,
+                       told=named or indices)  # fmt: skip
+        if doubt:
+            why = (
+                f"model: its output {tuple(output.shape)} is taken for no logits, for {doubt}; if "
+                "it is, say where the classes are with class_dim=1 or class_dim=-1"
+            )
+            return Found(None, why, None, {})
+    return Found(output, "", dim, made)
+
+
+def _doubt(
+    output: Tensor, dim: int, example: Sequence[Tensor], linear: bool, criterion: bool, told: bool
+) -> str:
+    """Why a dense output may be an image or features, or nothing."""
+    if criterion:
+        return "there is a criterion"
+    if told:
+        return ""
+    like = [x for x in example if x.is_floating_point() and x.dim() == output.dim()]
+    if any(x.shape[dim] == output.shape[dim] for x in like):
+        return "it has as many channels as an input"
+    return "" if linear else "no linear layer or convolution computes it"
 
 
 def class_dim(
@@ -76,48 +165,40 @@ def class_dim(
     return 1 if len(shape) - 2 in ranks else -1
 
 
-def no_logits(found: Tensor, class_dim: int | None) -> str:
-    """Why an output is none of logits, or nothing."""
-    if found.is_floating_point() and found.dim() > 1 and found.shape[class_dim or 1] > 1:
-        return ""
-    return (
-        "model: expected its output to be logits of at least 2 classes, (B, K), (B, K, *spatial) "
-        f"or (B, *tokens, K), got {tuple(found.shape)}, {found.dtype}"
-    )
-
-
-def doubt(found: Tensor, example: Sequence[Tensor], labels: Any, criterion: bool) -> str:
-    """Why an output of several dimensions is likelier an image or features than logits, or
-    nothing."""
-    indices = isinstance(labels, Tensor) and not labels.is_floating_point()
-    image = any(x.shape == found.shape for x in example) and not indices
-    if found.dim() < 3 or not (image or criterion):
-        return ""
-    return (
-        f"model: its output {tuple(found.shape)} is taken for no logits, for "
-        + ("it has the shape of an input" if image else "there is a criterion")
-        + "; if it is, say where the classes are with class_dim=1 or class_dim=-1"
-    )
-
-
 def makers(
     logits: Tensor, outputs: Mapping[str, Tensor | None], class_dim: int | None
 ) -> dict[str, Resize]:
-    """By path, the modules whose output is the logits, or is, of dense ones, when it is resized;
+    """By path, the modules whose output is the logits, or, where these are dense, becomes them;
     and how."""
+    if class_dim is None:
+        return {
+            name: Resize() for name, x in outputs.items() if x is not None and is_same(x, logits)
+        }
     found = {}
     for name, output in outputs.items():
-        if output is None:
-            continue
-        if is_same(output, logits) or (class_dim is not None and _is_copy(output, logits)):
-            found[name] = Resize()
-        elif class_dim == 1 and _could_be(output, logits):
-            size = logits.shape[2:]
-            for resize in RESIZES if len(size) in LINEAR else ():
-                if torch.allclose(resize(output, size), logits):
-                    found[name] = resize
+        if output is not None and output.dim() > 2:
+            for dim in (class_dim, -class_dim):
+                how = _becomes(output.movedim(dim, 1), logits.movedim(class_dim, 1))
+                if how is not None:
+                    found[name] = how._replace(class_dim=dim)
                     break
     return found
+
+
+def _becomes(maps: Tensor, logits: Tensor) -> Resize | None:
+    """How (N, K, *positions) become logits (N, K, *size); None if they don't."""
+    size = logits.shape[2:]
+    if maps.shape[:2] != logits.shape[:2] or not fits(maps.shape[2:], size):
+        return None
+    maps = maps.to(logits.dtype)
+    if math.prod(maps.shape[2:]) == math.prod(size):
+        return Resize() if torch.equal(Resize()(maps, size), logits) else None
+    ways = INTERPOLATIONS if len(size) in LINEAR else ()
+    for mode, align_corners in (*ways, *OF_IMAGES) if len(size) == 2 else ways:
+        how = Resize(1, mode, align_corners)
+        if torch.allclose(how(maps, size), logits):
+            return how
+    return None
 
 
 def rivals(
@@ -174,19 +255,4 @@ def is_same(output: Tensor, other: Tensor) -> bool:
         output.shape == other.shape
         and output.data_ptr() == other.data_ptr()
         and output.stride() == other.stride()
-    )
-
-
-def _is_copy(output: Tensor, logits: Tensor) -> bool:
-    """Whether logits are an output in another dtype, or resized to the size that it has."""
-    return output.shape == logits.shape and torch.equal(output.to(logits.dtype), logits)
-
-
-def _could_be(output: Tensor, logits: Tensor) -> bool:
-    """Whether an output has the classes and the dimensions of the logits, at another size."""
-    return (
-        output.dim() == logits.dim()
-        and output.shape[:2] == logits.shape[:2]
-        and output.shape != logits.shape
-        and output.dtype == logits.dtype
     )

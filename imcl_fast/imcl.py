@@ -103,9 +103,10 @@ class IMCL(nn.Module):
             (B, \*tokens, K). None goes by the first of these that tells: ``labels`` in
             ``example_input``; the module whose output the logits are; the positions of the
             input, if the logits have the same; whether the network's convolutions have as many
-            spatial dimensions. Under a ``criterion``, or where the output has the shape of an
-            input, as an autoencoder's, an output of 3 dimensions or more only counts as logits if
-            this, or ``logits``, is given.
+            spatial dimensions. An output of 3 dimensions or more counts as logits only if this, or
+            ``logits``, is given, or a linear layer or convolution computes it, which gives more or
+            fewer channels than the input has (an image would have as many), or ``labels`` or the
+            name ``logits`` tell; and never under a ``criterion`` unless it is given.
         ignore_index: target of samples, pixels or tokens that count for nothing.
         impl: see ``functional``.
 

@@ -84,7 +84,7 @@ def _classes_last(
     blocks = [imcl._resize(head, size).movedim(1, -1).unsqueeze(0) for head in heads]
     blocks.append(own.movedim(1, -1).unsqueeze(0))
     if views is not None:
-        maps = imcl._resize(views.flatten(0, 1).movedim(dim, 1), size)
+        maps = imcl._resize(views.flatten(0, 1).movedim(imcl._resize.class_dim, 1), size)
         blocks.append(maps.movedim(1, -1).unflatten(0, views.shape[:2]))
     return blocks
 

@@ -55,9 +55,9 @@ class Trace(NamedTuple):
         calls: by module path, in order of completion.
         logits: (B, K), (B, K, *spatial) or (B, *tokens, K); None where the network returns none.
         why: then, what it returned instead.
-        shape: of the logits, or of the Tensor in their place; None where there is none.
         class_dim: where dense logits have their classes, 1 or -1; None for (B, K).
-        makers: by path, the modules whose output is the logits, or is when it is resized; how.
+        makers: by path, the modules whose output is the logits, or becomes them; and how.
+        shape: of the logits, or of the Tensor in their place; None where there is none.
         rivals: paths of the modules whose output is that of another classifier of dense logits.
         channels_last: paths of the modules whose output is (B, *positions, C), as the tokens
             of a transformer are, and not (B, C, *spatial). This is about the order of the
@@ -70,9 +70,9 @@ class Trace(NamedTuple):
     calls: dict[str, list[Call]]
     logits: Tensor | None
     why: str
-    shape: torch.Size | None
     class_dim: int | None
     makers: dict[str, Resize]
+    shape: torch.Size | None
     rivals: frozenset[str]
     channels_last: frozenset[str]
     residual: frozenset[str]
@@ -157,45 +157,38 @@ def trace(
         for handle in handles:
             handle.remove()
     channels_last = _channels_last(model, calls)
-    found, why = _found(output, how)
-    shape = None if found is None else found.shape
-    last = {name: of_module[-1].output for name, of_module in calls.items()}
-    if found is not None:
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if how is None and class_dim is None:
-            why = dense_outputs.doubt(found, given, labels, criterion)
-        if found.dim() < 3:
-            class_dim = None
-        elif class_dim is None:
-            by_modules = [(output, name in channels_last) for name, output in last.items()]
-            ranks = _spatial_ranks(model)
-            class_dim = dense_outputs.class_dim(found, by_modules, given, labels, ranks)
-        why = why or dense_outputs.no_logits(found, class_dim)
-    logits = None if why else found
-    makers, rivals = {}, frozenset[str]()
-    if logits is not None:
-        makers = dense_outputs.makers(logits, last, class_dim)
-        if class_dim is not None:
-            linear = [x for x in last if isinstance(model.get_submodule(x), (_ConvNd, nn.Linear))]
+    shape, rivals = None, frozenset[str]()
+    try:
+        found = outputs.logits(output, how)
+    except TypeError as error:
+        if how is not None:
+            raise
+        seen = dense_outputs.Found(None, str(error), None, {})
+    else:
+        shape = found.shape
+        last = {name: of_module[-1].output for name, of_module in calls.items()}
+        linear = [x for x in last if isinstance(model.get_submodule(x), (_ConvNd, nn.Linear))]
+        seen = dense_outputs.find(
+            found,
+            last,
+            channels_last,
+            linear,
+            [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)],
+            labels,
+            _spatial_ranks(model),
+            where=class_dim,
+            sure=how is not None or class_dim is not None,
+            named=not isinstance(output, (Tensor, tuple, list)),
+            criterion=criterion,
+        )
+        if seen.logits is not None and seen.class_dim is not None:
             taken = [x for all_of in calls.values() for x, *_ in all_of if x is not None]
-            rivals = dense_outputs.rivals(logits, last, linear, taken, class_dim)
+            rivals = dense_outputs.rivals(found, last, linear, taken, seen.class_dim)
     batch = len(args[0]) if args and isinstance(args[0], Tensor) else None
     if batch is None:
         batch = next((len(x) for x in kwargs.values() if isinstance(x, Tensor) and x.dim()), None)
     residual = additions.blocks(model)
-    return Trace(
-        model, calls, logits, why, shape, class_dim, makers, rivals, channels_last, residual, batch
-    )
-
-
-def _found(output: Any, how: Callable[[Any], Tensor] | None) -> tuple[Tensor | None, str]:
-    """The Tensor in the logits' place, or why there is none."""
-    try:
-        return outputs.logits(output, how), ""
-    except TypeError as error:
-        if how is not None:
-            raise
-        return None, str(error)
+    return Trace(model, calls, *seen, shape, rivals, channels_last, residual, batch)
 
 
 def find_layers(trace: Trace) -> list[str]:

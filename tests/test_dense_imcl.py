@@ -369,11 +369,11 @@ class TwoHeads(Segmenter):
         (lambda: Segmenter(align_corners=True), {}, "classifier"),
         (lambda: interpolated("nearest"), {}, "classifier"),
         (TwoHeads, {"logits": lambda output: output["out"]}, "classifier"),
+        (lambda: interpolated("bicubic"), {}, "classifier"),
         (lambda: nn.Sequential(*Segmenter().stages, nn.Conv2d(10, 4, 1)), {}, "3"),
-        (lambda: interpolated("bicubic"), {}, None),
         (lambda: Segmenter(head=3), {}, None),
     ],
-    ids=["FCN", "corners", "nearest", "two heads", "flat", "bicubic", "3x3"],
+    ids=["FCN", "corners", "nearest", "two heads", "bicubic", "flat", "3x3"],
 )
 def test_the_classifier_of_maps(make, options, classifier):
     torch.manual_seed(0)
@@ -393,6 +393,37 @@ def test_the_classifier_of_maps(make, options, classifier):
         assert not {"classifier", "3"} & {*imcl.kernels}  # its rows stand for classes
     assert imcl.classifier == classifier
     assert not {"classifier", "3"} & {*imcl.layers}  # and what it makes is no features
+
+
+class Segmented(nn.Module):
+    """The classes of patches by a linear layer, laid out and interpolated afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = Patches()
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        tokens = self.patches.blocks(self.patches.patch(x).flatten(2).mT)
+        maps = self.fc(tokens).mT.unflatten(2, (x.shape[2] // 4, x.shape[3] // 4))
+        return F.interpolate(maps, x.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize("kind", ["moved", "laid out"])
+def test_the_classifier_of_tokens_whose_classes_are_moved(kind):
+    torch.manual_seed(0)
+    x, y = tokens() if kind == "moved" else pixels(torch.float32)
+    imcl = IMCL(Tagger(first=True) if kind == "moved" else Segmented(), x, **WAYS_ON, **EVERY_STEP,
+                dropout=0.0)  # fmt: skip
+    assert imcl.class_dim == 1 and imcl.classifier == "fc"
+    out = imcl(x, y)
+    assert set(out.terms) == {"cross_entropy", *TERMS.values()}
+    torch.testing.assert_close(out.terms["output_consistency"], out.terms["cross_entropy"])
+    torch.testing.assert_close(out.terms["cross_entropy"], F.cross_entropy(imcl.model(x), y))
+    if kind == "moved":
+        torch.manual_seed(0)
+        same = IMCL(Tagger(), x, **WAYS_ON, **EVERY_STEP, dropout=0.0)(x, y)
+        torch.testing.assert_close(out.terms, same.terms)
 
 
 IDS = torch.randint(1, 20, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -419,11 +450,11 @@ class Permuted(nn.Module):
         (lambda: Tagger(classes=7), IDS, -1),  # as many classes as tokens: by the linear layer
         (lambda: Tagger(classes=7, first=True), {"ids": IDS, "labels": IDS}, -1),
         (Permuted, torch.rand(2, 5, 9), 1),
-        (lambda: nn.Conv1d(5, 4, 3), torch.rand(2, 5, 9), 1),
-        (lambda: nn.Linear(5, 4), torch.rand(2, 9, 5), -1),
-        (lambda: nn.Linear(5, 9), torch.rand(2, 9, 5), -1),
-        (lambda: nn.Linear(5, 4), torch.rand(2, 5, 5), -1),
-        (lambda: nn.Linear(5, 4), torch.rand(2, 3, 3, 5), -1),
+        (lambda: nn.Sequential(nn.Conv1d(5, 4, 3)), torch.rand(2, 5, 9), 1),
+        (lambda: nn.Sequential(nn.Linear(5, 4)), torch.rand(2, 9, 5), -1),
+        (lambda: nn.Sequential(nn.Linear(5, 9)), torch.rand(2, 9, 5), -1),
+        (lambda: nn.Sequential(nn.Linear(5, 4)), torch.rand(2, 5, 5), -1),
+        (lambda: nn.Sequential(nn.Linear(5, 4)), torch.rand(2, 3, 3, 5), -1),
     ],
 )
 def test_where_the_classes_are(make, example, expected):
@@ -438,7 +469,7 @@ def test_labels_in_the_example_tell_where_the_classes_are():
     assert trace(network, {"ids": IDS, "labels": labels}).class_dim == 1
     summed = Tagger(first=True)
     summed.register_forward_hook(lambda module, args, output: output[..., :5] + 0)
-    assert trace(summed, {"ids": IDS}).class_dim == -1  # nothing tells, and there is no convolution
+    assert trace(summed, {"ids": IDS}).logits is None  # nothing tells
     assert trace(summed, {"ids": IDS, "labels": labels[:, :5]}).class_dim == 1
 
 
@@ -453,7 +484,11 @@ def autoencoder():
 @pytest.mark.parametrize(
     ("make", "options", "why"),
     [
-        (autoencoder, {}, r"\(1, 2, 16, 16\).*shape of an input.*class_dim=1"),
+        (autoencoder, {}, r"\(1, 2, 16, 16\).*as many channels as an input.*class_dim=1"),
+        (lambda: nn.Sequential(*autoencoder()[:2], nn.Conv2d(8, 2, 2, 2)), {},
+         r"\(1, 2, 8, 8\).*as many channels as an input"),  # an image of another size
+        (lambda: nn.Sequential(*autoencoder()[:2], nn.Conv2d(8, 3, 1), nn.Tanh()), {},
+         r"\(1, 3, 16, 16\).*no linear layer or convolution computes it.*class_dim=1"),
         (Segmenter, {"criterion": lambda z, y: z.mean()}, "a criterion.*class_dim=1"),
         (lambda: Segmenter(classes=1), {}, "at least 2 classes"),
     ],
@@ -465,9 +500,14 @@ def test_what_may_be_no_logits_is_taken_for_none_and_said(make, options, why):
         imcl = IMCL(make(), x, **WAYS_ON, **options)
     assert len(told) == 1 and len(imcl.heads) == 0
     if "class_dim" in why:
-        imcl = IMCL(make(), x, **WAYS_ON, class_dim=1, **options)
-        assert len(imcl.heads) and imcl.classifier is not None
+        on = {**WAYS_ON, "output_weight": 0.0 if "no linear" in why else 1.0}
+        imcl = IMCL(make(), x, **on, class_dim=1, **options)
+        assert len(imcl.heads)
         assert imcl(x, y.clamp(max=1)).loss.isfinite()
+    given = {"input": x, "labels": y.clamp(max=1)}  # labels of pixels tell as well
+    if not options and "least" not in why and imcl.model(x).shape[2:] == y.shape[1:]:
+        imcl = IMCL(make(), given, **only("multilayer_weight"))
+        assert len(imcl.heads)
 
 
 class Patches(nn.Module):
