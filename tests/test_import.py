@@ -25,8 +25,10 @@ LAYERS = [
     "quality_agnostic",
     "models imcl ilr perturbation",
     "modules choice watch plan sharding",
-    "kernel_choice imcl_output",
-    "layers kernel_weights unlearnt",
+    "kernel_choice classifier imcl_output imcl_consistency",
+    "imcl_step",
+    "heads kernel_weights unlearnt",
+    "layers",
     "functional",
     "dependence",
     "implementations autograd",
@@ -34,7 +36,7 @@ LAYERS = [
     "kernels",
     "algebra",
     "reference validation",
-    "schedule taps modes tracing outputs residual dense padding",
+    "schedule taps modes tracing outputs residual dense dense_outputs padding",
 ]
 
 

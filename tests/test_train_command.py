@@ -158,7 +158,7 @@ def test_few_labels_and_held_out_images(tmp_path, capsys):
     arguments = [*SMALL, "--epochs", "1", "--ways", "none", "--validation-images", "100"]
     assert train.main([*arguments, "--run-dir", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "ce on digits: 160 training images" in out
+    assert "plain cross entropy on digits: 160 training images" in out
     assert "measured on 100 held-out training images, NOT test images" in out
     assert "last validation accuracy" in out and "test accuracy  " not in out
     rows = table(tmp_path / "run" / "metrics.csv")
