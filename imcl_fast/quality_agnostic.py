@@ -102,11 +102,11 @@ class QualityAgnostic(nn.Module):
     A step with ``perturbed`` takes its gradients at adversarially perturbed weights.
 
     The objective is QAD's, whose dependence is HSIC (``normalize=False``). Public are its three
-    weights, and that alpha was 0.002 to 0.004 with a Gaussian kernel of sigma 6; its estimator, what
-    its distances are divided by and whether representations are pooled are not. Of whole
+    weights, and that alpha was 0.002 to 0.004 with a Gaussian kernel of sigma 6; its estimator,
+    what its distances are divided by and whether representations are pooled are not. Of whole
     representations of a ResNet-18 at its start, with distances per dimension, HSIC of that sigma
-    has a millionth of the cross entropies' gradient, before alpha: it teaches nothing. So the default
-    here is CKA, whose scale is no layer's, at the median bandwidth; no study chose it or alpha.
+    has a millionth of the cross entropies' gradient even before alpha: it teaches nothing. So the
+    default is CKA, which knows no scale, at the median bandwidth; no study chose it, or alpha.
     """
 
     def __init__(
