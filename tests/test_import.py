@@ -20,7 +20,8 @@ SLOW = ("torch._dynamo", "triton", "torchvision", "sklearn", "matplotlib", "PIL"
 LAYERS = [
     "train demo env",
     "training reports",
-    "runs redundancy",
+    "runs alignment",
+    "redundancy",
     "data objectives",
     "quality_agnostic",
     "models imcl ilr perturbation",
