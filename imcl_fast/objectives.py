@@ -2,7 +2,8 @@
 
 An objective is an nn.Module ``o`` with ``o(x)`` the plain network's logits (B, K),
 ``o(x, target)`` a step's ``.loss``, ``.logits`` and ``.terms`` (detached scalars by name),
-and ``o.model`` the plain network to deploy.
+and ``o.model`` the plain network to deploy. Of a method in OF_QUALITIES x in ``o(x, target)`` is
+(V, B, ...), the same samples at V qualities, and so are the logits.
 """
 
 from __future__ import annotations

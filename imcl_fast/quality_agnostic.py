@@ -20,6 +20,7 @@ from .imcl import IMCL
 from .implementations import IMPLEMENTATIONS
 from .perturbation import Perturbation
 from .taps import Step, Tap, Tape
+from .watch import Watch
 
 STAGES = (0.1, 0.25, 0.5)  # weights of the last layers
 REDUCTIONS = ("sum", "mean")
@@ -173,7 +174,8 @@ class QualityAgnostic(nn.Module):
         Args:
             views: without ``target`` a batch (B, \*); with it the same B samples at V >= 2
                 qualities, a sequence of batches, or one Tensor (V, B, \*). One view is enough where
-                ``alpha`` is 0.
+                ``alpha`` is 0, and in eval mode, where the loss is the cross entropy alone and
+                a batch (B, \*) will do.
             target: class indices (B,) or probabilities (B, K), of every view.
 
         Raises:
@@ -184,6 +186,8 @@ class QualityAgnostic(nn.Module):
         if target is None:
             return self.model(views)
         x, count = self._together(views)
+        if not self.training:
+            return self._objective(self.model(x), target, count)
         step = _Step()
         self._tape.step = step
         try:
@@ -192,19 +196,7 @@ class QualityAgnostic(nn.Module):
         finally:
             self._tape.step = None
         step.finish()
-        logits = outputs.logits(output, self._find_logits)
-        targets = target.repeat(count, *[1] * (target.dim() - 1))
-        mean = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        loss = mean * count if self.reduction == "sum" else mean
-        terms = {"cross_entropy": loss.detach()}
-        if self.alpha:
-            total = self._dependence(step, count)
-            terms["dependence"] = total.detach()
-            loss = loss - self.alpha * total
-        if watch is not None:
-            loss = loss + watch.loss(targets)
-            terms.update(watch.terms)
-        return QualityAgnosticOutput(loss, logits.unflatten(0, (count, -1)), terms)
+        return self._objective(output, target, count, step, watch)
 
     def perturbed(self, gamma: float) -> Perturbation:
         """A ``Perturbation`` of the network: a step's gradients at weights that do worse."""
@@ -227,6 +219,8 @@ class QualityAgnostic(nn.Module):
 
     def _together(self, views: Tensor | Sequence[Tensor]) -> tuple[Tensor, int]:
         """The views in one batch, and how many there are."""
+        if isinstance(views, Tensor) and views.dim() == self._rank and not self.training:
+            views = [views]
         if not isinstance(views, (Tensor, list, tuple)):
             raise TypeError(
                 f"views: expected a sequence of Tensors or one Tensor, got {type(views).__name__}"
@@ -242,10 +236,33 @@ class QualityAgnostic(nn.Module):
                 f"views: expected batches of {self._rank} dimensions, as example_input has, in a "
                 f"sequence or one Tensor (V, B, *), got views of shape {tuple(views[0].shape)}"
             )
-        if len(views) < 2 and self.alpha:
+        if len(views) < 2 and self.alpha and self.training:
             raise ValueError(f"views: expected at least 2 qualities, got {len(views)}")
         together = views.flatten(0, 1) if isinstance(views, Tensor) else torch.cat(list(views))
         return together, len(views)
+
+    def _objective(
+        self,
+        output: Any,
+        target: Tensor,
+        count: int,
+        step: _Step | None = None,
+        watch: Watch | None = None,
+    ) -> QualityAgnosticOutput:
+        """The loss of a pass that is over; without ``step`` the cross entropy alone."""
+        logits = outputs.logits(output, self._find_logits)
+        targets = target.repeat(count, *[1] * (target.dim() - 1))
+        mean = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        loss = mean * count if self.reduction == "sum" else mean
+        terms = {"cross_entropy": loss.detach()}
+        if self.alpha and step is not None:
+            total = self._dependence(step, count)
+            terms["dependence"] = total.detach()
+            loss = loss - self.alpha * total
+        if watch is not None:
+            loss = loss + watch.loss(targets)
+            terms.update(watch.terms)
+        return QualityAgnosticOutput(loss, logits.unflatten(0, (count, -1)), terms)
 
     def _dependence(self, step: _Step, count: int) -> Tensor:
         if len(step.features) != len(self.layers) or step.calls != len(self._handles):

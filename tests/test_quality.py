@@ -72,24 +72,30 @@ def hsic(x: Tensor, y: Tensor, sigma: float) -> Tensor:
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("views", [2, 3])
-@pytest.mark.parametrize("stacked", [True, False])
-def test_the_loss_is_the_objective_written_out(reduction: str, views: int, stacked: bool) -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_loss_is_the_objective_written_out(reduction: str, views: int, normalize: bool) -> None:
     network = Network().double()
     twin = copy.deepcopy(network)
     x, y = data(views)
     qa = QualityAgnostic(
-        network, x[0], alpha=0.7, reduction=reduction, bandwidth=0.9, label_smoothing=0.1
-    )
+        network, x[0], alpha=0.7, reduction=reduction, bandwidth=0.9, normalize=normalize,
+        label_smoothing=0.1,
+    )  # fmt: skip
     assert qa.layers == ["one", "two", "three"] and qa.layer_weight == [0.1, 0.25, 0.5]
-    output = qa(x if stacked else list(x), y)
+    output = qa(x if normalize else list(x), y)
     output.loss.backward()
 
     stages = [features.chunk(views) for features in twin.stages(torch.cat(list(x)))]
     logits = [twin.classifier(each.mean((2, 3))) for each in stages[-1]]
     tasks = [torch_F.cross_entropy(each, y, label_smoothing=0.1) for each in logits]
     pairs = list(itertools.combinations(range(views), 2))
+
+    def alike_at(f: tuple[Tensor, ...], v: int, u: int) -> Tensor:
+        own = [hsic(f[i], f[i], 0.9) for i in (v, u)]
+        return hsic(f[v], f[u], 0.9) / ((own[0] * own[1]).sqrt() if normalize else 1)
+
     alike = [
-        sum(w * hsic(f[v], f[u], 0.9) for w, f in zip((0.1, 0.25, 0.5), stages, strict=True))
+        sum(w * alike_at(f, v, u) for w, f in zip((0.1, 0.25, 0.5), stages, strict=True))
         for v, u in pairs
     ]
     scale = (1, 1) if reduction == "sum" else (1 / views, 1 / len(pairs))
@@ -134,6 +140,20 @@ def test_a_single_batch_is_the_networks_own_output() -> None:
     assert qa.model is network
     assert qa.remove_hooks() is network
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_in_eval_mode_the_loss_is_the_cross_entropy_also_of_one_batch() -> None:
+    x, y = data(2)
+    network = Network().double()
+    ways = IMCL(network, x[0])
+    qa = QualityAgnostic(network, x[0], ways=ways).eval()
+    logits = network(x[0])
+    one = qa(x[0], y)
+    assert one.terms.keys() == {"cross_entropy"}
+    torch.testing.assert_close(one.loss, torch_F.cross_entropy(logits, y))
+    torch.testing.assert_close(one.logits, logits[None])
+    both = qa(x, y)
+    torch.testing.assert_close(both.loss, one.loss + torch_F.cross_entropy(network(x[1]), y))
 
 
 def test_without_alpha_nothing_is_hooked_and_one_view_is_enough() -> None:
