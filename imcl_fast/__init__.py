@@ -7,6 +7,7 @@ from . import functional
 from .imcl import IMCL
 from .modules import (
     CollaborativeConsistencyLoss,
+    JensenShannonLoss,
     KernelSimilarityLoss,
     RepresentationSimilarityLoss,
     ViewDependence,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IMCL",
     "CollaborativeConsistencyLoss",
+    "JensenShannonLoss",
     "KernelSimilarityLoss",
     "RepresentationSimilarityLoss",
     "TrainConfig",

@@ -183,7 +183,8 @@ for _name, _schema, _launch, _fake in (
         "triton_consistency",
         "(Tensor[] logits, Tensor? target, Tensor? weight, Tensor? sample_weight, "
         "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
-        "bool[] detach, float label_smoothing, int ignore_index, int reduction, bool keep) "
+        "bool[] detach, int[] divergence, float[] beta, float label_smoothing, int ignore_index, "
+        "bool binary, int reduction, bool keep) "
         "-> (Tensor, Tensor, Tensor[])",
         _triton_consistency,
         _consistency,

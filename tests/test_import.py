@@ -27,7 +27,7 @@ LAYERS = [
     "kernel_choice imcl_output",
     "layers kernel_weights unlearnt",
     "functional",
-    "dependence",
+    "dependence independent",
     "implementations autograd",
     "operators",
     "kernels",
