@@ -803,12 +803,16 @@ int64_t block_of(const Consistency& problem) {
   constexpr int64_t width = kLanes<AccOf<T>>;
   constexpr int64_t kMost = 64, kFewClasses = 32, kMostClasses = 4096;
   constexpr int64_t kBytes = int64_t{128} << 10;  // of the block's logits
-  bool spread = false;
+  bool spread = false, other = false;
   int64_t rows = 0;
   for (const Head& head : problem.heads) spread = spread || head.z_class != 1;
-  for (const Group& group : problem.groups) rows = std::max(rows, group.size);
+  for (const Group& group : problem.groups) {
+    rows = std::max(rows, group.size);
+    other = other || group.divergence != Divergence::kKl;
+  }
   if (problem.labels.soft()) ++rows;
-  if (problem.batch < width || problem.classes > (spread ? kMostClasses : kFewClasses)) return 0;
+  const bool few = problem.classes <= (spread ? kMostClasses : kFewClasses);
+  if (!problem.binary && !other && (problem.batch < width || !few)) return 0;
   int64_t block = kMost;
   const int64_t each = rows * problem.classes * static_cast<int64_t>(sizeof(AccOf<T>));
   while (block > width && block * each > kBytes) block /= 2;
