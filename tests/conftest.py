@@ -260,7 +260,7 @@ def check_consistency(
     groups = options.get("groups") or [heads]
     defaults = {
         "temperature": 2.0, "teacher": "others", "detach_teacher": True,
-        "ce_weight": 1.0, "kl_weight": 1.0,
+        "ce_weight": 1.0, "kl_weight": 1.0, "divergence": "kl", "beta": 0.5,
     }
     spelled = {"groups": groups}
     for name, default in defaults.items():
@@ -305,7 +305,7 @@ def check_consistency(
     )
     named = {
         name: options[name]
-        for name in ("ignore_index", "reduction", "label_smoothing")
+        for name in ("ignore_index", "reduction", "label_smoothing", "activation")
         if name in options
     }
     loss_noise, terms_noise, dz_noise = consistency_noise(
