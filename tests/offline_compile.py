@@ -168,8 +168,8 @@ def cases():
             for teacher in (0, 3):
                 logits = [torch.empty(2, classes, dtype=dtype) for _ in range(heads)]
                 target = torch.zeros(2, dtype=torch.int64)
-                options = ([1.0] * heads, [1.0] * heads, [heads], [2.0], [teacher], [True], 0.0,
-                           -100, 0, True)  # fmt: skip
+                options = ([1.0] * heads, [1.0] * heads, [heads], [2.0], [teacher], [True], [0],
+                           [0.5], 0.0, -100, False, 0, True)  # fmt: skip
                 case = f"consistency {TYPES[dtype]} {heads} x {classes} teacher {teacher}"
                 yield case, lambda z=logits, t=target, o=options: consistency.forward(
                     z, t, None, None, *o
@@ -181,7 +181,9 @@ def cases():
             targets = (torch.empty(2, 1000), None, None)
             if kind == "weights":
                 targets = (torch.zeros(2, dtype=torch.int64), torch.empty(1000), torch.empty(2))
-            options = ([1.0] * 5, [1.0] * 5, [5], [2.0], [0], [True], 0.1, -100, 0, True)
+            options = (
+                [1.0] * 5, [1.0] * 5, [5], [2.0], [0], [True], [0], [0.5], 0.1, -100, False, 0, True
+            )  # fmt: skip
             case = f"consistency {TYPES[dtype]} 5 x 1000 {kind}"
             yield case, lambda z=logits, t=targets, o=options: consistency.forward(z, *t, *o)
 
