@@ -297,8 +297,7 @@ Consistency consistency_of(const std::vector<Tensor>& logits, const std::optiona
   }
   STD_TORCH_CHECK(first == static_cast<int64_t>(problem.heads.size()),
                   "groups: expected sizes that sum to the number of heads");
-  problem.labels =
-      labels_of(logits[0], problem.classes, collapse, target, weight, sample_weight);
+  problem.labels = labels_of(logits[0], problem.classes, collapse, target, weight, sample_weight);
   problem.labels.smoothing = label_smoothing;
   problem.labels.ignore_index = ignore_index;
   return problem;

@@ -416,7 +416,7 @@ def jensen_shannon(
     if target is None:
         raise TypeError("target: expected a Tensor, got NoneType; the loss is one to a label")
     ignore_index = validation.integer("ignore_index", ignore_index)
-    blocks, target, sample_weight, heads = _checked(
+    blocks, labels, sample_weight, heads = _checked(
         logits, target, sample_weight, ignore_index, class_dim, False
     )
     options = _mixture_options(
@@ -427,7 +427,7 @@ def jensen_shannon(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    return _consistency(blocks, target, options, impl, None, sample_weight)[0]
+    return _consistency(blocks, labels, options, impl, None, sample_weight)[0]
 
 
 def _checked(

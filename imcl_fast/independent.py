@@ -31,7 +31,8 @@ def as_samples(
         if weight is not None:
             target = target * weight.unsqueeze(-1)
     if sample_weight is not None:
-        sample_weight = sample_weight.unsqueeze(-1).expand(*sample_weight.shape, logits[0].shape[-1])
+        labels = logits[0].shape[-1]
+        sample_weight = sample_weight.unsqueeze(-1).expand(*sample_weight.shape, labels)
     blocks = [(z if z.dim() > 2 else z.unsqueeze(0)).unsqueeze(-1) for z in logits]
     return options._replace(label_smoothing=0.0), target, None, sample_weight, *blocks
 

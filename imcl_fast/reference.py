@@ -199,9 +199,9 @@ def jensen_shannon(
     share = share.masked_fill(~known, 0)
     counted = share != 0
     heads = [F.softmax(z.masked_fill(~counted.unsqueeze(-1), 0), -1) for z in heads]
-    mixed = sum(w / factor * p for w, p in zip(weights, [labels, *heads], strict=True))
-    parts = [w * _entropy(p) for w, p in zip(weights, [labels, *heads], strict=True)]
-    loss = _loss_dtype(factor * _entropy(mixed) - sum(parts))
+    parts = torch.stack([w * p for w, p in zip(weights, [labels, *heads], strict=True)])
+    entropies = [w * _entropy(p) for w, p in zip(weights, [labels, *heads], strict=True)]
+    loss = _loss_dtype(factor * _entropy(parts.sum(0) / factor) - sum(entropies))
     share = _loss_dtype(share)
     loss = torch.where(counted, share * loss, share.new_zeros(()))  # [B]
     if reduction == "none":

@@ -101,16 +101,16 @@ def add_divergences(
     """Every head's sums after these classes."""
     new = ()
     for i in tl.static_range(len(z)):
-        if TEACHER == FINAL and i == len(z) - 1:
-            new += (sums[i],)
-        else:
+        of_head = sums[i]
+        if not (TEACHER == FINAL and i == len(z) - 1):
             value, head, teacher, _, _ = _of_head(
                 z, soft, inside, inverse_t, states, beta, weights, i, TEACHER, DIVERGENCE
             )
-            new += (
-                (sums[i][0] + tl.sum(value, 1), sums[i][1] + tl.sum(head, 1),
-                 sums[i][2] + tl.sum(teacher, 1)),
+            of_head = (
+                of_head[0] + tl.sum(value, 1), of_head[1] + tl.sum(head, 1),
+                of_head[2] + tl.sum(teacher, 1),
             )  # fmt: skip
+        new += (of_head,)
     return new
 
 

@@ -178,7 +178,7 @@ class Lanes {
     V label_logit;                  // sum of z / K, or of y z of soft labels
     V teacher, teacher_shift, gap;  // sum of q = exp(t - shift); of q ((t - shift) - (z - shift)/T)
     V log_tempered, kl, toward;
-    V head_sum, teacher_sum, log_teacher;  // of another divergence
+    V head_sum, teacher_sum, log_teacher;                 // of another divergence
     V of_plain, of_tempered, of_teacher, rest, kl_scale;  // of the gradient
   };
 
@@ -541,8 +541,7 @@ class Lanes {
       body(std::integral_constant<Divergence, Divergence::kReverseKl>{});
     else if (group_.divergence == Divergence::kJsd)
       body(std::integral_constant<Divergence, Divergence::kJsd>{});
-    else
-      body(std::integral_constant<Divergence, Divergence::kMixture>{});
+    else body(std::integral_constant<Divergence, Divergence::kMixture>{});
   }
 
   void other_divergences() {
@@ -628,16 +627,18 @@ class Lanes {
       const State& state = heads_[h];
       V& into = parts_[h].teacher;  // now what goes into the teacher of h, or into h as one
       if (passes && pairwise_) into = pull(into_all, into, p_[h], state.teacher_sum);
-      else if (passes && has_kl(h)) into = pull(state.kl_scale, into, p_[n_ + h], state.teacher_sum);
+      else if (passes && has_kl(h))
+        into = pull(state.kl_scale, into, p_[n_ + h], state.teacher_sum);
       passed += into;
     }
-    const V average = splat(static_cast<Acc>(1.0 / static_cast<double>(own_teacher_ ? n_ - 1 : n_)));
+    const V average =
+        splat(static_cast<Acc>(1.0 / static_cast<double>(own_teacher_ ? n_ - 1 : n_)));
     for (int64_t h = 0; h < n_; ++h) {
       const State& state = heads_[h];
       const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_;
       // A mixture's weights are those of the label's loss as well, which knows of unknown labels.
-      const V scale = mixture_ ? splat(static_cast<Acc>(head(h).kl_weight)) * ce_scale_
-                               : state.kl_scale;
+      const V scale =
+          mixture_ ? splat(static_cast<Acc>(head(h).kl_weight)) * ce_scale_ : state.kl_scale;
       V dz = pull(scale, parts_[h].head, p_[h], state.head_sum);
       if (labelled_) {
         const V root = tempered_[h * classes_ + k];
@@ -678,8 +679,8 @@ class Lanes {
   V *tempered_, *plain_;  // (heads, classes) exponentials
   V *teacher_, *t_;       // (teachers, classes)
   V *log_p_, *pending_ = scratch_.get<V>(n_);  // (heads)
-  Parts<V>* parts_;       // (heads) of one class
-  V* p_;                  // (2, heads) of one class: the heads' p, and their teachers'
+  Parts<V>* parts_;                            // (heads) of one class
+  V* p_;                      // (2, heads) of one class: the heads' p, and their teachers'
   double inverse_total_ = 0;  // pi_h over kl_h
 
   // Of the lanes at hand:

@@ -279,10 +279,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     gradients.emplace(logits, static_cast<int64_t>(ce_weight.size()));
     for (const Tensor& gradient : gradients->tensors) advised(gradient);
   }
-  const Consistency problem = consistency_of(
-      logits, target, weight, sample_weight, gradients ? &*gradients : nullptr, ce_weight,
-      kl_weight, groups, temperature, teacher, detach, divergence, beta, label_smoothing,
-      ignore_index, binary);
+  const Consistency problem =
+      consistency_of(logits, target, weight, sample_weight, gradients ? &*gradients : nullptr,
+                     ce_weight, kl_weight, groups, temperature, teacher, detach, divergence, beta,
+                     label_smoothing, ignore_index, binary);
   const auto heads = static_cast<int64_t>(problem.heads.size());
   const auto mode = static_cast<Reduction>(reduction);
   const bool each = mode == Reduction::kNone;

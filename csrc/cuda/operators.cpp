@@ -181,10 +181,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
 
   std::optional<Gradients> gradients;
   if (keep) gradients.emplace(logits, heads);
-  const Consistency problem = consistency_of(
-      logits, target, weight, sample_weight, gradients ? &*gradients : nullptr, ce_weight,
-      kl_weight, groups, temperature, teacher, detach, divergence, beta, label_smoothing,
-      ignore_index, binary);
+  const Consistency problem =
+      consistency_of(logits, target, weight, sample_weight, gradients ? &*gradients : nullptr,
+                     ce_weight, kl_weight, groups, temperature, teacher, detach, divergence, beta,
+                     label_smoothing, ignore_index, binary);
   for (const Group& group : problem.groups)
     STD_TORCH_CHECK(group.divergence == Divergence::kKl && !binary,
                     "divergence, binary: expected KL and softmax for the CUDA kernel");
