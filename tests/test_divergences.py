@@ -772,11 +772,25 @@ def test_what_cuda_has_not() -> None:
 # --- the module
 
 
-def test_the_module_is_the_function() -> None:
-    z, y = numbers(2, 4, 5), torch.tensor([0, 4, -100, 2])
-    options = {"pi": [0.2, 0.5, 0.3], "normalize": False, "label_smoothing": 0.1}
-    got = imcl_fast.JensenShannonLoss(**options)(z, y)
-    torch.testing.assert_close(got, F.jensen_shannon(z, y, **options))
+def test_the_modules_are_the_functions() -> None:
+    z, y = numbers(2, 4, 5), torch.tensor([0, 4, 1, 2])
+    plain = F.jensen_shannon(z, y)
+    for options in (
+        {"pi": [0.2, 0.5, 0.3]}, {"normalize": False}, {"label_smoothing": 0.1},
+        {"ignore_index": 1}, {"reduction": "sum"}, {"impl": "torch", "pi": 0.1},
+    ):  # fmt: skip
+        loss = imcl_fast.JensenShannonLoss(**options)
+        got, expected = loss(z, y), F.jensen_shannon(z, y, **options)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        assert not torch.isclose(got, plain), "the option changed nothing"
+    target, plain = probabilities(4, 5), F.collaborative_consistency(z, probabilities(4, 5))
+    for options in (
+        {"divergence": "jsd"}, {"divergence": "jsd", "beta": 0.1}, {"activation": "sigmoid"}
+    ):
+        got = imcl_fast.CollaborativeConsistencyLoss(**options)(z, target)
+        expected = F.collaborative_consistency(z, target, **options)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        assert not torch.isclose(got, plain), "the option changed nothing"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
