@@ -82,7 +82,7 @@ def _of_head(
                 value += of_h[0]
                 head += of_h[1]
                 teacher += times(weights[i], _parts(log_p, p, log_q, q, beta, DIVERGENCE)[2])
-        part = 1.0 / (len(z) - 1)
+        part: tl.constexpr = 1.0 / (len(z) - 1)  # a variable would be float32
         return value * part, head * part, teacher * part, p, p
     else:
         u = teacher_of(z, H, TEACHER)

@@ -133,7 +133,10 @@ class Lanes {
         t_(taught_ ? scratch_.get<V>(teachers() * classes_) : nullptr),
         log_p_(pairwise_ || other_ ? scratch_.get<V>(n_) : nullptr),
         parts_(other_ ? scratch_.get<Parts<V>>(n_) : nullptr),
-        p_(other_ ? scratch_.get<V>(2 * n_) : nullptr) {}
+        p_(other_ ? scratch_.get<V>(2 * n_) : nullptr),
+        shares_(other_ ? scratch_.get<Acc>(n_) : nullptr) {
+    if (other_) shares_of(problem, group, shares_);
+  }
 
   // Adds, in their order, the weighted terms of these samples to sums (2, heads) of the problem,
   // and to each sample's loss in `losses` unless it is null; writes their gradients.
@@ -534,25 +537,10 @@ class Lanes {
 
   // ---- other divergences than KL ----
 
-  // Calls body(kind) with the group's divergence as a constant.
-  template <class Body>
-  void as_constant(const Body& body) const {
-    if (group_.divergence == Divergence::kReverseKl)
-      body(std::integral_constant<Divergence, Divergence::kReverseKl>{});
-    else if (group_.divergence == Divergence::kJsd)
-      body(std::integral_constant<Divergence, Divergence::kJsd>{});
-    else body(std::integral_constant<Divergence, Divergence::kMixture>{});
-  }
-
   void other_divergences() {
     label_kl_ = V{};
-    double total = 0;
-    for (int64_t h = 0; h < n_; ++h) {
-      heads_[h].head_sum = heads_[h].teacher_sum = V{};
-      total += head(h).kl_weight;
-    }
-    inverse_total_ = (1 - group_.beta) / total;
-    as_constant([&](auto kind) {
+    for (int64_t h = 0; h < n_; ++h) heads_[h].head_sum = heads_[h].teacher_sum = V{};
+    as_constant(group_.divergence, [&](auto kind) {
       for (int64_t k = 0; k < classes_; ++k) {
         parts_of_class<kind.value>(k);
         for (int64_t h = 0; h < n_; ++h) {
@@ -564,39 +552,22 @@ class Lanes {
     });
   }
 
-  // p_, and parts_: of what h is taught; of pairwise teachers the sums over them, and those over
-  // all taught of what h gets as their teacher, times kl_h.
+  // p_, and parts_.
   template <Divergence kind>
   void parts_of_class(int64_t k) {
     for (int64_t h = 0; h < n_; ++h) {
       log_p_[h] = log_p(h, k);
       p_[h] = tempered_[h * classes_ + k] / heads_[h].tempered;
-      parts_[h] = Parts<V>{};
     }
     const V beta = splat(static_cast<Acc>(group_.beta));
     if constexpr (kind == Divergence::kMixture) {
       const V y = load(y_ + k * pitch_ + at_);
-      V mixed = beta * y;
-      for (int64_t h = 0; h < n_; ++h)
-        mixed += p_[h] * splat(static_cast<Acc>(head(h).kl_weight * inverse_total_));
-      const V log_m = log_of(mixed);
-      label_kl_ += unless_0(y, y * (log_of(y) - log_m));
-      for (int64_t h = 0; h < n_; ++h)
-        parts_[h].value = parts_[h].head = unless_0(p_[h], p_[h] * (log_p_[h] - log_m));
+      label_kl_ += mixture_parts<Acc>(n_, log_p_, p_, shares_, beta, y, parts_);
     } else if (pairwise_) {
-      const V others = splat(static_cast<Acc>(1.0 / static_cast<double>(n_ - 1)));
-      for (int64_t h = 0; h < n_; ++h) {
-        const V weight = splat(static_cast<Acc>(head(h).kl_weight));
-        for (int64_t j = 0; j < n_; ++j) {
-          if (j == h) continue;
-          const Parts<V> of = parts_of<kind>(log_p_[j], p_[j], log_p_[h], p_[h], beta);
-          parts_[h].value += of.value * others;
-          parts_[h].head += of.head * others;
-          parts_[j].teacher += unless_0(weight, weight * of.teacher * others);
-        }
-      }
+      pairwise_parts<kind, Acc>(n_, log_p_, p_, shares_, beta, parts_);
     } else {
       for (int64_t h = 0; h < n_; ++h) {
+        parts_[h] = Parts<V>{};
         if (!has_kl(h)) continue;
         const int64_t by = own_teacher_ ? h : 0;
         const V q = p_[n_ + h] = teacher_[by * classes_ + k] / heads_[by].teacher;
@@ -607,7 +578,7 @@ class Lanes {
   }
 
   void gradient_of_other() {
-    as_constant([&](auto kind) {
+    as_constant(group_.divergence, [&](auto kind) {
       for (int64_t k = 0; k < classes_; ++k) {
         parts_of_class<kind.value>(k);
         gradient_of_parts(k);
@@ -616,10 +587,6 @@ class Lanes {
   }
 
   void gradient_of_parts(int64_t k) {
-    // sum() - x sum() of what has a weight.
-    const auto pull = [](V weight, V part, V x, V sum) {
-      return unless_0(weight, weight * (part - unless_0(x, x * sum)));
-    };
     const bool passes = !group_.detach && (pairwise_ || taught_);
     const V into_all = splat(static_cast<Acc>(group_.temperature)) * kl_scale_;
     V passed = {};
@@ -631,12 +598,12 @@ class Lanes {
         into = pull(state.kl_scale, into, p_[n_ + h], state.teacher_sum);
       passed += into;
     }
-    const V average =
-        splat(static_cast<Acc>(1.0 / static_cast<double>(own_teacher_ ? n_ - 1 : n_)));
+    const double averaged = static_cast<double>(own_teacher_ ? n_ - 1 : n_);
+    const V average = splat(static_cast<Acc>(1 / averaged));
     for (int64_t h = 0; h < n_; ++h) {
       const State& state = heads_[h];
       const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_;
-      // A mixture's weights are those of the label's loss as well, which knows of unknown labels.
+      // The label's scale, of the same samples, is not a number where a label is unknown.
       const V scale =
           mixture_ ? splat(static_cast<Acc>(head(h).kl_weight)) * ce_scale_ : state.kl_scale;
       V dz = pull(scale, parts_[h].head, p_[h], state.head_sum);
@@ -680,8 +647,8 @@ class Lanes {
   V *teacher_, *t_;       // (teachers, classes)
   V *log_p_, *pending_ = scratch_.get<V>(n_);  // (heads)
   Parts<V>* parts_;                            // (heads) of one class
-  V* p_;                      // (2, heads) of one class: the heads' p, and their teachers'
-  double inverse_total_ = 0;  // pi_h over kl_h
+  V* p_;         // (2, heads) of one class: the heads' p, and their teachers'
+  Acc* shares_;  // (heads)
 
   // Of the lanes at hand:
   int64_t at_ = 0;
