@@ -16,6 +16,13 @@ namespace {
 template <class V>
 struct Parts {
   V value, head, teacher;
+
+  // Where keep isn't 0.
+  IMCL_INLINE void add(const Parts& more, V keep) {
+    value += unless_0(keep, more.value);
+    head += unless_0(keep, more.head);
+    teacher += unless_0(keep, more.teacher);
+  }
 };
 
 // Of the JSD, m = beta q + (1 - beta) p; the others have no beta.

@@ -243,7 +243,11 @@ class Work {
       const Online<Acc>& teacher = running_[own_teacher_ ? h : 0].teacher;
       run.teacher_sum = teacher.sum;
       run.teacher_max = teacher.shift();
-      if (other_) run.log_teacher = static_cast<Acc>(std::log(teacher.sum));
+      if (other_) {
+        run.log_teacher = static_cast<Acc>(std::log(teacher.sum));
+        run.inverse_teacher = static_cast<Acc>(1 / teacher.sum);
+        run.inverse_tempered = static_cast<Acc>(1 / run.tempered);
+      }
       if (taught_ && !other_ && has_kl(h))
         run.kl = run.gap / teacher.sum - std::log(teacher.sum) + run.log_tempered;
     }
@@ -329,7 +333,7 @@ class Work {
     Acc chunk_max = 0, shift = 0;  // shift: of plain
     // Known after the last chunk:
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
-    Acc log_teacher = 0;
+    Acc log_teacher = 0, inverse_teacher = 0, inverse_tempered = 0;  // of another divergence
     double head_parts = 0, teacher_parts = 0;  // sums of those of another divergence
     double toward = 0;  // pairwise: sum_k p_h (W log p_h - L), W = sum_j kl_j, L = sum kl_j log p_j
     Acc teacher_max = 0;
@@ -653,15 +657,16 @@ class Work {
         for (int64_t h = 0; taught_ && h < n_; ++h) {
           if (h == 0 || own_teacher_) teacher_logits(h);
           if (!has_kl(h)) continue;
-          chunk_.each([&](int64_t i, Vec<Acc> keep) {
-            joint.add(h, taught_parts<kind>(h, i).parts, keep);
-          });
+          Parts<Vec<Acc>> sums{};
+          chunk_.each(
+              [&](int64_t i, Vec<Acc> keep) { sums.add(taught_parts<kind>(h, i).parts, keep); });
+          joint.sums[h] = sums;
         }
       }
       if (!taught_) {
         chunk_.each([&](int64_t i, Vec<Acc> keep) {
           of_label += joint_parts<kind>(i, joint) * keep;
-          for (int64_t h = 0; h < n_; ++h) joint.add(h, joint.parts[h], keep);
+          for (int64_t h = 0; h < n_; ++h) joint.sums[h].add(joint.parts[h], keep);
         });
       }
       label_kl_ += static_cast<double>(sum_lanes<Acc>(of_label));
@@ -683,16 +688,10 @@ class Work {
           p(scratch.get<Vec<Acc>>(n)),
           parts(scratch.get<Parts<Vec<Acc>>>(n)),
           sums(scratch.get<Parts<Vec<Acc>>>(n)) {}
-
-    IMCL_INLINE void add(int64_t h, const Parts<Vec<Acc>>& of, Vec<Acc> keep) {
-      sums[h].value += unless_0(keep, of.value);
-      sums[h].head += unless_0(keep, of.head);
-      sums[h].teacher += unless_0(keep, of.teacher);
-    }
   };
 
   IMCL_INLINE Vec<Acc> p_of(int64_t h, int64_t i) const {
-    return tempered(h, i) * splat(static_cast<Acc>(1 / running_[h].tempered));
+    return tempered(h, i) * splat(running_[h].inverse_tempered);
   }
 
   // Of heads that have no teacher but one another, and the label; returns its KL.
@@ -723,7 +722,8 @@ class Work {
     const Running& run = running_[h];
     const Vec<Acc> log_p = this->log_p(h, i), p = p_of(h, i);
     const Vec<Acc> log_q = load(t_ + i) - splat(run.teacher_max) - splat(run.log_teacher);
-    const Vec<Acc> q = exp_of(log_q);
+    const Acc* kept = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
+    const Vec<Acc> q = kept_ ? load(kept + i) * splat(run.inverse_teacher) : exp_of(log_q);
     return {p, q, parts_of<kind>(log_q, q, log_p, p, splat(static_cast<Acc>(group_.beta)))};
   }
 
