@@ -373,7 +373,7 @@ def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_p
         pass
     other = replace(config, resume="auto", kernels=("fc",))
     with (
-        pytest.raises(UsageError, match=r"kernels \(was None, is \('fc',\)\)"),
+        pytest.raises(UsageError, match=r"kernels \(was left out, is \('fc',\)\)"),
         Records.claim(tmp_path, other),
     ):
         pass
