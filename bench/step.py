@@ -13,9 +13,9 @@ from torch import nn
 
 from imcl_fast import models, objectives, operators
 from imcl_fast.imcl import IMCL
-from imcl_fast.kernel_choice import find_kernels
 from imcl_fast.schedule import Schedule, Turn
 
+from . import networks
 from .memory import peak_bytes
 from .timing import interleaved, quartiles
 
@@ -85,6 +85,10 @@ def steps(quick: bool) -> list[Step]:
         Step("vgg16_bn", 64, bfloat16=True, methods=few),
         Step("resnet50", 32, methods=(*few, *ANCESTORS)),
         Step("resnet50", 32, bfloat16=True, methods=few),
+        Step("vit", 64, width=128, methods=few),
+        Step("vit", 64, width=128, bfloat16=True, methods=few),
+        Step("fcn_resnet18", 32, methods=few),
+        Step("fcn_resnet18", 32, bfloat16=True, methods=few),
     ]
 
 
@@ -144,8 +148,13 @@ def measure(
         }
     return {
         "base": base, "methods": methods, "left_out": left_out,
-        "kernels": len(find_kernels(network_of(step))),
+        "kernels": _kernels(step),
     }  # fmt: skip
+
+
+def _kernels(step: Step) -> int:
+    off = dict.fromkeys(("output_weight", "multilayer_weight", "representation_weight"), 0.0)
+    return len(IMCL(network_of(step), torch.zeros(1, 3, step.size, step.size), **off).kernels)
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
@@ -161,6 +170,8 @@ def _largest(peaks: Iterable[int | None]) -> int | None:
 
 def network_of(step: Step) -> nn.Module:
     """The network of a step."""
+    if step.network in networks.NETWORKS:
+        return networks.NETWORKS[step.network](CLASSES, step.width, step.size)
     return models.build(step.network, CLASSES, width=step.width, image_size=step.size)
 
 
@@ -186,7 +197,8 @@ def runs_of(
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCHES, step.batch, 3, step.size, step.size, generator=generator)
-    labels = torch.randint(CLASSES, (BATCHES, step.batch), generator=generator)
+    samples = (step.size, step.size) if step.network in networks.DENSE else ()
+    labels = torch.randint(CLASSES, (BATCHES, step.batch, *samples), generator=generator)
     images, labels = images.to(device), labels.to(device)
     network = network_of(step).to(device)
     layout = torch.channels_last if step.bfloat16 else torch.contiguous_format

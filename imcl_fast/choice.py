@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from . import layers as find
+from .classifier import check_classifier, find_classifier, predictors
+from .dense_outputs import fits
 from .kernel_choice import check_kernels, find_kernels
 
 
@@ -13,12 +15,14 @@ from .kernel_choice import check_kernels, find_kernels
 class Choice:
     """Attributes:
     layers: paths of the layers of ways 2 and 3, in the order the network runs them.
-    classifier: path of the linear layer of way 1.
+    headed: those of them that get an auxiliary classifier.
+    classifier: path of the linear layer, or 1x1 convolution, of way 1.
     kernels: paths of the modules of way 4.
     nothing: why a way has nothing to act on, by the name of its weight.
     """
 
     layers: list[str] = field(default_factory=list)
+    headed: list[str] = field(default_factory=list)
     classifier: str | None = None
     kernels: list[str] = field(default_factory=list)
     nothing: dict[str, str] = field(default_factory=dict)
@@ -65,11 +69,13 @@ def choose(
             _find_layers(trace, on, choice)
         else:
             choice.layers = _check_layers(trace, layers, least)
+    if "multilayer_weight" in on - choice.nothing.keys():
+        _find_headed(trace, choice)
     if "output_weight" in on:
         if classifier is None:
             _find_classifier(trace, choice)
         else:
-            choice.classifier = find.check_classifier(trace, classifier)
+            choice.classifier = check_classifier(trace, classifier)
     if "kernel_weight" in on:
         if kernels is None:
             _find_kernels(trace, choice)
@@ -104,15 +110,31 @@ def _find_layers(trace: find.Trace, on: set[str], choice: Choice) -> None:
         choice.layers = chosen
 
 
+def _find_headed(trace: find.Trace, choice: Choice) -> None:
+    """All but the last, which the network's own classifier is for; of a dense output those whose
+    positions can be made its."""
+    choice.headed = choice.layers[:-1]
+    if trace.class_dim is None or trace.logits is None:
+        return
+    size = trace.logits.movedim(trace.class_dim, 1).shape[2:]
+    choice.headed = [name for name in choice.headed if fits(trace.resolution(name), size)]
+    if not choice.headed:
+        choice.nothing["multilayer_weight"] = (
+            "layers: expected one whose positions lie over those of the logits "
+            f"{tuple(trace.logits.shape)}, as maps or as tokens row by row, among "
+            f"{choice.layers[:-1]}; name other modules"
+        )
+
+
 def _find_classifier(trace: find.Trace, choice: Choice) -> None:
     try:
-        choice.classifier = find.find_classifier(trace)
+        choice.classifier = find_classifier(trace)
     except ValueError as error:
         choice.nothing["output_weight"] = str(error)
 
 
 def _find_kernels(trace: find.Trace, choice: Choice) -> None:
-    choice.kernels = find_kernels(trace.model, find.predictors(trace))
+    choice.kernels = find_kernels(trace.model, predictors(trace))
     if not choice.kernels:
         choice.nothing["kernel_weight"] = (
             "kernels: found no layer, but for what makes the output, with fewer than twice as many "

@@ -9,25 +9,25 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, kernel_weights, outputs, padding, plan, sharding, validation
+from . import functional, kernel_weights, outputs, plan, sharding, validation
 from . import layers as find
-from .autograd import ConsistencyOptions
 from .choice import choose
+from .dense_outputs import Resize
+from .heads import head_for
+from .imcl_consistency import HeadsConsistency
 from .imcl_output import IMCLOutput
+from .imcl_step import EPS, IMCLStep
 from .implementations import IMPLEMENTATIONS
 from .modes import evaluating
 from .schedule import Schedule, Turn
 from .sharding import KernelShare
-from .taps import Step, Tap, Tape
+from .taps import Tap, Tape
 from .unlearnt import HeadsMove
 from .watch import Watch, ran, zero
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
-IGNORED = -100  # target of samples that count for nothing
-EPS = 1e-12  # of the similarities
 EVERY_WAY = Turn(0, 1, 1)  # of a call that is not on the schedule
 
 
@@ -42,14 +42,17 @@ class IMCL(nn.Module):
 
     where CE is that of the network's own logits, views are dropout views of the last
     features through the one classifier, and the heads are an auxiliary classifier on each
-    chosen layer but the last, and the network's own. The backbone runs once. Nothing is
+    chosen layer but the last, and the network's own. Where the logits are dense, (B, K, \*spatial)
+    of segmentation or (B, \*tokens, K) of tokens, every pixel or token is a sample, the auxiliary
+    classifiers are 1x1 convolutions or linear layers of each token, and what they and the views
+    give is interpolated to the size of the logits. The backbone runs once. Nothing is
     left over afterwards: ``imcl.model`` is the plain network with its own state_dict, and
     ``remove_hooks`` takes even the idle hooks off it. ``criterion`` puts any other loss in
     the place of CE, and ``watch`` leaves the training call to a loop of your own.
 
     Args:
-        model: maps x to logits (B, K), or, for ways 3 and 4, to anything. It may be on any
-            device, in any floating dtype.
+        model: maps x to logits (B, K), (B, K, \*spatial) or (B, \*tokens, K), or, for ways 3
+            and 4, to anything. It may be on any device, in any floating dtype.
         example_input: a batch as ``model`` takes it: a Tensor, whose first sample is run once,
             or a tuple of arguments or a dict of keyword arguments, run as they are, in eval
             mode and without gradients.
@@ -63,7 +66,8 @@ class IMCL(nn.Module):
         output_weight, multilayer_weight, representation_weight, kernel_weight: of the four
             ways. 0 leaves a way out: no hook, no head, no call. The others may be
             changed between steps.
-        classifier: path of the nn.Linear that computes the logits. None finds it.
+        classifier: path of the nn.Linear that computes the logits, or, of dense ones, the 1x1
+            convolution, also where these are interpolated afterwards. None finds it.
         kernels: paths of the modules whose ``weight`` takes part in kernel similarity, or of
             other weights themselves (``"lstm.weight_ih_l0"``). None takes the convolutions with
             kernels of more than one pixel, and, where those hold less than half of the network's
@@ -95,6 +99,15 @@ class IMCL(nn.Module):
             logits ways 3 and 4 are left.
         logits: ``(output) -> Tensor``, the logits in what ``model`` returns. None takes a
             Tensor, ``output.logits``, ``output["logits"]``, or a tuple's first.
+        class_dim: where dense logits have their classes: 1 for (B, K, \*spatial), -1 for
+            (B, \*tokens, K). None goes by the first of these that tells: ``labels`` in
+            ``example_input``; the module whose output the logits are; the positions of the
+            input, if the logits have the same; whether the network's convolutions have as many
+            spatial dimensions. An output of 3 dimensions or more counts as logits only if this, or
+            ``logits``, is given, or a linear layer or convolution computes it, which gives more or
+            fewer channels than the input has (an image would have as many), or ``labels`` or the
+            name ``logits`` tell; and never under a ``criterion`` unless it is given.
+        ignore_index: target of samples, pixels or tokens that count for nothing.
         impl: see ``functional``.
 
     Raises:
@@ -102,8 +115,10 @@ class IMCL(nn.Module):
         RuntimeError: ``shard_kernels`` without ``torch.distributed``.
 
     A way that has nothing to act on in this network is switched off, with one warning that
-    says why: way 1 without a linear layer that computes the logits, way 2 without two layers,
-    way 3 without one, way 4 without kernels that can become unlike.
+    says why: way 1 without a linear layer (or 1x1 convolution) that computes the logits, way 2
+    without two layers, or ones whose positions lie over those of dense logits (tokens of a
+    transformer do, row by row, but not beside a class token), way 3 without one, way 4 without
+    kernels that can become unlike.
 
     Every term is a mean over the batch, or does not depend on it. So the losses of k equal
     parts of a batch, each divided by k, accumulate to the gradient of the whole, but for what
@@ -173,6 +188,8 @@ class IMCL(nn.Module):
         shard_kernels: bool = False,
         criterion: Callable[[Any, Any], Tensor] | None = None,
         logits: Callable[[Any], Tensor] | None = None,
+        class_dim: int | None = None,
+        ignore_index: int = -100,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -209,8 +226,12 @@ class IMCL(nn.Module):
         self.criterion = validation.function("criterion", criterion)
         self._find_logits = validation.function("logits", logits)
 
+        if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
+            raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
+        self.ignore_index = validation.integer("ignore_index", ignore_index)
         self.model = model
-        trace = find.trace(model, example_input, logits)
+        trace = find.trace(model, example_input, logits, class_dim, criterion is not None)
+        self.class_dim = trace.class_dim
         with evaluating(model):  # otherwise, to read a weight under spectral norm changes it
             values = {name: getattr(self, name) for name in WEIGHTS}
             choice = choose(trace, values, layers, classifier, kernels)
@@ -222,12 +243,13 @@ class IMCL(nn.Module):
         self._nothing = choice.nothing
         self.layers, self.kernels = choice.layers, choice.kernels
         self.classifier: str | None = choice.classifier
-        headed = self.layers[:-1] if self.multilayer_weight else []
-        self.heads = nn.ModuleList(_head(trace, name) for name in headed)
+        self.heads = nn.ModuleList(head_for(trace, name) for name in choice.headed)
+        self._head_of = {self.layers.index(name): i for i, name in enumerate(choice.headed)}
+        self._resize = trace.makers.get(choice.classifier or "", Resize())
         self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
         self._heads_move = HeadsMove()
         self._told_of_mask = self._told_of_plain = False
-        self._options: tuple[tuple, ConsistencyOptions] | None = None
+        self._consistency = HeadsConsistency()
         self._tape = Tape()
         self._handles = self._register_hooks(trace.channels_last)
         self._weight_handles = kernel_weights.tap(self._kernel_weights(EVERY_WAY), self._tape)
@@ -248,14 +270,16 @@ class IMCL(nn.Module):
 
         Args:
             x: the network's input; a tuple is its arguments, a dict its keyword arguments.
-            target: class indices (B,) or probabilities (B, K), or what ``criterion`` takes.
+            target: class indices (B,) or probabilities (B, K), of dense logits (B, \*spatial),
+                (B, \*tokens) or probabilities shaped like them; or what ``criterion`` takes.
             labels: the target under transformers' name, where ``target`` isn't given; the
                 network doesn't get it. In eval mode, where its Trainer reads ``eval_loss``, the
                 loss is the cross entropy (or ``criterion``) alone.
             token_mask: (B, T) or (B, \*spatial), True or not 0 where a position counts: padding
-                takes no part in representation similarity and in what the heads average. The
-                network doesn't get it. None takes its argument ``attention_mask``, if there is
-                one, on the layers that it fits.
+                takes no part in representation similarity and in what the heads average, nor,
+                where dense logits have as many positions, in anything that is computed from
+                them, their own cross entropy among it. The network doesn't get it. None takes
+                its argument ``attention_mask``, if there is one, where it fits.
             kwargs: handed on to the network.
 
         Raises:
@@ -264,14 +288,17 @@ class IMCL(nn.Module):
         """
         args, kwargs = outputs.arguments(x, kwargs)
         within = kwargs.pop(outputs.LABELS, None)
+        found = kwargs.get(outputs.ATTENTION_MASK)
         if target is None:
             target = within if labels is None else labels
             if target is None:
                 self._notice_plain_training()
                 return self.model(*args, **kwargs)
+            if self.criterion is None or self.class_dim is not None:
+                outputs.check_labels(self.model)
             if not self.training:
-                return self._evaluate(self.model(*args, **kwargs), target)
-        step = self._begin(token_mask, kwargs.get(outputs.ATTENTION_MASK))
+                return self._evaluate(self.model(*args, **kwargs), target, (token_mask, found))
+        step = self._begin(token_mask, found)
         try:
             step.outputs.append(self.model(*args, **kwargs))
         finally:
@@ -302,7 +329,7 @@ class IMCL(nn.Module):
             self._watch_handles = ran(self.model, self._tape)
         return Watch(self, token_mask)
 
-    def _begin(self, token_mask: Tensor | None = None, found: Any = None) -> _Step:
+    def _begin(self, token_mask: Tensor | None = None, found: Any = None) -> IMCLStep:
         """A step under way, until ``_tape.step`` is taken back: the network is to run once."""
         for name in self._off:
             if getattr(self, name):
@@ -333,13 +360,13 @@ class IMCL(nn.Module):
         kernel = self._kernel_similarity(weights, turn) if kernel_first else None
         if not (kernel_first or torch.compiler.is_compiling()):  # which can't trace it
             self._weight_handles += kernel_weights.tap(weights, self._tape)
-        step = _Step(self, turn, counts)
+        step = IMCLStep(self, turn, counts)
         step.mask, step.found_mask = token_mask, found
         step.kernel, step.kernels = kernel, None if kernel_first else weights
         self._tape.step = step
         return step
 
-    def _end(self, step: _Step) -> None:
+    def _end(self, step: IMCLStep) -> None:
         """What is left to do when the network has run."""
         step.finish()
         if step.kernels is not None:
@@ -351,14 +378,14 @@ class IMCL(nn.Module):
                 f"runs for {len(self._handles)} hooks (0 after remove_hooks)"
             )
 
-    def _objective(self, step: _Step, target: Any, task: bool = True) -> IMCLOutput:
+    def _objective(self, step: IMCLStep, target: Any, task: bool = True) -> IMCLOutput:
         """The loss of a step that is over; without ``task`` all but the network's own."""
         output = step.outputs[0]
         own = task and self.criterion is None
         loss = head_terms = criterion = None
         if own or self.heads or step.views is not None:
             logits = outputs.logits(output, self._find_logits)
-            loss, head_terms = self._consistency(step, logits, target, own)
+            loss, head_terms = self._consistency(self, step, logits, target, own)
         else:
             logits = self._logits_if_any(output)
         if task and self.criterion is not None:
@@ -393,19 +420,14 @@ class IMCL(nn.Module):
             output,
         )
 
-    def _evaluate(self, output: Any, target: Any) -> IMCLOutput:
+    def _evaluate(self, output: Any, target: Any, masks: tuple[Any, Any]) -> IMCLOutput:
         """The task's own loss of an output, without the ways."""
         if self.criterion is not None:
             loss = _scalar(self.criterion(output, target))
             logits = self._logits_if_any(output)
             return IMCLOutput(loss, logits, loss.detach(), None, None, None, False, 0, 0, output)
         logits = outputs.logits(output, self._find_logits)
-        smoothing = self.label_smoothing
-        loss, terms = functional.collaborative_consistency(
-            [logits], target, label_smoothing=smoothing, ignore_index=IGNORED, return_terms=True,
-            impl=self.impl,
-        )  # fmt: skip
-        head_terms = torch.stack([terms["cross_entropy"], terms["kl"]])
+        loss, head_terms = self._consistency.own(self, logits, target, masks)
         return IMCLOutput(loss, logits, None, head_terms, None, None, True, 0, 0, output)
 
     def _notice_plain_training(self) -> None:
@@ -474,7 +496,7 @@ class IMCL(nn.Module):
     def _register_hooks(self, channels_last: frozenset[str]) -> list[RemovableHandle]:
         handles = []
         for index, name in enumerate(self.layers):
-            if self.representation_weight or index < len(self.heads):
+            if self.representation_weight or index in self._head_of:
                 tap = Tap(self._tape, index, name in channels_last)
                 module = self.model.get_submodule(name)
                 handles.append(module.register_forward_hook(tap, with_kwargs=True))
@@ -493,7 +515,7 @@ class IMCL(nn.Module):
         }
 
     def _kernel_similarity(
-        self, where: kernel_weights.Weights, turn: Turn, step: _Step | None = None
+        self, where: kernel_weights.Weights, turn: Turn, step: IMCLStep | None = None
     ) -> Tensor | None:
         """That of the weights that ``step`` has computed with; None: of parameters, before it."""
         if not self.kernel_weight or not turn.kernel:
@@ -514,193 +536,6 @@ class IMCL(nn.Module):
         kind = functional.PENALTIES.index(self.kernel_penalty)
         similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale
-
-    def _consistency(
-        self, step: _Step, logits: Tensor, target: Tensor | None, own: bool
-    ) -> tuple[Tensor, Tensor]:
-        """All heads of ways 1 and 2 and, if ``own``, the network's own cross entropy, in one
-        call."""
-        blocks = [step.head_logits[i] for i in sorted(step.head_logits)]
-        blocks.append(logits)
-        if step.views is not None:
-            blocks.append(step.views)
-        checked = validation.target(target, blocks, IGNORED)
-        return functional._consistency(blocks, checked, self._current_options(own), self.impl)
-
-    def _current_options(self, own: bool) -> ConsistencyOptions:
-        """The options of the consistency, made again if what they are made of has changed."""
-        if torch.compiler.is_compiling():  # a cache would be one more guard
-            return self._consistency_options(own)
-        made_of = self._made_of(own)
-        if self._options is None or self._options[0] != made_of:
-            self._options = made_of, self._consistency_options(own)
-        return self._options[1]
-
-    def _made_of(self, own: bool) -> tuple:
-        return (
-            own,
-            self.output_weight,
-            self.multilayer_weight,
-            self.views,
-            self.output_temperature,
-            self.multilayer_temperature,
-            self.multilayer_teacher,
-            self.label_smoothing,
-        )
-
-    def _consistency_options(self, own: bool) -> ConsistencyOptions:
-        n, views = len(self.heads), self.views if self.output_weight else 0
-        output = self.output_weight / self.views
-        groups = 2 if views else 1
-        return functional._consistency_options(
-            n + 1 + views,
-            ce_weight=[self.multilayer_weight / max(n, 1)] * n + [float(own)] + [output] * views,
-            kl_weight=[self.multilayer_weight / (n + 1)] * (n + 1) + [output] * views,
-            groups=[n + 1, views][:groups],
-            temperature=[self.multilayer_temperature, self.output_temperature][:groups],
-            teacher=[self.multilayer_teacher, "pairwise"][:groups],
-            detach_teacher=True,
-            label_smoothing=self.label_smoothing,
-            ignore_index=IGNORED,
-            reduction="mean",
-        )
-
-
-class AuxiliaryHead(nn.Module):
-    r"""Classifier on intermediate features: (B, C, \*spatial) -> average -> linear -> (B, K)."""
-
-    def __init__(self, channels: int, classes: int, *, device=None, dtype=None) -> None:
-        super().__init__()
-        self.linear = nn.Linear(channels, classes, device=device, dtype=dtype)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear(_average(features))
-
-
-def _average(features: Tensor) -> Tensor:
-    """(B, C, *spatial) -> (B, C), with a gradient of one number for all pixels.
-
-    That of ``Tensor.mean`` is as large as the features, and contiguous where they are
-    channels_last, which makes adding it to their other gradients ten times as slow.
-    """
-    if features.dtype not in (torch.float32, torch.float64):
-        return _Average.apply(features)
-    # The same in fewer microseconds. In half precision a sum can be out of range, and autocast
-    # would have a gradient as large as the features after all.
-    pixels = math.prod(features.shape[2:])
-    return features.sum(dim=tuple(range(2, features.dim()))) / pixels
-
-
-class _Average(Function):
-
-    @staticmethod
-    def forward(ctx, features: Tensor) -> Tensor:
-        ctx.shape = features.shape
-        return features.mean(dim=tuple(range(2, features.dim())))
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        pixels = math.prod(ctx.shape[2:])
-        return (grad / pixels).reshape(*grad.shape, *[1] * (len(ctx.shape) - 2)).expand(ctx.shape)
-
-
-class _Step(Step):
-    """What one training call of an ``IMCL`` collects while its network runs."""
-
-    def __init__(self, imcl: IMCL, turn: Turn, counts: bool) -> None:
-        super().__init__()
-        self.imcl = imcl
-        self.turn = turn
-        self.counts = counts  # on the schedule
-        self.mask: Tensor | None = None
-        self.kernel: Tensor | None = None
-        # To be compared when the network has run.
-        self.kernels: kernel_weights.Weights | None = None
-        self.similar = bool(imcl.representation_weight and turn.representation)
-        self.similarities: list[Tensor] = []
-        self.head_logits: dict[int, Tensor] = {}
-        self.views: Tensor | None = None
-
-    def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
-        if layer is None:
-            self._classifier_finished(module, features)
-        else:
-            self._layer_finished(layer, features)
-
-    def _layer_finished(self, index: int, features: Tensor) -> None:
-        """The penalty and the auxiliary head of a layer, as soon as its features exist.
-
-        They are in cache now; and since autograd runs backward in reverse order, the
-        penalty's gradient will be made when the backward pass reaches this layer, where
-        the layer's own is due, and not all layers' at once at the start.
-        """
-        imcl = self.imcl
-        mask = self._mask(index, features)
-        if self.similar:
-            seen = features if mask is None else padding.neutral(features, mask, imcl.center)
-            kind = functional.PENALTIES.index(imcl.representation_penalty)
-            self.similarities.append(
-                functional._pairwise([seen], kind, imcl.center, EPS, True, imcl.impl)
-            )
-        if index < len(imcl.heads):
-            head = cast(AuxiliaryHead, imcl.heads[index])
-            if mask is None:
-                self.head_logits[index] = head(features)
-            else:
-                average = padding.mean(padding.zeroed(features, mask), mask)
-                self.head_logits[index] = head.linear(average)
-
-    def _mask(self, index: int, features: Tensor) -> Tensor | None:
-        """Which positions of a layer count, (B, 1, *spatial); None: all of them."""
-        if self.mask is None and self.found_mask is None:
-            return None
-        shape = (len(features), *features.shape[2:])
-        for mask, name in ((self.mask, "token_mask"), (self.found_mask, outputs.ATTENTION_MASK)):
-            if isinstance(mask, Tensor):
-                if tuple(mask.shape) == shape:
-                    return padding.broadcast(mask, features)
-                told = (
-                    f"{name}: expected shape {shape}, a value for each position of the layer "
-                    f"{self.imcl.layers[index]!r}, got {tuple(mask.shape)}"
-                )
-                if mask is self.mask:
-                    raise ValueError(told)
-                if not (self.imcl._told_of_mask or torch.compiler.is_compiling()):
-                    self.imcl._told_of_mask = True
-                    warnings.warn(
-                        f"{told}; its padding counts. A mask that fits is passed as token_mask",
-                        stacklevel=2,
-                    )
-                return None
-        return None
-
-    def _classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
-        """The dropout views, (V, B, K), by one more run of the classifier."""
-        imcl = self.imcl
-        if imcl.output_weight:
-            views = features.expand(imcl.views, *features.shape)  # [V, B, F]
-            views = torch.dropout(views, imcl.dropout, imcl.training)
-            # Not a call of the module, which would run this very hook again.
-            logits = classifier.forward(views.flatten(0, 1))
-            self.views = logits.view(imcl.views, len(features), *logits.shape[1:])
-
-
-def _head(trace: find.Trace, layer: str) -> AuxiliaryHead:
-    features = trace.calls[layer][0].output
-    assert features is not None and trace.logits is not None  # or it would have no head
-    channels = features.shape[-1 if layer in trace.channels_last else 1]
-    # Of a network of several dtypes the layer's own; but autocast's is none of a parameter.
-    dtypes = [p.dtype for p in trace.model.parameters() if p.is_floating_point()]
-    kind = features.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    own = features.dtype in dtypes and not autocast
-    return AuxiliaryHead(
-        channels,
-        trace.logits.shape[1],
-        device=features.device,
-        dtype=features.dtype if own or not dtypes else dtypes[0],
-    )
-
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):

@@ -17,7 +17,7 @@ class IMCLOutput:
 
     Attributes:
         loss: the whole objective, a scalar to call ``backward()`` on.
-        logits: (B, K), the network's own; None where it has none.
+        logits: (B, K) or dense, the network's own; None where it has none.
         terms: detached, unweighted scalars ``cross_entropy`` (or ``criterion``, where one was
             given), ``output_consistency``, ``multilayer_consistency``,
             ``representation_similarity`` and ``kernel_similarity``, those of the ways that

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from . import outputs
+from . import dense_outputs, outputs
+from .dense_outputs import Resize
 from .modes import evaluating
 from .residual import Additions
 from .tracing import eager
@@ -52,9 +53,12 @@ class Trace(NamedTuple):
 
     Attributes:
         calls: by module path, in order of completion.
-        logits: (B, K); None where the network returns none.
+        logits: (B, K), (B, K, *spatial) or (B, *tokens, K); None where the network returns none.
         why: then, what it returned instead.
+        class_dim: where dense logits have their classes, 1 or -1; None for (B, K).
+        makers: by path, the modules whose output is the logits, or becomes them; and how.
         shape: of the logits, or of the Tensor in their place; None where there is none.
+        rivals: paths of the modules whose output is that of another classifier of dense logits.
         channels_last: paths of the modules whose output is (B, *positions, C), as the tokens
             of a transformer are, and not (B, C, *spatial). This is about the order of the
             dimensions, not the strides.
@@ -66,7 +70,10 @@ class Trace(NamedTuple):
     calls: dict[str, list[Call]]
     logits: Tensor | None
     why: str
+    class_dim: int | None
+    makers: dict[str, Resize]
     shape: torch.Size | None
+    rivals: frozenset[str]
     channels_last: frozenset[str]
     residual: frozenset[str]
     batch: int | None
@@ -80,6 +87,10 @@ class Trace(NamedTuple):
         """The dimensions of ``x``, laid out as the module's output, without batch and channels."""
         return tuple(x.shape[1:-1] if name in self.channels_last else x.shape[2:])
 
+    def predicts(self, name: str) -> bool:
+        """Whether a module's output is one of classes."""
+        return name in self.makers or name in self.rivals
+
     def of_batch(self, call: Call) -> bool:
         """Whether an output has a row for each sample, and not for each of its windows."""
         return self.batch is None or (call.output is not None and len(call.output) == self.batch)
@@ -91,12 +102,18 @@ class Trace(NamedTuple):
 
 
 def trace(
-    model: nn.Module, example_input: Any, how: Callable[[Any], Tensor] | None = None
+    model: nn.Module,
+    example_input: Any,
+    how: Callable[[Any], Tensor] | None = None,
+    class_dim: int | None = None,
+    criterion: bool = False,
 ) -> Trace:
     """Run ``example_input`` in eval mode, without gradient or trace left; of a Tensor one sample.
 
     Args:
         how: to find the logits; see ``outputs.logits``.
+        class_dim: where dense logits have their classes; None finds out.
+        criterion: whether the output may be meant for something else than cross entropy.
 
     Raises:
         TypeError, ValueError: ``example_input`` is no batch, or ``how`` finds no Tensor.
@@ -116,7 +133,7 @@ def trace(
         )
     model = cast(nn.Module, getattr(model, "_orig_mod", model))  # of torch.compile's wrapper
     args, kwargs = outputs.arguments(example_input, {})
-    kwargs.pop(outputs.LABELS, None)
+    labels = kwargs.pop(outputs.LABELS, None)
     calls: dict[str, list[Call]] = {}
     names = {module: name for name, module in model.named_modules() if name}
 
@@ -139,32 +156,39 @@ def trace(
     finally:
         for handle in handles:
             handle.remove()
-    logits, why, shape = _logits(output, how)
     channels_last = _channels_last(model, calls)
-    batch = len(args[0]) if args and isinstance(args[0], Tensor) else None
-    if batch is None:
-        batch = next((len(x) for x in kwargs.values() if isinstance(x, Tensor) and x.dim()), None)
-    residual = additions.blocks(model)
-    return Trace(model, calls, logits, why, shape, channels_last, residual, batch)
-
-
-def _logits(
-    output: Any, how: Callable[[Any], Tensor] | None
-) -> tuple[Tensor | None, str, torch.Size | None]:
-    """The logits (B, K) of a network, or why there are none, and the shape of what there is."""
+    shape, rivals = None, frozenset[str]()
     try:
         found = outputs.logits(output, how)
     except TypeError as error:
         if how is not None:
             raise
-        return None, str(error), None
-    if found.dim() == 2 and found.is_floating_point() and found.shape[1] > 1:
-        return found, "", found.shape
-    why = (
-        "model: expected its output to be logits (B, K) of at least 2 classes, got "
-        f"{tuple(found.shape)}, {found.dtype}"
-    )
-    return None, why, found.shape
+        seen = dense_outputs.Found(None, str(error), None, {})
+    else:
+        shape = found.shape
+        last = {name: of_module[-1].output for name, of_module in calls.items()}
+        linear = [x for x in last if isinstance(model.get_submodule(x), (_ConvNd, nn.Linear))]
+        seen = dense_outputs.find(
+            found,
+            last,
+            channels_last,
+            linear,
+            [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)],
+            labels,
+            _spatial_ranks(model),
+            where=class_dim,
+            sure=how is not None or class_dim is not None,
+            named=not isinstance(output, (Tensor, tuple, list)),
+            criterion=criterion,
+        )
+        if seen.logits is not None and seen.class_dim is not None:
+            taken = [x for all_of in calls.values() for x, *_ in all_of if x is not None]
+            rivals = dense_outputs.rivals(found, last, linear, taken, seen.class_dim)
+    batch = len(args[0]) if args and isinstance(args[0], Tensor) else None
+    if batch is None:
+        batch = next((len(x) for x in kwargs.values() if isinstance(x, Tensor) and x.dim()), None)
+    residual = additions.blocks(model)
+    return Trace(model, calls, *seen, shape, rivals, channels_last, residual, batch)
 
 
 def find_layers(trace: Trace) -> list[str]:
@@ -174,8 +198,8 @@ def find_layers(trace: Trace) -> list[str]:
     of a ResNet, or a residual block, whatever it does inside. Where there are blocks, the single
     layers beside them (the stem) don't count; where there are none (the ``features`` of a VGG),
     the last layer that follows a convolution before each change of resolution does. As many
-    positions are one resolution, be they tokens or pixels. Outputs of one position, and those
-    that the network overwrites in place, are left out.
+    positions are one resolution, be they tokens or pixels. Outputs of one position, those
+    that the network overwrites in place, and what makes the logits, are left out.
 
     Where that finds no two, or all residual blocks have one resolution, as in a vision
     transformer, it is the blocks at 1/4, 2/4, 3/4 and the end of the longest row of them.
@@ -200,6 +224,8 @@ def _last_of_each_resolution(trace: Trace) -> list[str]:
         pixels = math.prod(size)
         if not size or not known_rank or pixels == 1 or not trace.of_batch(call):
             continue
+        if trace.predicts(name):
+            continue
         if isinstance(module, _ConvNd):
             convolved.add(pixels)
         if call.overwritten or len(trace.calls[name]) > 1:
@@ -218,7 +244,7 @@ def _quarters_of_longest_row(trace: Trace) -> list[str]:
         module, call = trace.model.get_submodule(name), calls[0]
         if call.output is None or call.overwritten or len(calls) > 1:
             continue
-        if not trace.of_batch(call):
+        if not trace.of_batch(call) or trace.predicts(name):
             continue
         inside = any(path in trace.residual for path in _parents(name))
         if _has_children(module) and trace.resolution(name) and not inside:
@@ -243,7 +269,7 @@ def check_layers(trace: Trace, layers: Sequence[str]) -> list[str]:
         )
     ranks = trace.spatial_ranks
     for name in layers:
-        call = _only_call(trace, "layers", name)
+        call = only_call(trace, "layers", name)
         shape = None if call.output is None else tuple(call.output.shape)
         rank, tokens = len(trace.resolution(name)), name in trace.channels_last
         known_rank = tokens or not ranks or rank in ranks
@@ -261,54 +287,6 @@ def check_layers(trace: Trace, layers: Sequence[str]) -> list[str]:
     if len(set(layers)) != len(layers):
         raise ValueError(f"layers: expected every module once, got {list(layers)}")
     return sorted(layers, key=list(trace.calls).index)
-
-
-def find_classifier(trace: Trace) -> str:
-    """The linear layer whose output is the network's output.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for name, calls in trace.calls.items():
-        module = trace.model.get_submodule(name)
-        if isinstance(module, nn.Linear) and _is_same(calls[-1].output, trace.logits):
-            return check_classifier(trace, name)
-    raise ValueError(
-        "classifier: the network's output is not the output of an nn.Linear; name the linear "
-        "layer that computes the logits, or pass output_weight=0"
-    )
-
-
-def predictors(trace: Trace) -> set[str]:
-    """The convolutions and linear layers whose output is the network's, or has its shape: there
-    can be several classifiers."""
-    return {
-        name
-        for name, calls in trace.calls.items()
-        if isinstance(trace.model.get_submodule(name), (_ConvNd, nn.Linear))
-        and _shape(calls) == trace.shape
-        and trace.shape is not None
-    }
-
-
-def check_classifier(trace: Trace, name: str) -> str:
-    """``name``, if it is the path of an nn.Linear that maps features (B, F) to logits (B, K).
-
-    Raises:
-        TypeError, ValueError: it is not.
-    """
-    call = _only_call(trace, "classifier", name)
-    module = trace.model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"classifier: expected an nn.Linear, {name!r} is {type(module).__name__}")
-    shapes = [None if x is None else tuple(x.shape) for x in (call.input, call.output)]
-    logits = None if trace.logits is None else tuple(trace.logits.shape)
-    if shapes[0] is None or len(shapes[0]) != 2 or shapes[1] != logits:
-        raise ValueError(
-            f"classifier: expected a layer from features (B, F) to the network's logits "
-            f"{logits}; {name!r} leads from {shapes[0]} to {shapes[1]}"
-        )
-    return name
 
 
 def _units(trace: Trace, prefix: str, module: nn.Module) -> Iterator[str]:
@@ -401,16 +379,7 @@ def _is_passive(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or type(module).__module__ in PASSIVE
 
 
-def _is_same(output: Tensor | None, other: Tensor | None) -> bool:
-    return (
-        output is not None
-        and other is not None
-        and output.shape == other.shape
-        and output.data_ptr() == other.data_ptr()
-    )
-
-
-def _only_call(trace: Trace, argument: str, name: str) -> Call:
+def only_call(trace: Trace, argument: str, name: str) -> Call:
     """The one call of a module that the user named."""
     if not isinstance(name, str):
         raise TypeError(f"{argument}: expected module paths (str), got {type(name).__name__}")

@@ -54,7 +54,8 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = validation.number("label_smoothing", label_smoothing, low=0, high=1)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | CrossEntropyOutput:
-        """The network's logits (B, K); with ``target``, class indices (B,), a step's output."""
+        """The network's logits (B, K); with ``target``, class indices (B,) or probabilities
+        (B, K), a step's output."""
         logits = self.model(x)
         if target is None:
             return logits

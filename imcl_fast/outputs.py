@@ -13,6 +13,7 @@ MISSING: Final = object()  # of an argument that may be anything, None among the
 # The names that transformers has for the target and for which tokens are none of padding.
 LABELS = "labels"
 ATTENTION_MASK = "attention_mask"
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # how its names of losses, and of classes, end
 
 
 def arguments(x: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -27,6 +28,21 @@ def arguments(x: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     if isinstance(x, Mapping):
         return (), {**x, **kwargs}
     return (x,), kwargs
+
+
+def check_labels(model: nn.Module) -> None:
+    """Refuse ``labels`` that the network itself would shift before it compares.
+
+    Raises:
+        ValueError: the model is a causal language model of transformers.
+    """
+    name = getattr(model, "loss_type", None) or type(model).__name__
+    if name.endswith(CAUSAL):
+        raise ValueError(
+            "labels: a causal language model predicts the next token and shifts labels by one, "
+            "which IMCL doesn't; pass target=torch.nn.functional.pad(labels[:, 1:], (0, 1), "
+            "value=-100)"
+        )
 
 
 def first_tensor(output: object) -> Tensor | None:

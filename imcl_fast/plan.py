@@ -40,7 +40,7 @@ def text(imcl: IMCL, nothing: Mapping[str, str]) -> str:
         "multilayer_weight": (
             "2 multi-layer consistency",
             f"{len(imcl.heads)} heads of {heads:,} parameters, and the network's own, on",
-            imcl.layers[:-1],
+            [imcl.layers[index] for index in imcl._head_of],
         ),
         "representation_weight": ("3 representation similarity", "the channels of", imcl.layers),
         "kernel_weight": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,8 @@ def _report(folder: Path) -> str:
 
 def default_folder(config: TrainConfig) -> Path:
     """Where a run goes whose user named no folder."""
-    return Path("runs", f"{config.dataset}-{config.model}-{config.label}-s{config.seed}")
+    model = re.sub(r"[^\w.-]+", "-", config.model)  # of timm:NAME and the like
+    return Path("runs", f"{config.dataset}-{model}-{config.label}-s{config.seed}")
 
 
 def resume_command(config: TrainConfig) -> str:

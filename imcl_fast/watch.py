@@ -13,7 +13,8 @@ from .outputs import ATTENTION_MASK
 from .taps import Tape
 
 if TYPE_CHECKING:
-    from .imcl import IMCL, _Step
+    from .imcl import IMCL
+    from .imcl_step import IMCLStep
 
 
 class Watch:
@@ -21,7 +22,7 @@ class Watch:
 
     def __init__(self, imcl: IMCL, token_mask: Tensor | None) -> None:
         self._imcl, self._token_mask = imcl, token_mask
-        self._step: _Step | None = None
+        self._step: IMCLStep | None = None
         self._over = False
         self._output: IMCLOutput | None = None
 

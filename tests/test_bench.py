@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -433,6 +434,20 @@ def test_a_step_knows_how_many_layers_way_4_takes() -> None:
     )
     # 17 convolutions of 3 x 3; the first, 8 x 27, is not wide enough to be left out.
     assert found["kernels"] == 17
+
+
+@pytest.mark.parametrize(("network", "kernels"), [("vit", 19), ("fcn_resnet18", 17)])
+def test_a_transformer_and_a_segmentation_network_are_steps_too(network, kernels) -> None:
+    shown = step.Step(network, 2, width=32, size=16, methods=(step.PLAIN, step.FUSED))
+    assert network in {each.network for each in step.steps(quick=False)}
+    found = step.measure(shown, CPU, 0, fewest=1)
+    assert not found["left_out"] and set(found["methods"]) == {step.PLAIN, step.FUSED}
+    assert found["kernels"] == kernels
+    network = step.network_of(shown)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no way is switched off
+        imcl = IMCL(network, torch.rand(2, 3, 16, 16), impl="torch")
+    assert len(imcl.layers) == 4 and imcl.classifier in ("heads.head", "classifier")
 
 
 def test_the_steps_of_a_schedule_by_kind() -> None:

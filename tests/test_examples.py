@@ -28,6 +28,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("lightning_module", "lightning"),
         ("accelerate_loop", "accelerate"),
         ("hugging_face_trainer", "transformers"),
+        ("segmentation", "torch"),
     ],
 )
 def test_it_learns(name, needs, tmp_path):
@@ -55,4 +56,5 @@ def test_every_example_is_tested():
         "lightning_module",
         "accelerate_loop",
         "hugging_face_trainer",
+        "segmentation",
     }

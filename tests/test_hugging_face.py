@@ -100,6 +100,31 @@ def trainer(imcl, folder, **settings):
     )  # fmt: skip
 
 
+def test_a_token_classifier_in_the_trainer(tmp_path):
+    class Tagged(Sentences):
+        def __getitem__(self, index):
+            row = self.rows[index]
+            labels = torch.where(row["attention_mask"] == 1, row["input_ids"] % CLASSES, -100)
+            return {**row, "labels": labels}
+
+    torch.manual_seed(0)
+    imcl = IMCL(transformers.BertForTokenClassification(bert().config),
+                next(iter(DataLoader(Tagged(), 2))), representation_interval=1,
+                kernel_interval=1)  # fmt: skip
+    assert imcl.class_dim == -1 and len(imcl.heads) == 3 and imcl.classifier == "classifier"
+    rows = next(iter(DataLoader(Tagged(), 8)))
+    assert len(imcl(**rows).terms) == 5
+    of_trainer = trainer(imcl, tmp_path, num_train_epochs=3, learning_rate=1e-2,
+                         per_device_eval_batch_size=24)  # fmt: skip
+    of_trainer.train_dataset = of_trainer.eval_dataset = Tagged()
+    before = of_trainer.evaluate()["eval_loss"]
+    of_trainer.train()
+    found = of_trainer.evaluate()["eval_loss"]
+    assert found < 0.9 * before
+    rows = next(iter(DataLoader(Tagged(), 24)))
+    assert found == pytest.approx(imcl.model.eval()(**rows).loss.item(), rel=1e-5)
+
+
 def cross_entropy(model, data):
     model.eval()
     rows = next(iter(DataLoader(data, len(data))))

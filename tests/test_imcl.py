@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from imcl_fast import IMCL, functional, reference
-from imcl_fast.imcl import _average
+from imcl_fast.heads import average
 from imcl_fast.models import import_torchvision, resnet18
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
@@ -929,6 +929,10 @@ def test_bad_networks_are_named(network, batch):
         IMCL(network, x, **only("kernel_weight"), kernels=[])
 
 
+def with_one_class(network):
+    return nn.Sequential(network.features, nn.Conv2d(10, 1, 1))
+
+
 def flat():
     return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
 
@@ -941,7 +945,7 @@ def of_many_kernels():
 @pytest.mark.parametrize(
     ("change", "off", "message"),
     [
-        (lambda n: n.features, WEIGHTS[:2], r"model: .*logits \(B, K\).* got \(1, 10, 2, 2\)"),
+        (with_one_class, WEIGHTS[:2], r"model: .*logits of at least 2 .* got \(1, 1, 2, 2\)"),
         (with_softmax_gone, WEIGHTS[:1], "classifier: .*not the output of an nn.Linear"),
         (without_linear, WEIGHTS[:1], "classifier: .*output_weight=0"),
         (lambda n: flat(), WEIGHTS[1:], "layers: .*2, .*1"),
@@ -988,13 +992,13 @@ def test_importing_needs_neither_torchvision_nor_scikit_learn():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_an_auxiliary_heads_average_and_its_gradient_are_those_of_the_mean(dtype):
     features = torch.randn(2, 3, 4, 5).to(dtype).requires_grad_()
-    average = _average(features)
+    averaged = average(features)
     wide = features.detach().double().requires_grad_()
     mean = wide.mean((2, 3))
     unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(average.double(), mean, rtol=2 * unit, atol=2 * unit)
+    torch.testing.assert_close(averaged.double(), mean, rtol=2 * unit, atol=2 * unit)
     grad = torch.randn(2, 3).to(dtype)
-    (got,) = torch.autograd.grad(average, features, grad)
+    (got,) = torch.autograd.grad(averaged, features, grad)
     (truth,) = torch.autograd.grad(mean, wide, grad.double())
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), truth, rtol=2 * unit, atol=0)

@@ -24,8 +24,10 @@ LAYERS = [
     "data objectives",
     "models imcl ilr",
     "modules choice watch plan sharding",
-    "kernel_choice imcl_output",
-    "layers kernel_weights unlearnt",
+    "kernel_choice classifier imcl_output imcl_consistency",
+    "imcl_step",
+    "heads kernel_weights unlearnt",
+    "layers",
     "functional",
     "dependence independent",
     "implementations autograd",
@@ -33,7 +35,7 @@ LAYERS = [
     "kernels",
     "algebra",
     "reference validation",
-    "schedule taps modes tracing outputs residual dense padding",
+    "schedule taps modes tracing outputs residual dense dense_outputs padding",
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from bench.mutants import mutant
 from bench.mutants.__main__ import main
 from bench.mutants.results import Results, explained
-from bench.mutants.tree import KILLED, SURVIVED, Outcome
+from bench.mutants.tree import KILLED, SURVIVED, Outcome, Tree
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = """
@@ -59,6 +59,16 @@ def test_every_line_stands_once_in_the_sources() -> None:
         each.applied_to((ROOT / each.file).read_text(encoding="utf-8"))
         for tests in each.tests:
             assert all((ROOT / a).exists() for a in tests.arguments if a.endswith(".py")), tests
+
+
+def test_a_copy_has_all_of_the_package_and_no_run(tmp_path) -> None:
+    for name in ("runs/one.py", "package/runs/two.py", "package/build/three.py"):
+        (tmp_path / "root" / name).parent.mkdir(parents=True)
+        (tmp_path / "root" / name).touch()
+    Tree(tmp_path / "root", tmp_path / "copy", "avx2")
+    found = {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*.py")}
+    assert found == {"package/runs/two.py"}
+    assert (tmp_path / "copy/build").is_dir()  # pytest makes no parents of --basetemp
 
 
 @pytest.mark.slow

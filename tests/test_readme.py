@@ -46,14 +46,25 @@ class Images(nn.Module):
         return self.pack(self.fc(self.stages(image + depth).mean((2, 3))))
 
 
-class Tokens(nn.Module):
+class Pixels(nn.Module):
     def __init__(self):
         super().__init__()
+        self.stages, self.classifier = Images().stages, nn.Conv2d(12, 3, 1)
+
+    def forward(self, image):
+        return F.interpolate(self.classifier(self.stages(image)), scale_factor=4, mode="bilinear")
+
+
+class Tokens(nn.Module):
+    def __init__(self, pool=True):
+        super().__init__()
+        self.pool = pool
         self.embed, self.fc = nn.Embedding(10, 8), nn.Linear(8, 3)
         self.blocks = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)])
 
     def forward(self, input_ids, attention_mask=None):
-        return SimpleNamespace(logits=self.fc(self.blocks(self.embed(input_ids)).mean(1)))
+        x = self.blocks(self.embed(input_ids))
+        return SimpleNamespace(logits=self.fc(x.mean(1) if self.pool else x))
 
 
 def autoencoder():
@@ -68,6 +79,13 @@ SETTINGS = {
     "a model of several inputs": dict(image=X, depth=X.flip(0)),
     "a model of transformers, also in its Trainer": dict(
         model=Tokens, batch=dict(input_ids=IDS, attention_mask=IDS != 0, labels=Y)
+    ),
+    "segmentation, logits (B, K, H, W)": dict(
+        model=Pixels, y=torch.where(X[:, 0] > 0.9, 255, (X[:, 0] > 0.5).long())
+    ),
+    "a class for each token, logits (B, T, K)": dict(
+        model=lambda: Tokens(pool=False),
+        batch=dict(input_ids=IDS, attention_mask=IDS != 0, labels=IDS % 3),
     ),
     "padded tokens (`attention_mask` is found)": dict(model=Tokens, ids=IDS),
     "a model with its logits elsewhere": dict(model=lambda: Images(lambda z: {"out": z})),

@@ -28,7 +28,7 @@ from imcl_fast.runs.folder import read_run
 KILLS = int(os.environ.get("IMCL_FAST_KILLS", "3"))
 EVERY_STEP = (
     "--checkpoint-every", "1", "--ema", "0.9", "--accumulate", "2", "--keep", "2",
-    "--ways-warmup-epochs", "2", "--evaluate-every", "2",
+    "--ways-warmup-epochs", "2", "--evaluate-every", "2", "--mixup", "0.4", "--cutmix", "1",
     # Of the two batches of a step the first, the second or none has such a way; the first step
     # has no way 4, so that its row has an empty cell.
     "--representation-interval", "5", "--kernel-interval", "10",

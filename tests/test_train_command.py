@@ -158,7 +158,7 @@ def test_few_labels_and_held_out_images(tmp_path, capsys):
     arguments = [*SMALL, "--epochs", "1", "--ways", "none", "--validation-images", "100"]
     assert train.main([*arguments, "--run-dir", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "ce on digits: 160 training images" in out
+    assert "plain cross entropy on digits: 160 training images" in out
     assert "measured on 100 held-out training images, NOT test images" in out
     assert "last validation accuracy" in out and "test accuracy  " not in out
     rows = table(tmp_path / "run" / "metrics.csv")
@@ -373,7 +373,7 @@ def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_p
         pass
     other = replace(config, resume="auto", kernels=("fc",))
     with (
-        pytest.raises(UsageError, match=r"kernels \(was None, is \('fc',\)\)"),
+        pytest.raises(UsageError, match=r"kernels \(was left out, is \('fc',\)\)"),
         Records.claim(tmp_path, other),
     ):
         pass

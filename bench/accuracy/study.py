@@ -23,6 +23,7 @@ from imcl_fast.runs.config import TrainConfig
 # a default, makes no old row stale. A default that isn't neutral belongs to the fingerprint.
 NEUTRAL: Mapping[str, Any] = {
     "representation_interval": 1, "kernel_interval": 1, "criterion": None, "logits": None,
+    "class_dim": None, "ignore_index": -100,
 }  # fmt: skip
 
 
@@ -43,12 +44,14 @@ class Method(Part):
         seeds: how many, from the study's first on.
         conditions, networks: names.
         versus: the method that this one is a variant of; by default the baseline.
+        form: of way 4, that of another definition (``kernel_forms``); "" for that of ``IMCL``.
     """
 
     seeds: int
     conditions: tuple[str, ...]
     networks: tuple[str, ...]
     versus: str
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class PlannedRun:
     network: str
     method: str
     config: TrainConfig
+    form: str = ""  # of way 4
 
     @property
     def seed(self) -> int:
@@ -92,6 +96,8 @@ class PlannedRun:
                                for way in self.config.ways}  # fmt: skip
             if told["weights"].get("kernel") and self.config.kernels is None:
                 told["kernels"] = _found_kernels(self.config)
+        if self.form:
+            told["form"] = self.form
         return told
 
     @property

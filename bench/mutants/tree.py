@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from .mutant import ROOT, Mutant, Tests
 
-LEFT_OUT = (".*", "build", "dist", "runs", "__pycache__", "*.egg-info")
+LEFT_OUT = (".*", "build", "dist", "__pycache__", "*.egg-info")
+RUNS = "runs"  # imcl-train's folder, at the top; the package has one of this name
 # What the tests' environment has, and what of the user's it has not.
 ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",  # a change within a second, of as many bytes, must be seen
@@ -53,12 +54,18 @@ class Tree:
     def __init__(self, root: Path, folder: Path, level: str) -> None:
         self.folder, self._level = folder, level
         self._process: subprocess.Popen | None = None
-        shutil.copytree(root, folder, symlinks=True,
-                        ignore=shutil.ignore_patterns(*LEFT_OUT))  # fmt: skip
+        everywhere = shutil.ignore_patterns(*LEFT_OUT)
+
+        def left_out(path: str, names: list[str]) -> set[str]:
+            at_the_top = {RUNS} if Path(path) == root else set()
+            return everywhere(path, names) | at_the_top & set(names)
+
+        shutil.copytree(root, folder, symlinks=True, ignore=left_out)
         objects = root / "build/objects"
         if objects.is_dir():  # but not ninja's log: there they are of other files
             shutil.copytree(objects, folder / "build/objects",
                             ignore=shutil.ignore_patterns(".ninja*"))  # fmt: skip
+        (folder / "build").mkdir(exist_ok=True)  # where the tests' files go
         self._stale = True
 
     def test(self, tests: Tests, seconds: float | None, compiled: bool = True) -> Outcome:

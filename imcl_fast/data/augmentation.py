@@ -7,6 +7,7 @@ its row. So a batch comes out the same wherever, and on however many processes, 
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -101,13 +102,40 @@ class ResizedCrop:
         return _central_crop(self.size)(image)
 
 
-Augmentation = PaddedCrop | ResizedCrop
+class OwnTransforms:
+    """The random transforms inside a Dataset of a user's own; for functions that read an image.
+
+    What they take from torch's generator on the CPU and from Python's is seeded for each sample;
+    NumPy's generators are left alone.
+    """
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, 1) int64: a seed per sample."""
+        return torch.randint(0, 2**63 - 1, (count, 1), generator=generator)
+
+    def __call__(self, image: Any, draw: Tensor) -> Tensor:
+        """What ``image()`` reads, (C, H, W), by the ``draw`` (1,) of this sample."""
+        state = random.getstate()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(int(draw))
+                random.seed(int(draw))
+                return image()
+        finally:
+            random.setstate(state)
+
+    def center(self, image: Any) -> Tensor:
+        """The image as the Dataset has it; what is random in that, always the same."""
+        return self(image, torch.zeros(1, dtype=torch.int64))
+
+
+Augmentation = PaddedCrop | ResizedCrop | OwnTransforms
 
 
 # Made where they are used, so that a worker process imports torchvision by import_torchvision.
 @cache
 def _random_crop(size: int) -> Any:
-    v2 = _transforms()
+    v2 = transforms()
     return v2.Compose(
         [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     )
@@ -115,11 +143,12 @@ def _random_crop(size: int) -> Any:
 
 @cache
 def _central_crop(size: int) -> Any:
-    v2 = _transforms()
+    v2 = transforms()
     return v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()])
 
 
-def _transforms() -> Any:
+def transforms() -> Any:
+    """torchvision's transforms, of version 2."""
     import_torchvision()
     from torchvision.transforms import v2
 

@@ -29,7 +29,8 @@ class Split:
     """The images of one side of a data set, and their labels.
 
     Attributes:
-        images: (N, C, H, W) uint8 in memory, or a map-style dataset of N PIL images in RGB.
+        images: (N, C, H, W) uint8 in memory, or a map-style dataset of N PIL images in RGB, or
+            of what reads one (own.py).
         labels: (N,) int64 on the CPU.
     """
 

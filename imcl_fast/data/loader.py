@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import validation
-from .augmentation import Augmentation, ResizedCrop
+from .augmentation import Augmentation, OwnTransforms, ResizedCrop
 from .dataset import DataError, DataSet, Split
+from .mixing import Mixing
 
 # Sets up to this size lie on the device; a larger one stays in host memory.
 RESIDENT_BYTES = 2**30
@@ -39,7 +40,8 @@ class TrainLoader:
         data_set: whose normalisation and augmentation is used.
         batch_size: of all processes together; a multiple of ``world``.
         augment: whether to augment.
-        seed: of the order and the augmentation.
+        mixing: what mixes the images of a process's part of a batch, and their labels, at last.
+        seed: of the order, the augmentation and the mixing.
         device: where batches, and sets of up to 1 GiB as a whole, are put.
         rank, world: this process, and how many there are.
         workers: processes that decode image files; 0 decodes in this one. Sets in memory
@@ -60,6 +62,7 @@ class TrainLoader:
         *,
         batch_size: int,
         augment: bool,
+        mixing: Mixing | None = None,
         seed: int,
         device: torch.device | str,
         rank: int = 0,
@@ -82,6 +85,7 @@ class TrainLoader:
         self._split = split
         self._seed = validation.integer("seed", seed)
         self._augmentation = data_set.augmentation if augment else None
+        self._mixing = mixing
         share = self._batch // world
         self._mine = slice(rank * share, (rank + 1) * share)
         self._source = _source(split, data_set, torch.device(device), workers)
@@ -95,7 +99,7 @@ class TrainLoader:
 
         Returns:
             Iterator over images (batch_size / world, C, H, W), float32 and normalised, and
-            labels (batch_size / world,) int64.
+            labels (batch_size / world,) int64, or mixed (batch_size / world, K) float32.
 
         Raises:
             ValueError: the epoch has no such step.
@@ -105,7 +109,16 @@ class TrainLoader:
         first_step = validation.integer("first_step", first_step)
         if not 0 <= first_step <= len(self):
             raise ValueError(f"first_step: expected 0 to {len(self)}, got {first_step}")
-        return self._source.batches(self._orders(epoch, first_step), self._augmentation)
+        batches = self._source.batches(self._orders(epoch, first_step), self._augmentation)
+        return batches if self._mixing is None else self._mixed(batches, epoch, first_step)
+
+    def _mixed(
+        self, batches: Iterator[tuple[Tensor, Tensor]], epoch: int, first_step: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self._mixing is not None
+        for step, (images, labels) in enumerate(batches, first_step):
+            seed = stream(self._seed, epoch, step, "mixing").initial_seed()
+            yield self._mixing(images, labels, seed)
 
     def _orders(self, epoch: int, first_step: int) -> Iterator[Order]:
         permutation = torch.randperm(len(self._split), generator=stream(self._seed, epoch))
@@ -159,7 +172,7 @@ class TestLoader:
         return self._source.batches((Order(torch.tensor(part), None) for part in parts), None)
 
 
-def stream(*parts: int) -> torch.Generator:
+def stream(*parts: int | str) -> torch.Generator:
     """A generator on the CPU whose numbers depend on ``parts``, and on nothing else."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
@@ -210,7 +223,8 @@ class _Files:
     ) -> None:
         assert not isinstance(split.images, Tensor)
         self._images = split.images
-        self._center = ResizedCrop(data_set.shape[-1])
+        own = data_set.augmentation
+        self._center = own if isinstance(own, OwnTransforms) else ResizedCrop(data_set.shape[-1])
         self._labels = split.labels
         self._normalise = _Normalise(data_set, device)
         self._device = device

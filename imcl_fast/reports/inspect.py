@@ -129,14 +129,14 @@ def _parser() -> Parser:
     parser.add_argument(
         "name",
         metavar="MODEL|CHECKPOINT",
-        help="a network of torchvision's or package.module:factory, with random weights; or a run "
-        "folder of imcl-train, a checkpoint of one, or a file with a state_dict",
+        help="a network of torchvision's, timm:NAME or package.module:factory, with random "
+        "weights; or a run folder of imcl-train, a checkpoint of one, or a file with a state_dict",
     )
     parser.add_argument(
         "--model", metavar="MODEL", help="the network of a state_dict that lies in no run folder"
     )
     parser.add_argument(
-        "--classes", type=count, metavar="N", help="outputs of torchvision's network"
+        "--classes", type=count, metavar="N", help="outputs of a network with random weights"
     )
     parser.add_argument(
         "--plan",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from ..runs import checkpoint
 from ..runs.config import TrainConfig
 from ..runs.errors import CheckpointError, UsageError, one_line
 from ..runs.folder import CHECKPOINTS, CONFIG, WEIGHTS
-from ..runs.network import build_network
+from ..runs.network import build_network, named
 
 BEST = "best.pt"
 OBJECTIVE_PREFIX = "model."  # of the plain network in its objective's state_dict
@@ -44,8 +43,8 @@ def find(name: str, model: str | None, classes: int | None) -> Found:
         name: a run folder of ``imcl-train``, a checkpoint of one, a file that holds a
             state_dict, or what ``model`` can be.
         model: the network of a state_dict that lies in no run folder: a name of
-            torchvision's, or ``package.module:factory``, which is called without arguments.
-        classes: outputs of a network of torchvision's, if not its own number.
+            torchvision's, ``timm:NAME``, or ``package.module:factory``; see ``network.named``.
+        classes: outputs of the network, if not its own number.
 
     Raises:
         UnknownNetwork: see the class. Files are read with ``weights_only=True``, which
@@ -87,26 +86,20 @@ def find(name: str, model: str | None, classes: int | None) -> Found:
 
 def _built(name: str, classes: int | None) -> nn.Module:
     """A network with random weights."""
-    if ":" not in name:
-        models: Any = import_torchvision().models
-        options = {} if classes is None else {"num_classes": classes}
+    if ":" in name:
         try:
-            return models.get_model(name, weights=None, **options)
-        except ValueError as error:
-            raise UnknownNetwork(
-                f"{name}: neither a file nor a network of torchvision's; a network of your own is "
-                "package.module:factory"
-            ) from error
-    module_name, _, factory_name = name.partition(":")
+            return named(name, classes)
+        except UsageError as error:
+            raise UnknownNetwork(str(error)) from error
+    models: Any = import_torchvision().models
+    options = {} if classes is None else {"num_classes": classes}
     try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-        network = factory()
-    except Exception as error:  # whatever the user's own code raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UnknownNetwork(f"{name}: can't be built ({reason})") from error
-    if not isinstance(network, nn.Module):
-        raise UnknownNetwork(f"{name}: expected an nn.Module, got {type(network).__name__}")
-    return network
+        return models.get_model(name, weights=None, **options)
+    except ValueError as error:
+        raise UnknownNetwork(
+            f"{name}: neither a file nor a network of torchvision's; one of timm's is timm:NAME, "
+            "one of your own package.module:factory"
+        ) from error
 
 
 def _weights_of(folder: Path) -> Path:

@@ -133,6 +133,19 @@ class TrainConfig:
         choices=("symmetric", "asymmetric"),
     )
     augment: bool = _set(True, "random augmentation, the data set's own")
+    mixup: float | None = _set(
+        None,
+        "mix images and labels of two by shares of Beta(ALPHA, ALPHA) (arXiv 1710.09412)",
+        metavar="ALPHA",
+        within=ABOVE_ZERO,
+    )
+    cutmix: float | None = _set(
+        None,
+        "paste a part of an image and its label's share into another (arXiv 1905.04899); with "
+        "mixup each batch has one of the two",
+        metavar="ALPHA",
+        within=ABOVE_ZERO,
+    )
     workers: int = _set(
         0,
         "processes that load images, for data that isn't in memory",
@@ -140,7 +153,12 @@ class TrainConfig:
         within=NOT_NEGATIVE,
     )
 
-    model: str = _set("resnet18", "network to train", choices=models.NAMES)
+    model: str = _set(
+        "resnet18",
+        f"network to train: {', '.join(models.NAMES)}, timm:NAME, or package.module:factory, which "
+        "is called without arguments, or with the number of classes if it takes num_classes",
+        metavar="MODEL",
+    )
     width: int = _set(64, "channels of the network's first stage", within=POSITIVE)
     stem_stride: int = _set(
         1,
@@ -295,6 +313,11 @@ class TrainConfig:
             value = _typed(name, getattr(self, name), kind)
             _check_range(name, value, SETTINGS[name])
             object.__setattr__(self, name, value)
+        if self.model not in models.NAMES and not all(self.model.partition(":")):
+            raise ValueError(
+                f"model: expected one of {', '.join(models.NAMES)}, timm:NAME or "
+                f"package.module:factory, got {self.model!r}"
+            )
         if len(set(self.ways)) != len(self.ways):
             raise ValueError(f"ways: expected every way once, got {','.join(self.ways)}")
         if self.method != "imcl" and self.ways != WAYS:

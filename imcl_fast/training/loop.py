@@ -19,13 +19,13 @@ from ..data.dataset import Split
 from ..data.split import take
 from ..runs.checkpoint import CheckpointStore
 from ..runs.config import TrainConfig
-from ..runs.errors import CheckpointError, Interrupted, NonFiniteError
+from ..runs.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
 from ..runs.folder import CHECKPOINTS
 from . import non_finite
 from .distributed import Processes
 from .evaluation import predict
 from .interruption import Interruption
-from .optimization import WaysWarmup, build_optimizer, build_schedule
+from .optimization import WaysWarmup, build_optimizer, build_schedule, go_on
 from .preparation import Material, build_objective
 from .progress import Observer
 from .records import Records
@@ -137,6 +137,16 @@ class Loop:
             self.observer.said(
                 "another device or number of processes than before: random numbers will differ "
                 "from those of an uninterrupted run"
+            )
+        before = stored["config"]["epochs"]
+        if before != self.config.epochs:
+            try:
+                rate = go_on(state.optimizer, state.schedule)
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+            self.observer.said(
+                f"{self.config.epochs} epochs instead of {before}: the learning rate goes on as "
+                f"that of {self.config.epochs}, at {rate:.4g}"
             )
         self.observer.said(
             f"resumed after step {state.step} of {self.steps}, in epoch "

@@ -63,6 +63,32 @@ def build_schedule(
     return lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def go_on(
+    optimizer: torch.optim.Optimizer, schedule: lr_scheduler.LRScheduler
+) -> float:
+    """Take the learning rate from a schedule whose state is that of one for fewer steps.
+
+    Returns:
+        The learning rate of the next step.
+
+    Raises:
+        ValueError: it is "onecycle", which ends with its steps.
+    """
+    if not isinstance(schedule, lr_scheduler.LambdaLR):
+        raise ValueError(
+            "epochs: expected no more than the run had, whose schedule onecycle ends with its "
+            "last step; train in another folder"
+        )
+    rates = [
+        float(base) * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = list(rates)
+    return rates[0]
+
+
 class WaysWarmup:
     """Lets the weights of an ``IMCL``'s ways rise linearly to what they are now.
 

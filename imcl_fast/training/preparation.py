@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from .. import data, objectives
+from .. import data, implementations, objectives
 from ..data import DataSet, Split
 from ..data.loader import TestLoader, TrainLoader
+from ..data.mixing import Mixing
 from ..data.noise import label_noise
+from ..data.own import from_torch
 from ..data.split import subset, validation_split
 from ..modes import evaluating
 from ..runs.config import TrainConfig
@@ -59,14 +63,20 @@ class Material:
                 self.data_set,
                 batch_size=config.batch_size,
                 augment=config.augment,
+                mixing=self._mixing(config),
                 seed=config.seed,
                 device=processes.device,
                 rank=processes.rank,
                 world=processes.world,
                 workers=config.workers,
             )
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise UsageError(str(error)) from error
+
+    def _mixing(self, config: TrainConfig) -> Mixing | None:
+        if config.mixup is None and config.cutmix is None:
+            return None
+        return Mixing(config.mixup, config.cutmix, len(self.data_set.classes))
 
     def test_loader(self, split: Split, config: TrainConfig, processes: Processes) -> TestLoader:
         """Batches of ``split`` as they are, this process's share of them."""
@@ -81,7 +91,9 @@ class Material:
         )
 
 
-def prepare_data(config: TrainConfig, data_set: DataSet | None = None) -> Material:
+def prepare_data(
+    config: TrainConfig, data_set: DataSet | tuple[Dataset, Dataset] | None = None
+) -> Material:
     """Load, set aside, cut down, and make labels wrong: in this order.
 
     Raises:
@@ -95,6 +107,8 @@ def prepare_data(config: TrainConfig, data_set: DataSet | None = None) -> Materi
                 download=config.download,
                 image_size=config.image_size,
             )
+        elif not isinstance(data_set, DataSet):
+            data_set = _of_torch(data_set, config)
         train, test = data_set.train, data_set.test
         if config.validation_images:
             train, test = _named(
@@ -124,6 +138,33 @@ def prepare_data(config: TrainConfig, data_set: DataSet | None = None) -> Materi
         held_out=config.validation_images > 0,
         measured=order[:TRAIN_MEASURED].sort().values,
     )
+
+
+def _of_torch(pair: Any, config: TrainConfig) -> DataSet:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(
+            "data_set: expected a DataSet, or two torch Datasets (train, test), got "
+            f"{type(pair).__name__}"
+        )
+    if config.image_size is not None:
+        raise ValueError(
+            "image_size: expected None with Datasets of your own, got "
+            f"{config.image_size}; resize images by their transform"
+        )
+    return from_torch(*pair)
+
+
+def check_implementation(config: TrainConfig, device: torch.device) -> None:
+    """See that the fused losses can run as the configuration wants them.
+
+    Raises:
+        UsageError: they can't, and why.
+    """
+    for operation in ("pairwise", "consistency") if config.impl != "auto" else ():
+        try:
+            implementations.choose(config.impl, operation, device, [torch.float32])
+        except RuntimeError as error:
+            raise UsageError(str(error)) from error
 
 
 def build_objective(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import os
 import platform
 import subprocess
@@ -89,12 +90,18 @@ class Records:
                 f"run_dir: {folder} already holds a run; --resume auto goes on with it, or name "
                 "another folder"
             )
-        if names := existing.differences(config):
+        names = existing.differences(config)
+        if names == ["epochs"] and (folder / SUMMARY).exists() and config.epochs > existing.epochs:
+            return  # a run that has ended, and is to go on
+        if names:
             changed = ", ".join(
                 f"{name} (was {_said(getattr(existing, name))}, is {_said(getattr(config, name))})"
                 for name in names
             )
-            raise UsageError(f"resume: {folder} was run with other settings: {changed}")
+            raise UsageError(
+                f"resume: {folder} was run with other settings: {changed}"
+                + ("; more epochs can be had once it has ended" if names == ["epochs"] else "")
+            )
 
     def begin(self, config: TrainConfig, noise: Mapping[str, torch.Tensor] | None) -> None:
         """Write what is known before the first step, and leave nothing of an earlier start."""
@@ -107,6 +114,13 @@ class Records:
         )
         if noise is not None:
             self._tensors(NOISE, noise)
+
+    def extend(self, config: TrainConfig) -> None:
+        """Write down that the run goes on for more epochs than it had, if it does."""
+        content = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        if content["epochs"] != config.epochs:
+            self.json(CONFIG, {**content, "epochs": config.epochs})
+            (self.folder / SUMMARY).unlink(missing_ok=True)
 
     def go_on(self, step: int, rows: Sequence[Mapping[str, Any]]) -> str | None:
         """Make the tables what they were after ``step``, when ``rows`` were complete.

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from ..data import DataError, DataSet
 from ..data.split import take
 from ..imcl import IMCL
+from ..objectives import CrossEntropy
 from ..redundancy import profile
 from ..runs.config import TrainConfig
 from ..runs.errors import UsageError
@@ -21,7 +23,7 @@ from ..runs.network import build_network
 from .distributed import Processes, joined
 from .interruption import Interruption
 from .loop import Loop
-from .preparation import Material, build_objective, prepare_data
+from .preparation import Material, build_objective, check_implementation, prepare_data
 from .process import check_environment, peak_memory, settings
 from .progress import Console, Observer
 from .records import Records
@@ -38,7 +40,9 @@ class Trainer:
     Args:
         config: every setting of the run. Without ``run_dir`` nothing is written. The report is
             ``reports.html.write_report``'s to write, when the run is over.
-        data_set: to train on instead of the one that ``config`` names.
+        data_set: to train on instead of the one that ``config`` names; also two map-style torch
+            Datasets of (image, label), to train and to measure on, whose own transforms take the
+            place of augmentation: see ``data.own.from_torch``.
         network: to train instead of the one that ``config`` names: any classifier of the
             data's images. It is trained in place and moved to the run's device. Given in
             train mode, its parts in eval mode are frozen: batch normalisation keeps its
@@ -56,7 +60,7 @@ class Trainer:
         self,
         config: TrainConfig,
         *,
-        data_set: DataSet | None = None,
+        data_set: DataSet | tuple[Dataset, Dataset] | None = None,
         network: nn.Module | None = None,
         observer: Observer | None = None,
     ) -> None:
@@ -92,14 +96,15 @@ class Trainer:
             observer = Observer()
             if processes.first:
                 observer = self._observer or Console()
+            check_implementation(config, processes.device)
             material = prepare_data(config, self._data_set)
+            torch.manual_seed(config.seed)
+            network = self.network or build_network(config, material.data_set)
             records = None
             if folder is not None:
                 processes.on_first(lambda: claim.enter_context(Records.claim(folder, config)))
                 records = Records(folder) if processes.first else None
                 observer.logs_to(folder / LOG)
-            torch.manual_seed(config.seed)
-            network = self.network or build_network(config, material.data_set)
             loop = Loop(config, processes, material, network, records, observer)
             # From here on, what is random in a step: each process drops out other features.
             torch.manual_seed(config.seed + 7919 * processes.rank)
@@ -125,6 +130,7 @@ def _begin(loop: Loop) -> None:
     resumed = loop.resume()
     if records is not None:
         if resumed:
+            records.extend(config)
             damage = records.go_on(loop.state.step, loop.state.rows)
             if damage is not None:
                 loop.observer.said(damage)
@@ -145,9 +151,14 @@ def _description(config: TrainConfig, material: Material, loop: Loop) -> str:
     wrong = int((material.train.labels != material.true_labels).sum())
     where = "held-out training images, NOT test images" if material.held_out else "test images"
     processes = loop.processes
+    plain = isinstance(loop.state.objective, CrossEntropy)
+    alphas = {"mixup": config.mixup, "cutmix": config.cutmix}
+    mixed = [f"{name} {alpha:g}" for name, alpha in alphas.items() if alpha is not None]
     return (
-        f"{config.label} on {material.data_set.name}: {len(material.train)} training images"
+        f"{'plain cross entropy' if plain else config.label} on {material.data_set.name}: "
+        f"{len(material.train)} training images"
         + (f" ({wrong} with a wrong label)" if wrong else "")
+        + (f", mixed by {' or '.join(mixed)}" if mixed else "")
         + f", measured on {len(material.test)} {where}; train accuracy is that of "
         f"{len(material.measured)} training images without augmentation; "
         f"{loop.steps_per_epoch} steps per epoch on {processes.device}"

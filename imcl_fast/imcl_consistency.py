@@ -1,0 +1,159 @@
+"""Ways 1 and 2 of an ``IMCL`` and the network's own cross entropy: one call for all heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from . import functional, validation
+from .autograd import ConsistencyOptions
+from .imcl_step import IMCLStep
+
+if TYPE_CHECKING:
+    from .imcl import IMCL
+
+IGNORED = -100  # no class, with probabilities as target
+
+
+class HeadsConsistency:
+    """All heads of an ``IMCL`` in one call; keeps the options of the latest."""
+
+    def __init__(self) -> None:
+        self._options: tuple[tuple, ConsistencyOptions] | None = None
+
+    def __call__(
+        self, imcl: IMCL, step: IMCLStep, logits: Tensor, target: Tensor | None, own: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of ways 1 and 2 and, if ``own``, the network's own cross entropy; the terms
+        (2, H), cross entropies and KL of the auxiliary heads, the network's own and the views."""
+        heads = [step.head_logits[i] for i in sorted(step.head_logits)]
+        options = self._current(imcl, own, _ignored(imcl, target))
+        return _call(imcl, heads, logits, step.views, target, (step.mask, step.found_mask), options)
+
+    def own(
+        self, imcl: IMCL, logits: Tensor, target: Tensor, masks: tuple[Any, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The network's own cross entropy alone, and the terms (2, 1)."""
+        options = functional._consistency_options(
+            1, ce_weight=1.0, kl_weight=0.0, groups=None, temperature=1.0, teacher="others",
+            detach_teacher=True, label_smoothing=imcl.label_smoothing,
+            ignore_index=_ignored(imcl, target), reduction="mean",
+        )  # fmt: skip
+        return _call(imcl, [], logits, None, target, masks, options)
+
+    def _current(self, imcl: IMCL, own: bool, ignored: int) -> ConsistencyOptions:
+        """The options, made again if what they are made of has changed."""
+        if torch.compiler.is_compiling():  # a cache would be one more guard
+            return _options(imcl, own, ignored)
+        made_of = _made_of(imcl, own, ignored)
+        if self._options is None or self._options[0] != made_of:
+            self._options = made_of, _options(imcl, own, ignored)
+        return self._options[1]
+
+
+def _call(
+    imcl: IMCL,
+    heads: list[Tensor],
+    logits: Tensor,
+    views: Tensor | None,
+    target: Any,
+    masks: tuple[Any, Any],
+    options: ConsistencyOptions,
+) -> tuple[Tensor, Tensor]:
+    blocks = [*heads, logits] if views is None else [*heads, logits, views]
+    weight = None
+    if imcl.class_dim is not None:
+        _check_target(logits, target, imcl.class_dim)
+        blocks = _classes_last(imcl, heads, logits, views)
+        weight = _weight(masks, blocks)
+        if imcl.class_dim == 1 and isinstance(target, Tensor) and target.is_floating_point():
+            target = target.movedim(1, -1)
+    checked = validation.target(target, blocks, options.ignore_index)
+    return functional._consistency(blocks, checked, options, imcl.impl, sample_weight=weight)
+
+
+def _classes_last(
+    imcl: IMCL, heads: list[Tensor], logits: Tensor, views: Tensor | None
+) -> list[Tensor]:
+    """Dense logits as (h, B, *samples, K), all as large as the network's own."""
+    dim = cast(int, imcl.class_dim)
+    own = logits.movedim(dim, 1)
+    size = own.shape[2:]
+    blocks = [imcl._resize(head, size).movedim(1, -1).unsqueeze(0) for head in heads]
+    blocks.append(own.movedim(1, -1).unsqueeze(0))
+    if views is not None:
+        maps = imcl._resize(views.flatten(0, 1).movedim(imcl._resize.class_dim, 1), size)
+        blocks.append(maps.movedim(1, -1).unflatten(0, views.shape[:2]))
+    return blocks
+
+
+def _weight(masks: tuple[Any, Any], blocks: list[Tensor]) -> Tensor | None:
+    """1 for the tokens, or pixels, that a mask of their shape says count, 0 for others; None:
+    all do."""
+    samples = blocks[0].shape[1:-1]
+    for mask in masks:
+        if isinstance(mask, Tensor) and mask.shape == samples:
+            wide = any(block.dtype == torch.float64 for block in blocks)
+            return (mask != 0).to(torch.float64 if wide else torch.float32)
+    return None
+
+
+def _check_target(logits: Tensor, target: Any, class_dim: int) -> None:
+    if not isinstance(target, Tensor):
+        return
+    samples = {1: logits.shape[:1] + logits.shape[2:], -1: logits.shape[:-1]}
+    if target.shape == (logits.shape if target.is_floating_point() else samples[class_dim]):
+        return
+    hint, found = "", target.shape
+    if found == samples[-class_dim]:
+        hint = f"; if the classes are there, pass class_dim={-class_dim}"
+    elif class_dim == 1 and len(found) == len(samples[1]) and found[:1] == samples[1][:1]:
+        hint = (
+            "; logits smaller than the labels are resized with logits=lambda output: "
+            "torch.nn.functional.interpolate(output.logits, size)"
+        )
+    raise ValueError(
+        f"target: expected class indices {tuple(samples[class_dim])}, or probabilities "
+        f"{tuple(logits.shape)} of a floating dtype, for logits {tuple(logits.shape)} with the "
+        f"classes in dimension {class_dim}, got shape {tuple(found)} of {target.dtype}{hint}"
+    )
+
+
+def _ignored(imcl: IMCL, target: Any) -> int:
+    """Probabilities know no ignored class, and a negative number is none."""
+    soft = isinstance(target, Tensor) and target.is_floating_point()
+    return IGNORED if soft else imcl.ignore_index
+
+
+def _made_of(imcl: IMCL, own: bool, ignored: int) -> tuple:
+    return (
+        own,
+        ignored,
+        imcl.output_weight,
+        imcl.multilayer_weight,
+        imcl.views,
+        imcl.output_temperature,
+        imcl.multilayer_temperature,
+        imcl.multilayer_teacher,
+        imcl.label_smoothing,
+    )
+
+
+def _options(imcl: IMCL, own: bool, ignored: int) -> ConsistencyOptions:
+    n, views = len(imcl.heads), imcl.views if imcl.output_weight else 0
+    output = imcl.output_weight / imcl.views
+    groups = 2 if views else 1
+    return functional._consistency_options(
+        n + 1 + views,
+        ce_weight=[imcl.multilayer_weight / max(n, 1)] * n + [float(own)] + [output] * views,
+        kl_weight=[imcl.multilayer_weight / (n + 1)] * (n + 1) + [output] * views,
+        groups=[n + 1, views][:groups],
+        temperature=[imcl.multilayer_temperature, imcl.output_temperature][:groups],
+        teacher=[imcl.multilayer_teacher, "pairwise"][:groups],
+        detach_teacher=True,
+        label_smoothing=imcl.label_smoothing,
+        ignore_index=ignored,
+        reduction="mean",
+    )

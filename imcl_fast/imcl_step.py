@@ -1,0 +1,94 @@
+"""What one training call of an ``IMCL`` collects while its network runs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, kernel_weights, outputs, padding
+from .schedule import Turn
+from .taps import Step
+
+if TYPE_CHECKING:
+    from .imcl import IMCL
+
+EPS = 1e-12  # of the similarities
+
+
+class IMCLStep(Step):
+    """See the module; the work on a layer is done when its features exist."""
+
+    def __init__(self, imcl: IMCL, turn: Turn, counts: bool) -> None:
+        super().__init__()
+        self.imcl = imcl
+        self.turn = turn
+        self.counts = counts  # on the schedule
+        self.mask: Tensor | None = None
+        self.kernel: Tensor | None = None
+        # To be compared when the network has run.
+        self.kernels: kernel_weights.Weights | None = None
+        self.similar = bool(imcl.representation_weight and turn.representation)
+        self.similarities: list[Tensor] = []
+        self.head_logits: dict[int, Tensor] = {}
+        self.views: Tensor | None = None
+
+    def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
+        if layer is None:
+            self._classifier_finished(module, features)
+        else:
+            self._layer_finished(layer, features)
+
+    def _layer_finished(self, index: int, features: Tensor) -> None:
+        """The penalty and the auxiliary head of a layer, as soon as its features exist.
+
+        They are in cache now; and since autograd runs backward in reverse order, the
+        penalty's gradient will be made when the backward pass reaches this layer, where
+        the layer's own is due, and not all layers' at once at the start.
+        """
+        imcl = self.imcl
+        mask = self._mask(index, features)
+        if self.similar:
+            seen = features if mask is None else padding.neutral(features, mask, imcl.center)
+            kind = functional.PENALTIES.index(imcl.representation_penalty)
+            self.similarities.append(
+                functional._pairwise([seen], kind, imcl.center, EPS, True, imcl.impl)
+            )
+        if index in imcl._head_of:
+            self.head_logits[index] = imcl.heads[imcl._head_of[index]](features, mask)
+
+    def _mask(self, index: int, features: Tensor) -> Tensor | None:
+        """Which positions of a layer count, (B, 1, *spatial); None: all of them."""
+        if self.mask is None and self.found_mask is None:
+            return None
+        shape = (len(features), *features.shape[2:])
+        for mask, name in ((self.mask, "token_mask"), (self.found_mask, outputs.ATTENTION_MASK)):
+            if isinstance(mask, Tensor):
+                if tuple(mask.shape) == shape:
+                    return padding.broadcast(mask, features)
+                told = (
+                    f"{name}: expected shape {shape}, a value for each position of the layer "
+                    f"{self.imcl.layers[index]!r}, got {tuple(mask.shape)}"
+                )
+                if mask is self.mask:
+                    raise ValueError(told)
+                if not (self.imcl._told_of_mask or torch.compiler.is_compiling()):
+                    self.imcl._told_of_mask = True
+                    warnings.warn(
+                        f"{told}; its padding counts. A mask that fits is passed as token_mask",
+                        stacklevel=2,
+                    )
+                return None
+        return None
+
+    def _classifier_finished(self, classifier: nn.Module, features: Tensor) -> None:
+        """The dropout views, (V, B, K), or as dense logits, by one more run of the classifier."""
+        imcl = self.imcl
+        if imcl.output_weight:
+            views = features.expand(imcl.views, *features.shape)  # [V, B, F], or dense
+            views = torch.dropout(views, imcl.dropout, imcl.training)
+            # Not a call of the module, which would run this very hook again.
+            logits = classifier.forward(views.flatten(0, 1))
+            self.views = logits.view(imcl.views, len(features), *logits.shape[1:])

@@ -1,0 +1,143 @@
+"""Two torch Datasets of a user's own, given to the Trainer."""
+
+import random
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from training_processes import config
+
+from imcl_fast import Trainer
+from imcl_fast.data import DataError, load
+from imcl_fast.data.loader import TestLoader, TrainLoader
+from imcl_fast.data.own import from_torch
+from imcl_fast.models import import_torchvision
+from imcl_fast.runs.errors import UsageError
+from imcl_fast.training.progress import Observer
+
+import_torchvision()
+DIGITS = load("digits")
+QUIET = Observer()
+
+
+class Own(Dataset):
+    """Digits through transforms of one's own, which draw from two generators."""
+
+    def __init__(self, split, count, kind="float", jitter=False):
+        self.images, self.digits = split.images[:count], split.labels[:count].tolist()
+        self.kind, self.jitter, self.read = kind, jitter, 0
+
+    def __len__(self):
+        return len(self.digits)
+
+    def __getitem__(self, index):
+        self.read += 1
+        image = self.images[index]
+        if self.kind == "PIL":
+            return Image.fromarray(image[0].numpy()), self.digits[index]
+        if self.kind == "uint8":
+            return image, self.digits[index]
+        image = image / 255
+        if self.jitter:
+            image = image + 0.1 * torch.rand(1) + 0.1 * random.random()
+        return image, self.digits[index]
+
+
+def pair(kind="float", jitter=False):
+    return Own(DIGITS.train, 200, kind, jitter), Own(DIGITS.test, 100, kind)
+
+
+@pytest.mark.parametrize("kind", ["float", "uint8", "PIL"])
+def test_a_trainer_takes_them(kind):
+    train, test = pair(kind)
+    trainer = Trainer(config(train_images=None, epochs=8, width=4, label_noise=0.1),
+                      data_set=(train, test), observer=QUIET)  # fmt: skip
+    summary = trainer.fit()
+    assert (summary["dataset"], summary["train_images"]) == ("own", 200)
+    assert summary["last_test_accuracy"] > 0.3  # chance is 0.1
+
+
+@pytest.mark.parametrize("kind", ["float", "uint8", "PIL"])
+def test_images_come_as_they_are_or_normalised(kind):
+    found = from_torch(*pair(kind))
+    images, labels = next(iter(TestLoader(found.test, found, batch_size=100, device="cpu")))
+    raw = DIGITS.test.images[:100] / 255
+    if kind == "float":
+        torch.testing.assert_close(images, raw)
+    else:
+        torch.testing.assert_close(images, (raw - found.mean[0]) / found.std[0])
+        some = DIGITS.train.images[:200] / 255
+        assert found.mean[0] == pytest.approx(some.mean().item(), rel=1e-5)
+    assert torch.equal(labels, DIGITS.test.labels[:100])
+    assert found.shape == (1, 16, 16) and found.classes == tuple("0123456789")
+
+
+def batches(found, epoch=0, first=0, workers=0):
+    loader = TrainLoader(
+        found.train, found, batch_size=40, augment=True, seed=3, device="cpu", workers=workers
+    )
+    return [tuple(batch) for batch in loader.epoch(epoch, first)]
+
+
+def test_what_the_transforms_draw_depends_on_seed_epoch_and_step_alone():
+    found = from_torch(*pair(jitter=True))
+    whole = batches(found)
+    torch.rand(5), random.random()
+    states = torch.get_rng_state(), random.getstate()
+    for again in (batches(found), batches(found, workers=2)):
+        for (x, y), (images, labels) in zip(whole, again, strict=True):
+            assert torch.equal(x, images) and torch.equal(y, labels)
+    for (x, _), (images, _) in zip(whole[2:], batches(found, first=2), strict=True):
+        assert torch.equal(x, images)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    drawn = torch.cat([(x - x.amin((1, 2, 3), True)).flatten() for x, _ in whole])
+    assert drawn.isfinite().all()
+    lowest = torch.cat([x.amin((1, 2, 3)) for x, _ in whole])
+    assert len(lowest.unique()) > 150  # each sample has a draw of its own
+    other = torch.cat([x.amin((1, 2, 3)) for x, _ in batches(found, epoch=1)])
+    assert not torch.equal(lowest, other)
+
+
+def test_labels_are_read_from_lists_where_these_are_the_items():
+    train, test = pair()
+    train.targets = train.digits
+    found = from_torch(Subset(train, range(0, 200, 2)), test)
+    assert train.read <= 150  # those that were measured, and the first of all
+    assert torch.equal(found.train.labels, DIGITS.train.labels[:200:2])
+    train.targets = [9 - label for label in train.digits]  # before a target_transform
+    found = from_torch(train, TensorDataset(torch.rand(8, 1, 16, 16), torch.arange(8)))
+    assert torch.equal(found.train.labels, DIGITS.train.labels[:200])
+    assert torch.equal(found.test.labels, torch.arange(8))
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (Streamed(), TypeError, "data_set: expected a DataSet, or two torch Datasets.*Streamed"),
+        ((Streamed(), pair()[1]), TypeError, "data_set: expected a map-style Dataset as train"),
+        ((pair()[0], Subset(pair()[1], [])), UsageError, "data_set: expected images in test"),
+        ((TensorDataset(torch.rand(4, 16, 16), torch.arange(4)), pair()[1]), UsageError,
+         r"data_set: expected images \(C, H, W\) of one size, got \(16, 16\)"),
+        ((TensorDataset(torch.zeros(4, 1, 2, 2).long(), torch.arange(4)), pair()[1]), UsageError,
+         "data_set: expected images of uint8 or a floating dtype, got torch.int64"),
+        ((TensorDataset(torch.rand(4, 1, 2, 2), torch.arange(4) - 1), pair()[1]), UsageError,
+         "data_set: expected labels of 2 classes or more, from 0 on, got labels from -1"),
+        (([(torch.rand(1, 8, 8), "cat")], pair()[1]), UsageError,
+         "data_set: expected int labels in train, got str"),
+    ],
+)  # fmt: skip
+def test_other_data_is_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        Trainer(config(train_images=None), data_set=given, observer=QUIET).fit()
+
+
+def test_an_image_size_is_for_the_transform():
+    with pytest.raises(UsageError, match="image_size: expected None with Datasets of your own"):
+        Trainer(config(image_size=8), data_set=pair(), observer=QUIET).fit()
+    assert issubclass(DataError, ValueError)
