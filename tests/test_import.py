@@ -33,7 +33,7 @@ LAYERS = [
     "kernels",
     "algebra",
     "reference validation",
-    "schedule taps modes tracing outputs residual dense padding",
+    "schedule taps modes tracing outputs residual dense padding build_facts",
 ]
 
 
