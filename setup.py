@@ -4,12 +4,12 @@ build facts. The torch it is built beside need not know CUDA.
 
 IMCL_FAST_BUILD says what to build: ``auto`` (the default) the CPU kernels and, where nvcc works,
 the CUDA kernels; ``cuda`` both or nothing; ``cpu`` the CPU kernels only; ``0`` nothing. CXX names
-the compiler, MAX_JOBS how many of it run at once; one that compiles for another machine cross-builds
-the CPU kernels. nvcc is taken from CUDA_HOME, PATH or /usr/local/cuda; TORCH_CUDA_ARCH_LIST says
-for which GPUs it compiles, as for any PyTorch extension ("8.0;9.0+PTX").
+the compiler, MAX_JOBS how many of it run at once; one that compiles for another machine
+cross-builds the CPU kernels. nvcc is taken from CUDA_HOME, PATH or /usr/local/cuda;
+TORCH_CUDA_ARCH_LIST says for which GPUs it compiles, as for any PyTorch extension ("8.0;9.0+PTX").
 
-IMCL_FAST_PORTABLE=1 is for wheels that go to others: without the pybind11 module, the only part that
-is of one Python version, and tagged for every Python 3; and with old versions of glibc's functions.
+IMCL_FAST_PORTABLE=1 is for wheels that go to others: without the pybind11 module, the only part
+that is of one Python version, tagged for every Python 3, and for systems with an old glibc too.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 #include <new>
 #include <sstream>
 
-// A shared_ptr saves its atomics where glibc, from 2.32 on, says that there is one thread only. This
-// says that there may be more.
+// A shared_ptr saves its atomics where glibc, from 2.32 on, says that there is one thread only.
+// This says that there may be more.
 extern "C" char __libc_single_threaded;
 char __libc_single_threaded = 0;
 

@@ -1,5 +1,5 @@
-"""Sphinx: ``make docs``. The site needs no network, neither to be built nor to be read: formulas are
-MathML, which browsers show by themselves, and there are no fonts, scripts or pictures of others."""
+"""Sphinx: ``make docs``. The site needs no network, neither to be built nor to be read: formulas
+are MathML, which browsers show by themselves, and no font, script or picture is another's."""
 
 from __future__ import annotations
 

@@ -21,16 +21,14 @@ def share(model: nn.Module, kernels: Sequence[str]) -> float:
 
 def acted_on(imcl: IMCL) -> dict[str, list[str]]:
     """The paths of what each way that is on acts on, by the way's name."""
-    of_ways = {
-        "output": [imcl.classifier],
+    of_ways: dict[str, list[str]] = {
+        "output": [imcl.classifier] if imcl.classifier else [],
         "multilayer": imcl.layers[:-1],
         "representation": imcl.layers,
         "kernel": imcl.kernels,
     }
     return {
-        way: [path for path in paths if path is not None]
-        for way, paths in of_ways.items()
-        if getattr(imcl, f"{way}_weight")
+        way: list(paths) for way, paths in of_ways.items() if getattr(imcl, f"{way}_weight")
     }
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernels on aarch64: cross-compiled, and run under qemu against the driver's plain loops."""
+"""The CPU kernels on aarch64, cross-compiled and run under qemu against the driver's loops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_seventh_case_is_right(objects: list[Path], tmp_path: Path) -> Non
 
 
 def test_products_multiply_by_element_and_halves_convert_in_vectors(objects: list[Path]) -> None:
-    """What the CPU has an instruction for is one: no broadcast of each factor, no half at a time."""
+    """What the CPU has an instruction for is one: no factor and no half by itself."""
     (kernels,) = [path for path in objects if path.stem == "pairwise_baseline"]
     code = run(["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", kernels])
     words = [line.split("\t", 1)[1] for line in code.splitlines() if "\t" in line]

@@ -1,5 +1,5 @@
-"""What the README and the site say: their Python runs as it stands there, their commands are commands,
-and the site builds strictly and needs no network."""
+"""What the README and the site say: their Python runs as it stands there, their commands are
+commands, and the site builds strictly and needs no network."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def curves(
     from matplotlib.ticker import MaxNLocator
 
     # In a chart they would cover the curves.
-    shared = list(panels[0][1]) if len(panels[0][1]) >= 4 else []
+    first = list(panels[0][1])
+    shared = first if len(first) >= 4 else []
     drawn = []
     for title, series in panels:
         with _style():
@@ -88,7 +89,7 @@ def curves(
             axis.set_title(title)
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            if 1 < len(series) and not shared:
+            if len(series) > 1 and not shared:
                 figure.legend(loc="outside lower center", ncols=len(series), columnspacing=1)
             drawn.append(_svg(figure, f"curves {title}"))
     return f'{legend(shared)}<div class="charts">{"".join(drawn)}</div>'
@@ -130,9 +131,10 @@ def layers(
 def shares(parts: Mapping[str, float]) -> str:
     """One bar that is the sum of ``parts``, as HTML."""
     whole = sum(parts.values())
+    widths = [f"{100 * value / whole:.2f}%" for value in parts.values()]
     bar = "".join(
-        f'<em style="background: {COLOURS[i % len(COLOURS)]}; width: {100 * value / whole:.2f}%"></em>'
-        for i, value in enumerate(parts.values())
+        f'<em style="background: {COLOURS[i % len(COLOURS)]}; width: {width}"></em>'
+        for i, width in enumerate(widths)
     )
     return f'<div class="shares" role="img">{bar}</div>{legend(list(parts))}'
 

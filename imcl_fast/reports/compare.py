@@ -106,8 +106,8 @@ def one_seed(groups: Sequence[Group]) -> str:
     if not names:
         return ""
     return (
-        f"One seed proves nothing: the difference of {', '.join(names)} is that of a single pair of "
-        "runs, and another seed may turn it round. Train each with several seeds (--seed)."
+        f"One seed proves nothing: the difference of {', '.join(names)} is that of a single pair "
+        "of runs, and another seed may turn it round. Train each with several seeds (--seed)."
     )
 
 

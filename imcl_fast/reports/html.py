@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs import files
 from ..objectives import WAYS
+from ..runs import files
 from ..runs.config import PROVENANCE, SETTINGS, argument_of
 from ..runs.folder import LABELS, Run, read_run
 from . import charts
@@ -139,7 +139,7 @@ def _step_time(run: Run) -> dict[str, Any] | None:
 
 
 def _ways(run: Run) -> list[list[str]]:
-    """Of each way that was on its number and name, weight and layers; none if the run didn't say."""
+    """Number and name, weight and layers of each way that was on; none if the run didn't say."""
     paths, weights = run.used.get("paths", {}), run.used.get("weights", {})
     return [
         [f"{WAYS.index(way) + 1} {LABELS[way]}", number(weights.get(way), "g"),
@@ -227,7 +227,8 @@ def _configuration(run: Run) -> dict[str, list[tuple[str, str]]]:
     for name, value in run.config.items():
         if name not in PROVENANCE:
             group = SETTINGS[name].group if name in SETTINGS else "other"
-            groups.setdefault(group, []).append((name.replace("_", " "), _setting(run, name, value)))
+            shown = name.replace("_", " "), _setting(run, name, value)
+            groups.setdefault(group, []).append(shown)
     for name in PROVENANCE:
         if value := run.config.get(name):
             entries = value if isinstance(value, Mapping) else {name: value}

@@ -145,7 +145,7 @@ def _begin(loop: Loop) -> None:
 
 def _used(loop: Loop) -> dict[str, Any]:
     """The settings as they turned out, and what each way acts on; see ``Run.used``."""
-    config, material, objective = loop.config, loop.material, loop.state.objective
+    material, objective = loop.material, loop.state.objective
     settings: dict[str, Any] = {
         "image_size": material.data_set.shape[-1],
         "train_images": len(material.train),
