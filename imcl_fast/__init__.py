@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .runs.config import TrainConfig
     from .training.trainer import Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "IMCL",
     "CollaborativeConsistencyLoss",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from imcl_fast import functional as F
 from imcl_fast import implementations
+from imcl_fast.imcl import IMCL
 
 # TensorFloat-32 has 10 bits after the first, and what goes beyond them may be cut off.
 TENSOR_FLOAT_32_UNIT = 2.0**-10 / 3**0.5
@@ -28,6 +29,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 # The reference is the oracle: it is tested by itself, against plain loops.
 ALWAYS_TESTED = ("torch", "cpp")
+
+# Most tests look at all ways in one call. What a call computes by default test_schedule asks.
+INTERVALS = ("representation_interval", "kernel_interval")
+DEFAULT_INTERVALS = {name: IMCL.__init__.__kwdefaults__[name] for name in INTERVALS}
+IMCL.__init__.__kwdefaults__.update(dict.fromkeys(INTERVALS, 1))
 
 # Derandomised, so that a run can be repeated; without a database and a deadline,
 # which are what makes runs on a busy machine differ. Explaining a failure takes minutes.

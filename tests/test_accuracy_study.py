@@ -24,6 +24,7 @@ from pathlib import Path
 import data_files
 import pytest
 import torch
+from conftest import INTERVALS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -248,7 +249,7 @@ def test_settings_are_screened_on_held_out_images(name) -> None:
 def test_a_confirmation_runs_the_same_on_seeds_that_the_study_did_not_have() -> None:
     seen, fresh = study_file.load("cpu-wide"), study_file.load("cpu-wide-confirmation")
     assert fresh.train == seen.train and fresh.conditions == seen.conditions
-    assert fresh.networks == seen.networks
+    assert fresh.networks == seen.networks and fresh.ways == seen.ways
     for name, method in fresh.methods.items():
         assert method.settings == seen.methods[name].settings
     assert {run.seed for run in seen.runs} == {1, 2, 3}
@@ -333,12 +334,42 @@ def test_a_new_argument_makes_results_stale_by_a_default_that_changes_something(
     default, stale, small, monkeypatch
 ) -> None:
     study = study_file.load(str(small))
-    before = {run.name: run.fingerprint for run in study.runs}
-    own = list(inspect.signature(IMCL).parameters.values())
     new = inspect.Parameter("kernel_interval", inspect.Parameter.KEYWORD_ONLY, default=default)
+    own = inspect.signature(IMCL).parameters.values()
     others = [parameter for parameter in own if parameter.name != new.name]
-    monkeypatch.setattr(IMCL, "__signature__", inspect.Signature([*others, new]), raising=False)
+    monkeypatch.setattr(IMCL, "__signature__", inspect.Signature(others), raising=False)
+    before = {run.name: run.fingerprint for run in study.runs}
+    monkeypatch.setattr(IMCL, "__signature__", inspect.Signature([*others, new]))
     assert {run.method for run in study.runs if run.fingerprint != before[run.name]} == stale
+
+
+def test_an_interval_of_1_is_the_same_whoever_chose_it(small, monkeypatch) -> None:
+    """And where another is left to the objective, rows depend on it."""
+
+    def fingerprints(default: int) -> dict[str, str]:
+        for name in INTERVALS:
+            monkeypatch.setitem(IMCL.__init__.__kwdefaults__, name, default)
+        return {run.name: run.fingerprint for run in study_file.load(str(small)).runs}
+
+    left, scheduled = fingerprints(1), fingerprints(8)
+    assert {name.split("-")[-2] for name in left if left[name] != scheduled[name]} == {
+        "imcl", "kernel"
+    }  # fmt: skip
+    ways = "".join(f"{name} = 1\n" for name in INTERVALS)
+    small.write_text(SMALL.replace("[conditions.", f"[ways]\n{ways}\n[conditions.", 1))
+    assert fingerprints(1) == fingerprints(8) == left
+
+
+def test_settings_of_ways_are_those_of_the_methods_that_have_some(small) -> None:
+    own = "kernel_interval = 5\n"
+    small.write_text(
+        SMALL.replace("[conditions.", "[ways]\nkernel_interval = 3\n\n[conditions.", 1)
+        .replace("[methods.kernel]\n", f"[methods.kernel]\n{own}")
+    )  # fmt: skip
+    study = study_file.load(str(small))
+    intervals = {run.method: run.config.kernel_interval for run in study.runs}
+    assert {m: i for m, i in intervals.items() if i} == {"imcl": 3, "kernel": 5}
+    assert "kernel_interval = 3" in tables.settings(Analysis(study, []))
 
 
 def test_results_are_stale_when_other_kernels_are_found(small, monkeypatch) -> None:

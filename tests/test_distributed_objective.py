@@ -13,6 +13,7 @@ from imcl_fast import IMCL, sharding
 from imcl_fast.ilr import MultiHead
 
 BATCH = 6  # divides by every number of processes
+EVERY_CALL = dict(representation_interval=1, kernel_interval=1)  # in processes without conftest
 SCHEDULE = dict(representation_interval=2, kernel_interval=4)
 CALLS = 4  # of its period
 
@@ -52,7 +53,7 @@ def objective(kind, **options):
         return MultiHead(network, heads=4, **options), x, y
     kernels = options.pop("kernels", None)
     layers = ["layer1", "layer3", "layer4"]
-    return IMCL(network, x, layers, dropout=0.0, kernels=kernels, **options), x, y
+    return IMCL(network, x, layers, dropout=0.0, kernels=kernels, **{**EVERY_CALL, **options}), x, y
 
 
 def gradients(module):

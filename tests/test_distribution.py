@@ -121,6 +121,13 @@ def test_a_wheel_for_others_serves_every_python_and_old_systems(tmp_path: Path) 
     assert said.splitlines()[1] == "0.0"
 
 
+def test_the_citation_is_of_this_version() -> None:
+    path = ROOT / "CITATION.cff"
+    if not path.exists():
+        pytest.skip("CITATION.cff is not beside the tests")
+    assert f"\nversion: {__version__}\n" in path.read_text()
+
+
 def test_the_tag_is_of_what_is_in_the_wheel(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+EPOCHS = "2"  # of 21 batches: one period of the schedule is 16, and a way's own batch is a jolt
 # Lightning and transformers bring in torchvision, which doesn't import where its build isn't
 # torch's own.
 RUN = """
@@ -34,7 +35,7 @@ def test_it_learns(name, needs, tmp_path):
         pytest.skip(f"{needs}, which the example shows, isn't installed")
     start = ["-c", RUN] if needs in ("lightning", "transformers") else []
     result = subprocess.run(
-        [sys.executable, *start, str(EXAMPLES / f"{name}.py"), "--epochs", "1"],
+        [sys.executable, *start, str(EXAMPLES / f"{name}.py"), "--epochs", EPOCHS],
         cwd=tmp_path,
         capture_output=True,
         text=True,

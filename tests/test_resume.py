@@ -1,6 +1,7 @@
 """Runs that are killed, told to stop, or left without room, and go on as if they hadn't been."""
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -28,8 +29,9 @@ KILLS = int(os.environ.get("IMCL_FAST_KILLS", "3"))
 EVERY_STEP = (
     "--checkpoint-every", "1", "--ema", "0.9", "--accumulate", "2", "--keep", "2",
     "--ways-warmup-epochs", "2", "--evaluate-every", "2",
-    # Of the two batches of a step the first, the second or none has such a way.
-    "--representation-interval", "3", "--kernel-interval", "6",
+    # Of the two batches of a step the first, the second or none has such a way; the first step
+    # has no way 4, so that its row has an empty cell.
+    "--representation-interval", "5", "--kernel-interval", "10",
 )  # fmt: skip
 
 
@@ -164,6 +166,28 @@ def test_other_settings_are_refused(uninterrupted, tmp_path, changed, named):
     assert re.search(rf"was run with other settings: {named}", command.err)
     assert command.err.count("\n") == 1
     assert checkpoints(uninterrupted[0]) == before
+
+
+def test_a_run_of_an_older_version_keeps_its_intervals(tmp_path):
+    """They were 1 where 0.1 left them out, and are others by default today."""
+    run, every = tmp_path / "run", ["--representation-interval", "1", "--kernel-interval", "1"]
+    whole = Command([*SMALL, *every, "--epochs", "1", "--run-dir", str(run)], tmp_path / "a")
+    assert whole.wait() == 0, whole.err
+    config = json.loads((run / "config.json").read_text())
+    assert config["versions"]["imcl_fast"] != "0.1.0"
+    config["versions"]["imcl_fast"] = "0.1.0"
+    config |= {"representation_interval": None, "kernel_interval": None}
+    (run / "config.json").write_text(json.dumps(config))
+    again = [*SMALL, "--epochs", "1", "--run-dir", str(run), "--resume", "auto"]
+    command = Command(again, tmp_path / "b")
+    assert command.wait() == 2
+    assert (
+        "representation_interval (was 1, is left out), kernel_interval (was 1, is left out)"
+        in command.err
+    )
+    command = Command([*again, *every], tmp_path / "c")
+    assert command.wait() == 0, command.err
+    assert "resumed after step 8 of 8" in command.out
 
 
 def test_a_folder_with_a_run_in_it_is_refused(uninterrupted, tmp_path):

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import DEFAULT_INTERVALS
 from test_imcl import WAYS_ON, FlatCNN, build, only, step
 from torch._dynamo.testing import CompileCounter
 
@@ -229,6 +230,20 @@ def test_a_compiled_function_around_it_keeps_the_schedule_too():
     for _ in range(4):
         torch.testing.assert_close(loss_of(X, Y), eager(X, Y).loss)
     assert counter.frame_count == 3
+
+
+# By default
+
+
+def test_the_schedule_by_default(monkeypatch):
+    """That which the study's rule chose: way 3 in every 8th call, way 4 in every 16th."""
+    assert DEFAULT_INTERVALS == {"representation_interval": 8, "kernel_interval": 16}
+    for name, interval in DEFAULT_INTERVALS.items():
+        monkeypatch.setitem(IMCL.__init__.__kwdefaults__, name, interval)
+    imcl = build(FlatCNN().double(), X, dropout=0.0)
+    assert (imcl.representation_interval, imcl.kernel_interval) == (8, 16)
+    period = ["r", *[""] * 3, "k", *[""] * 3, "r", *[""] * 7]
+    assert computed(imcl, 20) == period + period[:4]
 
 
 # What can be wrong

@@ -37,7 +37,7 @@ def run(tmp_path_factory):
     command = (
         "--dataset digits --model resnet18 --width 4 --epochs 2 --batch-size 128 --lr 0.1 "
         f"--ways all --label-noise 0.5 --seed 0 --data-root {folder} --run-dir {folder}/run "
-        "--resume auto --threads 1 --log-every 4"
+        "--resume auto --threads 1 --log-every 4 --representation-interval 1 --kernel-interval 1"
     )
     result = subprocess.run(
         [sys.executable, "-m", "imcl_fast.train", *command.split()],

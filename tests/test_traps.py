@@ -160,6 +160,7 @@ def objective(**options):
     x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
     torch.manual_seed(1)
     layers = ["layer1", "layer3", "layer4"]
+    options = {"representation_interval": 1, **options}  # also in processes without conftest
     return IMCL(network, x, layers, dropout=0.0, **options), x, torch.arange(4)
 
 

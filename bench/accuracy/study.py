@@ -74,13 +74,17 @@ class PlannedRun:
         """What results depend on: the settings that aren't at their defaults, for one that is new
         to ``TrainConfig`` doesn't make old results stale; the weight of each way that is on,
         whoever chose it; the objective's own defaults, which stand for the settings that are left
-        to it, but for ``NEUTRAL`` ones; and the kernels that it finds, if that is left to it too.
+        to it; and the kernels that it finds, if that is left to it too. An argument of ``NEUTRAL``
+        is told once, and where it is at that value, whoever chose it, not at all.
 
         A change here, or of what is found, makes rows stale. They are run again, or moved by a
         migration that is committed with a test (bench/accuracy/migrations)."""
         default = TrainConfig()
         settings = self.config.as_json()
-        told = {name: settings[name] for name in default.differences(self.config)}
+        told = {
+            name: settings[name] for name in default.differences(self.config)
+            if not _neutral(name, settings[name])
+        }  # fmt: skip
         told["objective"] = left = _objective_defaults(self.config)
         if self.config.method == "imcl":
             defaults = {way: left.pop(f"{way}_weight", None) for way in WAYS}
@@ -108,6 +112,7 @@ class Study:
         jobs: runs at a time, None to decide by the machine.
         threads: CPU threads of each run, None to share the cores out.
         train: settings of all runs, unless a condition, a network or a method has others.
+        ways: settings of all runs that have some of the four ways, unless a method has others.
         conditions, networks, methods: by name, in the order of the file.
         runs: seed by seed, so that a study that isn't finished is balanced.
     """
@@ -120,6 +125,7 @@ class Study:
     jobs: int | None
     threads: int | None
     train: Mapping[str, Any]
+    ways: Mapping[str, Any]
     conditions: Mapping[str, Part]
     networks: Mapping[str, Part]
     methods: Mapping[str, Method]
@@ -146,8 +152,13 @@ def _objective_defaults(config: TrainConfig) -> dict[str, Any]:
     parameters = inspect.signature(objective).parameters.values()
     return {
         p.name: p.default for p in parameters
-        if p.default is not p.empty and NEUTRAL.get(p.name, p.empty) != p.default
+        if p.default is not p.empty and not _neutral(p.name, p.default)
+        and not (p.name in NEUTRAL and getattr(config, p.name, None) is not None)
     }  # fmt: skip
+
+
+def _neutral(name: str, value: Any) -> bool:
+    return name in NEUTRAL and NEUTRAL[name] == value
 
 
 def _found_kernels(config: TrainConfig) -> list[list[str]]:

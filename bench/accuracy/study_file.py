@@ -1,11 +1,12 @@
 """Reads a study from a TOML file.
 
 The file has the settings of all runs in ``[train]``, and in ``[conditions.NAME]``,
-``[networks.NAME]`` and ``[methods.NAME]`` those that come on top, in this order, beside a
-``title`` each. The settings are the fields of ``TrainConfig``. A method also has ``seeds``, N for
-seeds 1 to N; it may be restricted by ``conditions`` and ``networks``, lists of names, and say in
-``versus`` which other method it is a variant of. A study that confirms what another was looked at
-for starts at ``first_seed`` instead of 1, on seeds that nobody has seen.
+``[networks.NAME]`` and ``[methods.NAME]`` those that come on top, in this order, beside a ``title``
+each. ``[ways]`` has settings of the methods that have some of the four ways, before their own. The
+settings are the fields of ``TrainConfig``. A method also has ``seeds``, N for seeds 1 to N; it may
+be restricted by ``conditions`` and ``networks``, lists of names, and say in ``versus`` which other
+method it is a variant of. A study that confirms what another was looked at for starts at
+``first_seed`` instead of 1, on seeds that nobody has seen.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ GIVEN = (
     "measure_ways",
 )  # fmt: skip
 TABLES = ("train", "conditions", "networks", "methods")
+WAYS = "ways"  # a table that may be missing
 TOP = {"title": str, "description": str, "baseline": str, "compare": list, "first_seed": int,
        "jobs": int, "threads": int}  # fmt: skip
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -62,9 +64,9 @@ def load(name: str) -> Study:
 
 def _study(path: Path, content: Mapping[str, Any]) -> Study:
     file = path.name
-    if unknown := sorted(set(content) - set(TOP) - set(TABLES)):
+    if unknown := sorted(set(content) - set(TOP) - {*TABLES, WAYS}):
         raise StudyError(
-            f"{file}: unknown key {unknown[0]!r}, expected {', '.join([*TOP, *TABLES])}"
+            f"{file}: unknown key {unknown[0]!r}, expected {', '.join([*TOP, *TABLES, WAYS])}"
         )
     for key, kind in TOP.items():
         if key in content:
@@ -74,6 +76,7 @@ def _study(path: Path, content: Mapping[str, Any]) -> Study:
             raise StudyError(f"{file}: {key} is missing")
     train = _settings(file, "train", content["train"])
     _config(file, [("train", train)], seed=0)  # alone too it must describe a run
+    ways = _settings(file, WAYS, content.get(WAYS, {}))
     conditions = {name: _part(file, f"conditions.{name}", table)
                   for name, table in _named(file, "conditions", content).items()}  # fmt: skip
     networks = {name: _part(file, f"networks.{name}", table)
@@ -102,7 +105,7 @@ def _study(path: Path, content: Mapping[str, Any]) -> Study:
     first_seed = content.get("first_seed", 1)
     if first_seed < 1:
         raise StudyError(f"{file}: first_seed: expected at least 1, got {first_seed}")
-    runs = tuple(_runs(file, train, conditions, networks, methods, first_seed))
+    runs = tuple(_runs(file, train, ways, conditions, networks, methods, first_seed))
     if len({run.name for run in runs}) < len(runs):
         raise StudyError(f"{file}: expected a name of its own for each run, CONDITION-NETWORK-"
                          "METHOD-sSEED has some twice")  # fmt: skip
@@ -118,6 +121,7 @@ def _study(path: Path, content: Mapping[str, Any]) -> Study:
         jobs=content.get("jobs"),
         threads=content.get("threads"),
         train=train,
+        ways=ways,
         conditions=conditions,
         networks=networks,
         methods=methods,
@@ -128,6 +132,7 @@ def _study(path: Path, content: Mapping[str, Any]) -> Study:
 def _runs(
     file: str,
     train: Mapping[str, Any],
+    ways: Mapping[str, Any],
     conditions: Mapping[str, Part],
     networks: Mapping[str, Part],
     methods: Mapping[str, Method],
@@ -152,6 +157,8 @@ def _runs(
                         (f"methods.{method.name}", method.settings),
                     ]
                     config = _config(file, layers, seed)
+                    if ways and config.has_ways:
+                        config = _config(file, [*layers[:-1], (WAYS, ways), layers[-1]], seed)
                     runs.append(PlannedRun(condition.name, network.name, method.name, config))
     return runs
 

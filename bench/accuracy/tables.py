@@ -48,6 +48,8 @@ def settings(found: Analysis) -> str:
                             ("method", study.methods))
         for part in parts.values()
     ]  # fmt: skip
+    if study.ways:
+        rows.append(["method", "all that have ways, unless it says otherwise", _added(study.ways)])
     # Words, so all columns to the left.
     text = ["| | | settings |", "| --- | --- | --- |", *(f"| {' | '.join(r)} |" for r in rows)]
     return "\n".join([*lines, *text]) + "\n"

@@ -391,9 +391,24 @@ class TrainConfig:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from error
-        if isinstance(content, dict):
-            content = {name: value for name, value in content.items() if name not in PROVENANCE}
-        return cls.from_json(content)
+        if not isinstance(content, dict):
+            return cls.from_json(content)
+        versions = content.get("versions")
+        written_by = versions.get("imcl_fast") if isinstance(versions, dict) else None
+        config = cls.from_json(
+            {name: value for name, value in content.items() if name not in PROVENANCE}
+        )
+        return config._as_of_0_1() if str(written_by).startswith("0.1.") else config
+
+    def _as_of_0_1(self) -> TrainConfig:
+        """What was left to the objective, where its default was another in versions 0.1."""
+        if not self.has_ways:
+            return self
+        return dataclasses.replace(
+            self,
+            representation_interval=self.representation_interval or 1,
+            kernel_interval=self.kernel_interval or 1,
+        )
 
     def differences(self, other: TrainConfig) -> list[str]:
         """Names of the settings that differ among those a resumed run must keep."""

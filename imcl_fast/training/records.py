@@ -92,7 +92,7 @@ class Records:
             )
         if names := existing.differences(config):
             changed = ", ".join(
-                f"{name} (was {getattr(existing, name)}, is {getattr(config, name)})"
+                f"{name} (was {_said(getattr(existing, name))}, is {_said(getattr(config, name))})"
                 for name in names
             )
             raise UsageError(f"resume: {folder} was run with other settings: {changed}")
@@ -247,13 +247,17 @@ class Records:
             self._board = None
 
 
+def _said(setting: Any) -> str:
+    return "left out" if setting is None else str(setting)
+
+
 def _step_of(line: bytes, header: bytes) -> int | None:
     """The step that a row of ``steps.csv`` is of; None if it isn't a whole row."""
     cells = line.split(b",")
     if not header.startswith(b"step,") or len(cells) != len(header.split(b",")):
         return None
     try:
-        for cell in cells:
+        for cell in filter(None, cells):  # empty where a way's turn was still to come
             float(cell)
         return int(cells[0])
     except ValueError:

@@ -651,16 +651,19 @@ class Launch {
     if (grid_.shared_bytes > allowance(reinterpret_cast<const void*>(kernel_)))
       throw std::runtime_error("more dynamic shared memory than allowed: " +
                                std::to_string(grid_.shared_bytes) + " bytes");
+    // Never a local: with -ftrivial-auto-var-init GCC 12 clears the padding of a large one at wrong
+    // offsets, over numbers that are set.
     using Call = std::tuple<void (*)(P...), std::decay_t<P>...>;
-    Graph::enqueue(stream_, [of = grid_, call = Call(kernel_, arguments...)] {
-      Grid grid = of;
-      grid.context = &call;
-      grid.body = [](const void* context) {
-        std::apply([](auto kernel, const auto&... values) { kernel(values...); },
-                   *static_cast<const Call*>(context));
-      };
-      run_grid(grid);
-    });
+    Graph::enqueue(stream_,
+                   [of = grid_, call = std::make_shared<const Call>(kernel_, arguments...)] {
+                     Grid grid = of;
+                     grid.context = call.get();
+                     grid.body = [](const void* context) {
+                       std::apply([](auto kernel, const auto&... values) { kernel(values...); },
+                                  *static_cast<const Call*>(context));
+                     };
+                     run_grid(grid);
+                   });
   }
 
  private:
