@@ -15,6 +15,7 @@ from types import ModuleType
 from zipfile import ZipFile
 
 import pytest
+from test_sanitizers import driver_jobs, kernel_jobs
 
 from imcl_fast import __version__, operators
 from imcl_fast.build_facts import BuildFacts
@@ -119,6 +120,17 @@ def test_a_wheel_for_others_serves_every_python_and_old_systems(tmp_path: Path) 
     # Without a module of this Python the facts are the library's.
     said = run(sys.executable, "-c", PROGRAM, PWD=str(tmp_path), PYTHONPATH=str(tmp_path / "lib"))
     assert said.splitlines()[1] == "0.0"
+
+
+@pytest.mark.slow
+def test_clang_takes_the_sources() -> None:
+    clang = shutil.which("clang++")
+    if not clang:
+        pytest.skip("clang++ is not installed")
+    needs_checkout()
+    for name, words in {**driver_jobs([]), **kernel_jobs()}.items():
+        said = run(clang, "-fsyntax-only", *words)
+        assert "error" not in said, f"{name}: {said}"
 
 
 def test_the_citation_is_of_this_version() -> None:
