@@ -237,8 +237,8 @@ USED = {
 @drawn
 def test_the_report_marks_the_layers_that_each_way_acted_on(tmp_path):
     page, text = report(write_run(tmp_path / "run", used=USED))
-    assert "What each way acted on way weight layers 2 multi-layer consistency 3 1 " \
-        "3 representation similarity 10 1, 3 4 kernel similarity 100 0, 2.weight" in page.text
+    assert "What each way acted on 2 multi-layer consistency , weight 3: 1 3 representation " \
+        "similarity , weight 10: 1, 3 4 kernel similarity , weight 100: 0, 2.weight" in page.text
     marks = {}
     for card in re.findall(r'<figure class="card">.*?</figure>', text, re.DOTALL):
         name = re.search(r'class="name">([^<]*)', card)[1]
