@@ -235,6 +235,7 @@ def test_runs_of_a_seed_differ_by_their_method_alone(name) -> None:
 SCREENINGS = {
     "cpu-screening": {"validation_images": 5000, "evaluate_every": 5},
     "cpu-wide-screening": {"validation_images": 5000, "width": 64},
+    "kernel-shifts-screening": {"validation_images": 5000, "amp": "off"},
 }
 
 

@@ -24,6 +24,7 @@ from .results import Store, of_run
 from .study import PlannedRun, Study
 
 TRAIN = (sys.executable, "-m", "imcl_fast.train")
+FORMED = (sys.executable, "-m", "bench.accuracy.kernel_forms")
 STDERR, SECONDS = "stderr.txt", "seconds.txt"
 LAST_LINES = 5
 POLL_SECONDS = 0.1
@@ -166,7 +167,7 @@ class _Execution:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / STDERR, "wb") as stderr:
             process = subprocess.Popen(
-                [*self._options.train, *flags_of(planned, self._options)],
+                [*self._command(planned), *flags_of(planned, self._options)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # the run folder has a log
                 stderr=stderr,
@@ -176,6 +177,9 @@ class _Execution:
                 pass_fds=[self._lock],
             )
         return Child(planned, folder, process, time.monotonic())
+
+    def _command(self, planned: PlannedRun) -> Sequence[str]:
+        return (*FORMED, planned.form) if planned.form else self._options.train
 
     def _ended(self, child: Child, told: bool) -> None:
         with open(child.folder / SECONDS, "a", encoding="utf-8") as file:

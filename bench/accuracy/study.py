@@ -43,12 +43,14 @@ class Method(Part):
         seeds: how many, from the study's first on.
         conditions, networks: names.
         versus: the method that this one is a variant of; by default the baseline.
+        form: of way 4, that of another definition (``kernel_forms``); "" for that of ``IMCL``.
     """
 
     seeds: int
     conditions: tuple[str, ...]
     networks: tuple[str, ...]
     versus: str
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class PlannedRun:
     network: str
     method: str
     config: TrainConfig
+    form: str = ""  # of way 4
 
     @property
     def seed(self) -> int:
@@ -92,6 +95,8 @@ class PlannedRun:
                                for way in self.config.ways}  # fmt: skip
             if told["weights"].get("kernel") and self.config.kernels is None:
                 told["kernels"] = _found_kernels(self.config)
+        if self.form:
+            told["form"] = self.form
         return told
 
     @property

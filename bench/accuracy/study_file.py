@@ -5,8 +5,9 @@ The file has the settings of all runs in ``[train]``, and in ``[conditions.NAME]
 each. ``[ways]`` has settings of the methods that have some of the four ways, before their own. The
 settings are the fields of ``TrainConfig``. A method also has ``seeds``, N for seeds 1 to N; it may
 be restricted by ``conditions`` and ``networks``, lists of names, and say in ``versus`` which other
-method it is a variant of. A study that confirms what another was looked at for starts at
-``first_seed`` instead of 1, on seeds that nobody has seen.
+method it is a variant of; its ``form`` is another definition of way 4 (``kernel_forms``). A study
+that confirms what another was looked at for starts at ``first_seed`` instead of 1, on seeds that
+nobody has seen.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from imcl_fast.runs.config import SETTINGS, TrainConfig
 
+from . import kernel_forms
 from .study import Method, Part, PlannedRun, Study
 
 FOLDER = Path(__file__).parent / "studies"
@@ -89,7 +91,12 @@ def _study(path: Path, content: Mapping[str, Any]) -> Study:
         seeds = _check(file, f"[{key}] seeds", table.get("seeds"), int)
         if seeds < 1:
             raise StudyError(f"{file}: [{key}] seeds: expected at least 1, got {seeds}")
-        part = _part(file, key, table, ("seeds", "conditions", "networks", "versus"))
+        part = _part(file, key, table, ("seeds", "conditions", "networks", "versus", "form"))
+        form = _check(file, f"[{key}] form", table.get("form", ""), str)
+        try:
+            form and kernel_forms.parse(form)
+        except ValueError as error:
+            raise StudyError(f"{file}: [{key}] {error}") from error
         methods[name] = Method(
             part.name,
             part.title,
@@ -98,6 +105,7 @@ def _study(path: Path, content: Mapping[str, Any]) -> Study:
             _names(file, f"[{key}] conditions", table.get("conditions"), conditions),
             _names(file, f"[{key}] networks", table.get("networks"), networks),
             *_names(file, f"[{key}] versus", [table.get("versus", content["baseline"])], tables),
+            form,
         )
     compare = [_names(file, "compare", pair, methods) for pair in content.get("compare", [])]
     if any(len(pair) != 2 for pair in compare):
@@ -159,7 +167,9 @@ def _runs(
                     config = _config(file, layers, seed)
                     if ways and config.has_ways:
                         config = _config(file, [*layers[:-1], (WAYS, ways), layers[-1]], seed)
-                    runs.append(PlannedRun(condition.name, network.name, method.name, config))
+                    runs.append(
+                        PlannedRun(condition.name, network.name, method.name, config, method.form)
+                    )
     return runs
 
 

@@ -13,6 +13,7 @@ from imcl_fast.runs.config import TrainConfig
 
 from ..render import mebibytes, milliseconds, table
 from .analysis import Analysis
+from .study import Method, Part
 
 NOT_RUN = "Not run yet.\n"
 
@@ -43,7 +44,7 @@ def settings(found: Analysis) -> str:
     shared = flags.command(TrainConfig(**study.train))
     lines = ["```sh", shlex.join(["imcl-train", *shared]), "```\n"]
     rows = [
-        [kind, part.title, _added(part.settings)]
+        [kind, part.title, _added({**part.settings, **_form(part)})]
         for kind, parts in (("condition", study.conditions), ("network", study.networks),
                             ("method", study.methods))
         for part in parts.values()
@@ -213,6 +214,10 @@ def _counted(values: list[str]) -> str:
 
 def _added(settings: Mapping[str, object]) -> str:
     return ", ".join(f"{name} = {_plain(value)}" for name, value in settings.items()) or "as above"
+
+
+def _form(part: Part) -> dict[str, str]:
+    return {"form": part.form} if isinstance(part, Method) and part.form else {}
 
 
 def _plain(value: object) -> str:
