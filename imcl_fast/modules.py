@@ -10,10 +10,10 @@ from . import dependence, functional, validation
 
 
 class RepresentationSimilarityLoss(nn.Module):
-    """``functional.representation_similarity`` with its arguments kept.
+    r"""``functional.representation_similarity`` with its arguments kept.
 
     Args and errors are those of the function; ``forward(features, *, mask=None)`` takes a Tensor
-    (B, C, *spatial) or a sequence of them and returns a scalar.
+    (B, C, \*spatial) or a sequence of them and returns a scalar.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class RepresentationSimilarityLoss(nn.Module):
 
 
 class KernelSimilarityLoss(nn.Module):
-    """``functional.kernel_similarity`` with its arguments kept.
+    r"""``functional.kernel_similarity`` with its arguments kept.
 
     Args and errors are those of the function; ``forward(weights)`` takes a Tensor
-    (Cout, Cin, *k) or (out, in), or a sequence of them, and returns a scalar.
+    (Cout, Cin, \*k) or (out, in), or a sequence of them, and returns a scalar.
     """
 
     def __init__(
@@ -205,10 +205,10 @@ class JensenShannonLoss(nn.Module):
 
 
 class ViewDependence(nn.Module):
-    """``functional.view_dependence`` with its arguments kept.
+    r"""``functional.view_dependence`` with its arguments kept.
 
     Args and errors are those of the function; ``forward(views)`` takes V views, each a Tensor
-    (B, *) or a sequence of one per layer, and returns a scalar, to be maximised.
+    (B, \*) or a sequence of one per layer, and returns a scalar, to be maximised.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ LAYERS = [
     "kernels",
     "algebra",
     "reference validation",
-    "schedule taps modes tracing outputs residual dense dense_outputs padding",
+    "schedule taps modes tracing outputs residual dense dense_outputs padding build_facts",
 ]
 
 

@@ -73,7 +73,7 @@ def test_the_folder_holds_everything(run):
     assert names == {
         "config.json", "metrics.csv", "steps.csv", "summary.json", "noise.pt", "network.pt",
         "redundancy_before.json", "redundancy_after.json", "checkpoints", "log.txt", "report.html",
-        "tb",
+        "tb", "used.json",
     }  # fmt: skip
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert checkpoints == ["best.pt", "step-00000010.pt", "step-00000020.pt"]
