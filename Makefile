@@ -5,10 +5,10 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1
 
-CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu \
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.map csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu \
     csrc/cuda/*.cpp csrc/cuda/*.h)
 SOURCES := setup.py pyproject.toml $(CSRC)
-CXX_FILES := $(CSRC) $(wildcard tests/driver/*.cpp tests/driver/*.h bench/driver/*.cpp)
+CXX_FILES := $(filter-out %.map,$(CSRC)) $(wildcard tests/driver/*.cpp tests/driver/*.h bench/driver/*.cpp)
 
 ifeq ($(shell $(PYTHON) -c 'import torch; print("yes")' 2>/dev/null),yes)
 RUN := $(PYTHON)
@@ -31,7 +31,7 @@ AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
 LONGEST := tests/test_offline_compile.py tests/test_sanitizers.py tests/test_cuda_sanitizers.py
 
 .PHONY: demo test test-slow test-all lint lint-if-installed bench bench-quick bench-check accuracy \
-    mutants gpu format clean
+    mutants gpu docs wheels format clean
 
 demo: $(READY)
 	$(RUN) -m imcl_fast.demo
@@ -94,6 +94,26 @@ mutants: $(READY)
 gpu: $(filter .venv/ready,$(READY))
 	-$(if $(filter build/ready,$(READY)),$(RUN) setup.py --quiet build_ext --inplace)
 	$(RUN) -m bench.gpu
+
+# The site, into build/site: no network is needed to build it, nor to read it.
+docs: $(READY)
+	$(RUN) -m sphinx -W -q -b html docs build/site
+	@echo "build/site/index.html"
+
+# What others install, into dist/: the source distribution, and wheels for every Python 3 and glibc 2.24,
+# one for aarch64 too where Debian's g++-aarch64-linux-gnu is.
+WHEEL := $(RUN) -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheels .
+CROSS := aarch64-linux-gnu-g++
+wheels: $(READY)
+	rm -rf build/wheels && mkdir -p build/wheels dist
+	IMCL_FAST_PORTABLE=1 $(WHEEL)
+	if command -v $(CROSS); then CXX=$(CROSS) IMCL_FAST_BUILD=cpu IMCL_FAST_PORTABLE=1 $(WHEEL); fi
+	for wheel in build/wheels/*.whl; do \
+	    PATH="$$PATH:$(dir $(shell command -v $(RUN)))" $(RUN) -m auditwheel repair -w dist \
+	        --exclude 'libtorch*.so' --exclude 'libc10*.so' $$wheel || exit 1; \
+	done
+	$(RUN) setup.py --quiet sdist --dist-dir dist
+	ls -l dist
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

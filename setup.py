@@ -4,9 +4,12 @@ build facts. The torch it is built beside need not know CUDA.
 
 IMCL_FAST_BUILD says what to build: ``auto`` (the default) the CPU kernels and, where nvcc works,
 the CUDA kernels; ``cuda`` both or nothing; ``cpu`` the CPU kernels only; ``0`` nothing. CXX names
-the compiler, MAX_JOBS how many of it run at once. nvcc is taken from CUDA_HOME, PATH or
-/usr/local/cuda; TORCH_CUDA_ARCH_LIST says for which GPUs it compiles, as for any PyTorch
-extension ("8.0;9.0+PTX").
+the compiler, MAX_JOBS how many of it run at once; one that compiles for another machine
+cross-builds the CPU kernels. nvcc is taken from CUDA_HOME, PATH or /usr/local/cuda;
+TORCH_CUDA_ARCH_LIST says for which GPUs it compiles, as for any PyTorch extension ("8.0;9.0+PTX").
+
+IMCL_FAST_PORTABLE=1 is for wheels that go to others: without the pybind11 module, the only part
+that is of one Python version, tagged for every Python 3, and for systems with an old glibc too.
 """
 
 from __future__ import annotations
@@ -25,10 +28,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build/objects"
+KERNELS = "imcl_fast/kernels"  # a symbolic link
 CUDA_SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 OPERATORS, BUILD_INFO = "imcl_fast._operators", "imcl_fast._build_info"
 
@@ -101,6 +107,20 @@ def compiler() -> str:
     if not found:
         fail(f"no C++ compiler found ({wanted or 'g++ or clang++'}). Install one, or set CXX.")
     return str(found)
+
+
+def machine_of(cxx: str) -> str:
+    """The kind of machine that a compiler compiles for, as ``platform.machine`` names it."""
+    done = subprocess.run([cxx, "-dumpmachine"], capture_output=True, text=True)
+    name = done.stdout.partition("-")[0].strip().lower()
+    native = platform.machine().lower()
+    # Apple's says arm64 or aarch64, and Windows' AMD64.
+    same = {"x86_64": "amd64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "aarch64"}
+    return native if name in ("", native, same.get(native)) else name
+
+
+def is_cross(cxx: str) -> bool:
+    return machine_of(cxx) != platform.machine().lower()
 
 
 def ninja_program() -> str:
@@ -233,6 +253,8 @@ def chosen_nvcc(cxx: str) -> Nvcc | None:
     if mode == "cpu":
         return None
     try:
+        if is_cross(cxx):
+            raise NoCuda(f"{cxx} compiles for {machine_of(cxx)}, another machine.")
         return nvcc(cxx)
     except NoCuda as reason:
         if mode == "cuda":
@@ -241,26 +263,28 @@ def chosen_nvcc(cxx: str) -> Nvcc | None:
         return None
 
 
-def ninja_file(operators: Path, build_info: Path) -> str:
-    """The build as a ninja file, its paths relative to the build folder or absolute."""
-    import pybind11
-
+def ninja_file(operators: Path, build_info: Path | None = None) -> str:
+    """The build as a ninja file, its paths relative to the build folder or absolute; without
+    ``build_info`` no pybind11 module."""
     torch = torch_folder()
     cxx = compiler()
     gpu = chosen_nvcc(cxx)
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = machine_of(cxx) in ("x86_64", "amd64")
     levels = list(ISA_FLAGS) if x86 else ["baseline"]
     csrc, cpu, cuda = ROOT / "csrc", ROOT / "csrc/cpu", ROOT / "csrc/cuda"
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
         f"cxx = {cxx}",
-        f"cxxflags = {CXXFLAGS} -I{cpu}",
+        f"cxxflags = {CXXFLAGS} -I{cpu}" + (f" -include {csrc}/portable.h" * portable()),
         "rule compile",
         "  command = $cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = $cxx {shared} -o $out $in $libs",
+        # A library by name alone: what it defines is found when it is there.
+        "rule name",
+        "  command = $cxx -shared -nostdlib -Wl,-soname,$out -o $out -x c++ /dev/null",
     ]
 
     def compile_(source: Path, name: str, flags: str = "") -> str:
@@ -301,7 +325,11 @@ def ninja_file(operators: Path, build_info: Path) -> str:
         ),
     ]
     libraries = f"-L{torch / 'lib'} -ltorch_cpu -lc10"
-    facts = ""
+    definitions, names = "", ""
+    if is_cross(cxx):  # the libraries of this torch are another machine's
+        names = "libtorch_cpu.so libc10.so"
+        lines += [f"build {name}: name" for name in names.split()]
+        libraries = f"-Wl,--no-as-needed {names}"
     if gpu:
         on_tensors.append(
             compile_(cuda / "operators.cpp", "operators_cuda", f"{stable} {gpu.include}")
@@ -317,17 +345,20 @@ def ninja_file(operators: Path, build_info: Path) -> str:
             "IMCL_CUDA_PTX": ";".join(gpu.gpus.ptx),
             "IMCL_NVCC": gpu.version,
         }
-        facts = " ".join(f"'-D{name}=\"{value}\"'" for name, value in named.items())
-    info = compile_(
-        csrc / "build_info.cpp",
-        "build_info",
-        f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} {facts}",
-    )
-    for out, objects, libs in (
-        (operators, [*on_tensors, *kernels, isa], libraries),
-        (build_info, [info, isa], ""),
-    ):
-        lines.extend([f"build {out}: link {' '.join(objects)}", f"  libs = {libs}"])
+        definitions = " ".join(f"'-D{name}=\"{value}\"'" for name, value in named.items())
+    facts = [compile_(csrc / "facts.cpp", "facts", definitions), isa]
+    if portable():
+        facts.append(compile_(csrc / "portable.cpp", "portable"))
+        libraries += f" -Wl,--version-script={csrc}/portable.map"
+    linked = [(operators, [*on_tensors, *kernels, *facts], libraries)]
+    if build_info:
+        import pybind11
+
+        python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        info = compile_(csrc / "build_info.cpp", "build_info", python)
+        linked.append((build_info, [info, *facts], ""))
+    for out, objects, libs in linked:
+        lines.extend([f"build {out}: link {' '.join(objects)} | {names}", f"  libs = {libs}"])
     return "\n".join(lines) + "\n"
 
 
@@ -339,15 +370,43 @@ class BuildExtension(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
-        outputs = [Path(self.get_ext_fullpath(name)).resolve() for name in (OPERATORS, BUILD_INFO)]
+        outputs = [Path(self.get_ext_fullpath(each.name)).resolve() for each in self.extensions]
         for output in outputs:
             output.parent.mkdir(parents=True, exist_ok=True)
-        folder = OBJECTS  # and not build_temp, which is a new one each time where pip calls
+        # Not build_temp, which is a new one each time where pip calls.
+        kind = "-portable" * portable() + f"-{machine_of(compiler())}" * is_cross(compiler())
+        folder = OBJECTS.with_name(OBJECTS.name + kind)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(*outputs))
         command = [ninja_program(), "-C", str(folder), f"-j{jobs()}"]
         if subprocess.run(command).returncode:
             fail(f"the build failed; its messages stand above. It ran in {folder}.")
+
+
+class BuildWheel(bdist_wheel):
+    def run(self) -> None:
+        # setuptools packs what it finds there, modules of an earlier build's Python too.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, system = super().get_tag()
+        if self.root_is_pure:
+            return python, abi, system
+        if portable():
+            python, abi = "py3", "none"
+        if is_cross(compiler()):
+            system = f"{sys.platform}_{machine_of(compiler())}"
+        return python, abi, system
+
+
+class SourceArchive(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        # setuptools follows the link; two copies of the kernels would go their own ways.
+        link = Path(base_dir) / KERNELS
+        shutil.rmtree(link, ignore_errors=True)
+        link.symlink_to(os.readlink(ROOT / KERNELS))
 
 
 def build_mode() -> str:
@@ -357,11 +416,19 @@ def build_mode() -> str:
     return mode
 
 
+def portable() -> bool:
+    wanted = os.environ.get("IMCL_FAST_PORTABLE", "0")
+    if wanted not in ("0", "1"):
+        fail(f"IMCL_FAST_PORTABLE: expected 0 or 1, got {wanted!r}.")
+    return wanted == "1"
+
+
 def extensions() -> list[Extension]:
     if build_mode() == "0":
         return []
-    return [Extension(OPERATORS, []), Extension(BUILD_INFO, [])]
+    return [Extension(name, []) for name in (OPERATORS, BUILD_INFO)[: 1 if portable() else 2]]
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+    commands = {"build_ext": BuildExtension, "bdist_wheel": BuildWheel, "sdist": SourceArchive}
+    setup(ext_modules=extensions(), cmdclass=commands)

@@ -37,7 +37,7 @@ def competitors(row: Row, device: torch.device) -> tuple[list[Competitor], dict[
     found: list[Competitor] = []
     left_out: dict[str, str] = {}
     for impl in IMPLEMENTATIONS[1:]:
-        reason = why_not(impl, device.type, [row.dtype], operation=row.operation)
+        reason = why_not(impl, device.type, [row.dtype], operation=row.implemented_by)
         if reason is None:
             found.append(Competitor(impl, row.loss(impl, device)))
         else:
@@ -49,7 +49,7 @@ def competitors(row: Row, device: torch.device) -> tuple[list[Competitor], dict[
         else:
             left_out[name] = "compiled for one row of each operation only, and not in a quick run"
     for name, operation, make in THIRD_PARTY:
-        if operation != row.operation:
+        if operation != row.implemented_by:
             continue
         try:
             found.append(make(name, row, device))

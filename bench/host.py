@@ -17,12 +17,12 @@ from .step import EVERY_STEP, SCHEDULE
 from .timing import Sample, interleaved, quartiles
 
 NETWORK, WIDTH, SIZE, BATCH, CLASSES = "resnet18", 4, 8, 2, 10
-PERIOD = 8  # calls of every competitor in a round, those of the schedule's period
+PERIOD = 16  # calls of every competitor in a round, those of the schedule's period
 PLAIN = "plain cross entropy"
 METHODS: dict[str, dict] = {
     PLAIN: {"ways": ()},
     "four ways, every step": EVERY_STEP,
-    "four ways, representation every 4th, kernel every 8th": SCHEDULE,
+    "four ways, representation every 8th, kernel every 16th": SCHEDULE,
 }
 
 

@@ -33,6 +33,7 @@ class Row:
         channels_last: whether 4-D inputs lie so in memory.
         center: of the representation similarity.
         penalty: of the similarities.
+        divergence: of the consistency.
         precision: for ``torch.set_float32_matmul_precision``.
         compiled: whether torch.compile competes; a compilation takes up to a minute.
     """
@@ -44,6 +45,7 @@ class Row:
     channels_last: bool = False
     center: bool = False
     penalty: str = "square"
+    divergence: str = "kl"
     precision: str = "highest"
     compiled: bool = False
 
@@ -53,8 +55,14 @@ class Row:
         words += ["channels_last"] if self.channels_last else []
         words += ["centred"] if self.center else []
         words += [self.penalty] if self.penalty != "square" else []
+        words += [self.divergence] if self.divergence != "kl" else []
         words += [self.precision] if self.precision != "highest" else []
         return " ".join(words)
+
+    @property
+    def implemented_by(self) -> str:
+        """The operation whose implementations it has."""
+        return self.operation if self.divergence == "kl" else "divergences"
 
     @property
     def bytes(self) -> int:
@@ -92,7 +100,9 @@ class Row:
         if self.operation == "dependence":
             return lambda xs: F.view_dependence([xs[v::VIEWS] for v in range(VIEWS)], impl=impl)
         y = self.target(device)
-        return lambda xs: F.collaborative_consistency(xs, y, temperature=TEMPERATURE, impl=impl)
+        return lambda xs: F.collaborative_consistency(
+            xs, y, temperature=TEMPERATURE, divergence=self.divergence, impl=impl
+        )
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -155,6 +165,7 @@ def rows(quick: bool) -> list[Row]:
         consistency(5, 1, 1000),
         consistency(5, 1024, 1000),
         consistency(5, 128, 1000, **half),
+        consistency(5, 128, 1000, divergence="jsd"),
         consistency(5, 64, 21841),
         consistency(5, 16, 128256),
         consistency(5, 16, 128256, **half),

@@ -51,7 +51,7 @@ def measured(name: str) -> Measured:
 def competitors_of(row: Row) -> Sequence[str]:
     """Names that may compete, whether or not they can here."""
     compiled = ["torch.compile(torch)", "torch.compile(reference)"] if row.compiled else []
-    published = [name for name, operation, _ in THIRD_PARTY if operation == row.operation]
+    published = [name for name, operation, _ in THIRD_PARTY if operation == row.implemented_by]
     return [*IMPLEMENTATIONS[1:], *compiled, *published]
 
 

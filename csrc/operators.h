@@ -21,12 +21,14 @@ using PairwiseBackward = std::vector<Tensor>(const Tensor&, const std::vector<Te
                                              const std::vector<Tensor>&, int64_t, bool, double,
                                              bool, int64_t);
 // (logits, target, weight, sample_weight, ce_weight, kl_weight, groups, temperature, teacher,
-// detach, label_smoothing, ignore_index, reduction, keep) -> (loss, terms, gradients)
+// detach, divergence, beta, label_smoothing, ignore_index, binary, reduction, keep)
+// -> (loss, terms, gradients)
 using ConsistencyForward = std::tuple<Tensor, Tensor, std::vector<Tensor>>(
     const std::vector<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
     const std::optional<Tensor>&, const std::vector<double>&, const std::vector<double>&,
     const std::vector<int64_t>&, const std::vector<double>&, const std::vector<int64_t>&,
-    const std::vector<bool>&, double, int64_t, int64_t, bool);
+    const std::vector<bool>&, const std::vector<int64_t>&, const std::vector<double>&, double,
+    int64_t, bool, int64_t, bool);
 
 // (xs, scale) -> (grams, means)
 using GramForward = std::tuple<Tensor, std::vector<Tensor>>(const std::vector<Tensor>&,

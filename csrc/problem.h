@@ -43,6 +43,8 @@ IMCL_INLINE Form form_of(Penalty penalty, int64_t rows, int64_t columns) {
 // ---- collaborative consistency ----
 
 enum class Teacher { kOthers, kMean, kFinal, kPairwise };
+// kMixture: of a label and the heads, each to the mixture of all.
+enum class Divergence { kKl, kReverseKl, kJsd, kMixture };
 enum class Reduction { kMean, kSum, kNone };
 
 // What the samples of dense logits are spread over: images, their rows, their pixels.
@@ -79,12 +81,14 @@ struct Head {
   double ce_weight, kl_weight;
 };
 
-// Consecutive heads that teach one another.
+// Consecutive heads that teach one another; of a mixture the temperature is 1.
 struct Group {
   int64_t first, size;
   double temperature;
   Teacher teacher;
   bool detach;
+  Divergence divergence = Divergence::kKl;
+  double beta = 0;  // the part of the teacher, or of the label, in what it is mixed to
 };
 
 // What the cross entropy is to: class indices, or probabilities, or neither where there is none;
@@ -112,6 +116,7 @@ struct Labels {
 struct Consistency {
   DType dtype;
   int64_t batch, classes;  // batch: of all axes of samples
+  bool binary = false;     // of two classes, the logit of the second is 0 and is nowhere
   SampleAxes samples;
   std::vector<Head> heads;
   std::vector<Group> groups;

@@ -16,8 +16,8 @@ STABLE_TORCH_LIBRARY(imcl_fast, m) {
   m.def(
       "consistency(Tensor[] logits, Tensor? target, Tensor? weight, Tensor? sample_weight, "
       "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
-      "bool[] detach, float label_smoothing, int ignore_index, int reduction, bool keep) "
-      "-> (Tensor, Tensor, Tensor[])");
+      "bool[] detach, int[] divergence, float[] beta, float label_smoothing, int ignore_index, "
+      "bool binary, int reduction, bool keep) -> (Tensor, Tensor, Tensor[])");
   m.def("gram_forward(Tensor[] xs, float[] scale) -> (Tensor, Tensor[])");
   m.def("gram_backward(Tensor s, Tensor[] xs, Tensor[] means) -> Tensor[]");
 }

@@ -142,11 +142,11 @@ bool has_samples_of(const Tensor& x, const Tensor& z, int64_t more) {
 }
 
 // The labels of the logits z, but for their smoothing and ignored index.
-Labels labels_of(const Tensor& z, const Collapse& collapse, const std::optional<Tensor>& target,
-                 const std::optional<Tensor>& weight, const std::optional<Tensor>& sample_weight) {
+Labels labels_of(const Tensor& z, int64_t classes, const Collapse& collapse,
+                 const std::optional<Tensor>& target, const std::optional<Tensor>& weight,
+                 const std::optional<Tensor>& sample_weight) {
   Labels labels{};
   const ScalarType acc = accumulation_type(z);
-  const int64_t classes = z.size(z.dim() - 1);
   if (target && target->scalar_type() == ScalarType::Long) {
     STD_TORCH_CHECK(has_samples_of(*target, z, 0), "target: expected an index for each sample");
     labels.target = static_cast<const int64_t*>(target->const_data_ptr());
@@ -255,12 +255,20 @@ Consistency consistency_of(const std::vector<Tensor>& logits, const std::optiona
                            const std::vector<double>& kl_weight, const std::vector<int64_t>& groups,
                            const std::vector<double>& temperature,
                            const std::vector<int64_t>& teacher, const std::vector<bool>& detach,
-                           double label_smoothing, int64_t ignore_index) {
+                           const std::vector<int64_t>& divergence, const std::vector<double>& beta,
+                           double label_smoothing, int64_t ignore_index, bool binary) {
   Consistency problem{};
   problem.dtype = dtype_of(logits[0], "logits");
   problem.batch = 1;
   for (const int64_t size : samples_of(logits[0])) problem.batch *= size;
   problem.classes = logits[0].size(logits[0].dim() - 1);
+  problem.binary = binary;
+  if (binary) {
+    STD_TORCH_CHECK(problem.classes == 1, "logits: expected one class of two, (*samples, 1)");
+    STD_TORCH_CHECK(!weight && (!target || target->scalar_type() != ScalarType::Long),
+                    "target, weight: expected probabilities of two classes, and no weights");
+    problem.classes = 2;
+  }
   Collapse collapse(logits[0]);
   for (const Tensor& z : logits) collapse.see(z, first_sample(z));
   if (gradients)
@@ -274,18 +282,22 @@ Consistency consistency_of(const std::vector<Tensor>& logits, const std::optiona
   problem.samples = collapse.samples();
   problem.heads = heads_of(logits, gradients, collapse, ce_weight, kl_weight);
   STD_TORCH_CHECK(temperature.size() == groups.size() && teacher.size() == groups.size() &&
-                      detach.size() == groups.size(),
-                  "temperature, teacher, detach: expected one value per group");
+                      detach.size() == groups.size() && divergence.size() == groups.size() &&
+                      beta.size() == groups.size(),
+                  "temperature, teacher, detach, divergence, beta: expected one value per group");
   int64_t first = 0;
   for (std::size_t g = 0; g < groups.size(); ++g) {
     STD_TORCH_CHECK(groups[g] > 0, "groups: expected positive sizes");
-    problem.groups.push_back(
-        {first, groups[g], temperature[g], static_cast<Teacher>(teacher[g]), detach[g]});
+    problem.groups.push_back({first, groups[g], temperature[g], static_cast<Teacher>(teacher[g]),
+                              detach[g], static_cast<Divergence>(divergence[g]), beta[g]});
+    STD_TORCH_CHECK(problem.groups.back().divergence != Divergence::kMixture ||
+                        (target && !weight && temperature[g] == 1),
+                    "divergence: expected a target, no weight and T = 1 for a mixture");
     first += groups[g];
   }
   STD_TORCH_CHECK(first == static_cast<int64_t>(problem.heads.size()),
                   "groups: expected sizes that sum to the number of heads");
-  problem.labels = labels_of(logits[0], collapse, target, weight, sample_weight);
+  problem.labels = labels_of(logits[0], problem.classes, collapse, target, weight, sample_weight);
   problem.labels.smoothing = label_smoothing;
   problem.labels.ignore_index = ignore_index;
   return problem;

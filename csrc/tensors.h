@@ -55,6 +55,7 @@ Consistency consistency_of(const std::vector<Tensor>& logits, const std::optiona
                            const std::vector<double>& kl_weight, const std::vector<int64_t>& groups,
                            const std::vector<double>& temperature,
                            const std::vector<int64_t>& teacher, const std::vector<bool>& detach,
-                           double label_smoothing, int64_t ignore_index);
+                           const std::vector<int64_t>& divergence, const std::vector<double>& beta,
+                           double label_smoothing, int64_t ignore_index, bool binary);
 
 }  // namespace imcl

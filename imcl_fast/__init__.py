@@ -7,6 +7,7 @@ from . import functional
 from .imcl import IMCL
 from .modules import (
     CollaborativeConsistencyLoss,
+    JensenShannonLoss,
     KernelSimilarityLoss,
     RepresentationSimilarityLoss,
     ViewDependence,
@@ -22,6 +23,7 @@ __version__ = "0.2.0"
 __all__ = [
     "IMCL",
     "CollaborativeConsistencyLoss",
+    "JensenShannonLoss",
     "KernelSimilarityLoss",
     "Perturbation",
     "QualityAgnostic",

@@ -36,8 +36,11 @@ class ConsistencyOptions(NamedTuple):
     temperature: list[float]
     teacher: list[int]
     detach: list[bool]
+    divergence: list[int]
+    beta: list[float]
     label_smoothing: float
     ignore_index: int
+    binary: bool
     reduction: int
 
 

@@ -18,7 +18,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import dense, implementations, padding, reference, tracing, validation
+from . import dense, implementations, independent, padding, reference, tracing, validation
+from .algebra.divergences import KL, MIXTURE
 from .autograd import (
     CollaborativeConsistency,
     ConsistencyOptions,
@@ -31,6 +32,7 @@ from .dependence import dependence, view_dependence
 __all__ = [
     "collaborative_consistency",
     "dependence",
+    "jensen_shannon",
     "kernel_similarity",
     "representation_similarity",
     "view_dependence",
@@ -38,6 +40,8 @@ __all__ = [
 
 PENALTIES = ("square", "abs", "signed")
 TEACHERS = ("others", "mean", "final", "pairwise")
+DIVERGENCES = ("kl", "reverse_kl", "jsd")
+ACTIVATIONS = ("softmax", "sigmoid")
 REDUCTIONS = ("mean", "sum", "none")
 PRECISIONS = ("highest", "high", "medium")
 PLAIN = (float, int, bool, str, type(None))  # types of options that are remembered
@@ -167,6 +171,9 @@ def collaborative_consistency(
     weight: Tensor | None = ...,
     sample_weight: Tensor | None = ...,
     class_dim: int | None = ...,
+    divergence: str | Sequence[str] = ...,
+    beta: float | Sequence[float] = ...,
+    activation: str = ...,
     impl: str = ...,
 ) -> Tensor: ...
 
@@ -189,6 +196,9 @@ def collaborative_consistency(
     weight: Tensor | None = ...,
     sample_weight: Tensor | None = ...,
     class_dim: int | None = ...,
+    divergence: str | Sequence[str] = ...,
+    beta: float | Sequence[float] = ...,
+    activation: str = ...,
     impl: str = ...,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -211,6 +221,9 @@ def collaborative_consistency(
     weight: Tensor | None = ...,
     sample_weight: Tensor | None = ...,
     class_dim: int | None = ...,
+    divergence: str | Sequence[str] = ...,
+    beta: float | Sequence[float] = ...,
+    activation: str = ...,
     impl: str = ...,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -232,20 +245,27 @@ def collaborative_consistency(
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
     class_dim: int | None = None,
+    divergence: str | Sequence[str] = "kl",
+    beta: float | Sequence[float] = 0.5,
+    activation: str = "softmax",
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""Consistency between H classifiers on the same samples (ways 1 and 2).
 
     With p_h = softmax(z_h/T) and the logits z_h of head h,
 
-    .. math:: \sum_h w^{CE}_h\,CE(z_h, y) + w^{KL}_h\,T^2\,KL(q_h \,\|\, p_h).
+    .. math:: \sum_h w^{CE}_h\,CE(z_h, y) + w^{KL}_h\,T^2\,KL(q_h \,\|\, p_h),
+
+    or another ``divergence`` of q_h and p_h in place of KL.
 
     A logit of -inf, or of the lowest finite number of its dtype, masks its class: p_h is 0
     there. A class masked in every head is as if it were not there, and its gradient is
     exactly 0; a teacher that is a mean rules out what any of its heads masks. Where a
-    teacher is 0 the divergence adds 0; where only the head is, it is infinite, and so is
+    teacher is 0 the KL adds 0; where only the head is, it is infinite, and so is
     the cross entropy of a masked label (with ``label_smoothing``, of any masked class), as
-    in PyTorch; gradients stay finite there for detached teachers. A part whose weight is 0
+    in PyTorch; gradients stay finite there for detached teachers. ``"reverse_kl"`` is infinite
+    where only the teacher is 0, and has no finite gradient for that head; ``"jsd"`` is finite
+    everywhere. A part whose weight is 0
     adds 0 to the loss, whatever its term, and so does a class of a label whose probability or
     weight is 0. A sample or teacher without a class left gives
     NaN, and any other non-finite logit a non-finite loss.
@@ -275,8 +295,8 @@ def collaborative_consistency(
             (B, \*spatial).
         return_terms: also return the detached, unweighted terms.
         groups: heads that teach one another, as sizes of consecutive groups that sum
-            to H; temperature, teacher and detach_teacher may then be given one per
-            group. All groups still take one pass. None makes one group of all heads;
+            to H; temperature, teacher, detach_teacher, divergence and beta may then be given
+            one per group. All groups still take one pass. None makes one group of all heads;
             a group of one head has no KL.
         weight: (K,), of the classes in the cross entropy. As in PyTorch, its mean over
             class indices divides by the sum of the weights of their classes.
@@ -286,7 +306,21 @@ def collaborative_consistency(
             ``"sum"``.
         class_dim: where dense outputs have their classes, 1 or -1, if the target's shape
             doesn't tell: there is none, they are probabilities, or as many classes as tokens.
-        impl: see the module.
+        divergence: ``"kl"`` KL(q_h || p_h), ``"reverse_kl"`` KL(p_h || q_h), or ``"jsd"``, the
+            Jensen-Shannon divergence of GKD (arXiv 2306.13649), beta KL(q_h || m) +
+            (1 - beta) KL(p_h || m) with m = beta q_h + (1 - beta) p_h. The factor T^2 is that of
+            each. With ``"pairwise"`` teachers ``"kl"`` takes O(H) steps, the others O(H^2).
+        beta: of ``"jsd"``, in (0, 1): the teacher's part in m. Towards 0 the divergence over
+            beta is ``"kl"``, towards 1 over 1 - beta it is ``"reverse_kl"``.
+        activation: ``"softmax"``, one of K classes; or ``"sigmoid"``, K labels that each hold or
+            not: p_h = sigmoid(z_h/T), and the teachers likewise of the same means. The cross
+            entropy is then that of ``binary_cross_entropy_with_logits``, and the divergence that
+            between (p, 1 - p) and (q, 1 - q), summed over the labels and averaged over samples:
+            of one label it is ``"softmax"`` with the logits (z, 0); torch's mean over labels as
+            well is 1/K of it. The target is probabilities that they hold, (B, K);
+            ``label_smoothing`` draws them to 1/2, ``weight`` multiplies each label's cross
+            entropy, and a masked label is one that does not hold, p_h = 0.
+        impl: see the module; ``"cuda"`` has ``"kl"`` and ``"softmax"`` only.
 
     Returns:
         The loss, float64 if a head is, float32 otherwise; with ``return_terms`` also
@@ -303,6 +337,108 @@ def collaborative_consistency(
 
     The definition reconstructs intra-model collaborative learning (arXiv 2105.09590).
     """
+    ignore_index = validation.integer("ignore_index", ignore_index)
+    sigmoid = validation.choice("activation", activation, ACTIVATIONS) == 1
+    blocks, target, sample_weight, heads = _checked(
+        logits, target, sample_weight, ignore_index, class_dim, sigmoid
+    )
+    weight = validation.weights("weight", weight, blocks[0].shape[-1:], blocks)
+    options = _consistency_options(
+        heads,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        teacher=teacher,
+        detach_teacher=detach_teacher,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        groups=groups,
+        divergence=divergence,
+        beta=beta,
+        binary=sigmoid,
+    )
+    loss, terms = _consistency(blocks, target, options, impl, weight, sample_weight)
+    if not return_terms:
+        return loss
+    return loss, {"cross_entropy": terms[0], "kl": terms[1]}
+
+
+def jensen_shannon(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor,
+    *,
+    pi: float | Sequence[float] = 0.5,
+    normalize: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    class_dim: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Generalised Jensen-Shannon divergence between a label and H heads: a task loss that is
+    robust to wrong labels (Englesson & Azizpour, arXiv 2105.04522).
+
+    With p_h = softmax(z_h), y the label and H(.) the entropy,
+
+    .. math:: \frac{1}{Z}\Big(H(m) - \pi_0 H(y) - \sum_h \pi_h H(p_h)\Big),
+        \qquad m = \pi_0 y + \sum_h \pi_h p_h.
+
+    It stands in place of the cross entropy and of the consistency: every head learns from the
+    mixture of all and the label, so there is no teacher, no temperature and nothing detached.
+    Of one head it is the cross entropy for :math:`\pi_0 \to 0`, and for :math:`\pi_0 \to 1`
+    :math:`1 - p_y`, half of the absolute error and the most robust. Masked classes are as in
+    ``collaborative_consistency``, but it is finite whatever is masked, the label included.
+
+    Args:
+        logits: the heads', or those of several views of a sample, as in
+            ``collaborative_consistency``.
+        target: class indices (B,), or class probabilities (B, K) that sum to 1, dense ones
+            likewise. No gradient flows into it.
+        pi: the weight of the label, in (0, 1), the heads sharing the rest equally; or 1 + H
+            positive weights, that of the label first, which sum to 1.
+        normalize: divide by Z = -(1 - pi_0) log(1 - pi_0), as the paper does; else Z is 1.
+        label_smoothing: in [0, 1), of the target.
+        ignore_index, reduction, sample_weight, class_dim: as in ``collaborative_consistency``.
+        impl: see the module; not ``"cuda"``.
+
+    Returns:
+        The loss, float64 if a head is, float32 otherwise.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has a wrong shape, device or value. A target out of
+            range raises on the CPU only; elsewhere, and under ``torch.compile``, it
+            makes the loss NaN.
+        RuntimeError: ``impl`` can't run here; the message says why.
+    """
+    if target is None:
+        raise TypeError("target: expected a Tensor, got NoneType; the loss is one to a label")
+    ignore_index = validation.integer("ignore_index", ignore_index)
+    blocks, labels, sample_weight, heads = _checked(
+        logits, target, sample_weight, ignore_index, class_dim, False
+    )
+    options = _mixture_options(
+        heads,
+        pi=pi,
+        normalize=normalize,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return _consistency(blocks, labels, options, impl, None, sample_weight)[0]
+
+
+def _checked(
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | None,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    class_dim: int | None,
+    sigmoid: bool,
+) -> tuple[list[Tensor], Tensor | None, Tensor | None, int]:
+    """Logits of one dtype with their classes last, target, sample weights, the number of heads."""
     blocks = validation.tensors("logits", logits, dense.RANKS, range(2, 8))
     blocks, target = dense.classes_last(blocks, target, class_dim)
     samples, classes = dense.samples(blocks[0]), blocks[0].shape[-1]
@@ -316,28 +452,11 @@ def collaborative_consistency(
         for block in blocks[1:]:
             widest = torch.promote_types(widest, block.dtype)
         blocks = [block.to(widest) for block in blocks]
-    ignore_index = validation.integer("ignore_index", ignore_index)
-    target = validation.target(target, blocks, ignore_index)
-    weight = validation.weights("weight", weight, (classes,), blocks)
+    target = validation.target(target, blocks, ignore_index, sigmoid)
     if isinstance(sample_weight, Tensor) and sample_weight.shape == samples[:1]:
         sample_weight = sample_weight.view(-1, *[1] * (len(samples) - 1)).expand(samples)
     sample_weight = validation.weights("sample_weight", sample_weight, samples, blocks)
-    options = _consistency_options(
-        heads,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        teacher=teacher,
-        detach_teacher=detach_teacher,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        groups=groups,
-    )
-    loss, terms = _consistency(blocks, target, options, impl, weight, sample_weight)
-    if not return_terms:
-        return loss
-    return loss, {"cross_entropy": terms[0], "kl": terms[1]}
+    return blocks, target, sample_weight, heads
 
 
 # What the functions above do once their arguments are known to be right: for callers that have
@@ -372,6 +491,9 @@ def _consistency_options(
     ignore_index: int,
     reduction: str,
     groups: Sequence[int] | None,
+    divergence: str | Sequence[str] = "kl",
+    beta: float | Sequence[float] = 0.5,
+    binary: bool = False,
 ) -> ConsistencyOptions:
     """Arguments of ``collaborative_consistency`` for so many heads, validated, with its errors."""
     sizes = [heads] if groups is None else validation.partition("groups", groups, heads)
@@ -397,8 +519,45 @@ def _consistency_options(
             validation.boolean("detach_teacher", value)
             for value in validation.per("detach_teacher", detach_teacher, len(sizes), "group")
         ],
+        divergence=[
+            validation.choice("divergence", name, DIVERGENCES)
+            for name in validation.per("divergence", divergence, len(sizes), "group")
+        ],
+        beta=[validation.beta(b) for b in validation.per("beta", beta, len(sizes), "group")],
         label_smoothing=validation.number("label_smoothing", label_smoothing, low=0, high=1),
         ignore_index=ignore_index,
+        binary=binary,
+        reduction=validation.choice("reduction", reduction, REDUCTIONS),
+    )
+
+
+@_remembered
+def _mixture_options(
+    heads: int,
+    *,
+    pi: float | Sequence[float],
+    normalize: bool,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> ConsistencyOptions:
+    """Those that make of the consistency ``jensen_shannon``, validated, with its errors."""
+    weights = validation.mixture("pi", pi, heads)
+    z = 1.0
+    if validation.boolean("normalize", normalize):
+        z = -(1 - weights[0]) * math.log1p(-weights[0])
+    return ConsistencyOptions(
+        ce_weight=[weights[0] / (z * heads)] * heads,
+        kl_weight=[weight / z for weight in weights[1:]],
+        groups=[heads],
+        temperature=[1.0],
+        teacher=[0],
+        detach=[True],
+        divergence=[MIXTURE],
+        beta=[weights[0]],
+        label_smoothing=validation.number("label_smoothing", label_smoothing, low=0, high=1),
+        ignore_index=ignore_index,
+        binary=False,
         reduction=validation.choice("reduction", reduction, REDUCTIONS),
     )
 
@@ -418,27 +577,60 @@ def _consistency(
             dtype = torch.promote_types(dtype, block.dtype)
         blocks = [block.to(dtype) for block in blocks]
     device = blocks[0].device
-    impl = implementations.choose(impl, "consistency", device, [dtype])
+    kl = options.divergence.count(KL) == len(options.groups) and not options.binary
+    operation = "consistency" if kl else "divergences"
+    impl = implementations.choose(impl, operation, device, [dtype])
     with without_autocast(device):
         if impl == "reference":
-            return reference.consistency(
-                blocks,
-                target,
-                weight,
-                sample_weight,
-                ce_weight=options.ce_weight,
-                kl_weight=options.kl_weight,
-                groups=options.groups,
-                temperature=options.temperature,
-                teacher=[TEACHERS[kind] for kind in options.teacher],
-                detach=options.detach,
-                label_smoothing=options.label_smoothing,
-                ignore_index=options.ignore_index,
-                reduction=REDUCTIONS[options.reduction],
-            )
+            return _reference(blocks, target, options, weight, sample_weight)
+        if options.binary:
+            given = independent.as_samples(blocks, target, weight, sample_weight, options)
+            loss, terms = CollaborativeConsistency.apply(implementations.consistency(impl), *given)
+            return independent.of_samples(loss, terms, blocks[0].shape[-1], options.reduction)
         return CollaborativeConsistency.apply(
             implementations.consistency(impl), options, target, weight, sample_weight, *blocks
         )
+
+
+def _reference(
+    blocks: list[Tensor],
+    target: Tensor | None,
+    options: ConsistencyOptions,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    reduction = REDUCTIONS[options.reduction]
+    if options.divergence == [MIXTURE]:
+        assert target is not None
+        loss = reference.jensen_shannon(
+            blocks,
+            target,
+            sample_weight,
+            label_weight=sum(options.ce_weight),
+            head_weights=options.kl_weight,
+            label_smoothing=options.label_smoothing,
+            ignore_index=options.ignore_index,
+            reduction=reduction,
+        )
+        return loss, loss
+    return reference.consistency(
+        blocks,
+        target,
+        weight,
+        sample_weight,
+        ce_weight=options.ce_weight,
+        kl_weight=options.kl_weight,
+        groups=options.groups,
+        temperature=options.temperature,
+        teacher=[TEACHERS[kind] for kind in options.teacher],
+        detach=options.detach,
+        label_smoothing=options.label_smoothing,
+        ignore_index=options.ignore_index,
+        reduction=reduction,
+        divergence=[DIVERGENCES[name] for name in options.divergence],
+        beta=options.beta,
+        activation=ACTIVATIONS[options.binary],
+    )
 
 
 def _pairwise(

@@ -10,10 +10,10 @@ from . import dependence, functional, validation
 
 
 class RepresentationSimilarityLoss(nn.Module):
-    """``functional.representation_similarity`` with its arguments kept.
+    r"""``functional.representation_similarity`` with its arguments kept.
 
     Args and errors are those of the function; ``forward(features, *, mask=None)`` takes a Tensor
-    (B, C, *spatial) or a sequence of them and returns a scalar.
+    (B, C, \*spatial) or a sequence of them and returns a scalar.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class RepresentationSimilarityLoss(nn.Module):
 
 
 class KernelSimilarityLoss(nn.Module):
-    """``functional.kernel_similarity`` with its arguments kept.
+    r"""``functional.kernel_similarity`` with its arguments kept.
 
     Args and errors are those of the function; ``forward(weights)`` takes a Tensor
-    (Cout, Cin, *k) or (out, in), or a sequence of them, and returns a scalar.
+    (Cout, Cin, \*k) or (out, in), or a sequence of them, and returns a scalar.
     """
 
     def __init__(
@@ -96,10 +96,14 @@ class CollaborativeConsistencyLoss(nn.Module):
         groups: Sequence[int] | None = None,
         weight: Tensor | None = None,
         class_dim: int | None = None,
+        divergence: str | Sequence[str] = "kl",
+        beta: float | Sequence[float] = 0.5,
+        activation: str = "softmax",
         impl: str = "auto",
     ) -> None:
         super().__init__()
         validation.choice("reduction", reduction, functional.REDUCTIONS)
+        validation.choice("activation", activation, functional.ACTIVATIONS)
         self.temperature = validation.plain(temperature)
         self.ce_weight, self.kl_weight = validation.plain(ce_weight), validation.plain(kl_weight)
         self.detach_teacher = validation.plain(detach_teacher)
@@ -108,6 +112,8 @@ class CollaborativeConsistencyLoss(nn.Module):
         self.ignore_index = validation.plain(ignore_index)
         self.teacher, self.reduction, self.impl = teacher, reduction, impl
         self.return_terms, self.class_dim = return_terms, class_dim
+        self.divergence, self.activation = divergence, activation
+        self.beta = validation.plain(beta)
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
         self.register_buffer("weight", weight)
@@ -135,18 +141,74 @@ class CollaborativeConsistencyLoss(nn.Module):
             weight=self.weight,
             sample_weight=sample_weight,
             class_dim=self.class_dim,
+            divergence=self.divergence,
+            beta=self.beta,
+            activation=self.activation,
             impl=self.impl,
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, teacher={self.teacher!r}, impl={self.impl!r}"
+        return (
+            f"temperature={self.temperature}, teacher={self.teacher!r}, "
+            f"divergence={self.divergence!r}, impl={self.impl!r}"
+        )
+
+
+class JensenShannonLoss(nn.Module):
+    """``functional.jensen_shannon`` with its arguments kept.
+
+    Args and errors are those of the function; ``forward(logits, target, *, sample_weight=None)``
+    takes a sequence of (B, K) or one (H, B, K), and class indices (B,) or class probabilities
+    (B, K), or dense ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        pi: float | Sequence[float] = 0.5,
+        normalize: bool = True,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        class_dim: int | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        validation.choice("reduction", reduction, functional.REDUCTIONS)
+        self.pi, self.normalize = validation.plain(pi), validation.plain(normalize)
+        self.label_smoothing = validation.plain(label_smoothing)
+        self.ignore_index = validation.plain(ignore_index)
+        self.reduction, self.class_dim, self.impl = reduction, class_dim, impl
+
+    def forward(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        return functional.jensen_shannon(
+            logits,
+            target,
+            pi=self.pi,
+            normalize=self.normalize,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            sample_weight=sample_weight,
+            class_dim=self.class_dim,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"pi={self.pi}, normalize={self.normalize}, impl={self.impl!r}"
 
 
 class ViewDependence(nn.Module):
-    """``functional.view_dependence`` with its arguments kept.
+    r"""``functional.view_dependence`` with its arguments kept.
 
     Args and errors are those of the function; ``forward(views)`` takes V views, each a Tensor
-    (B, *) or a sequence of one per layer, and returns a scalar, to be maximised.
+    (B, \*) or a sequence of one per layer, and returns a scalar, to be maximised.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import dense
 from .algebra.consistency import REDUCE_NONE
 from .algebra.pairwise import ABS, SIGNED, SQUARE, is_dual
+from .build_facts import BuildFacts
 from .kernels.plan import state_size
 
 LIBRARY = Path(__file__).with_name("_operators.so")
@@ -40,14 +41,17 @@ class Gram(NamedTuple):
     backward: Callable
 
 
-def _load() -> tuple[ModuleType | None, str]:
+def _load() -> tuple[ModuleType | BuildFacts | None, str]:
     if not LIBRARY.exists():
         return None, "the compiled extension isn't there: it was not built when installing"
     try:
         torch.ops.load_library(LIBRARY)
-        from . import _build_info  # type: ignore[attr-defined]
-    except (ImportError, OSError) as error:
+    except OSError as error:
         return None, f"the compiled extension doesn't load: {error}"
+    try:
+        from . import _build_info  # type: ignore[attr-defined]
+    except ImportError:  # a wheel for every Python
+        return BuildFacts(LIBRARY), ""
     return _build_info, ""
 
 
@@ -183,7 +187,8 @@ for _name, _schema, _launch, _fake in (
         "triton_consistency",
         "(Tensor[] logits, Tensor? target, Tensor? weight, Tensor? sample_weight, "
         "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
-        "bool[] detach, float label_smoothing, int ignore_index, int reduction, bool keep) "
+        "bool[] detach, int[] divergence, float[] beta, float label_smoothing, int ignore_index, "
+        "bool binary, int reduction, bool keep) "
         "-> (Tensor, Tensor, Tensor[])",
         _triton_consistency,
         _consistency,

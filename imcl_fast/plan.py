@@ -19,6 +19,19 @@ def share(model: nn.Module, kernels: Sequence[str]) -> float:
     return sum(sizes) / max(sum(p.numel() for p in model.parameters()), 1)
 
 
+def acted_on(imcl: IMCL) -> dict[str, list[str]]:
+    """The paths of what each way that is on acts on, by the way's name."""
+    of_ways: dict[str, list[str]] = {
+        "output": [imcl.classifier] if imcl.classifier else [],
+        "multilayer": imcl.layers[:-1],
+        "representation": imcl.layers,
+        "kernel": imcl.kernels,
+    }
+    return {
+        way: list(paths) for way, paths in of_ways.items() if getattr(imcl, f"{way}_weight")
+    }
+
+
 def text(imcl: IMCL, nothing: Mapping[str, str]) -> str:
     """A line or more for each way.
 

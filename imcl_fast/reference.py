@@ -93,14 +93,18 @@ def consistency(
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
+    divergence: Sequence[str],
+    beta: Sequence[float],
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """``sum_h ce_weight_h CE_h + kl_weight_h T^2 KL(teacher_h || p_h)`` and its terms.
+    """``sum_h ce_weight_h CE_h + kl_weight_h T^2 D(teacher_h || p_h)`` and its terms.
 
     Logits are (B, K) or (h, *samples, K). Returns the loss, () or (*samples,), and the terms
-    (2, H): cross entropy and T^2 KL of every head, averaged (summed for ``reduction="sum"``)
+    (2, H): cross entropy and T^2 D of every head, averaged (summed for ``reduction="sum"``)
     over the samples. The average of the cross entropies is by the class weights of the labels
     as well.
     """
+    sigmoid = activation == "sigmoid"
     samples = dense.samples(logits[0])
     heads = [
         _masked(z).reshape(-1, z.shape[-1])
@@ -118,7 +122,7 @@ def consistency(
     kl_terms = [zeros for _ in heads]
     labels = label_weight = None
     if target is not None:
-        labels, label_weight, known = _labels(
+        labels, label_weight, known = (_independent_labels if sigmoid else _labels)(
             target, weight, classes, label_smoothing, ignore_index, heads[0].dtype
         )
         share = share.masked_fill(~known, 0)
@@ -127,17 +131,20 @@ def consistency(
     heads = [z.masked_fill(~counted.unsqueeze(-1), 0) for z in heads]
     if labels is not None:
         for h, z in enumerate(heads):
-            log_p = F.log_softmax(z, -1).masked_fill(labels == 0, 0)
-            ce_terms[h] = -(labels * log_p).sum(-1)
+            log_p = _log_probs(z, sigmoid).masked_fill(labels == 0, 0)
+            ce_terms[h] = -(labels * log_p).flatten(1).sum(-1)
 
     first = 0
-    for size, t, kind, detached in zip(groups, temperature, teacher, detach, strict=True):
+    for size, t, kind, detached, name, b in zip(
+        groups, temperature, teacher, detach, divergence, beta, strict=True
+    ):
         group = [z / t for z in heads[first : first + size]]
         for h in range(size):
+            log_p = _log_probs(group[h], sigmoid)
             kl_terms[first + h] = t * t * sum(
                 (
-                    share * _kl(q.detach() if detached else q, group[h])
-                    for share, q in _teachers(group, h, kind)
+                    part * _divergence(q.detach() if detached else q, log_p, name, b)
+                    for part, q in _teachers(group, h, kind, sigmoid)
                 ),
                 start=zeros,
             )
@@ -157,6 +164,49 @@ def consistency(
     of_terms = (ce, kl) if reduction == "sum" else (ce_mean, kl_mean)
     terms = torch.stack(of_terms).detach().sum(-1)  # [2, H]
     return per_sample.view(samples) if reduction == "none" else per_sample.sum(), terms
+
+
+def jensen_shannon(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    sample_weight: Tensor | None,
+    *,
+    label_weight: float,
+    head_weights: Sequence[float],
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """``(H(m) - pi_0 H(y) - sum_h pi_h H(p_h))/Z``, ``m = pi_0 y + sum_h pi_h p_h``.
+
+    Logits are as those of ``consistency``, and the weights pi/Z, of which pi sums to 1.
+    """
+    weights = [label_weight, *head_weights]
+    factor = sum(weights)  # 1/Z
+    samples = dense.samples(logits[0])
+    heads = [
+        _masked(z).reshape(-1, z.shape[-1])
+        for block in logits
+        for z in (block.unbind(0) if block.dim() > 2 else [block])
+    ]
+    target = target.flatten(0, len(samples) - 1)
+    labels, _, known = _labels(
+        target, None, heads[0].shape[1], label_smoothing, ignore_index, heads[0].dtype
+    )
+    share = torch.ones_like(labels[:, 0])
+    if sample_weight is not None:
+        share = sample_weight.flatten().to(labels.dtype)
+    share = share.masked_fill(~known, 0)
+    counted = share != 0
+    heads = [F.softmax(z.masked_fill(~counted.unsqueeze(-1), 0), -1) for z in heads]
+    parts = torch.stack([w * p for w, p in zip(weights, [labels, *heads], strict=True)])
+    entropies = [w * _entropy(p) for w, p in zip(weights, [labels, *heads], strict=True)]
+    loss = _loss_dtype(factor * _entropy(parts.sum(0) / factor) - sum(entropies))
+    share = _loss_dtype(share)
+    loss = torch.where(counted, share * loss, share.new_zeros(()))  # [B]
+    if reduction == "none":
+        return loss.view(samples)
+    return _averaged(loss, share).sum() if reduction == "mean" else loss.sum()
 
 
 def _labels(
@@ -180,8 +230,23 @@ def _labels(
     return labels if weight is None else labels * weight.to(dtype), label_weight, known
 
 
+def _independent_labels(
+    target: Tensor,
+    weight: Tensor | None,
+    classes: int,
+    smoothing: float,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, None, Tensor]:
+    """As ``_labels``, of each class whether it is one and whether it isn't, [B, K, 2]."""
+    labels = torch.stack([target, 1 - target], -1).to(dtype)
+    labels = labels * (1 - smoothing) + smoothing / 2
+    known = target.new_ones(len(target), dtype=torch.bool)
+    return labels if weight is None else labels * weight.to(dtype).unsqueeze(-1), None, known
+
+
 def _averaged(terms: Tensor, weights: Tensor) -> Tensor:
-    """Terms [H, B] whose sum is their average by these weights, 0 where those sum to 0."""
+    """Terms, ([H,] B), whose sum is their average by these weights, 0 where those sum to 0."""
     total = weights.sum()
     return terms * torch.where(total == 0, 0, 1 / total)
 
@@ -251,18 +316,27 @@ def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1)
 
 
-def _teachers(group: list[Tensor], h: int, kind: str) -> list[tuple[float, Tensor]]:
+def _log_probs(z: Tensor, sigmoid: bool) -> Tensor:
+    """log softmax(z) [B, K]; or of each class by itself whether it is one and isn't, [B, K, 2]."""
+    if sigmoid:
+        return torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1)
+    return F.log_softmax(z, -1)
+
+
+def _teachers(
+    group: list[Tensor], h: int, kind: str, sigmoid: bool = False
+) -> list[tuple[float, Tensor]]:
     """The (share, log-probabilities) of every teacher of head h; logits are z/T."""
     others = [z for j, z in enumerate(group) if j != h]
     if not others or (kind == "final" and h == len(group) - 1):
         return []
     if kind == "others":
-        return [(1.0, F.log_softmax(torch.stack(others).mean(0), -1))]
-    if kind == "mean":
-        return [(1.0, F.log_softmax(torch.stack(group).mean(0), -1))]
-    if kind == "final":
-        return [(1.0, F.log_softmax(group[-1], -1))]
-    return [(1.0 / len(others), F.log_softmax(z, -1)) for z in others]
+        teachers = [torch.stack(others).mean(0)]
+    elif kind == "mean":
+        teachers = [torch.stack(group).mean(0)]
+    else:
+        teachers = [group[-1]] if kind == "final" else others
+    return [(1.0 / len(teachers), _log_probs(z, sigmoid)) for z in teachers]
 
 
 def _masked(z: Tensor) -> Tensor:
@@ -271,13 +345,28 @@ def _masked(z: Tensor) -> Tensor:
     return z + mask
 
 
-def _kl(teacher_log_probs: Tensor, z: Tensor) -> Tensor:
-    """KL(teacher || softmax(z)) of every sample; 0 log 0 = 0."""
-    absent = teacher_log_probs.exp() == 0
+def _divergence(log_q: Tensor, log_p: Tensor, kind: str, beta: float) -> Tensor:
+    """D(q || p) of every sample, from logarithms of probabilities [B, ...]."""
+    if kind == "kl":
+        return _kl(log_q, log_p)
+    if kind == "reverse_kl":
+        return _kl(log_p, log_q)
+    mixed = beta * log_q.exp() + (1 - beta) * log_p.exp()
+    log_m = mixed.masked_fill(mixed == 0, 1).log()
+    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+
+
+def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) of every sample; 0 log 0 = 0."""
+    absent = log_q.exp() == 0
     # What would be 0 times an infinity is left out before, for autograd multiplies them too.
-    log_q = teacher_log_probs.masked_fill(absent, 0)
-    log_p = F.log_softmax(z, -1).masked_fill(absent, 0)
-    return (log_q.exp() * (log_q - log_p)).masked_fill(absent, 0).sum(-1)
+    log_q, log_p = log_q.masked_fill(absent, 0), log_p.masked_fill(absent, 0)
+    return (log_q.exp() * (log_q - log_p)).masked_fill(absent, 0).flatten(1).sum(-1)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """H(p) of every sample, of probabilities [B, K]; 0 log 0 = 0."""
+    return -(p * p.masked_fill(p == 0, 1).log()).sum(-1)
 
 
 def _loss_dtype(x: Tensor) -> Tensor:

@@ -77,6 +77,36 @@ def number(name: str, value: Any, *, low: float, high: float, open_low: bool = F
     return result
 
 
+def beta(value: Any) -> float:
+    """The teacher's part in the mixture of a Jensen-Shannon divergence."""
+    if is_real(value) and as_float(value) in (0, 1):
+        limit = "reverse_kl" if value else "kl"
+        raise ValueError(
+            f"beta: expected a number in (0, 1), got {value}, of which the divergence is 0; its "
+            f'limit there is divergence="{limit}"'
+        )
+    return number("beta", value, low=0, high=1, open_low=True)
+
+
+def mixture(name: str, value: Any, heads: int) -> list[float]:
+    """Weights of a label and of each head, which sum to 1, from the label's or from all."""
+    if is_real(value):
+        label = number(name, value, low=0, high=1, open_low=True)
+        return [label, *[(1 - label) / heads] * heads]
+    if isinstance(value, (str, Tensor)) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"{name}: expected a number or a sequence of {heads + 1}, of the label and of each "
+            f"head, got {_kind(value)}"
+        )
+    weights = [number(name, weight, low=0, high=1, open_low=True) for weight in value]
+    if len(weights) != heads + 1 or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise ValueError(
+            f"{name}: expected {heads + 1} weights, of the label and of each head, which sum to 1, "
+            f"got {weights}"
+        )
+    return weights
+
+
 def is_real(value: Any) -> bool:
     """Whether ``value`` is a real number, of Python's or NumPy's, and no bool."""
     if isinstance(value, (int, float)):
@@ -249,9 +279,12 @@ def masks(value: Any, features: Sequence[Tensor]) -> list[Tensor | None]:
     return list(each)
 
 
-def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | None:
+def target(
+    value: Any, logits: Sequence[Tensor], ignore_index: int, sigmoid: bool = False
+) -> Tensor | None:
     """Class indices (B,) as int64, in [0, K) or ``ignore_index``, or class probabilities (B, K)
-    in the dtype of the loss, on the device of logits (B, K) or (h, *samples, K)."""
+    in the dtype of the loss, on the device of logits (B, K) or (h, *samples, K); of the labels of
+    a sigmoid probabilities only."""
     if value is None:
         return None
     shape = (*dense.samples(logits[0]), logits[0].shape[-1])
@@ -259,8 +292,14 @@ def target(value: Any, logits: Sequence[Tensor], ignore_index: int) -> Tensor | 
     if not isinstance(value, Tensor):
         raise TypeError(f"target: expected a Tensor or None, got {type(value).__name__}")
     kinds = f"class indices {samples}, or probabilities {shape} of a floating dtype"
+    if sigmoid:
+        kinds = f"probabilities {shape} of a floating dtype, one of each label of a sigmoid"
     if value.dtype in FLOATS:
         return _probabilities(value, shape, logits, ignore_index, kinds)
+    if sigmoid:
+        raise TypeError(
+            f"target: expected {kinds}, got {value.dtype}; convert labels with .float()"
+        )
     if value.dtype not in INDICES:
         raise TypeError(
             f"target: expected {kinds}, got {value.dtype}; convert indices with .long()"
@@ -295,7 +334,8 @@ def _probabilities(
     value: Tensor, shape: tuple[int, ...], logits: Sequence[Tensor], ignore_index: int, kinds: str
 ) -> Tensor:
     if value.shape != shape:
-        hint = "; convert indices with .long()" if value.shape == shape[:-1] else ""
+        indices = value.shape == shape[:-1] and not kinds.endswith("sigmoid")
+        hint = "; convert indices with .long()" if indices else ""
         raise ValueError(
             f"target: expected {kinds}, got shape {tuple(value.shape)} of {value.dtype}{hint}"
         )

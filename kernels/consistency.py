@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import dense
 from ..algebra.consistency import PAIRWISE, REDUCE_NONE
+from ..algebra.divergences import KL, MIXTURE
 from . import autotune
 from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
 from .consistency_kernel import INDICES, NO_TARGET, PROBABILITIES, consistency_kernel
@@ -38,8 +39,11 @@ def forward(
     temperature: Sequence[float],
     teacher: Sequence[int],
     detach: Sequence[bool],
+    divergence: Sequence[int],
+    beta: Sequence[float],
     label_smoothing: float,
     ignore_index: int,
+    binary: bool,
     reduction: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -48,7 +52,9 @@ def forward(
     """
     device, dtype = logits[0].device, logits[0].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    heads, classes = len(ce_weight), logits[0].shape[-1]
+    heads, given_classes = len(ce_weight), logits[0].shape[-1]
+    classes = 2 if binary else given_classes
+    other = any(name != KL for name in divergence)
     samples = dense.samples(logits[0])
     batch = math.prod(samples)
     ranges = _ranges(groups)
@@ -56,7 +62,7 @@ def forward(
     geometry = _geometry(tuple((z.shape, z.stride()) for z in logits), tuple(given))
     gradients: list[Tensor] = []
     if keep and geometry.packed:
-        gradients = [torch.empty((heads, *samples, classes), dtype=wide, device=device)]
+        gradients = [torch.empty((heads, *samples, given_classes), dtype=wide, device=device)]
     elif keep:
         gradients = [torch.empty_like(z, dtype=wide) for z in logits]
     per_sample = reduction == REDUCE_NONE
@@ -65,6 +71,8 @@ def forward(
         return loss, torch.zeros((2, heads), dtype=wide, device=device), gradients
 
     numbers = tuple(map(float, (*ce_weight, *kl_weight, *temperature, label_smoothing)))
+    if other:
+        numbers += tuple(map(float, beta))
     rests = _rests(numbers) if wide == torch.float64 else ()
     loss = torch.empty(samples if per_sample else (), dtype=wide, device=device)
     terms = torch.empty((2, heads), dtype=wide, device=device)
@@ -96,8 +104,14 @@ def forward(
             HEADS=geometry.heads,
             GRADIENT_HEADS=geometry.gradient_heads,
             UNIT=geometry.unit,
+            BINARY=binary,
             GROUPS=ranges,
-            TEACHERS=tuple(teacher),
+            # A mixture has no teacher: the head is all that is known of its softmaxes.
+            TEACHERS=tuple(
+                PAIRWISE if name == MIXTURE else kind
+                for kind, name in zip(teacher, divergence, strict=True)
+            ),
+            DIVERGENCES=tuple(divergence),
             DETACH=tuple(detach),
             POWERS=tuple(int(t) if t in _POWERS else 0 for t in temperature),
             REDUCTION=reduction,
@@ -105,6 +119,7 @@ def forward(
             SMOOTH=label_smoothing > 0,
             WEIGHTED=weight is not None,
             SHARED=sample_weight is not None,
+            MIXES=MIXTURE in divergence,
             KEEP=keep,
             K=classes,
             SAMPLES=config.samples,
@@ -116,7 +131,7 @@ def forward(
             maxnreg=config.registers,
         )
 
-    heavy = any(
+    heavy = other or any(
         size > 1 and (kind == PAIRWISE or not fixed)
         for size, kind, fixed in zip(groups, teacher, detach, strict=True)
     )

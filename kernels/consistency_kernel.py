@@ -12,7 +12,9 @@ dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not 
 T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
 
 Labels y are an index, smoothed or not, or soft: a tile of any numbers, class weights included;
-then it is ce_h (softmax(z_h) sum(y) - y).
+then it is ce_h (softmax(z_h) sum(y) - y). Other divergences than KL, and mixtures of the label
+and the heads, are in consistency_divergences.py. Of BINARY logits there is one class in memory;
+the logit of the other is 0.
 
 A program takes some samples at a time, of each all heads, group by group. Classes that
 fit into registers are read once. More are taken in chunks, maxima and sums running along
@@ -26,6 +28,14 @@ import triton
 import triton.language as tl
 
 from ..algebra import consistency as algebra
+from .consistency_divergences import (
+    KL,
+    MIXTURE,
+    add_divergences,
+    add_label,
+    divergence_gradient,
+    passed_on,
+)
 from .consistency_tiles import (
     FINAL,
     LOG2_E,
@@ -105,10 +115,13 @@ def _masked(z, LOWEST: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _read(
     blocks, sizes, strides, samples, k, mask, HEADS: tl.constexpr, FIRST: tl.constexpr,
-    N: tl.constexpr, UNIT: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
+    N: tl.constexpr, UNIT: tl.constexpr, BINARY: tl.constexpr, LOWEST: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """The logits [S, K] of every head."""
     z = ()
+    if BINARY:
+        mask = mask & (k < 1)[None, :]
     for i in tl.static_range(N):
         row = _row(blocks, sizes, strides, samples, HEADS, FIRST + i, UNIT)
         step = strides[HEADS[FIRST + i][0]][2]
@@ -178,8 +191,10 @@ def _label_size(
 @triton.jit
 def _write(
     blocks, sizes, strides, samples, k, mask, dz, HEADS: tl.constexpr, H: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, BINARY: tl.constexpr,
 ):  # fmt: skip
+    if BINARY:
+        mask = mask & (k < 1)[None, :]
     row = _row(blocks, sizes, strides, samples, HEADS, H, UNIT)
     step = strides[HEADS[H][0]][2]
     tl.store(row[:, None] + (k.to(tl.int64) * step)[None, :], dz, mask=mask)
@@ -196,10 +211,11 @@ def _classes(first, counted, stored, K: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _terms(
     z_y, label, label_size, counted, state, pairs, temperature, smoothing, N: tl.constexpr,
-    H: tl.constexpr, TEACHER: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr,
-    WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
+    H: tl.constexpr, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, PLAIN: tl.constexpr,
+    SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """CE and T^2 KL of head H of N, each [S]."""
+    """CE and T^2 KL of head H of N, each [S]; of a mixture z_y is the label's KL. ``pairs`` are
+    pairwise divergences, and all that aren't KL."""
     ce = tl.zeros_like(pairs)
     kl = pairs
     if PLAIN:
@@ -207,19 +223,23 @@ def _terms(
         if WEIGHTED and not SOFT:
             ce = times(label_size, ce)
         ce = tl.where(label >= 0, ce, float("nan"))
-    if N > 1 and TEACHER != PAIRWISE and not (TEACHER == FINAL and H == N - 1):
+    elif DIVERGENCE == MIXTURE:
+        ce = tl.where(label >= 0, z_y, float("nan"))
+    TAUGHT: tl.constexpr = N > 1 and TEACHER != PAIRWISE and not (TEACHER == FINAL and H == N - 1)
+    if TAUGHT and DIVERGENCE == KL:
         kl = divergence(state)
     return tl.where(counted, ce, 0.0), tl.where(counted, kl * temperature * temperature, 0.0)
 
 
 @triton.jit
 def _absorb_heads(
-    z, soft, inside, inverse_t, states, TEACHER: tl.constexpr, K: tl.constexpr,
-    PLAIN: tl.constexpr, SMOOTH: tl.constexpr, SOFT: tl.constexpr, POWER: tl.constexpr,
+    z, soft, inside, inverse_t, states, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr,
+    K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr, SOFT: tl.constexpr,
+    POWER: tl.constexpr,
 ):  # fmt: skip
     """The states of all heads of a group after these classes."""
     N: tl.constexpr = len(z)
-    if N == 1:
+    if N == 1 and DIVERGENCE != MIXTURE:
         return (absorb_alone(z[0], soft, inside, states[0], K, PLAIN, SMOOTH, SOFT),)
     else:
         share = teacher_share(inverse_t, N, TEACHER)
@@ -240,8 +260,8 @@ def _gradients_and_terms(
     z, z_y, soft, k, inside, mask, inverse_t, temperature, smoothing, label, label_size,
     counted, states, zero, samples, gradients, sizes, strides, ce_weights, kl_weights, ce_scale,
     kl_scale, HEADS: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr,
-    TEACHER: tl.constexpr, POWER: tl.constexpr, K: tl.constexpr, PLAIN: tl.constexpr,
-    SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
+    BINARY: tl.constexpr, TEACHER: tl.constexpr, POWER: tl.constexpr, K: tl.constexpr,
+    PLAIN: tl.constexpr, SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     """Terms of a group whose classes are all at hand, and whose teachers are detached.
 
@@ -273,10 +293,10 @@ def _gradients_and_terms(
                 z[i], soft, k, inside, inverse_t, label, state, ce_scale * ce_weights[i],
                 label_size, smoothing, K, SMOOTH, SOFT, POWER if N > 1 else 0,
             )  # fmt: skip
-        _write(gradients, sizes, strides, samples, k, mask, dz, HEADS, FIRST + i, UNIT)
+        _write(gradients, sizes, strides, samples, k, mask, dz, HEADS, FIRST + i, UNIT, BINARY)
         ce_term, kl_term = _terms(
             z_y[i], label, label_size, counted, state, zero, temperature, smoothing, N, i,
-            TEACHER, PLAIN, SMOOTH, WEIGHTED, SOFT,
+            TEACHER, KL, PLAIN, SMOOTH, WEIGHTED, SOFT,
         )  # fmt: skip
         ce_terms += (ce_term,)
         kl_terms += (kl_term,)
@@ -286,19 +306,26 @@ def _gradients_and_terms(
 @triton.jit
 def _store_gradients(
     z, soft, k, inside, mask, inverse_t, temperature, smoothing, label, label_size, states,
-    toward, samples, gradients, sizes, strides, ce_weights, kl_weights, ce_scale, kl_scale,
-    HEADS: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr, TEACHER: tl.constexpr,
-    DETACH: tl.constexpr, POWER: tl.constexpr, K: tl.constexpr, PLAIN: tl.constexpr,
-    SMOOTH: tl.constexpr, SOFT: tl.constexpr,
+    toward, divergences, beta, samples, gradients, sizes, strides, ce_weights, kl_weights, ce_scale,
+    kl_scale, HEADS: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr, BINARY: tl.constexpr,
+    TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, DETACH: tl.constexpr, POWER: tl.constexpr,
+    K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of a group's heads in these classes, once the states are known."""
     N: tl.constexpr = len(z)
+    OTHER: tl.constexpr = DIVERGENCE != KL and (N > 1 or DIVERGENCE == MIXTURE)
     TAUGHT: tl.constexpr = N > 1 and TEACHER != PAIRWISE
     HEADS_TAUGHT: tl.constexpr = N - 1 if TEACHER == FINAL else N
     share = teacher_share(inverse_t, N, TEACHER) if N > 1 else inverse_t
     into = tl.zeros_like(z[0])
     kl_scale = kl_scale * temperature
-    if TAUGHT and not DETACH:
+    if OTHER:
+        if not DETACH:
+            into = passed_on(
+                z, soft, inside, inverse_t, states, divergences, beta, kl_weights, kl_scale,
+                TEACHER, DIVERGENCE,
+            )  # fmt: skip
+    elif TAUGHT and not DETACH:
         for i in tl.static_range(HEADS_TAUGHT):
             u = teacher_of(z, i, TEACHER)
             kl = kl_scale * kl_weights[i]
@@ -306,7 +333,12 @@ def _store_gradients(
     for i in tl.static_range(N):
         dz = tl.zeros_like(z[i])
         kl = kl_scale * kl_weights[i]
-        if N > 1 and TEACHER == PAIRWISE:
+        if OTHER:
+            dz = divergence_gradient(
+                z, soft, inside, inverse_t, states, divergences, beta, kl_weights, kl_scale, into,
+                i, TEACHER, DIVERGENCE, DETACH,
+            )  # fmt: skip
+        elif N > 1 and TEACHER == PAIRWISE:
             dz = pairwise_gradient(
                 z, inside, inverse_t, states, kl_weights, toward, kl_scale, i, DETACH
             )
@@ -327,22 +359,24 @@ def _store_gradients(
                 z[i], soft, k, inside, inverse_t, label, states[i], ce_scale * ce_weights[i],
                 label_size, smoothing, K, SMOOTH, SOFT, POWER if N > 1 else 0,
             )  # fmt: skip
-        _write(gradients, sizes, strides, samples, k, mask, dz, HEADS, FIRST + i, UNIT)
+        _write(gradients, sizes, strides, samples, k, mask, dz, HEADS, FIRST + i, UNIT, BINARY)
 
 
 @triton.jit
 def _group(
     logits, sizes, strides, labels, gradients, gradient_strides, samples, ce_weights, kl_weights,
-    temperature, smoothing, label, label_size, counted, stored, ce_scale, kl_scale,
+    temperature, beta, smoothing, label, label_size, counted, stored, ce_scale, kl_scale,
     HEADS: tl.constexpr, GRADIENT_HEADS: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr,
-    UNIT: tl.constexpr, TEACHER: tl.constexpr, DETACH: tl.constexpr, POWER: tl.constexpr,
-    K: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr, TARGET: tl.constexpr,
-    SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr, SOFT: tl.constexpr, KEEP: tl.constexpr,
-    LOWEST: tl.constexpr, ACC: tl.constexpr,
+    UNIT: tl.constexpr, BINARY: tl.constexpr, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr,
+    DETACH: tl.constexpr, POWER: tl.constexpr, K: tl.constexpr, SAMPLES: tl.constexpr,
+    BLOCK: tl.constexpr, TARGET: tl.constexpr, SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr,
+    SOFT: tl.constexpr, KEEP: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """CE and T^2 KL of the heads of a group, tuples of [S]; stores their gradients."""
-    PLAIN: tl.constexpr = TARGET != NO_TARGET
-    PAIRS: tl.constexpr = N > 1 and TEACHER == PAIRWISE
+    MIXED: tl.constexpr = DIVERGENCE == MIXTURE
+    PLAIN: tl.constexpr = TARGET != NO_TARGET and not MIXED
+    OTHER: tl.constexpr = DIVERGENCE != KL and (N > 1 or MIXED)
+    PAIRS: tl.constexpr = N > 1 and TEACHER == PAIRWISE and not OTHER
     PULLED: tl.constexpr = KEEP and PAIRS and not DETACH
     inverse_t = 1.0 / temperature * LOG2_E
     zero = tl.zeros([SAMPLES], ACC)
@@ -357,22 +391,37 @@ def _group(
     states = initial(N, SAMPLES, ACC)
     toward = zeros
     pairs = zeros
+    of_label = zero
+    divergences = ()
+    for _ in tl.static_range(N):
+        divergences += ((zero, zero, zero),)
     if K <= BLOCK:
         k, inside, mask, stored_mask = _classes(0, counted, stored, K, BLOCK)
-        z = _read(logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC)
+        z = _read(
+            logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, BINARY, LOWEST, ACC
+        )
         soft = _soft(
             labels, sizes, samples, label, smoothing, k, mask, K, TARGET, WEIGHTED, SOFT, ACC
         )
-        if KEEP and not PAIRS and (DETACH or N == 1):
+        if KEEP and not PAIRS and not OTHER and (DETACH or N == 1):
             return _gradients_and_terms(
                 z, z_y, soft, k, inside, stored_mask, inverse_t, temperature, smoothing, label,
                 label_size, counted, states, zero, samples, gradients, sizes, gradient_strides,
-                ce_weights, kl_weights, ce_scale, kl_scale, GRADIENT_HEADS, FIRST, UNIT, TEACHER,
-                POWER, K, PLAIN, SMOOTH, WEIGHTED, SOFT,
+                ce_weights, kl_weights, ce_scale, kl_scale, GRADIENT_HEADS, FIRST, UNIT, BINARY,
+                TEACHER, POWER, K, PLAIN, SMOOTH, WEIGHTED, SOFT,
             )  # fmt: skip
         states = _absorb_heads(
-            z, soft, inside, inverse_t, states, TEACHER, K, PLAIN, SMOOTH, SOFT, POWER
+            z, soft, inside, inverse_t, states, TEACHER, DIVERGENCE, K, PLAIN, SMOOTH, SOFT, POWER
         )
+        if OTHER:
+            divergences = add_divergences(
+                z, soft, inside, inverse_t, states, beta, kl_weights, divergences, TEACHER,
+                DIVERGENCE,
+            )  # fmt: skip
+        if MIXED:
+            of_label = add_label(
+                z, soft, inside, inverse_t, states, beta, kl_weights, of_label
+            )
         if PULLED:
             toward = add_toward(z, inside, inverse_t, states, kl_weights, toward)
         if PAIRS:
@@ -380,35 +429,57 @@ def _group(
         if KEEP:
             _store_gradients(
                 z, soft, k, inside, stored_mask, inverse_t, temperature, smoothing, label,
-                label_size, states, toward, samples, gradients, sizes, gradient_strides, ce_weights,
-                kl_weights, ce_scale, kl_scale, GRADIENT_HEADS, FIRST, UNIT, TEACHER, DETACH,
-                POWER, K, PLAIN, SMOOTH, SOFT,
+                label_size, states, toward, divergences, beta, samples, gradients, sizes,
+                gradient_strides, ce_weights, kl_weights, ce_scale, kl_scale, GRADIENT_HEADS, FIRST,
+                UNIT, BINARY, TEACHER, DIVERGENCE, DETACH, POWER, K, PLAIN, SMOOTH, SOFT,
             )  # fmt: skip
     else:
         for first in range(0, K, BLOCK):
             k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
             z = _read(
-                logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC
+                logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, BINARY, LOWEST, ACC
             )
             soft = _soft(
                 labels, sizes, samples, label, smoothing, k, mask, K, TARGET, WEIGHTED, SOFT, ACC
             )
             states = _absorb_heads(
-                z, soft, inside, inverse_t, states, TEACHER, K, PLAIN, SMOOTH, SOFT, POWER
-            )
+                z, soft, inside, inverse_t, states, TEACHER, DIVERGENCE, K, PLAIN, SMOOTH, SOFT,
+                POWER,
+            )  # fmt: skip
+        if OTHER:
+            for first in range(0, K, BLOCK):
+                k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
+                z = _read(
+                    logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, BINARY, LOWEST,
+                    ACC,
+                )  # fmt: skip
+                soft = _soft(
+                    labels, sizes, samples, label, smoothing, k, mask, K, TARGET, WEIGHTED, SOFT,
+                    ACC,
+                )  # fmt: skip
+                divergences = add_divergences(
+                    z, soft, inside, inverse_t, states, beta, kl_weights, divergences, TEACHER,
+                    DIVERGENCE,
+                )  # fmt: skip
+                if MIXED:
+                    of_label = add_label(
+                        z, soft, inside, inverse_t, states, beta, kl_weights, of_label
+                    )
         if PULLED:
             for first in range(0, K, BLOCK):
                 k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
                 z = _read(
-                    logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC
-                )
+                    logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, BINARY, LOWEST,
+                    ACC,
+                )  # fmt: skip
                 toward = add_toward(z, inside, inverse_t, states, kl_weights, toward)
         if PAIRS or KEEP:
             for first in range(0, K, BLOCK):
                 k, inside, mask, stored_mask = _classes(first, counted, stored, K, BLOCK)
                 z = _read(
-                    logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, LOWEST, ACC
-                )
+                    logits, sizes, strides, samples, k, mask, HEADS, FIRST, N, UNIT, BINARY, LOWEST,
+                    ACC,
+                )  # fmt: skip
                 if PAIRS:
                     pairs = add_pairwise(z, inside, inverse_t, states, kl_weights, pairs)
                 if KEEP:
@@ -418,16 +489,18 @@ def _group(
                     )  # fmt: skip
                     _store_gradients(
                         z, soft, k, inside, stored_mask, inverse_t, temperature, smoothing, label,
-                        label_size, states, toward, samples, gradients, sizes, gradient_strides,
-                        ce_weights, kl_weights, ce_scale, kl_scale, GRADIENT_HEADS, FIRST, UNIT,
-                        TEACHER, DETACH, POWER, K, PLAIN, SMOOTH, SOFT,
+                        label_size, states, toward, divergences, beta, samples, gradients, sizes,
+                        gradient_strides, ce_weights, kl_weights, ce_scale, kl_scale,
+                        GRADIENT_HEADS, FIRST, UNIT, BINARY, TEACHER, DIVERGENCE, DETACH, POWER, K,
+                        PLAIN, SMOOTH, SOFT,
                     )  # fmt: skip
     ce_terms = ()
     kl_terms = ()
     for i in tl.static_range(N):
         ce_term, kl_term = _terms(
-            z_y[i], label, label_size, counted, states[i], pairs[i], temperature, smoothing, N, i,
-            TEACHER, PLAIN, SMOOTH, WEIGHTED, SOFT,
+            of_label if MIXED else z_y[i], label, label_size, counted, states[i],
+            divergences[i][0] if OTHER else pairs[i], temperature, smoothing, N, i, TEACHER,
+            DIVERGENCE, PLAIN, SMOOTH, WEIGHTED, SOFT,
         )  # fmt: skip
         ce_terms += (ce_term,)
         kl_terms += (kl_term,)
@@ -530,28 +603,34 @@ def _averaged(total, weights):
 def consistency_kernel(
     logits, sizes, strides, labels, sample_weight, sample_weight_strides, ignore_index, numbers,
     rests, gradients, gradient_strides, partials, tickets, loss, terms, batch, HEADS: tl.constexpr,
-    GRADIENT_HEADS: tl.constexpr, UNIT: tl.constexpr, GROUPS: tl.constexpr,
-    TEACHERS: tl.constexpr, DETACH: tl.constexpr, POWERS: tl.constexpr,
+    GRADIENT_HEADS: tl.constexpr, UNIT: tl.constexpr, BINARY: tl.constexpr, GROUPS: tl.constexpr,
+    TEACHERS: tl.constexpr, DIVERGENCES: tl.constexpr, DETACH: tl.constexpr, POWERS: tl.constexpr,
     REDUCTION: tl.constexpr, TARGET: tl.constexpr, SMOOTH: tl.constexpr, WEIGHTED: tl.constexpr,
-    SHARED: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, SAMPLES: tl.constexpr,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, LOWEST: tl.constexpr, ACC: tl.constexpr,
+    SHARED: tl.constexpr, MIXES: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr,
+    SAMPLES: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, LOWEST: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Sizes are those of the axes of the samples, which all strides of samples are of.
 
     Labels are a target, its strides, class weights if WEIGHTED, and their stride; numbers
-    ce_weight (H), kl_weight (H), T (G), label smoothing; partials (2H + 2, programs): CE (H),
-    KL (H), the loss, the weight of the samples; where class weights have the cross entropies
-    averaged otherwise (SPLIT), two more: the weight of their labels, and their part of the loss.
+    ce_weight (H), kl_weight (H), T (G), label smoothing and, if a group's divergence isn't KL,
+    beta (G); partials (2H + 2, programs): CE (H), KL (H), the loss, the weight of the samples;
+    where class weights have the cross entropies averaged otherwise (SPLIT), two more: the weight of
+    their labels, and their part of the loss. One of the groups MIXES heads and label.
     """
     G: tl.constexpr = len(GROUPS)
     H: tl.constexpr = GROUPS[G - 1][1]
-    SOFT: tl.constexpr = TARGET == PROBABILITIES or (TARGET == INDICES and WEIGHTED and SMOOTH)
+    SUMMED: tl.constexpr = MIXES or (WEIGHTED and SMOOTH)
+    SOFT: tl.constexpr = TARGET == PROBABILITIES or (TARGET == INDICES and SUMMED)
     SPLIT: tl.constexpr = TARGET == INDICES and WEIGHTED
     SUMS: tl.constexpr = 2 * H + (4 if SPLIT else 2)
     ce_weights = _numbers(numbers, rests, 0, H, ACC)
     kl_weights = _numbers(numbers, rests, H, H, ACC)
     temperatures = _numbers(numbers, rests, 2 * H, G, ACC)
     smoothing = _numbers(numbers, rests, 2 * H + G, 1, ACC)[0]
+    betas = temperatures
+    if len(numbers) > 2 * H + G + 1:
+        betas = _numbers(numbers, rests, 2 * H + G + 1, G, ACC)
     one = tl.full((), 1.0, ACC)
     ce_mean = one
     kl_mean = one
@@ -599,10 +678,10 @@ def consistency_kernel(
             ce_terms, kl_terms = _group(
                 logits, sizes, strides, labels, gradients, gradient_strides, samples,
                 ce_weights[GROUPS[g][0]:GROUPS[g][1]], kl_weights[GROUPS[g][0]:GROUPS[g][1]],
-                temperatures[g], smoothing, label, label_size, counted, stored, ce_scale,
+                temperatures[g], betas[g], smoothing, label, label_size, counted, stored, ce_scale,
                 kl_scale, HEADS, GRADIENT_HEADS, GROUPS[g][0], GROUPS[g][1] - GROUPS[g][0], UNIT,
-                TEACHERS[g], DETACH[g], POWERS[g], K, SAMPLES, BLOCK, TARGET, SMOOTH, WEIGHTED,
-                SOFT, KEEP, LOWEST, ACC,
+                BINARY, TEACHERS[g], DIVERGENCES[g], DETACH[g], POWERS[g], K, SAMPLES, BLOCK,
+                TARGET, SMOOTH, WEIGHTED, SOFT, KEEP, LOWEST, ACC,
             )  # fmt: skip
             ce += ce_terms
             kl += kl_terms

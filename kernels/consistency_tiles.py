@@ -27,7 +27,7 @@ from ..algebra import consistency as algebra
 
 OTHERS, MEAN = tl.constexpr(algebra.OTHERS), tl.constexpr(algebra.MEAN)
 FINAL, PAIRWISE = tl.constexpr(algebra.FINAL), tl.constexpr(algebra.PAIRWISE)
-LOG2_E, _LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
+LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _sums(tiles):
 
 
 @triton.jit
-def _padded(z, inside):
+def padded(z, inside):
     return tl.where(inside, z, float("-inf"))
 
 
@@ -75,7 +75,7 @@ def _per(weight, total):
 
 
 @triton.jit
-def _exponent(z, top, factor):
+def exponent(z, top, factor):
     """(z - top) factor, in one instruction; where all classes are masked so far, z factor."""
     shift = tl.where(top == float("-inf"), 0.0, top * factor)
     return tl.fma(z, factor, -shift[:, None])
@@ -91,7 +91,7 @@ def _plain(z, x, top, POWER: tl.constexpr):
             power *= root
         return power
     else:
-        return tl.exp2(_exponent(z, top, tl.full((), LOG2_E, z.dtype)))
+        return tl.exp2(exponent(z, top, tl.full((), LOG2_E, z.dtype)))
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def absorb_alone(
     """The state of a head without KL after its next classes z."""
     top, plain, raw = state[0], state[1], state[3]
     if PLAIN:
-        z_low = _padded(z, inside)
+        z_low = padded(z, inside)
         # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
         top = tl.maximum(top, tl.max(z_low, 1))
         e = _plain(z_low, z_low, top, 0)
@@ -173,8 +173,8 @@ def absorb(
     A teacher that is not its OWN was absorbed by a head before: ``shared`` is the state
     of that head after it, ``risen`` what this function returned of it.
     """
-    z_low = _padded(z, inside)
-    u_low = _padded(u, inside)
+    z_low = padded(z, inside)
+    u_low = padded(u, inside)
     raw, teacher_top, teacher, gap = state[3], state[4], state[5], state[6]
     if TAUGHT and OWN:
         top, teacher_top = _maxima(z_low, u_low)
@@ -184,7 +184,7 @@ def absorb(
     # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
     top = tl.maximum(state[0], top)
     drop = _risen(state[0], top)
-    x = _exponent(z_low, top, inverse_t)
+    x = exponent(z_low, top, inverse_t)
     root = tl.exp2(x)
     power = root
     if PLAIN:
@@ -194,7 +194,7 @@ def absorb(
             risen = (_risen(state[4], teacher_top) * share, teacher)
         else:
             teacher_top = shared[4]
-        y = _exponent(u_low, teacher_top, share)
+        y = exponent(u_low, teacher_top, share)
         q = tl.exp2(y)
         more, more_plain, more_teacher, more_gap = _sums((root, power, q, times(q, y - x)))
         shrunk = tl.exp2(risen[0])
@@ -232,7 +232,7 @@ def _divergence(state):
 @triton.jit
 def divergence(state):
     """KL(q || p) [S] of a head that has one teacher."""
-    return _divergence(state) * _LN_2
+    return _divergence(state) * LN_2
 
 
 @triton.jit
@@ -241,8 +241,8 @@ def plain_gradient(
     SMOOTH: tl.constexpr, SOFT: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """ce (softmax(z) sum(y) - y), [S, K], of weights ce [S]."""
-    z_low = _padded(z, inside)
-    x = _exponent(z_low, state[0], inverse_t)
+    z_low = padded(z, inside)
+    x = exponent(z_low, state[0], inverse_t)
     plain = _plain(z_low, x, state[0], POWER)
     if SOFT:
         return plain * _per(ce * label_size, state[1])[:, None] - ce[:, None] * soft
@@ -256,23 +256,23 @@ def plain_gradient(
 @triton.jit
 def taught_gradient(z, u, inside, inverse_t, share, state, kl):
     """kl (p - q), [S, K], of weights kl [S]."""
-    p = tl.exp2(_exponent(_padded(z, inside), state[0], inverse_t))
-    q = tl.exp2(_exponent(_padded(u, inside), state[4], share))
+    p = tl.exp2(exponent(padded(z, inside), state[0], inverse_t))
+    q = tl.exp2(exponent(padded(u, inside), state[4], share))
     return p * _per(kl, state[2])[:, None] - q * _per(kl, state[5])[:, None]
 
 
 @triton.jit
-def _log_p(z, inside, inverse_t, state):
-    return _exponent(_padded(z, inside), state[0], inverse_t) - tl.log2(state[2])[:, None]
+def log_p_of(z, inside, inverse_t, state):
+    return exponent(padded(z, inside), state[0], inverse_t) - tl.log2(state[2])[:, None]
 
 
 @triton.jit
 def into_teacher(z, u, inside, inverse_t, share, state, kl):
     """kl q (log q - log p - KL), [S, K]: the gradient of the teacher's logits."""
-    y = _exponent(_padded(u, inside), state[4], share)
+    y = exponent(padded(u, inside), state[4], share)
     gap = y - (tl.log2(state[5]) + _divergence(state))[:, None]
-    gap -= _log_p(z, inside, inverse_t, state)
-    return times(tl.exp2(y) * (_per(kl, state[5]) * _LN_2)[:, None], gap)
+    gap -= log_p_of(z, inside, inverse_t, state)
+    return times(tl.exp2(y) * (_per(kl, state[5]) * LN_2)[:, None], gap)
 
 
 @triton.jit
@@ -282,7 +282,7 @@ def _pairwise_sums(z, inside, inverse_t, states, weights):
     entropy = tl.zeros_like(z[0])
     weighted = tl.zeros_like(z[0])
     for i in tl.static_range(len(z)):
-        log_p = _log_p(z[i], inside, inverse_t, states[i])
+        log_p = log_p_of(z[i], inside, inverse_t, states[i])
         p = tl.exp2(log_p)
         total += p
         entropy += times(p, log_p)
@@ -297,7 +297,7 @@ def add_toward(z, inside, inverse_t, states, weights, toward):
     weight = sum_of(weights)
     new = ()
     for i in tl.static_range(len(z)):
-        log_p = _log_p(z[i], inside, inverse_t, states[i])
+        log_p = log_p_of(z[i], inside, inverse_t, states[i])
         pull = times(tl.exp2(log_p), log_p * weight - weighted)
         new += (toward[i] + tl.sum(pull, 1),)
     return new
@@ -309,9 +309,9 @@ def add_pairwise(z, inside, inverse_t, states, weights, divergences):
     total, entropy, _ = _pairwise_sums(z, inside, inverse_t, states, weights)
     new = ()
     for i in tl.static_range(len(z)):
-        log_p = _log_p(z[i], inside, inverse_t, states[i])
+        log_p = log_p_of(z[i], inside, inverse_t, states[i])
         kl = entropy - times(total, log_p)
-        new += (divergences[i] + tl.sum(kl, 1) * (_LN_2 / (len(z) - 1)),)
+        new += (divergences[i] + tl.sum(kl, 1) * (LN_2 / (len(z) - 1)),)
     return new
 
 
@@ -321,10 +321,10 @@ def pairwise_gradient(
 ):  # fmt: skip
     """w (p_h - sum_{j != h} p_j/(n - 1)) of head H, and what it gets as a teacher, scaled."""
     total, _, weighted = _pairwise_sums(z, inside, inverse_t, states, weights)
-    log_p = _log_p(z[H], inside, inverse_t, states[H])
+    log_p = log_p_of(z[H], inside, inverse_t, states[H])
     p = tl.exp2(log_p)
     dz = times(weights[H], p - (total - p) * (1.0 / (len(z) - 1)))
     if not DETACH:
         pull = log_p * sum_of(weights) - weighted - toward[H][:, None]
-        dz += times(p, pull) * (_LN_2 / (len(z) - 1))
+        dz += times(p, pull) * (LN_2 / (len(z) - 1))
     return dz * scale[:, None]

@@ -172,11 +172,15 @@ def consistency_noise(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    divergence: Sequence[str] | None = None,
+    beta: Sequence[float] | None = None,
+    activation: str = "softmax",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The noise of the loss () or (B,), of its terms (2, H), and of dz (H, B).
 
     A logit is rounded relative to the largest one of its sample, and so is the logarithm of
     every probability: ``spread``. A masked class, of -inf or the lowest number, has neither.
+    Independent labels are as many samples of two classes.
     """
 
     def stacked(blocks) -> Tensor:
@@ -189,12 +193,25 @@ def consistency_noise(
     share = torch.ones(batch, dtype=torch.float64)
     if sample_weight is not None:
         share = sample_weight.cpu().double().abs()
-    size, of_labels = torch.zeros(batch, dtype=torch.float64), share  # of a label, all its classes
+    many = classes if activation == "sigmoid" else 1  # samples of one
+    labels_of = reference._labels if many == 1 else reference._independent_labels
+    given = None
     if target is not None:
-        labels, label_weight, known = reference._labels(
+        given = labels_of(
             target.cpu(), None if weight is None else weight.cpu(), classes, label_smoothing,
             ignore_index, torch.float64,
         )  # fmt: skip
+    if activation == "sigmoid":
+        z, masked = (
+            torch.stack([x, torch.zeros_like(x)], -1).flatten(1, 2) for x in (z, masked)
+        )
+        share = share.repeat_interleave(many)
+        batch, classes = batch * many, 2
+        if given is not None:
+            given = given[0].flatten(0, 1), None, given[2].repeat_interleave(many)
+    size, of_labels = torch.zeros(batch, dtype=torch.float64), share  # of a label, all its classes
+    if given is not None:
+        labels, label_weight, known = given
         share, size = torch.where(known, share, 0.0), labels.abs().sum(-1)
         of_labels = share if label_weight is None else share * label_weight
     largest = z.abs().masked_fill(masked, 0).amax((0, 2)) if batch else z.new_zeros(0)
@@ -206,30 +223,97 @@ def consistency_noise(
     dz_ce = (ce_weight.view(-1, 1) * ce).unsqueeze(-1) * z.softmax(-1)
     dz_kl = torch.zeros_like(z)
     first = 0
-    for size, t, kind, detached in zip(groups, temperature, teacher, detach_teacher, strict=True):
+    for size, t, kind, detached, name, b in zip(
+        groups, temperature, teacher, detach_teacher, divergence or ["kl"] * len(groups),
+        beta or [0.5] * len(groups), strict=True,
+    ):  # fmt: skip
         group = list(z[first : first + size] / t)
         spread = (base + largest / t).unsqueeze(-1)
         for h, w in enumerate(kl_weight[first : first + size], first):
             log_p = group[h - first].log_softmax(-1)
             for part, log_q in reference._teachers(group, h - first, kind):
-                q = log_q.exp()
-                gap = torch.where((q > 0) & (log_p > -torch.inf), log_q - log_p, 0.0)
-                off = gap - (q * gap).sum(-1, keepdim=True)
-                kl[h] += part * t * t * (spread * q * (1 + gap.abs())).sum(-1)
-                dz_kl[h] += part * w * t * spread * (log_p.exp() + q)
+                value, head, into = _divergence_noise(log_q, log_p, name, b)
+                kl[h] += part * t * t * (spread * value).sum(-1)
+                dz_kl[h] += part * w * t * spread * head
                 if not detached:
                     teachers = slice(first + (size - 1) * (kind == "final"), first + size)
-                    dz_kl[teachers] += part * w * t * spread * q * (1 + off.abs())
+                    dz_kl[teachers] += part * w * t * spread * into
         first += size
 
     def times(scale: Tensor, noise: Tensor) -> Tensor:  # ignored samples may hold anything
         return torch.where(scale == 0, 0.0, sums * scale * noise)
 
     ce_mean, kl_mean = (share / max(w.sum(), 1e-300) * bool(w.sum()) for w in (of_labels, share))
+    ce_mean, kl_mean = many * ce_mean, many * kl_mean
     ce_by, kl_by = (share, share) if reduction == "sum" else (ce_mean, kl_mean)
     terms = torch.stack([times(ce_by, ce).sum(-1), times(kl_by, kl).sum(-1)])
     if reduction == "none":
         ce_by = kl_by = share
     loss = ce_weight @ times(ce_by, ce) + kl_weight @ times(kl_by, kl)
     dz = times(ce_by.unsqueeze(-1), dz_ce) + times(kl_by.unsqueeze(-1), dz_kl)
+    if activation == "sigmoid":
+        loss, dz = loss.view(-1, many).sum(-1), dz[..., 0].view(heads, -1, many)
     return loss if reduction == "none" else loss.sum(), terms, dz.norm(dim=-1)
+
+
+def _divergence_noise(
+    log_q: Tensor, log_p: Tensor, name: str, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the noise of logarithms of probabilities is multiplied with: in the value, in the
+    gradient of the head's logits, and in that of the teacher's; of every class."""
+
+    def away(p: Tensor, log_p: Tensor, log_m: Tensor) -> tuple[Tensor, Tensor]:
+        """p (1 + |log p/m|), and the same of that less its mean."""
+        gap = torch.where((p > 0) & (log_m > -torch.inf), log_p - log_m, 0.0)
+        return p * (1 + gap.abs()), p * (1 + (gap - (p * gap).sum(-1, keepdim=True)).abs())
+
+    p, q = log_p.exp(), log_q.exp()
+    if name == "kl":
+        value, into = away(q, log_q, log_p)
+        return value, p + q, into
+    if name == "reverse_kl":
+        value, into = away(p, log_p, log_q)
+        return value, into, p + q
+    log_m = (beta * q + (1 - beta) * p).log()
+    of_q, teacher = away(q, log_q, log_m)
+    of_p, head = away(p, log_p, log_m)
+    return beta * of_q + (1 - beta) * of_p, (1 - beta) * head, beta * teacher
+
+
+def mixture_noise(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    *,
+    pi: Sequence[float],
+    factor: float,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The noise of ``factor`` times the generalised Jensen-Shannon divergence, () or (B,), and of
+    its gradient (H, B); as ``consistency_noise``."""
+    sums = SUM * min(unit(loss_dtype(z.dtype)) for z in logits)
+    z = torch.cat([z.detach().cpu().double().reshape(-1, *z.shape[-2:]) for z in logits])
+    masked = torch.cat([
+        (z <= torch.finfo(z.dtype).min).cpu().reshape(-1, *z.shape[-2:]) for z in logits
+    ])  # fmt: skip
+    labels, _, known = reference._labels(
+        target.cpu(), None, z.shape[-1], label_smoothing, ignore_index, torch.float64
+    )
+    share = known.double()
+    if sample_weight is not None:
+        share = share * sample_weight.cpu().double().abs()
+    z = z.masked_fill((share == 0).unsqueeze(-1), 0)
+    log_p = z.masked_fill(masked, -torch.inf).log_softmax(-1)
+    p = torch.cat([labels.unsqueeze(0), log_p.exp()])  # [1 + H, B, K]
+    weights = torch.tensor(pi).double().view(-1, 1, 1)
+    m = (weights * p).sum(0)
+    gap = torch.where(p > 0, p.log() - m.log(), 0.0)
+    largest = z.abs().masked_fill(masked, 0).amax((0, 2)).view(-1, 1)
+    spread = sums * factor * (1 + torch.tensor(float(z.shape[-1])).log() + largest) * weights
+    off = gap - (p * gap).sum(-1, keepdim=True)
+    by = share if reduction != "mean" else share / max(share.sum(), 1e-300) * bool(share.sum())
+    loss = by * (spread * p * (1 + gap.abs())).sum((0, 2))
+    dz = by * (spread * p * (1 + off.abs()))[1:].norm(dim=-1)
+    return loss if reduction == "none" else loss.sum(), dz

@@ -6,6 +6,7 @@ How accurate it must be is said in bounds.py.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -14,7 +15,14 @@ import cuda_emulation
 import hypothesis
 import pytest
 import torch
-from bounds import assert_accurate, consistency_noise, loss_dtype, pairwise_noise, unit
+from bounds import (
+    assert_accurate,
+    consistency_noise,
+    loss_dtype,
+    mixture_noise,
+    pairwise_noise,
+    unit,
+)
 from torch import Tensor
 
 from imcl_fast import functional as F
@@ -266,7 +274,7 @@ def check_consistency(
     groups = options.get("groups") or [heads]
     defaults = {
         "temperature": 2.0, "teacher": "others", "detach_teacher": True,
-        "ce_weight": 1.0, "kl_weight": 1.0,
+        "ce_weight": 1.0, "kl_weight": 1.0, "divergence": "kl", "beta": 0.5,
     }
     spelled = {"groups": groups}
     for name, default in defaults.items():
@@ -311,7 +319,7 @@ def check_consistency(
     )
     named = {
         name: options[name]
-        for name in ("ignore_index", "reduction", "label_smoothing")
+        for name in ("ignore_index", "reduction", "label_smoothing", "activation")
         if name in options
     }
     loss_noise, terms_noise, dz_noise = consistency_noise(
@@ -321,6 +329,54 @@ def check_consistency(
     assert_accurate("terms", terms, true_terms, terms_noise, loss_dtype(dtype))
     sizes = [len(z) if z.dim() == 3 else 1 for z in logits]
     noises = (dz_noise * grad.double()).split(sizes)
+    for i, (z, g) in enumerate(zip(logits, gradients, strict=True)):
+        assert_layout(g, z)
+        assert_accurate(f"gradient {i}", g, truth[i], noises[i], z.dtype)
+
+
+def check_mixture(
+    impl: Impl, logits: Sequence[Tensor], target: Tensor, *, pi: float | Sequence[float] = 0.5,
+    sample_weight: Tensor | None = None, **options,
+) -> None:
+    """Loss, gradients and their layout against the float64 reference."""
+    logits = [leaf(z) for z in logits]
+    given_ = [*logits, target, *([] if sample_weight is None else [sample_weight])]
+    before = [bits(x) for x in given_]
+    dtype, batch = logits[0].dtype, logits[0].shape[-2]
+    count = sum(len(z) if z.dim() == 3 else 1 for z in logits)
+    grad = torch.tensor(1.5 if options.get("reduction") == "sum" else 1.5 * max(batch, 1))
+    if options.get("reduction") == "none":
+        grad = torch.linspace(0.5, 1.5, batch, dtype=torch.float64)
+
+    def run(name: str, inputs: Sequence[Tensor], target: Tensor, share: Tensor | None):
+        loss = F.jensen_shannon(
+            inputs, target, pi=pi, sample_weight=share, impl=name, **options
+        )
+        return loss, torch.autograd.grad(loss, inputs, grad.to(loss))
+
+    def widened(x: Tensor | None) -> Tensor | None:
+        if x is None or not x.is_floating_point():
+            return x if x is None else x.cpu()
+        return x.to(loss_dtype(dtype)).cpu().double()
+
+    loss, gradients = run(impl.name, logits, target, sample_weight)
+    assert all(bits(x).equal(b) for x, b in zip(given_, before, strict=True)), "input written"
+    assert loss.shape == ((batch,) if options.get("reduction") == "none" else ())
+    assert loss.dtype == loss_dtype(dtype)
+    wide, target, sample_weight = (
+        [leaf(z.cpu(), torch.float64) for z in logits], widened(target), widened(sample_weight)
+    )
+    true_loss, truth = run("reference", wide, target, sample_weight)
+    spelled = pi if isinstance(pi, Sequence) else [pi, *[(1 - pi) / count] * count]
+    factor = -1 / ((1 - spelled[0]) * math.log(1 - spelled[0]))
+    if not options.get("normalize", True):
+        factor = 1.0
+    named = {k: v for k, v in options.items() if k != "normalize"}
+    loss_noise, dz_noise = mixture_noise(
+        logits, target, pi=spelled, factor=factor, sample_weight=sample_weight, **named
+    )
+    assert_accurate("loss", loss, true_loss, loss_noise, loss_dtype(dtype))
+    noises = (dz_noise * grad.double()).split([len(z) if z.dim() == 3 else 1 for z in logits])
     for i, (z, g) in enumerate(zip(logits, gradients, strict=True)):
         assert_layout(g, z)
         assert_accurate(f"gradient {i}", g, truth[i], noises[i], z.dtype)

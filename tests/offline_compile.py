@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.shapes import R18_FEATURES, resnet18_weights
+from imcl_fast.algebra import divergences
 from imcl_fast.kernels import config, consistency, launch, pairwise
 
 TARGETS = {
@@ -168,8 +169,8 @@ def cases():
             for teacher in (0, 3):
                 logits = [torch.empty(2, classes, dtype=dtype) for _ in range(heads)]
                 target = torch.zeros(2, dtype=torch.int64)
-                options = ([1.0] * heads, [1.0] * heads, [heads], [2.0], [teacher], [True], 0.0,
-                           -100, 0, True)  # fmt: skip
+                options = ([1.0] * heads, [1.0] * heads, [heads], [2.0], [teacher], [True], [0],
+                           [0.5], 0.0, -100, False, 0, True)  # fmt: skip
                 case = f"consistency {TYPES[dtype]} {heads} x {classes} teacher {teacher}"
                 yield case, lambda z=logits, t=target, o=options: consistency.forward(
                     z, t, None, None, *o
@@ -181,9 +182,26 @@ def cases():
             targets = (torch.empty(2, 1000), None, None)
             if kind == "weights":
                 targets = (torch.zeros(2, dtype=torch.int64), torch.empty(1000), torch.empty(2))
-            options = ([1.0] * 5, [1.0] * 5, [5], [2.0], [0], [True], 0.1, -100, 0, True)
+            options = (
+                [1.0] * 5, [1.0] * 5, [5], [2.0], [0], [True], [0], [0.5], 0.1, -100, False, 0, True
+            )  # fmt: skip
             case = f"consistency {TYPES[dtype]} 5 x 1000 {kind}"
             yield case, lambda z=logits, t=targets, o=options: consistency.forward(z, *t, *o)
+        for name, kind, binary in (
+            (divergences.REVERSE_KL, "reverse KL", False), (divergences.JSD, "JSD", False),
+            (divergences.MIXTURE, "mixture", False), (divergences.KL, "labels", True),
+        ):  # fmt: skip
+            shape = (1, 2, 8, 1) if binary else (2, 1000)
+            logits = [torch.empty(shape, dtype=dtype) for _ in range(5)]
+            target = torch.empty(2, 8, 2) if binary else torch.zeros(2, dtype=torch.int64)
+            t = 1.0 if name == divergences.MIXTURE else 2.0
+            options = (
+                [1.0] * 5, [1.0] * 5, [5], [t], [0], [True], [name], [0.5], 0.0, -100, binary, 0,
+                True,
+            )  # fmt: skip
+            yield f"consistency {TYPES[dtype]} 5 x {shape[-1 - binary]} {kind}", (
+                lambda z=logits, t=target, o=options: consistency.forward(z, t, None, None, *o)
+            )
 
 
 def pairwise_both(xs, options, grad) -> None:

@@ -51,9 +51,11 @@ def write_run(
     best=None,
     seconds_per_step=0.05,
     running=False,
+    used=None,
     **config,
 ):
-    """A run whose last test accuracy is ``accuracy``; running: it has no end yet."""
+    """A run whose last test accuracy is ``accuracy``; running: it has no end yet; used: what its
+    used.json holds, which runs of older versions don't have."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     settings = {
@@ -83,6 +85,8 @@ def write_run(
         "machine": {"system": "Linux", "processor": "a processor", "cores": 2, "accelerator": None},
     }
     (folder / "config.json").write_text(json.dumps(settings))
+    if used is not None:
+        (folder / "used.json").write_text(json.dumps(used))
     done = epochs - 1 if running else epochs
     rows = []
     for epoch in range(1, done + 1):

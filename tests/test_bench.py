@@ -133,9 +133,9 @@ def test_host_time_is_that_over_the_plain_step_at_each_place_of_the_period() -> 
             assert (one[what]["ratio"] == 1) == (name == host.PLAIN)
     assert found[host.PLAIN]["both"]["average"] == found[host.PLAIN]["both"]["fullest"] == 0
     plain = [[Sample(1.0, 1.0)] * host.PERIOD] * 3
-    ours = [[Sample(1.5, 1.0), *[Sample(1.0, 1.0)] * 6, Sample(1.0, 5.0)]] * 3
+    ours = [[Sample(1.5, 1.0), *[Sample(1.0, 1.0)] * 14, Sample(1.0, 5.0)]] * 3
     assert host._over(ours, plain, "forward") == {
-        "average": 0.5 / 8, "fullest": 0.5, "ratio": 8.5 / 8,
+        "average": 0.5 / 16, "fullest": 0.5, "ratio": 16.5 / 16,
     }  # fmt: skip
     assert host._over(ours, plain, "both")["fullest"] == 4
 
@@ -484,8 +484,8 @@ def test_a_schedule_is_timed_by_its_kinds_of_steps(monkeypatch: pytest.MonkeyPat
                     for terms in computed]  # fmt: skip
     kinds = ({"representation_similarity"}, set(), {"kernel_similarity"})
     assert similarities == [kind for kind in kinds for _ in range(2)]
-    assert found["seconds"]["median"] == 4 / 4 + 6 / 8 + 2 * 5 / 8
-    assert found["overhead"] == 1 / 4 + 2 / 8
+    assert found["seconds"]["median"] == 4 / 8 + 6 / 16 + 2 * 13 / 16
+    assert found["overhead"] == 1 / 8 + 2 / 16
     assert found["fullest"] == 2
 
 

@@ -17,11 +17,20 @@ import conftest
 import pytest
 import torch
 from bounds import assert_accurate
-from conftest import DTYPES, HALVES, Impl, check_consistency, check_pairwise, dtype_name
+from conftest import (
+    DTYPES,
+    HALVES,
+    Impl,
+    check_consistency,
+    check_mixture,
+    check_pairwise,
+    dtype_name,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PENALTIES, TEACHERS, Heads, Matrices, features, heads, layers, weights
 from test_consistency import REDUCTIONS, spec
+from test_divergences import KINDS, probabilities
 from test_pairwise import FEATURE_SHAPES, WEIGHT_SHAPES
 from torch import Tensor
 
@@ -164,6 +173,45 @@ def test_teachers(dtype: torch.dtype, teacher: str) -> None:
     for classes in (2, 33, 1003):
         logits, target = spec(3, 5, classes).build(dtype)
         assert_consistency_is_judged(logits, target, teacher=teacher, label_smoothing=0.05)
+
+
+@pytest.mark.parametrize("name,activation", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_divergences(dtype: torch.dtype, name: str, activation: str) -> None:
+    """Of another divergence, beta or activation a result is wrong, too."""
+    for i, (teacher, detach) in enumerate(product(TEACHERS, (True, False))):
+        logits, target = spec(3, 7, 9, seed=3).build(dtype)
+        if activation == "sigmoid":
+            target = probabilities(7, 9).to(dtype)
+        options = {
+            "teacher": teacher, "detach_teacher": detach, "reduction": REDUCTIONS[i % 3],
+            "divergence": name, "activation": activation, "beta": 0.3,
+        }  # fmt: skip
+        assert_consistency_is_judged(logits, target, **options)
+        seen = comparisons(check_consistency, logits, target, **options)
+        for wrong in ({"divergence": "kl"}, {"divergence": "jsd", "beta": 0.6}):
+            others = comparisons(
+                check_consistency, logits, target, judge=False, **{**options, **wrong}
+            )
+            for one, other in zip(seen, others, strict=True):
+                difference = (other.truth.double() - one.truth.double()).norm()
+                if difference > NOTICED[one.dtype] * one.truth.double().norm():
+                    assert is_rejected(one, other.truth), f"{one.what}: takes {wrong}"
+
+
+@pytest.mark.parametrize("pi", [0.3, [0.5, 0.1, 0.2, 0.2]])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_mixtures(dtype: torch.dtype, pi) -> None:
+    for reduction in REDUCTIONS:
+        logits, target = spec(3, 7, 9, seed=3, ignored=0.2).build(dtype)
+        seen = comparisons(check_mixture, logits, target, pi=pi, reduction=reduction)
+        assert_wrong_results_are_rejected(seen)
+        others = comparisons(
+            check_mixture, logits, target, pi=0.31, reduction=reduction, judge=False
+        )
+        for one, other in zip(seen, others, strict=True):
+            if dtype not in HALVES:
+                assert is_rejected(one, other.truth), f"{one.what}: takes another pi"
 
 
 def assert_consistency_is_judged(logits, target, **options) -> None:

@@ -1,6 +1,7 @@
 """imcl-compare: groups, pairs, intervals, and what it refuses."""
 
 import csv
+import importlib.util
 import math
 import os
 import statistics
@@ -103,6 +104,26 @@ def test_one_seed_has_a_difference_but_no_interval(runs, capsys):
     assert lines["ce"][2] == "70.00" and "+5.00" in lines["imcl"]
 
 
+def test_one_seed_is_said_to_prove_nothing(runs, tmp_path, capsys):
+    path = tmp_path / "out.html"
+    drawn = ["--html", str(path)] if importlib.util.find_spec("matplotlib") else []
+    for chosen, warned in ((runs[:2], True), (runs, False)):
+        assert compare.main([*chosen, *drawn]) == 0
+        texts = [capsys.readouterr().out, *([path.read_text()] if drawn else [])]
+        for text in texts:
+            assert ("One seed proves nothing: the difference of imcl is" in text) == warned
+
+
+def test_settings_left_open_are_named_as_they_turned_out(tmp_path, capsys):
+    used = {"settings": {"views": 2}, "weights": {"output": 1.0}}
+    for views in (None, 3):
+        folder = tmp_path / f"views-{views}"
+        write_run(folder, views=views, used=used if views is None else None)
+    assert compare.main([str(path) for path in sorted(tmp_path.iterdir())]) == 0
+    said = capsys.readouterr().out
+    assert "imcl views=2" in said and "imcl views=3" in said and "default" not in said
+
+
 @pytest.mark.parametrize("baseline", ["imcl", "four-1"])
 def test_another_baseline(runs, baseline, capsys):
     if baseline == "four-1":
@@ -139,7 +160,7 @@ def test_html_is_one_whole_page(runs, tmp_path, capsys):
     path = tmp_path / "out.html"
     assert compare.main([*runs, "--html", str(path)]) == 0
     text = path.read_text()
-    assert "76.00 +- 1.73" in text and text.count('class="chart"') == 2
+    assert "76.00 +- 1.73" in text and text.count('class="chart"') == 3
     assert "<script" not in text and "src=" not in text
     assert all(folder in text for folder in runs)
 

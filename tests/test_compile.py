@@ -225,13 +225,13 @@ def consistency_samples() -> list[tuple]:
         for kind in range(len(TEACHERS)):
             for reduction in range(3):
                 options = autograd.ConsistencyOptions(
-                    [1.0] * 4, [0.5] * 4, [1, 3], [1.0, 2.0], [0, kind], [True, False], 0.1,
-                    -100, reduction,
+                    [1.0] * 4, [0.5] * 4, [1, 3], [1.0, 2.0], [0, kind], [True, False], [0, 0],
+                    [0.5, 0.5], 0.1, -100, False, reduction,
                 )
                 target = labels() if kind % 2 else None
                 samples.append((logits(dtype), target, None, None, *options, kind != 1))
     options = autograd.ConsistencyOptions(
-        [1.0] * 2, [1.0] * 2, [2], [2.0], [0], [True], 0.0, -100, 0
+        [1.0] * 2, [1.0] * 2, [2], [2.0], [0], [True], [0], [0.5], 0.0, -100, False, 0
     )
     for z in (torch.zeros(2, 0, 3), torch.randn(2, 7, 5).transpose(1, 2)):
         samples.append(([z], None, None, None, *options, True))

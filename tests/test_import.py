@@ -31,13 +31,13 @@ LAYERS = [
     "heads kernel_weights unlearnt",
     "layers",
     "functional",
-    "dependence",
+    "dependence independent",
     "implementations autograd",
     "operators",
     "kernels",
     "algebra",
     "reference validation",
-    "schedule taps modes tracing outputs residual dense dense_outputs padding",
+    "schedule taps modes tracing outputs residual dense dense_outputs padding build_facts",
 ]
 
 

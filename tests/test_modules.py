@@ -19,8 +19,13 @@ PAIRS = {
     "kernel": (imcl_fast.KernelSimilarityLoss, F.kernel_similarity),
     "consistency": (imcl_fast.CollaborativeConsistencyLoss, F.collaborative_consistency),
 }
-# Its behaviour is tested in test_dependence.py: it has other implementations.
-ALL_PAIRS = {**PAIRS, "dependence": (imcl_fast.ViewDependence, F.view_dependence)}
+# Their behaviour is tested in test_dependence.py and test_divergences.py: they have other
+# implementations.
+ALL_PAIRS = {
+    **PAIRS,
+    "dependence": (imcl_fast.ViewDependence, F.view_dependence),
+    "mixture": (imcl_fast.JensenShannonLoss, F.jensen_shannon),
+}
 # Every argument away from its default, and not all at once: some undo each other.
 OPTIONS = {
     "representation": [

@@ -206,11 +206,64 @@ def test_the_report_s_charts_take_the_page_s_colours(tmp_path):
     _, text = report(write_run(tmp_path / "run"))
     assert "prefers-color-scheme: dark" in text and "@media print" in text
     charts = re.findall(r'<svg [^>]*class="chart".*?</svg>', text, re.DOTALL)
-    assert len(charts) == 4  # curves, terms, layers, step time
+    assert len(charts) == 3 + 5 + 2  # curves, terms, layers of both kinds
     for chart in charts:
         xml.etree.ElementTree.fromstring(chart)
         assert "currentColor" in chart and "#010203" not in chart
         assert not re.search(r"(fill|stroke): (#000000|#ffffff|black|white)", chart)
+
+
+@drawn
+def test_charts_can_be_read_on_a_phone(tmp_path):
+    _, text = report(write_run(tmp_path / "run"))
+    room = 360 - 2 * 24  # pixels, less the page's margins
+    widths = [float(width) for width in re.findall(r'viewBox="0 0 ([\d.]+) [\d.]+"[^>]*>', text)]
+    assert len(widths) > 10
+    for width in widths:
+        scale = room / width
+        assert charts.STYLE["font.size"] * scale >= 8, f"{width} points"
+    # Nothing asks for more room than there is, but for tables, which scroll.
+    for least in re.findall(r"minmax\(([^,]*(?:\([^)]*\))?),", text):
+        assert least.startswith("min("), least
+
+
+USED = {
+    "settings": {"layers": ["1", "3"], "views": 2, "device": "cpu", "train_images": 1300},
+    "weights": {"multilayer": 3.0, "representation": 10.0, "kernel": 100.0},
+    "paths": {"multilayer": ["1"], "representation": ["1", "3"], "kernel": ["0", "2.weight"]},
+}
+
+
+@drawn
+def test_the_report_marks_the_layers_that_each_way_acted_on(tmp_path):
+    page, text = report(write_run(tmp_path / "run", used=USED))
+    assert "What each way acted on 2 multi-layer consistency , weight 3: 1 3 representation " \
+        "similarity , weight 10: 1, 3 4 kernel similarity , weight 100: 0, 2.weight" in page.text
+    marks = {}
+    for card in re.findall(r'<figure class="card">.*?</figure>', text, re.DOTALL):
+        name = re.search(r'class="name">([^<]*)', card)[1]
+        kind = "kernel" if name in ("0", "2", "5") else "representation"
+        marks[name, kind] = re.findall(r'class="mark">way (\d)', card)
+    kinds = {(layer["name"], layer["kind"]) for layer in profiles()[0]}
+    assert set(marks) == kinds
+    assert {key: found for key, found in marks.items() if found} == {
+        ("0", "kernel"): ["4"],
+        ("1", "representation"): ["2", "3"],
+        ("2", "kernel"): ["4"],
+        ("3", "representation"): ["3"],
+    }
+
+
+@drawn
+def test_the_report_shows_settings_as_they_turned_out(tmp_path):
+    config = {"views": None, "train_images": None, "clip_norm": None}
+    page, _ = report(write_run(tmp_path / "new", used=USED, **config))
+    for words in ("layers 1, 3", "views 2", "device cpu", "train images 1300", "clip norm -",
+                  "weights multilayer 3.0, representation 10.0, kernel 100.0"):  # fmt: skip
+        assert words in page.text
+    assert "default" not in page.text
+    page, _ = report(write_run(tmp_path / "old", **config))
+    assert "views the method's own" in page.text and "acted on" not in page.text
 
 
 @drawn
@@ -302,6 +355,10 @@ def test_imcl_train_s_run_is_reported_inspected_and_compared(tmp_path, capsys):
     assert run.finished and run.label == "imcl" and len(run.terms) == 5
     assert len(run.before) == len(run.after) > 30
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert "default" not in page.text and "the method's own" not in page.text
+    assert run.used["paths"]["output"] == ["fc"] and len(run.used["paths"]["kernel"]) > 10
+    marked = [name for name in run.used["paths"]["kernel"] if name not in page.text]
+    assert run.used["settings"]["views"] == 2 and not marked
     assert f"test accuracy, last epoch {100 * run.accuracy:.2f} %" in page.text
     capsys.readouterr()
     tables = []

@@ -73,7 +73,7 @@ def test_the_folder_holds_everything(run):
     assert names == {
         "config.json", "metrics.csv", "steps.csv", "summary.json", "noise.pt", "network.pt",
         "redundancy_before.json", "redundancy_after.json", "checkpoints", "log.txt", "report.html",
-        "tb",
+        "tb", "used.json",
     }  # fmt: skip
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert checkpoints == ["best.pt", "step-00000010.pt", "step-00000020.pt"]
@@ -373,7 +373,7 @@ def test_runs_of_versions_with_fewer_settings_can_be_read_and_gone_on_with(tmp_p
         pass
     other = replace(config, resume="auto", kernels=("fc",))
     with (
-        pytest.raises(UsageError, match=r"kernels \(was None, is \('fc',\)\)"),
+        pytest.raises(UsageError, match=r"kernels \(was left out, is \('fc',\)\)"),
         Records.claim(tmp_path, other),
     ):
         pass

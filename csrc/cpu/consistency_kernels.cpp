@@ -24,6 +24,7 @@
 #include <algorithm>
 
 #include "consistency.h"
+#include "consistency_divergences.h"
 #include "consistency_lanes.h"
 #include "exp.h"
 #include "logits.h"
@@ -171,11 +172,13 @@ class Work {
         group_(group),
         sample_(sample),
         n_(group.size),
-        kl_(n_ > 1),
-        pairwise_(kl_ && group.teacher == Teacher::kPairwise),
-        taught_(kl_ && !pairwise_),
+        mixture_(group.divergence == Divergence::kMixture),
+        kl_(n_ > 1 || mixture_),
+        pairwise_(kl_ && !mixture_ && group.teacher == Teacher::kPairwise),
+        taught_(kl_ && !mixture_ && !pairwise_),
         own_teacher_(taught_ && group.teacher == Teacher::kOthers),
-        labelled_(problem.labels.any()),
+        other_(kl_ && group.divergence != Divergence::kKl),
+        labelled_(problem.labels.any() && !mixture_),
         summed_(labelled_ && (problem.labels.smoothing > 0 || problem.labels.soft())),
         inverse_t_(static_cast<Acc>(1 / group.temperature)),
         share_(static_cast<Acc>(
@@ -185,7 +188,9 @@ class Work {
         total_(scratch_.get<Acc>(chunk_.size)),
         t_(scratch_.get<Acc>(chunk_.size)),
         teacher_(scratch_.get<Acc>(chunk_.size * (own_teacher_ ? n_ : 1))),
-        soft_(problem.labels.soft() ? scratch_.get<Acc>(chunk_.size) : nullptr) {
+        soft_(problem.labels.soft() || mixture_ ? scratch_.get<Acc>(chunk_.size) : nullptr),
+        shares_(other_ ? scratch_.get<Acc>(n_) : nullptr) {
+    if (other_) shares_of(problem, group, shares_);
     for (int64_t h = 0; h < n_; ++h) running_[h] = Running{};
     if (wants_gradient && problem.classes <= chunk_.size) {
       tempered_ = kl_ ? scratch_.get<Acc>(n_ * chunk_.size) : nullptr;
@@ -201,7 +206,7 @@ class Work {
       if (soft_) label_size_ += read_labels();
       survey();
       if (kept_ && own_teacher_ && n_ <= kMostProducts && !extreme_ && read_products()) {
-        if (!group_.detach) sum_heads();  // for the teachers' logits
+        if (!group_.detach || other_) sum_heads();  // for the teachers' logits
         break;
       }
       if (taught_) sum_heads();
@@ -238,10 +243,16 @@ class Work {
       const Online<Acc>& teacher = running_[own_teacher_ ? h : 0].teacher;
       run.teacher_sum = teacher.sum;
       run.teacher_max = teacher.shift();
-      if (taught_ && has_kl(h))
+      if (other_) {
+        run.log_teacher = static_cast<Acc>(std::log(teacher.sum));
+        run.inverse_teacher = static_cast<Acc>(1 / teacher.sum);
+        run.inverse_tempered = static_cast<Acc>(1 / run.tempered);
+      }
+      if (taught_ && !other_ && has_kl(h))
         run.kl = run.gap / teacher.sum - std::log(teacher.sum) + run.log_tempered;
     }
-    if (pairwise_) read_pairwise();
+    if (other_) as_constant(group_.divergence, [&](auto kind) { read_other<kind.value>(); });
+    else if (pairwise_) read_pairwise();
   }
 
   void terms(double* cross_entropy, double* kl) const {
@@ -249,12 +260,13 @@ class Work {
     for (int64_t h = 0; h < n_; ++h) {
       const Running& run = running_[h];
       kl[h] = group_.temperature * group_.temperature * run.kl;
-      cross_entropy[h] = 0;
-      if (!labelled_) continue;
+      cross_entropy[h] = label_kl_;
+      if (!labelled_ && !mixture_) continue;
       if (!target_is_valid()) {
         cross_entropy[h] = std::numeric_limits<double>::quiet_NaN();
         continue;
       }
+      if (mixture_) continue;
       const double max = static_cast<double>(run.plain.max);
       if (soft_) {
         cross_entropy[h] = label_size_ * run.log_sum - (run.label_logit - label_size_ * max);
@@ -289,7 +301,7 @@ class Work {
         if (soft_) read_labels();
         if (taught_) sum_heads();
       }
-      const bool sums = pairwise_ || (taught_ && !group_.detach);
+      const bool sums = pairwise_ || other_ || (taught_ && !group_.detach);
       if (sums) std::fill_n(sum, 2 * size, Acc(0));
       for (int64_t h = 0; h < n_; ++h) {
         const Head& out = head(h);
@@ -298,9 +310,14 @@ class Work {
         gradient_of_head(h, scale, direct ? row : dz + h * size, p + h * size, sum);
         if (!direct && !sums) store_strided(row, out.dz_class, dz + h * size, chunk_.count);
       }
+      if (other_)
+        as_constant(group_.divergence,
+                    [&](auto kind) { add_other<kind.value>(scale, dz, p, sum); });
       for (int64_t h = 0; sums && h < n_; ++h) {
         const Head& out = head(h);
-        if (pairwise_) add_pairwise(h, scale.kl, dz + h * size, p + h * size, sum);
+        if (other_) {
+          if (taught_ && !group_.detach) add_teacher(h, dz + h * size, p + h * size, sum);
+        } else if (pairwise_) add_pairwise(h, scale.kl, dz + h * size, p + h * size, sum);
         else add_teacher(h, dz + h * size, p + h * size, sum);
         store_strided(row_of(out) + from * out.dz_class, out.dz_class, dz + h * size, chunk_.count);
       }
@@ -316,6 +333,8 @@ class Work {
     Acc chunk_max = 0, shift = 0;  // shift: of plain
     // Known after the last chunk:
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
+    Acc log_teacher = 0, inverse_teacher = 0, inverse_tempered = 0;  // of another divergence
+    double head_parts = 0, teacher_parts = 0;  // sums of those of another divergence
     double toward = 0;  // pairwise: sum_k p_h (W log p_h - L), W = sum_j kl_j, L = sum kl_j log p_j
     Acc teacher_max = 0;
   };
@@ -619,6 +638,142 @@ class Work {
     }
   }
 
+  // ---- other divergences than KL: they need the normalised p and q, so a second look as well ----
+
+  template <Divergence kind>
+  void read_other() {
+    Scratch scratch;
+    Joint joint(scratch, n_);
+    for (int64_t from = 0; from < problem_.classes; from += chunk_.size) {
+      if (!kept_) {
+        chunk_.read(problem_, group_, sample_, from);
+        if (extreme_) chunk_.mask(n_);
+        if (mixture_) read_labels();
+        if (taught_) sum_heads();
+      }
+      for (int64_t h = 0; h < n_; ++h) joint.sums[h] = Parts<Vec<Acc>>{};
+      Vec<Acc> of_label = {};
+      if constexpr (kind != Divergence::kMixture) {
+        for (int64_t h = 0; taught_ && h < n_; ++h) {
+          if (h == 0 || own_teacher_) teacher_logits(h);
+          if (!has_kl(h)) continue;
+          Parts<Vec<Acc>> sums{};
+          chunk_.each(
+              [&](int64_t i, Vec<Acc> keep) { sums.add(taught_parts<kind>(h, i).parts, keep); });
+          joint.sums[h] = sums;
+        }
+      }
+      if (!taught_) {
+        chunk_.each([&](int64_t i, Vec<Acc> keep) {
+          of_label += joint_parts<kind>(i, joint) * keep;
+          for (int64_t h = 0; h < n_; ++h) joint.sums[h].add(joint.parts[h], keep);
+        });
+      }
+      label_kl_ += static_cast<double>(sum_lanes<Acc>(of_label));
+      for (int64_t h = 0; h < n_; ++h) {
+        running_[h].kl += static_cast<double>(sum_lanes<Acc>(joint.sums[h].value));
+        running_[h].head_parts += static_cast<double>(sum_lanes<Acc>(joint.sums[h].head));
+        running_[h].teacher_parts += static_cast<double>(sum_lanes<Acc>(joint.sums[h].teacher));
+      }
+    }
+  }
+
+  // One vector of classes of all heads, and sums.
+  struct Joint {
+    Vec<Acc>*log_p, *p;
+    Parts<Vec<Acc>>*parts, *sums;
+
+    Joint(Scratch& scratch, int64_t n)
+        : log_p(scratch.get<Vec<Acc>>(n)),
+          p(scratch.get<Vec<Acc>>(n)),
+          parts(scratch.get<Parts<Vec<Acc>>>(n)),
+          sums(scratch.get<Parts<Vec<Acc>>>(n)) {}
+  };
+
+  IMCL_INLINE Vec<Acc> p_of(int64_t h, int64_t i) const {
+    return tempered(h, i) * splat(running_[h].inverse_tempered);
+  }
+
+  // Of heads that have no teacher but one another, and the label; returns its KL.
+  template <Divergence kind>
+  IMCL_INLINE Vec<Acc> joint_parts(int64_t i, Joint& joint) const {
+    const Vec<Acc> beta = splat(static_cast<Acc>(group_.beta));
+    for (int64_t h = 0; h < n_; ++h) {
+      joint.log_p[h] = log_p(h, i);
+      joint.p[h] = p_of(h, i);
+    }
+    if constexpr (kind == Divergence::kMixture) {
+      return mixture_parts<Acc>(n_, joint.log_p, joint.p, shares_, beta, load(soft_ + i),
+                                joint.parts);
+    } else {
+      pairwise_parts<kind, Acc>(n_, joint.log_p, joint.p, shares_, beta, joint.parts);
+      return Vec<Acc>{};
+    }
+  }
+
+  struct Taught {
+    Vec<Acc> p, q;
+    Parts<Vec<Acc>> parts;
+  };
+
+  // Of a head whose teacher's logits are in t_.
+  template <Divergence kind>
+  IMCL_INLINE Taught taught_parts(int64_t h, int64_t i) const {
+    const Running& run = running_[h];
+    const Vec<Acc> log_p = this->log_p(h, i), p = p_of(h, i);
+    const Vec<Acc> log_q = load(t_ + i) - splat(run.teacher_max) - splat(run.log_teacher);
+    const Acc* kept = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
+    const Vec<Acc> q = kept_ ? load(kept + i) * splat(run.inverse_teacher) : exp_of(log_q);
+    return {p, q, parts_of<kind>(log_q, q, log_p, p, splat(static_cast<Acc>(group_.beta)))};
+  }
+
+  // To dz (heads, size); of teachers that aren't detached also what goes into them, to own and sum.
+  template <Divergence kind>
+  void add_other(Scale scale, Acc* dz, Acc* own, Acc* sum) {
+    Scratch scratch;
+    Joint joint(scratch, n_);
+    const int64_t size = chunk_.size, padded = chunk_.padded();
+    if constexpr (kind != Divergence::kMixture) {
+      for (int64_t h = 0; taught_ && h < n_; ++h) {
+        const Running& run = running_[h];
+        if (h == 0 || own_teacher_) teacher_logits(h);
+        Acc *row = dz + h * size, *into = own + h * size;
+        if (!has_kl(h)) {
+          std::fill_n(into, padded, Acc(0));
+          continue;
+        }
+        const Vec<Acc> weight = splat(static_cast<Acc>(kl_scale(h, scale.kl)));
+        const Vec<Acc> head_sum = splat(static_cast<Acc>(run.head_parts));
+        const Vec<Acc> teacher_sum = splat(static_cast<Acc>(run.teacher_parts));
+        for (int64_t i = 0; i < padded; i += width) {
+          const Taught of = taught_parts<kind>(h, i);
+          store(row + i, load(row + i) + pull(weight, of.parts.head, of.p, head_sum));
+          if (group_.detach) continue;
+          const Vec<Acc> passed = pull(weight, of.parts.teacher, of.q, teacher_sum);
+          store(into + i, passed);
+          store(sum + i, load(sum + i) + passed);
+        }
+      }
+      if (taught_) return;
+    }
+    const double all = group_.temperature * scale.kl;
+    for (int64_t i = 0; i < padded; i += width) {
+      joint_parts<kind>(i, joint);
+      for (int64_t h = 0; h < n_; ++h) {
+        const Running& run = running_[h];
+        // The label's scale is not a number where a label is unknown.
+        const double weight =
+            mixture_ ? head(h).kl_weight * scale.cross_entropy : kl_scale(h, scale.kl);
+        Vec<Acc> d = pull(splat(static_cast<Acc>(weight)), joint.parts[h].head, joint.p[h],
+                          splat(static_cast<Acc>(run.head_parts)));
+        if (pairwise_ && !group_.detach)
+          d += pull(splat(static_cast<Acc>(all)), joint.parts[h].teacher, joint.p[h],
+                    splat(static_cast<Acc>(run.teacher_parts)));
+        store(dz + h * size + i, load(dz + h * size + i) + d);
+      }
+    }
+  }
+
   double kl_scale(int64_t h, double scale) const {
     return has_kl(h) ? head(h).kl_weight * group_.temperature * scale : 0.0;
   }
@@ -633,7 +788,8 @@ class Work {
     const Running& run = running_[h];
     const Labels& labels = problem_.labels;
     double ce = labelled_ ? head(h).ce_weight * scale.cross_entropy : 0.0;
-    const double kl = kl_scale(h, scale.kl);
+    const double kl = other_ ? 0.0 : kl_scale(h, scale.kl);
+    const bool taught = taught_ && !other_;
     if (labels.weight && labels.target && !soft_ && target_is_valid()) ce *= label_weight();
     const Vec<Acc> uniform = splat(static_cast<Acc>(
         soft_ ? 0.0 : ce * labels.smoothing / static_cast<double>(problem_.classes)));
@@ -643,7 +799,7 @@ class Work {
         put(dz, i, labelled_ ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
     } else {
       const Acc* q = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
-      if (taught_ && (!kept_ || !group_.detach) && (h == 0 || own_teacher_)) {
+      if (taught && (!kept_ || !group_.detach) && (h == 0 || own_teacher_)) {
         teacher_logits(h);
         if (!kept_) {
           Acc* e = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
@@ -652,26 +808,26 @@ class Work {
         }
       }
       const Vec<Acc> of_tempered = quotient(pairwise_ ? 0.0 : kl, run.tempered);
-      const Vec<Acc> of_teacher = quotient(taught_ ? kl : 0.0, run.teacher_sum);
+      const Vec<Acc> of_teacher = quotient(taught ? kl : 0.0, run.teacher_sum);
       if (squared()) {
         for (int64_t i = 0; i < chunk_.padded(); i += width) {
           const Vec<Acc> e = tempered(h, i);
           Vec<Acc> d = e * (e * of_plain + of_tempered) - uniform;
-          if (taught_) d -= load(q + i) * of_teacher;
+          if (taught) d -= load(q + i) * of_teacher;
           put(dz, i, d);
         }
       } else {
         for (int64_t i = 0; i < chunk_.padded(); i += width) {
           Vec<Acc> d = tempered(h, i) * of_tempered - uniform;
           if (labelled_) d += plain(h, i) * of_plain;
-          if (taught_) d -= load(q + i) * of_teacher;
+          if (taught) d -= load(q + i) * of_teacher;
           put(dz, i, d);
         }
       }
-      if (pairwise_) keep_pairwise(h, kl, own, sum);
-      else if (!group_.detach) keep_teacher(h, q, of_teacher, own, sum);
+      if (pairwise_ && !other_) keep_pairwise(h, kl, own, sum);
+      else if (taught && !group_.detach) keep_teacher(h, q, of_teacher, own, sum);
     }
-    if (soft_) {
+    if (soft_ && labelled_) {
       const auto factor = static_cast<Acc>(ce);
       for (int64_t i = 0; i < chunk_.count; ++i) dz[i] -= factor * soft_[i];
     } else if (labelled_) {
@@ -741,7 +897,7 @@ class Work {
   const Consistency& problem_;
   const Group& group_;
   const int64_t sample_, n_;
-  const bool kl_, pairwise_, taught_, own_teacher_, labelled_;
+  const bool mixture_, kl_, pairwise_, taught_, own_teacher_, other_, labelled_;
   const bool summed_;            // labels are of more than one class
   const Acc inverse_t_, share_;  // t_h = (S - z_h) share, or S share
   Chunk<T> chunk_;
@@ -749,7 +905,9 @@ class Work {
   Acc *total_, *t_;                             // (size) sum of the heads; the teacher's logits
   Acc* teacher_;                                // (size), or (heads, size): exp(t - its maximum)
   Acc* soft_;                                   // (size) soft labels, or null
+  Acc* shares_;                                 // (heads) of another divergence, or null
   double label_size_ = 0;                       // their sum over all classes
+  double label_kl_ = 0;                         // of the label to the mixture
   Acc *plain_ = nullptr, *tempered_ = nullptr;  // (heads, size) exponentials, if kept
   bool kept_ = false;     // one chunk holds all classes, and a gradient is wanted
   bool extreme_ = false;  // some logit seen so far is
@@ -808,7 +966,8 @@ int64_t block_of(const Consistency& problem) {
   for (const Head& head : problem.heads) spread = spread || head.z_class != 1;
   for (const Group& group : problem.groups) rows = std::max(rows, group.size);
   if (problem.labels.soft()) ++rows;
-  if (problem.batch < width || problem.classes > (spread ? kMostClasses : kFewClasses)) return 0;
+  const bool few = problem.classes <= (spread ? kMostClasses : kFewClasses);
+  if (!problem.binary && (problem.batch < width || !few)) return 0;
   int64_t block = kMost;
   const int64_t each = rows * problem.classes * static_cast<int64_t>(sizeof(AccOf<T>));
   while (block > width && block * each > kBytes) block /= 2;

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "consistency.h"
+#include "consistency_divergences.h"
 #include "exp.h"
 #include "logits.h"
 #include "scratch.h"
@@ -104,14 +105,17 @@ class Lanes {
         pitch_(pitch),
         n_(group.size),
         classes_(problem.classes),
+        given_(problem.binary ? 1 : classes_),
         scales_(scales),
         gradient_(wants_gradient),
-        kl_(n_ > 1),
-        pairwise_(kl_ && group.teacher == Teacher::kPairwise),
-        taught_(kl_ && !pairwise_),
+        mixture_(group.divergence == Divergence::kMixture),
+        kl_(n_ > 1 || mixture_),
+        pairwise_(kl_ && !mixture_ && group.teacher == Teacher::kPairwise),
+        taught_(kl_ && !mixture_ && !pairwise_),
         own_teacher_(taught_ && group.teacher == Teacher::kOthers),
-        labelled_(labels_.any()),
-        soft_(labels_.soft()),
+        other_(kl_ && group.divergence != Divergence::kKl),
+        labelled_(labels_.any() && !mixture_),
+        soft_(labels_.soft() || mixture_),
         summed_(labelled_ && (soft_ || labels_.smoothing > 0)),
         squared_(kl_ && group.temperature == 2),
         plain_is_kept_(labelled_ && !squared_),
@@ -127,7 +131,12 @@ class Lanes {
         plain_(plain_is_kept_ ? scratch_.get<V>(n_ * classes_) : nullptr),
         teacher_(taught_ ? scratch_.get<V>(teachers() * classes_) : nullptr),
         t_(taught_ ? scratch_.get<V>(teachers() * classes_) : nullptr),
-        log_p_(pairwise_ ? scratch_.get<V>(n_) : nullptr) {}
+        log_p_(pairwise_ || other_ ? scratch_.get<V>(n_) : nullptr),
+        parts_(other_ ? scratch_.get<Parts<V>>(n_) : nullptr),
+        p_(other_ ? scratch_.get<V>(2 * n_) : nullptr),
+        shares_(other_ ? scratch_.get<Acc>(n_) : nullptr) {
+    if (other_) shares_of(problem, group, shares_);
+  }
 
   // Adds, in their order, the weighted terms of these samples to sums (2, heads) of the problem,
   // and to each sample's loss in `losses` unless it is null; writes their gradients.
@@ -135,11 +144,12 @@ class Lanes {
     for (int64_t h = 0; h < n_; ++h) {
       const Head& from = head(h);
       locate(from.z_sample);
-      columns<T>(from.z_class).read(static_cast<const T*>(from.z), z_of(h, 0));
+      columns<T>(from.z_class, given_).read(static_cast<const T*>(from.z), z_of(h, 0));
+      if (given_ < classes_) std::fill_n(z_of(h, given_), pitch_, Acc(0));
     }
     if (soft_ && labels_.probabilities) {
       locate(labels_.probability_sample);
-      columns<Acc>(labels_.probability_class)
+      columns<Acc>(labels_.probability_class, classes_)
           .read(static_cast<const Acc*>(labels_.probabilities), y_);
     }
     if (labels_.target) {
@@ -151,14 +161,15 @@ class Lanes {
       read_labels();
       mask();
       statistics();
-      if (pairwise_) divergences();
+      if (other_) other_divergences();
+      else if (pairwise_) divergences();
       terms(sums, losses);
       if (gradient_) gradient();
     }
     for (int64_t h = 0; gradient_ && h < n_; ++h) {
       const Head& to = head(h);
       locate(to.dz_sample);
-      columns<T>(to.dz_class).write(z_of(h, 0), static_cast<Acc*>(to.dz));
+      columns<T>(to.dz_class, given_).write(z_of(h, 0), static_cast<Acc*>(to.dz));
     }
   }
 
@@ -170,6 +181,7 @@ class Lanes {
     V label_logit;                  // sum of z / K, or of y z of soft labels
     V teacher, teacher_shift, gap;  // sum of q = exp(t - shift); of q ((t - shift) - (z - shift)/T)
     V log_tempered, kl, toward;
+    V head_sum, teacher_sum, log_teacher;                 // of another divergence
     V of_plain, of_tempered, of_teacher, rest, kl_scale;  // of the gradient
   };
 
@@ -196,8 +208,8 @@ class Lanes {
     }
   }
   template <class From>
-  Columns<From> columns(int64_t class_stride) const {
-    return {offsets_, count_, class_stride, classes_, pitch_};
+  Columns<From> columns(int64_t class_stride, int64_t classes) const {
+    return {offsets_, count_, class_stride, classes, pitch_};
   }
 
   // ---- what is given of the lanes ----
@@ -261,7 +273,8 @@ class Lanes {
     for (int64_t h = 0; h < n_; ++h) sum_head(h);
     for (int64_t h = 0; taught_ && h < n_; ++h) {
       if (h == 0 || own_teacher_) sum_teacher(h);
-      if (has_kl(h)) sum_gap(h);
+      if (other_) heads_[h].log_teacher = log_of(heads_[own_teacher_ ? h : 0].teacher);
+      else if (has_kl(h)) sum_gap(h);
     }
   }
 
@@ -380,7 +393,7 @@ class Lanes {
     const auto heads = static_cast<int64_t>(problem_.heads.size());
     for (int64_t h = 0; h < n_; ++h) {
       const State& state = heads_[h];
-      V ce = {};
+      V ce = mixture_ ? label_kl_ : V{};
       if (labelled_) {
         const V log_sum = log_of(state.plain);
         if (soft_) {
@@ -433,7 +446,9 @@ class Lanes {
       state.kl_scale = kl;
       weights += kl;
     }
-    if (pairwise_ || (taught_ && !group_.detach)) {
+    if (other_) {
+      gradient_of_other();
+    } else if (pairwise_ || (taught_ && !group_.detach)) {
       for (int64_t k = 0; k < classes_; ++k) gradient_of_class(k, weights);
     } else {
       for (int64_t h = 0; h < n_; ++h) gradient_of_head(h);
@@ -520,6 +535,93 @@ class Lanes {
     for (int64_t h = 0; h < n_; ++h) store(z_of(h, k) + at_, pending_[h]);
   }
 
+  // ---- other divergences than KL ----
+
+  void other_divergences() {
+    label_kl_ = V{};
+    for (int64_t h = 0; h < n_; ++h) heads_[h].head_sum = heads_[h].teacher_sum = V{};
+    as_constant(group_.divergence, [&](auto kind) {
+      for (int64_t k = 0; k < classes_; ++k) {
+        parts_of_class<kind.value>(k);
+        for (int64_t h = 0; h < n_; ++h) {
+          heads_[h].kl += parts_[h].value;
+          heads_[h].head_sum += parts_[h].head;
+          heads_[h].teacher_sum += parts_[h].teacher;
+        }
+      }
+    });
+  }
+
+  // p_, and parts_.
+  template <Divergence kind>
+  void parts_of_class(int64_t k) {
+    for (int64_t h = 0; h < n_; ++h) {
+      log_p_[h] = log_p(h, k);
+      p_[h] = tempered_[h * classes_ + k] / heads_[h].tempered;
+    }
+    const V beta = splat(static_cast<Acc>(group_.beta));
+    if constexpr (kind == Divergence::kMixture) {
+      const V y = load(y_ + k * pitch_ + at_);
+      label_kl_ += mixture_parts<Acc>(n_, log_p_, p_, shares_, beta, y, parts_);
+    } else if (pairwise_) {
+      pairwise_parts<kind, Acc>(n_, log_p_, p_, shares_, beta, parts_);
+    } else {
+      for (int64_t h = 0; h < n_; ++h) {
+        parts_[h] = Parts<V>{};
+        if (!has_kl(h)) continue;
+        const int64_t by = own_teacher_ ? h : 0;
+        const V q = p_[n_ + h] = teacher_[by * classes_ + k] / heads_[by].teacher;
+        const V log_q = t_[by * classes_ + k] - heads_[h].log_teacher;
+        parts_[h] = parts_of<kind>(log_q, q, log_p_[h], p_[h], beta);
+      }
+    }
+  }
+
+  void gradient_of_other() {
+    as_constant(group_.divergence, [&](auto kind) {
+      for (int64_t k = 0; k < classes_; ++k) {
+        parts_of_class<kind.value>(k);
+        gradient_of_parts(k);
+      }
+    });
+  }
+
+  void gradient_of_parts(int64_t k) {
+    const bool passes = !group_.detach && (pairwise_ || taught_);
+    const V into_all = splat(static_cast<Acc>(group_.temperature)) * kl_scale_;
+    V passed = {};
+    for (int64_t h = 0; h < n_; ++h) {
+      const State& state = heads_[h];
+      V& into = parts_[h].teacher;  // now what goes into the teacher of h, or into h as one
+      if (passes && pairwise_) into = pull(into_all, into, p_[h], state.teacher_sum);
+      else if (passes && has_kl(h))
+        into = pull(state.kl_scale, into, p_[n_ + h], state.teacher_sum);
+      passed += into;
+    }
+    const double averaged = static_cast<double>(own_teacher_ ? n_ - 1 : n_);
+    const V average = splat(static_cast<Acc>(1 / averaged));
+    for (int64_t h = 0; h < n_; ++h) {
+      const State& state = heads_[h];
+      const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_;
+      // The label's scale, of the same samples, is not a number where a label is unknown.
+      const V scale =
+          mixture_ ? splat(static_cast<Acc>(head(h).kl_weight)) * ce_scale_ : state.kl_scale;
+      V dz = pull(scale, parts_[h].head, p_[h], state.head_sum);
+      if (labelled_) {
+        const V root = tempered_[h * classes_ + k];
+        const V e = squared_ ? root * root : plain_[h * classes_ + k];
+        dz += e * state.of_plain -
+              ce * (soft_ ? load(y_ + k * pitch_ + at_) : size_ * splat(uniform_));
+      }
+      if (passes && pairwise_) dz += parts_[h].teacher;
+      else if (passes && own_teacher_) dz += (passed - parts_[h].teacher) * average;
+      else if (passes && group_.teacher == Teacher::kMean) dz += passed * average;
+      else if (passes && h == n_ - 1) dz += passed;
+      pending_[h] = dz;
+    }
+    for (int64_t h = 0; h < n_; ++h) store(z_of(h, k) + at_, pending_[h]);
+  }
+
   // T kl_h q_h (log q_h - log p_h - KL_h).
   V into_teacher(int64_t h, int64_t k) const {
     if (!has_kl(h)) return V{};
@@ -533,10 +635,10 @@ class Lanes {
   const Consistency& problem_;
   const Labels& labels_;
   const Group& group_;
-  const int64_t first_, count_, pitch_, n_, classes_;
+  const int64_t first_, count_, pitch_, n_, classes_, given_;  // given_: of the classes
   const Scale* scales_;
-  const bool gradient_, kl_, pairwise_, taught_, own_teacher_, labelled_, soft_, summed_, squared_;
-  const bool plain_is_kept_;
+  const bool gradient_, mixture_, kl_, pairwise_, taught_, own_teacher_, other_;
+  const bool labelled_, soft_, summed_, squared_, plain_is_kept_;
   const Acc inverse_t_, uniform_, sharp_;
   int64_t *offsets_, *indices_;  // (pitch)
   Acc *z_, *y_;           // (heads, classes, pitch), (classes, pitch): logits, and soft labels
@@ -544,13 +646,17 @@ class Lanes {
   V *tempered_, *plain_;  // (heads, classes) exponentials
   V *teacher_, *t_;       // (teachers, classes)
   V *log_p_, *pending_ = scratch_.get<V>(n_);  // (heads)
+  Parts<V>* parts_;                            // (heads) of one class
+  V* p_;         // (2, heads) of one class: the heads' p, and their teachers'
+  Acc* shares_;  // (heads)
 
   // Of the lanes at hand:
   int64_t at_ = 0;
   bool counts_[width];
   int64_t index_[width];  // -1: out of range
   V ce_scale_, kl_scale_;
-  V size_;  // the weight of the class, or the sum of soft labels
+  V size_;      // the weight of the class, or the sum of soft labels
+  V label_kl_;  // of the label to the mixture
 };
 
 }  // namespace

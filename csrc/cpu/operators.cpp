@@ -266,8 +266,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     const std::optional<Tensor>& weight, const std::optional<Tensor>& sample_weight,
     const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
     const std::vector<int64_t>& groups, const std::vector<double>& temperature,
-    const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
-    int64_t ignore_index, int64_t reduction, bool keep) {
+    const std::vector<int64_t>& teacher, const std::vector<bool>& detach,
+    const std::vector<int64_t>& divergence, const std::vector<double>& beta, double label_smoothing,
+    int64_t ignore_index, bool binary, int64_t reduction, bool keep) {
   check_logits(logits);
   for (const Tensor& z : logits) check_device(z, "logits");
   if (target) check_device(*target, "target");
@@ -278,9 +279,10 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     gradients.emplace(logits, static_cast<int64_t>(ce_weight.size()));
     for (const Tensor& gradient : gradients->tensors) advised(gradient);
   }
-  const Consistency problem = consistency_of(
-      logits, target, weight, sample_weight, gradients ? &*gradients : nullptr, ce_weight,
-      kl_weight, groups, temperature, teacher, detach, label_smoothing, ignore_index);
+  const Consistency problem =
+      consistency_of(logits, target, weight, sample_weight, gradients ? &*gradients : nullptr,
+                     ce_weight, kl_weight, groups, temperature, teacher, detach, divergence, beta,
+                     label_smoothing, ignore_index, binary);
   const auto heads = static_cast<int64_t>(problem.heads.size());
   const auto mode = static_cast<Reduction>(reduction);
   const bool each = mode == Reduction::kNone;

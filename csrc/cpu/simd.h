@@ -16,6 +16,8 @@
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(IMCL_ISA)
@@ -136,6 +138,10 @@ IMCL_INLINE double to_acc(double x) { return x; }
 inline float to_acc(Float16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &x, sizeof half);
+  return half;
 #else
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
@@ -166,6 +172,11 @@ template <>
 inline Float16 from_acc<Float16, float>(float x) {
 #if defined(__F16C__)
   return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#elif defined(__aarch64__)
+  const __fp16 half = x;
+  Float16 result;
+  std::memcpy(&result, &half, sizeof result);
+  return result;
 #else
   const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u;
   uint32_t magnitude = bits & 0x7fffffffu;
@@ -229,6 +240,10 @@ IMCL_INLINE Vec<float> load_acc(const Float16* p) {
 #elif defined(__F16C__)
   return reinterpret_cast<Vec<float>>(
       _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  float16x4_t half;
+  std::memcpy(&half, p, sizeof half);
+  return reinterpret_cast<Vec<float>>(vcvt_f32_f16(half));
 #else
   Vec<float> v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = to_acc(p[i]);
@@ -243,6 +258,9 @@ IMCL_INLINE void store_acc(Float16* p, Vec<float> v) {
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const float16x4_t half = vcvt_f16_f32(reinterpret_cast<float32x4_t>(v));
+  std::memcpy(p, &half, sizeof half);
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i] = from_acc<Float16>(static_cast<float>(v[i]));
 #endif

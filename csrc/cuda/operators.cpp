@@ -165,8 +165,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
     const std::optional<Tensor>& weight, const std::optional<Tensor>& sample_weight,
     const std::vector<double>& ce_weight, const std::vector<double>& kl_weight,
     const std::vector<int64_t>& groups, const std::vector<double>& temperature,
-    const std::vector<int64_t>& teacher, const std::vector<bool>& detach, double label_smoothing,
-    int64_t ignore_index, int64_t reduction, bool keep) {
+    const std::vector<int64_t>& teacher, const std::vector<bool>& detach,
+    const std::vector<int64_t>& divergence, const std::vector<double>& beta, double label_smoothing,
+    int64_t ignore_index, bool binary, int64_t reduction, bool keep) {
   check_logits(logits);
   const Device device(logits[0]);
   for (const Tensor& z : logits) device.check(z, "logits");
@@ -180,9 +181,13 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
 
   std::optional<Gradients> gradients;
   if (keep) gradients.emplace(logits, heads);
-  const Consistency problem = consistency_of(
-      logits, target, weight, sample_weight, gradients ? &*gradients : nullptr, ce_weight,
-      kl_weight, groups, temperature, teacher, detach, label_smoothing, ignore_index);
+  const Consistency problem =
+      consistency_of(logits, target, weight, sample_weight, gradients ? &*gradients : nullptr,
+                     ce_weight, kl_weight, groups, temperature, teacher, detach, divergence, beta,
+                     label_smoothing, ignore_index, binary);
+  for (const Group& group : problem.groups)
+    STD_TORCH_CHECK(group.divergence == Divergence::kKl && !binary,
+                    "divergence, binary: expected KL and softmax for the CUDA kernel");
   STD_TORCH_CHECK(problem.classes <= int64_t{1} << 30,
                   "logits: expected at most 2^30 classes, got ", problem.classes);
   ConsistencyArguments arguments =

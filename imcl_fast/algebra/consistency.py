@@ -5,7 +5,8 @@ p_h = softmax(z_h/T). For detached teachers
 
 ``dz_h = ce_weight_h (softmax(z_h) - y)/B + kl_weight_h T (p_h - q_h)/B``.
 
-Of labels y of any sum, or times class weights, it is ``softmax(z_h) sum(y) - y``.
+Of labels y of any sum, or times class weights, it is ``softmax(z_h) sum(y) - y``. The other
+divergences are in ``divergences``.
 
 Pairwise consistency is linear in the number of heads: with P = sum_j p_j and
 Q = sum_j p_j log p_j, ``sum_{j != h} KL(p_j || p_h) = sum_k Q - P log p_h``.
@@ -25,6 +26,9 @@ import torch
 from torch import Tensor
 
 from .. import dense
+from . import divergences
+from .divergences import KL, MIXTURE, pull
+from .divergences import times as _times
 
 OTHERS, MEAN, FINAL, PAIRWISE = range(4)
 REDUCE_MEAN, REDUCE_SUM, REDUCE_NONE = range(3)
@@ -41,19 +45,27 @@ def forward(
     temperature: Sequence[float],
     teacher: Sequence[int],
     detach: Sequence[bool],
+    divergence: Sequence[int],
+    beta: Sequence[float],
     label_smoothing: float,
     ignore_index: int,
+    binary: bool,
     reduction: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss () or of the samples' sizes, terms (2, H), and with ``keep`` the gradient of every
-    block of logits."""
+    block of logits.
+
+    Binary logits have one class: that of a second is 0. Of a mixture, whose temperature is 1,
+    ``beta`` is the label's part and the heads' are in proportion to their ``kl_weight``; the terms
+    of its heads are KL(y || m), which is the same for all, and KL(p_h || m).
+    """
     samples = dense.samples(logits[0])
     if target is not None:
         target = target.flatten(0, len(samples) - 1)
     if sample_weight is not None:
         sample_weight = sample_weight.flatten()
-    z = _stack(logits)  # [H, B, K]
+    z = _stack(logits, binary)  # [H, B, K]
     heads, batch, classes = z.shape
     share, labels, label_weight = _targets(
         target, weight, sample_weight, label_smoothing, ignore_index, z
@@ -68,17 +80,32 @@ def forward(
             one = labels.gather(-1, index[0]).squeeze(-1)  # [B]
             ce = -_times(one, log_p.gather(-1, index.expand(heads, batch, 1)).squeeze(-1))
 
-    grouped = [
-        (g, torch.log_softmax(g / t, -1), t, kind)
-        for g, t, kind in zip(z.split(list(groups)), temperature, teacher, strict=True)
-    ]
-    kl = torch.cat([t * t * _group_kl(log_p, g / t, kind) for g, log_p, t, kind in grouped])
-    ce, kl = _times(share, ce), _times(share, kl)
+    ce_column, kl_column = _column(ce_weight, z), _column(kl_weight, z)  # [H, 1, 1]
+    ce_pull = ce_column.clone()
+    kl_terms, kl_gradients, first = [], [], 0
+    for size, t, kind, detached, name, b in zip(
+        groups, temperature, teacher, detach, divergence, beta, strict=True
+    ):
+        mine = slice(first, first + size)
+        first += size
+        if name == MIXTURE:
+            assert labels is not None
+            total = sum(kl_weight[mine])
+            pi = [b, *((1 - b) * w / total for w in kl_weight[mine])]
+            log_p = torch.log_softmax(z[mine], -1)
+            ce[mine], term, gradient = divergences.mixture(pi, labels, log_p)
+            ce_pull[mine] = 0
+            gradient = _times(kl_column[mine], gradient)
+        else:
+            term, gradient = _group(z[mine] / t, kl_column[mine], kind, detached, name, b, keep)
+            term, gradient = t * t * term, t * gradient
+        kl_terms.append(term)
+        kl_gradients.append(gradient)
+    ce, kl = _times(share, ce), _times(share, torch.cat(kl_terms))
     ce_mean = kl_mean = _inverse(share.sum())
     if label_weight is not None:
         ce_mean = _inverse((share * label_weight).sum())
     by = (ce_mean, kl_mean) if reduction == REDUCE_MEAN else (1.0, 1.0)
-    ce_column, kl_column = _column(ce_weight, z), _column(kl_weight, z)  # [H, 1, 1]
     loss = _times(ce_column[..., 0], ce * by[0]) + _times(kl_column[..., 0], kl * by[1])
     loss = loss.sum(0)  # [B]
     terms = torch.stack([ce.sum(-1), kl.sum(-1)])
@@ -88,22 +115,37 @@ def forward(
     if not keep:
         return loss, terms, []
 
-    kl_gradient = torch.cat(
-        [
-            t * _group_gradient(log_p, g / t, w, kind, detached)
-            for (g, log_p, t, kind), w, detached in zip(
-                grouped, kl_column.split(list(groups)), detach, strict=True
-            )
-        ]
-    )
     column = share.unsqueeze(-1)
-    dz = _times(column, kl_gradient * by[1])
+    dz = _times(column, torch.cat(kl_gradients) * by[1])
     if target is not None and labels is not None:
         p = torch.softmax(z, -1)
         if target.is_floating_point() or weight is not None:
             p = p * labels.sum(-1, keepdim=True)
-        dz = dz + _times(ce_column * column, (p - labels) * by[0])
-    return loss, terms, _unstack(dz, logits)
+        dz = dz + _times(ce_pull * column, (p - labels) * by[0])
+    return loss, terms, _unstack(dz[..., :1] if binary else dz, logits)
+
+
+def _group(
+    z: Tensor, w: Tensor, kind: int, detached: bool, divergence: int, beta: float, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """D(teacher_h || p_h) [H, B] of one group, from z/T [H, B, K]; and with ``keep``
+    d/d(z/T) of the sum of these weighted by w, [H, B, K]."""
+    log_p = torch.log_softmax(z, -1)
+    if divergence == KL or len(z) == 1:
+        gradient = _group_gradient(log_p, z, w, kind, detached) if keep else z
+        return _group_kl(log_p, z, kind), gradient
+    if kind == PAIRWISE:
+        return divergences.pairs(divergence, beta, log_p, w, detached, keep)
+    log_q = _teacher_log_probs(log_p, z, kind)
+    value, head, teacher = divergences.parts(divergence, beta, log_q, log_p)
+    value = value.sum(-1)
+    if kind == FINAL:
+        value[-1] = 0
+        w = torch.cat([w[:-1], torch.zeros_like(w[-1:])])
+    dz = _times(w, pull(head, log_p.exp()))
+    if not detached:
+        dz = dz + _passed_on(_times(w, pull(teacher, log_q.exp())), kind)
+    return value, dz
 
 
 def _group_kl(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
@@ -144,13 +186,17 @@ def _group_gradient(log_p: Tensor, z: Tensor, w: Tensor, kind: int, detached: bo
         return dz
     gap = log_q - log_p
     mean = _times(q, gap).sum(-1, keepdim=True)
-    into = _times(_times(w, q), gap - mean)  # d/d(teacher logits of h)
+    return dz + _passed_on(_times(_times(w, q), gap - mean), kind)
+
+
+def _passed_on(into: Tensor, kind: int) -> Tensor:
+    """d/d(z/T) [H, B, K] of what is d/d(teacher logits of h)."""
     total = into.sum(0)
     if kind == OTHERS:
-        return dz + (total - into) / (size - 1)
+        return (total - into) / (len(into) - 1)
     if kind == MEAN:
-        return dz + total / size
-    return torch.cat([dz[:-1], dz[-1:] + total])
+        return (total / len(into)).expand_as(into)
+    return torch.cat([torch.zeros_like(into[:-1]), total.unsqueeze(0)])
 
 
 def _teacher_log_probs(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
@@ -169,11 +215,6 @@ def _sums_of_others(z: Tensor) -> Tensor:
     for head in z[1:].flip(0):
         after.append(after[-1] + head)
     return torch.stack(before) + torch.stack(after[::-1])
-
-
-def _times(weight: Tensor, x: Tensor) -> Tensor:
-    """weight * x, and 0 where the weight is 0, whatever x is."""
-    return torch.where(weight == 0, 0, weight * x)
 
 
 def _targets(
@@ -216,13 +257,14 @@ def _column(weights: Sequence[float], z: Tensor) -> Tensor:
     return torch.tensor(list(weights), dtype=z.dtype).to(z.device).view(-1, 1, 1)
 
 
-def _stack(logits: Sequence[Tensor]) -> Tensor:
+def _stack(logits: Sequence[Tensor], binary: bool) -> Tensor:
     """All heads as one [H, B, K] in the accumulation dtype, masked classes -inf."""
     z = torch.cat([block if block.dim() > 2 else block.unsqueeze(0) for block in logits])
     z = z.flatten(1, -2)
     masked = z <= torch.finfo(z.dtype).min
     z = z if z.dtype == torch.float64 else z.float()
-    return torch.where(masked, -math.inf, z)
+    z = torch.where(masked, -math.inf, z)
+    return torch.cat([z, torch.zeros_like(z)], -1) if binary else z
 
 
 def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:

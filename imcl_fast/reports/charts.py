@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import math
 import re
@@ -61,19 +62,19 @@ def check_matplotlib() -> None:
 def curves(
     panels: Sequence[tuple[str, Mapping[str, Sequence[float | None]]]],
     epochs: Sequence[float | None],
-    *,
-    columns: int = 3,
 ) -> str:
-    """A panel for each title and its series over ``epochs``, as SVG.
-
-    Where there are four series or more, all panels have the same.
+    """A chart for each title and its series over ``epochs``, as SVGs that stand side by side where
+    there is room for it, and the legend of all above them where they have the same four or more.
     """
-    with _style():
-        from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
-        rows = -(-len(panels) // columns)
-        figure, axes = _figure(9.9, (1.4 + 2.7 / columns) * rows, rows, columns)
-        for axis, (title, series) in zip(axes, panels, strict=False):
+    # In a chart they would cover the curves.
+    first = list(panels[0][1])
+    shared = first if len(first) >= 4 else []
+    drawn = []
+    for title, series in panels:
+        with _style():
+            figure, (axis,) = _figure(3.3, 2.4, 1, 1)
             for i, (name, values) in enumerate(series.items()):
                 # Not every epoch is measured, and a line would break there.
                 points = zip(epochs, values, strict=True)
@@ -88,23 +89,29 @@ def curves(
             axis.set_title(title)
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            if 1 < len(series) < 4:
-                axis.legend()
-        if len(panels[0][1]) >= 4:  # they would cover the curves, and are the same in all panels
-            figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        for axis in axes[len(panels) :]:
-            axis.remove()
-        return _svg(figure, "curves " + " ".join(title for title, _ in panels))
+            if len(series) > 1 and not shared:
+                figure.legend(loc="outside lower center", ncols=len(series), columnspacing=1)
+            drawn.append(_svg(figure, f"curves {title}"))
+    return f'{legend(shared)}<div class="charts">{"".join(drawn)}</div>'
+
+
+def legend(names: Sequence[str]) -> str:
+    """What the colours of several charts stand for, as HTML; nothing for no names."""
+    items = "".join(
+        f'<span><em style="background: {COLOURS[i % len(COLOURS)]}"></em>{html.escape(name)}</span>'
+        for i, name in enumerate(names)
+    )
+    return f'<p class="legend">{items}</p>' if names else ""
 
 
 def layers(
     panels: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[float | None]]]],
 ) -> str:
-    """Dots per layer: for each panel a title, the layers' names and the series, as SVG."""
-    with _style():
-        heights = [0.6 + 0.19 * len(names) for _, names, _ in panels]
-        figure, axes = _figure(9.9, sum(heights) + 0.3, len(panels), 1, heights)
-        for axis, (title, names, series) in zip(axes, panels, strict=True):
+    """Dots per layer: a chart for each title, the layers' names and the series, as SVGs."""
+    drawn = []
+    for title, names, series in panels:
+        with _style():
+            figure, (axis,) = _figure(4.6, 0.9 + 0.19 * len(names), 1, 1)
             for i, (label, values) in enumerate(series.items()):
                 x = [math.nan if value is None else value for value in values]
                 axis.plot(
@@ -116,30 +123,26 @@ def layers(
             axis.margins(y=0.6 / max(len(names), 1))
             axis.set_xlim(left=0)
             axis.set_title(title)
-            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return _svg(figure, "layers")
+            figure.legend(loc="outside lower center", ncols=len(series))
+            drawn.append(_svg(figure, f"layers {title}"))
+    return f'<div class="charts">{"".join(drawn)}</div>'
 
 
-def shares(parts: Mapping[str, float], unit: str) -> str:
-    """One bar that is the sum of ``parts``, as SVG."""
-    with _style():
-        figure, (axis,) = _figure(9.9, 1.3, 1, 1)
-        start = 0.0
-        for i, (name, value) in enumerate(parts.items()):
-            axis.barh(0, value, left=start, color=COLOURS[i % len(COLOURS)], label=name, height=0.5)
-            start += value
-        axis.set_yticks([])
-        axis.grid(False)
-        axis.spines["left"].set_visible(False)
-        axis.set_xlabel(unit)
-        axis.legend(ncols=len(parts), loc="lower center", bbox_to_anchor=(0.5, 1))
-        return _svg(figure, "shares")
+def shares(parts: Mapping[str, float]) -> str:
+    """One bar that is the sum of ``parts``, as HTML."""
+    whole = sum(parts.values())
+    widths = [f"{100 * value / whole:.2f}%" for value in parts.values()]
+    bar = "".join(
+        f'<em style="background: {COLOURS[i % len(COLOURS)]}; width: {width}"></em>'
+        for i, width in enumerate(widths)
+    )
+    return f'<div class="shares" role="img">{bar}</div>{legend(list(parts))}'
 
 
 def means(names: Sequence[str], points: Sequence[Sequence[float]], label: str) -> str:
     """A line per name: its points, and their mean with the standard deviation, as SVG."""
     with _style():
-        figure, (axis,) = _figure(9.9, 0.8 + 0.32 * len(names), 1, 1)
+        figure, (axis,) = _figure(4.6, 0.8 + 0.32 * len(names), 1, 1)
         for i, values in enumerate(points):
             if not values:
                 continue
@@ -150,10 +153,15 @@ def means(names: Sequence[str], points: Sequence[Sequence[float]], label: str) -
                 mean, i, xerr=deviation, fmt="o", color=COLOURS[0], capsize=4, markersize=6
             )
             axis.plot(values, [i + 0.22] * len(values), "|", color=COLOURS[1], markersize=7)
-        axis.set_yticks(range(len(names)), names)
+        axis.set_yticks(range(len(names)), [_folded(name) for name in names])
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlabel(label)
         return _svg(figure, "means")
+
+
+def _folded(name: str) -> str:
+    """A name in lines that leave a narrow chart room."""
+    return "\n".join(textwrap.wrap(name, 26)) or name
 
 
 def heat_map(cells: Sequence[Sequence[float]]) -> str:
@@ -261,8 +269,13 @@ def _svg(figure: Figure, salt: str) -> str:
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # As wide as the page has room for: the viewBox keeps the proportions.
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'class="chart" role="img"', svg, count=1)
+    # As wide as there is room for, but no more than its text can be read at: the viewBox keeps the
+    # proportions.
+    svg = re.sub(
+        r'width="([\d.]+)pt" height="[\d.]+pt"',
+        lambda m: f'class="chart" role="img" style="max-width: {2 * float(m[1]):.0f}px"',
+        svg, count=1,
+    )  # fmt: skip
     # Each chart's groups are named figure_1, axes_1 ...; only what is referred to needs a name.
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     return svg.replace(INK, "currentColor")

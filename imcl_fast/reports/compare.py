@@ -58,6 +58,8 @@ def _compare(options: argparse.Namespace) -> int:
     groups = group(runs, options.baseline)
     head, lines = summary_table(groups)
     show(text_table(head, lines))
+    if warning := one_seed(groups):
+        show(warning)
     for path, content in (
         (options.csv, lambda: as_csv(groups)),
         (options.html, lambda: as_html(groups)),
@@ -95,6 +97,18 @@ def summary_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
         )
     kept = [i for i in range(len(head)) if any(line[i] != "-" for line in lines)]
     return [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
+
+
+def one_seed(groups: Sequence[Group]) -> str:
+    """A sentence on what differences of a single seed are worth; empty if there are none."""
+    found = [(each.name, each.difference()) for each in groups]
+    names = [name for name, difference in found if difference and difference.values == 1]
+    if not names:
+        return ""
+    return (
+        f"One seed proves nothing: the difference of {', '.join(names)} is that of a single pair "
+        "of runs, and another seed may turn it round. Train each with several seeds (--seed)."
+    )
 
 
 def as_csv(groups: Sequence[Group]) -> str:
@@ -150,14 +164,15 @@ def as_html(groups: Sequence[Group]) -> str:
         title="Comparison of runs",
         data_sets=sorted({str(run.setting("dataset", "-")) for run in runs}),
         note=NOTE,
+        warning=one_seed(groups),
         head=head,
         lines=lines,
         accuracies=charts.means(
             [each.name for each in groups],
             [[100 * value for value in each.accuracies()] for each in groups],
-            "%; small strokes are runs, bars one standard deviation",
+            "%",
         ),
-        curves=charts.curves(panels, range(1, epochs + 1), columns=2),
+        curves=charts.curves(panels, range(1, epochs + 1)),
         runs=[
             [
                 run.folder,

@@ -123,18 +123,25 @@ def _name(groups: Sequence[Group]) -> None:
     names = sorted({name for each in settings for name in each} - {"label"})
     varying = [name for name in names if len({each.get(name) for each in settings}) > 1]
     for each, own in zip(groups, settings, strict=True):
-        parts = [f"{name}={_plain(own.get(name))}" for name in varying]
+        (run, *_) = each.runs.values()
+        parts = [f"{name}={_actual(run, name, own.get(name))}" for name in varying]
         each.name = " ".join([each.method, *parts])
 
 
-def _plain(value: str | None) -> str:
-    """A setting's JSON as a user would write it."""
+def _actual(run: Run, name: str, value: str | None) -> str:
+    """A setting's JSON as a user would write it; what is left open, as it turned out in the run."""
     if value is None:
         return "-"
     content = json.loads(value)
+    if name == "weights":
+        content = run.used.get("weights", content)
+    if content is None:
+        content = run.used.get("settings", {}).get(name)
     if isinstance(content, Mapping):
         return ",".join(f"{key}={entry:g}" for key, entry in content.items()) or "default"
-    return content if isinstance(content, str) else "default" if content is None else value
+    if content is None:  # the run is of a version that didn't write down which
+        return "default"
+    return content if isinstance(content, str) else json.dumps(content)
 
 
 def _baseline(groups: Sequence[Group], wanted: str | None) -> Key | None:

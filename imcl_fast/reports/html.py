@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..objectives import WAYS
 from ..runs import files
-from ..runs.config import PROVENANCE, SETTINGS
+from ..runs.config import PROVENANCE, SETTINGS, argument_of
 from ..runs.folder import LABELS, Run, read_run
 from . import charts
 from .page import page
@@ -51,6 +52,7 @@ def write_report(run_folder: str | Path) -> Path:
         curves=_curves(run),
         terms=_terms(run),
         step_time=_step_time(run),
+        ways=_ways(run),
         configuration=_configuration(run),
         **_redundancy(run),
     )
@@ -127,14 +129,36 @@ def _step_time(run: Run) -> dict[str, Any] | None:
         return None
     measured = {LABELS.get(str(way), str(way)): float(seconds) for way, seconds in ways.items()}
     parts = {"network and cross entropy": step - sum(measured.values()), **measured}
-    shown = {name: 1e3 * seconds for name, seconds in parts.items() if seconds > 0}
+    shown = {name: seconds for name, seconds in parts.items() if seconds > 0}
     return {
-        "chart": charts.shares(shown, "ms per step"),
+        "chart": charts.shares(shown),
         "lines": [
             [name, number(seconds, ".2f", 1e3), number(seconds / step, ".1f", 100)]
             for name, seconds in {**parts, "all": step}.items()
         ],
     }
+
+
+def _ways(run: Run) -> list[list[str]]:
+    """Number and name, weight and layers of each way that was on; none if the run didn't say."""
+    paths, weights = run.used.get("paths", {}), run.used.get("weights", {})
+    return [
+        [f"{WAYS.index(way) + 1} {LABELS[way]}", number(weights.get(way), "g"),
+         ", ".join(paths[way])]
+        for way in WAYS if way in paths
+    ]  # fmt: skip
+
+
+def _marks(run: Run, layer: Mapping[str, Any]) -> list[str]:
+    """The numbers of the ways that act on a layer of a profile."""
+    of_kind = {"kernel": ("output", "kernel"), "representation": ("multilayer", "representation")}
+    paths = run.used.get("paths", {})
+    name = layer["name"].partition(" (call")[0]
+    return [
+        str(WAYS.index(way) + 1)
+        for way in of_kind[layer["kind"]]
+        if any(path == name or path == f"{name}.weight" for path in paths.get(way, ()))
+    ]
 
 
 def _redundancy(run: Run) -> dict[str, Any]:
@@ -158,19 +182,23 @@ def _redundancy(run: Run) -> dict[str, Any]:
             {label: found.get((label, kind, layer["name"]), {}) for label in series}
             for layer in layers
         ]
-        kinds[title] = [_card(*pair) for pair in zip(layers, profiles, strict=True)]
+        kinds[title] = [
+            _card(layer, each, _marks(run, layer))
+            for layer, each in zip(layers, profiles, strict=True)
+        ]
         means = {label: [each[label].get("mean_abs_cos") for each in profiles] for label in series}
         panels.append(
             (f"{title.lower()}: mean |cos|", [layer["name"] for layer in layers], means)
         )
         for layer, each in zip(layers, profiles, strict=True):
             lines.append([
-                layer["name"], kind, layer["rows"], layer["columns"],
+                layer["name"], kind, " ".join(_marks(run, layer)) or "-",
+                layer["rows"], layer["columns"],
                 number(layer.get("welch_bound"), ".4f"),
                 *(number(each[label].get(key), form, scale)
                   for key, _, form, scale in COLUMNS for label in series),
             ])  # fmt: skip
-    head = ["layer", "kind", "N", "D", "Welch bound of cos²"]
+    head = ["layer", "kind", "ways", "N", "D", "Welch bound of cos²"]
     head += [f"{title} {label.split()[0]}" for _, title, _, _ in COLUMNS for label in series]
     return {
         "kinds": kinds,
@@ -181,7 +209,9 @@ def _redundancy(run: Run) -> dict[str, Any]:
     }
 
 
-def _card(layer: Mapping[str, Any], profiles: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _card(
+    layer: Mapping[str, Any], profiles: Mapping[str, Mapping[str, Any]], marks: Sequence[str]
+) -> dict[str, Any]:
     """Heat maps and histograms of one layer."""
     pictures = [
         (label.split()[0], number(one.get("mean_abs_cos"), ".3f"), charts.heat_map(one["heatmap"]))
@@ -189,7 +219,7 @@ def _card(layer: Mapping[str, Any], profiles: Mapping[str, Mapping[str, Any]]) -
         if one.get("heatmap")
     ]
     known = [one["histogram"] for one in profiles.values() if one.get("histogram")]
-    return {**layer, "pictures": pictures, "histogram": charts.histogram(known)}
+    return {**layer, "pictures": pictures, "histogram": charts.histogram(known), "marks": marks}
 
 
 def _configuration(run: Run) -> dict[str, list[tuple[str, str]]]:
@@ -198,21 +228,34 @@ def _configuration(run: Run) -> dict[str, list[tuple[str, str]]]:
     for name, value in run.config.items():
         if name not in PROVENANCE:
             group = SETTINGS[name].group if name in SETTINGS else "other"
-            groups.setdefault(group, []).append((name.replace("_", " "), _text(value)))
+            shown = name.replace("_", " "), _setting(run, name, value)
+            groups.setdefault(group, []).append(shown)
     for name in PROVENANCE:
         if value := run.config.get(name):
             entries = value if isinstance(value, Mapping) else {name: value}
-            groups[name] = [(str(key), _text(entry, "-")) for key, entry in entries.items()]
+            groups[name] = [(str(key), _text(entry)) for key, entry in entries.items()]
     return groups
 
 
-def _text(value: Any, none: str = "default") -> str:
+def _setting(run: Run, name: str, value: Any) -> str:
+    """A setting as it turned out, where the configuration leaves that open."""
+    used = run.used.get("settings", {})
+    if name == "weights" and "weights" in run.used:
+        return _text(run.used["weights"])
+    if value is None or value == "auto":
+        value = used.get(name, value)
+    if value is None and not run.used and name in SETTINGS and argument_of(name):
+        return "the method's own"  # the run is of a version that didn't write down which
+    return _text(value)
+
+
+def _text(value: Any) -> str:
     if value is None:
-        return none
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items()) or "default"
+        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items()) or "-"
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value)) or "none"
     return str(value)

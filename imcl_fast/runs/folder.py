@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from .config import label_of
 from .errors import one_line
 
 CONFIG, METRICS, STEPS, SUMMARY = "config.json", "metrics.csv", "steps.csv", "summary.json"
+USED = "used.json"  # settings as they turned out, and what each way acts on
 NOISE, WEIGHTS, LOG = "noise.pt", "network.pt", "log.txt"
 BEFORE, AFTER = "redundancy_before.json", "redundancy_after.json"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tb"
@@ -62,6 +63,9 @@ class Run:
         metrics: columns of metrics.csv, a number per epoch; None where there is none.
         summary: results of the whole run; empty while it is going on.
         before, after: redundancy profiles; empty where there are none.
+        used: ``settings`` by their names, those that the configuration left open among them, the
+            ``weights`` and the ``paths`` of the ways that are on, by way. Empty for a run of a
+            version that didn't write it.
     """
 
     folder: Path
@@ -70,6 +74,7 @@ class Run:
     summary: dict[str, Any]
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
+    used: dict[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -148,6 +153,7 @@ def read_run(folder: str | Path) -> Run:
         summary=_read_json(folder / SUMMARY, dict),
         before=_read_profile(folder / BEFORE),
         after=_read_profile(folder / AFTER),
+        used=_read_json(folder / USED, dict),
     )
 
 

@@ -27,6 +27,7 @@ from ..runs.folder import (
     STEPS,
     SUMMARY,
     TENSORBOARD,
+    USED,
     WEIGHTS,
 )
 
@@ -103,15 +104,26 @@ class Records:
                 + ("; more epochs can be had once it has ended" if names == ["epochs"] else "")
             )
 
-    def begin(self, config: TrainConfig, noise: Mapping[str, torch.Tensor] | None) -> None:
-        """Write what is known before the first step, and leave nothing of an earlier start."""
+    def begin(
+        self,
+        config: TrainConfig,
+        used: Mapping[str, Any],
+        noise: Mapping[str, torch.Tensor] | None,
+    ) -> None:
+        """Write what is known before the first step, and leave nothing of an earlier start.
+
+        Args:
+            used: what ``Run.used`` is.
+            noise: labels to keep.
+        """
         files.remove_temporaries(self.folder)
-        for name in (METRICS, STEPS, SUMMARY, NOISE):
+        for name in (METRICS, STEPS, SUMMARY, NOISE, USED):
             (self.folder / name).unlink(missing_ok=True)
         files.write_json(
             self.folder / CONFIG,
             {**config.as_json(), "versions": versions(), "machine": machine()},
         )
+        files.write_json(self.folder / USED, used)
         if noise is not None:
             self._tensors(NOISE, noise)
 

@@ -15,10 +15,12 @@ from torch.utils.data import Dataset
 from ..data import DataError, DataSet
 from ..data.quality import Quality
 from ..data.split import take
+from ..ilr import MultiHead
 from ..imcl import IMCL
 from ..objectives import WITH_WAYS, CrossEntropy
+from ..plan import acted_on
 from ..redundancy import profile
-from ..runs.config import TrainConfig
+from ..runs.config import SETTINGS, TrainConfig, argument_of
 from ..runs.errors import UsageError
 from ..runs.folder import AFTER, AT_QUALITY, BEFORE, LOG
 from ..runs.network import build_network
@@ -140,13 +142,37 @@ def _begin(loop: Loop) -> None:
             noise = None
             if material.noisy:
                 noise = {"original": material.true_labels, "noisy": material.train.labels}
-            records.begin(config, noise)
+            records.begin(config, _used(loop), noise)
             if config.report:
                 _profile(loop, records, BEFORE)
         if config.tensorboard and not records.open_board(loop.state.step):
             loop.observer.said("TensorBoard isn't installed: its files are left out")
     if not resumed:
         loop.observer.said(_description(config, material, loop))
+
+
+def _used(loop: Loop) -> dict[str, Any]:
+    """The settings as they turned out, and what each way acts on; see ``Run.used``."""
+    material, objective = loop.material, loop.state.objective
+    settings: dict[str, Any] = {
+        "image_size": material.data_set.shape[-1],
+        "train_images": len(material.train),
+        "threads": torch.get_num_threads(),
+        "device": str(loop.processes.device),
+    }
+    arguments = {name: argument_of(name) for name in SETTINGS}
+    if isinstance(objective, MultiHead):
+        arguments["multilayer_temperature"] = "temperature"
+    settings |= {
+        name: getattr(objective, argument)
+        for name, argument in arguments.items()
+        if argument is not None and hasattr(objective, argument)
+    }
+    if not isinstance(objective, IMCL):
+        return {"settings": settings}
+    paths = acted_on(objective)
+    weights = {way: getattr(objective, f"{way}_weight") for way in paths}
+    return {"settings": settings, "weights": weights, "paths": paths}
 
 
 def _description(config: TrainConfig, material: Material, loop: Loop) -> str:

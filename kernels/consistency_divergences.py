@@ -1,0 +1,169 @@
+"""Device functions of the consistency by other divergences than KL, on tiles of logits.
+
+Tiles, states and units are those of consistency_tiles.py; the formulas, of what ``value``, ``head``
+and ``teacher`` are, stand in algebra/divergences.py. Of them all but a teacher's -p are in units
+of log 2 until they are multiplied with it.
+
+``sums`` of a head are those over the classes seen so far of its value, head and teacher, each [S].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..algebra import divergences as algebra
+from .consistency_tiles import (
+    FINAL,
+    LN_2,
+    MEAN,
+    OTHERS,
+    PAIRWISE,
+    exponent,
+    log_p_of,
+    padded,
+    sum_of,
+    teacher_of,
+    teacher_share,
+    times,
+)
+
+KL, MIXTURE = tl.constexpr(algebra.KL), tl.constexpr(algebra.MIXTURE)
+_REVERSE_KL = tl.constexpr(algebra.REVERSE_KL)
+
+
+@triton.jit
+def _parts(log_q, q, log_p, p, beta, DIVERGENCE: tl.constexpr):
+    """value, head and teacher [S, K] of D(q || p)."""
+    if DIVERGENCE == _REVERSE_KL:
+        value = times(p, log_p - log_q) * LN_2
+        return value, value, -p
+    else:
+        mixed = beta * q
+        own = p - beta * p
+        log_m = tl.log2(mixed + own)
+        head = times(own, log_p - log_m) * LN_2
+        teacher = times(mixed, log_q - log_m) * LN_2
+        return head + teacher, head, teacher
+
+
+@triton.jit
+def _log_mixture(z, soft, inside, inverse_t, states, beta, weights):
+    """log2 m, [S, K], of a label and heads in proportion to their weights."""
+    m = beta * soft
+    rest = (1 - beta) / sum_of(weights)
+    for i in tl.static_range(len(z)):
+        m += tl.exp2(log_p_of(z[i], inside, inverse_t, states[i])) * (weights[i] * rest)
+    return tl.log2(m)
+
+
+@triton.jit
+def _of_head(
+    z, soft, inside, inverse_t, states, beta, weights, H: tl.constexpr, TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """value, head and teacher of head H, its p, and its teacher's q, all [S, K]; of pairwise
+    teachers the mean over them, and what H gets as one, of all weights; then q is p."""
+    log_p = log_p_of(z[H], inside, inverse_t, states[H])
+    p = tl.exp2(log_p)
+    if DIVERGENCE == MIXTURE:
+        log_m = _log_mixture(z, soft, inside, inverse_t, states, beta, weights)
+        head = times(p, log_p - log_m) * LN_2
+        return head, head, tl.zeros_like(p), p, p
+    elif TEACHER == PAIRWISE:
+        value = tl.zeros_like(p)
+        head = tl.zeros_like(p)
+        teacher = tl.zeros_like(p)
+        for i in tl.static_range(len(z)):
+            if i != H:
+                log_q = log_p_of(z[i], inside, inverse_t, states[i])
+                q = tl.exp2(log_q)
+                of_h = _parts(log_q, q, log_p, p, beta, DIVERGENCE)
+                value += of_h[0]
+                head += of_h[1]
+                teacher += times(weights[i], _parts(log_p, p, log_q, q, beta, DIVERGENCE)[2])
+        part: tl.constexpr = 1.0 / (len(z) - 1)  # a variable would be float32
+        return value * part, head * part, teacher * part, p, p
+    else:
+        u = teacher_of(z, H, TEACHER)
+        share = teacher_share(inverse_t, len(z), TEACHER)
+        log_q = exponent(padded(u, inside), states[H][4], share) - tl.log2(states[H][5])[:, None]
+        q = tl.exp2(log_q)
+        value, head, teacher = _parts(log_q, q, log_p, p, beta, DIVERGENCE)
+        return value, head, teacher, p, q
+
+
+@triton.jit
+def add_divergences(
+    z, soft, inside, inverse_t, states, beta, weights, sums, TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """Every head's sums after these classes."""
+    new = ()
+    for i in tl.static_range(len(z)):
+        of_head = sums[i]
+        if not (TEACHER == FINAL and i == len(z) - 1):
+            value, head, teacher, _, _ = _of_head(
+                z, soft, inside, inverse_t, states, beta, weights, i, TEACHER, DIVERGENCE
+            )
+            of_head = (
+                of_head[0] + tl.sum(value, 1), of_head[1] + tl.sum(head, 1),
+                of_head[2] + tl.sum(teacher, 1),
+            )  # fmt: skip
+        new += (of_head,)
+    return new
+
+
+@triton.jit
+def add_label(z, soft, inside, inverse_t, states, beta, weights, of_label):
+    """Add KL(y || m) of these classes, to [S]."""
+    log_m = _log_mixture(z, soft, inside, inverse_t, states, beta, weights)
+    return of_label + tl.sum(times(soft, tl.log2(soft) - log_m), 1) * LN_2
+
+
+@triton.jit
+def _pull(weight, part, p, total):
+    """weight (part - p total), [S, K], of weights and totals [S]."""
+    return times(weight[:, None], part - times(p, total[:, None]))
+
+
+@triton.jit
+def passed_on(
+    z, soft, inside, inverse_t, states, sums, beta, weights, scale, TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """What goes into the logits of all teachers together, scaled, [S, K]."""
+    total = tl.zeros_like(z[0])
+    if TEACHER != PAIRWISE:
+        for i in tl.static_range(len(z) - 1 if TEACHER == FINAL else len(z)):
+            _, _, teacher, _, q = _of_head(
+                z, soft, inside, inverse_t, states, beta, weights, i, TEACHER, DIVERGENCE
+            )
+            total += _pull(scale * weights[i], teacher, q, sums[i][2])
+    return total
+
+
+@triton.jit
+def divergence_gradient(
+    z, soft, inside, inverse_t, states, sums, beta, weights, scale, into, H: tl.constexpr,
+    TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, DETACH: tl.constexpr,
+):  # fmt: skip
+    """The gradient of z/T of head H, scaled; ``into`` is what ``passed_on`` says."""
+    N: tl.constexpr = len(z)
+    dz = tl.zeros_like(z[H])
+    if not (TEACHER == FINAL and H == N - 1):
+        _, head, teacher, p, q = _of_head(
+            z, soft, inside, inverse_t, states, beta, weights, H, TEACHER, DIVERGENCE
+        )
+        dz = _pull(scale * weights[H], head, p, sums[H][1])
+        if not DETACH:
+            if TEACHER == PAIRWISE:
+                dz += _pull(scale, teacher, p, sums[H][2])
+            elif TEACHER == OTHERS:
+                mine = _pull(scale * weights[H], teacher, q, sums[H][2])
+                dz += (into - mine) * (1.0 / (N - 1))
+            elif TEACHER == MEAN:
+                dz += into * (1.0 / N)
+    elif not DETACH:
+        dz = into
+    return dz

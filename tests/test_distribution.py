@@ -1,0 +1,208 @@
+"""What people install: the source distribution has all that git has, what is built of it works, and
+wheels for others need no Python version, and no glibc later than torch's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from zipfile import ZipFile
+
+import pytest
+from test_sanitizers import driver_jobs, kernel_jobs
+
+from imcl_fast import __version__, operators
+from imcl_fast.build_facts import BuildFacts
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = f"imcl_fast-{__version__}"
+ONLY_IN_GIT = (".ci/", ".gitignore")
+GENERATED = ("PKG-INFO", "setup.cfg", "imcl_fast.egg-info/")
+# Prints where the operators come from, and a loss of the fused kernels.
+PROGRAM = """
+import torch, imcl_fast
+from imcl_fast import functional as F, operators
+import imcl_fast.kernels.plan
+print(operators.LIBRARY, operators.build_info.isa_chosen())
+print(F.kernel_similarity(torch.eye(4), impl="cpp").item())
+"""
+
+
+def run(*command: str | Path, **variables: str) -> str:
+    environment = {**os.environ, "IMCL_FAST_BUILD": "cpu", **variables}
+    done = subprocess.run(
+        list(map(str, command)), cwd=variables.get("PWD"), env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout[-8000:]}"
+    return done.stdout
+
+
+def needs_checkout() -> None:
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("setup.py is not beside the tests")
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    needs_checkout()
+    spec = importlib.util.spec_from_file_location("imcl_fast_setup", ROOT / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    needs_checkout()
+    folder = tmp_path_factory.mktemp("sdist")
+    # Made where nothing is written into the checkout: egg-info goes to a folder of its own.
+    run(sys.executable, "setup.py", "-q", "egg_info", "-e", folder, "sdist", "-d", folder,
+        PWD=str(ROOT))  # fmt: skip
+    return folder / f"{NAME}.tar.gz"
+
+
+def test_the_source_distribution_has_what_git_has(archive: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout of git to compare with")
+    listed = set(run("git", "-C", ROOT, "ls-files", "-co", "--exclude-standard").splitlines())
+    there = {name for name in listed if (ROOT / name).exists()}
+    wanted = {name for name in there if not name.startswith(ONLY_IN_GIT)}
+    with tarfile.open(archive) as tar:
+        members = {str(PurePosixPath(m.name).relative_to(NAME)): m for m in tar.getmembers()}
+    found = {name for name, member in members.items() if not member.isdir()}
+    assert found - wanted <= {name for name in found if name.startswith(GENERATED)}
+    assert wanted - found == set()
+    kernels = members["imcl_fast/kernels"]
+    assert kernels.issym() and kernels.linkname == "../kernels"
+
+
+@pytest.mark.slow
+def test_what_is_built_of_the_source_distribution_works(archive: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path,
+        archive)  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    with ZipFile(wheel) as content:
+        names = set(content.namelist())
+    sources = {*ROOT.glob("imcl_fast/**/*.py"), *ROOT.glob("imcl_fast/kernels/*.py")}
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
+    assert any(re.fullmatch(r"imcl_fast/_build_info\..*\.so", name) for name in names)
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "lib", wheel)
+    said = run(sys.executable, "-c", PROGRAM, PWD=str(tmp_path), PYTHONPATH=str(tmp_path / "lib"))
+    assert said.splitlines()[0].startswith(str(tmp_path / "lib"))
+    assert said.splitlines()[1] == "0.0"
+
+
+@pytest.mark.slow
+def test_a_wheel_for_others_serves_every_python_and_old_systems(tmp_path: Path) -> None:
+    needs_checkout()
+    if sys.platform != "linux":
+        pytest.skip("manylinux is for Linux")
+    pytest.importorskip("auditwheel", reason="auditwheel is not installed")
+    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path,
+        ROOT, IMCL_FAST_PORTABLE="1")  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"{NAME}-py3-none-linux_")
+    with ZipFile(wheel) as content:
+        content.extractall(tmp_path / "lib")
+        libraries = [name for name in content.namelist() if name.endswith(".so")]
+    assert libraries == ["imcl_fast/_operators.so"]
+    said = run(sys.executable, "-m", "auditwheel", "show", wheel)
+    system = re.search(r"manylinux_2_(\d+)_", said)
+    assert system and int(system[1]) <= 28, said
+    # Without a module of this Python the facts are the library's.
+    said = run(sys.executable, "-c", PROGRAM, PWD=str(tmp_path), PYTHONPATH=str(tmp_path / "lib"))
+    assert said.splitlines()[1] == "0.0"
+
+
+@pytest.mark.slow
+def test_clang_takes_the_sources() -> None:
+    clang = shutil.which("clang++")
+    if not clang:
+        pytest.skip("clang++ is not installed")
+    needs_checkout()
+    for name, words in {**driver_jobs([]), **kernel_jobs()}.items():
+        said = run(clang, "-fsyntax-only", *words)
+        assert "error" not in said, f"{name}: {said}"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    path = ROOT / "CITATION.cff"
+    if not path.exists():
+        pytest.skip("CITATION.cff is not beside the tests")
+    assert f"\nversion: {__version__}\n" in path.read_text()
+
+
+def test_the_tag_is_of_what_is_in_the_wheel(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from setuptools import Distribution
+
+    def tag(pure: bool = False) -> tuple[str, str, str]:
+        command = build.BuildWheel(Distribution({"name": "imcl_fast"}))
+        command.ensure_finalized()
+        command.root_is_pure = pure
+        return command.get_tag()
+
+    here = tag()
+    assert here[0] != "py3" and here[1] != "none"
+    monkeypatch.setenv("IMCL_FAST_PORTABLE", "1")
+    assert tag() == ("py3", "none", here[2])
+    monkeypatch.setattr(build, "machine_of", lambda cxx: "aarch64")
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    assert tag() == ("py3", "none", f"{sys.platform}_aarch64")
+    assert tag(pure=True) == ("py3", "none", "any")
+    monkeypatch.setenv("IMCL_FAST_PORTABLE", "yes")
+    with pytest.raises(SystemExit, match="IMCL_FAST_PORTABLE: expected 0 or 1, got 'yes'"):
+        build.portable()
+
+
+@pytest.mark.parametrize(
+    ("said", "machine"),
+    [("x86_64-linux-gnu", "x86_64"), ("aarch64-linux-gnu", "aarch64"), ("", "x86_64"),
+     ("amd64-portbld-freebsd14", "x86_64")],
+)  # fmt: skip
+def test_the_machine_is_that_of_the_compiler(
+    build: ModuleType, said: str, machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho {said}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    assert build.machine_of(str(compiler)) == machine
+    assert build.is_cross(str(compiler)) == (machine != "x86_64")
+
+
+def test_a_cross_build_has_one_level_no_cuda_and_no_libraries_of_this_machine(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "machine_of", lambda cxx: "aarch64")
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(build, "compiler", lambda: shutil.which("true"))
+    monkeypatch.setenv("IMCL_FAST_BUILD", "auto")
+    plan = build.ninja_file(Path("_operators.so"))
+    assert "pairwise_baseline.o" in plan and "avx2" not in plan and "nvcc" not in plan
+    assert "build libtorch_cpu.so: name" in plan and "-ltorch_cpu" not in plan
+    assert "_build_info" not in plan
+
+
+def test_the_library_tells_what_the_module_of_this_python_tells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if operators.build_info is None:
+        pytest.skip(operators.LOAD_ERROR)
+    facts = BuildFacts(operators.LIBRARY)
+    names = [name for name in vars(BuildFacts) if not name.startswith("_")]
+    module = operators.build_info
+    assert set(names) == {name for name in dir(module) if not name.startswith("_")}
+    for name in names:
+        assert getattr(facts, name)() == getattr(module, name)(), name
+    with pytest.raises(RuntimeError, match="no fact is called age"):
+        facts._text("age")
