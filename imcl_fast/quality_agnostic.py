@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from . import dependence, functional, outputs, validation
 from . import layers as find
 from .imcl import IMCL
+from .imcl_output import IMCLOutput
 from .implementations import IMPLEMENTATIONS
 from .perturbation import Perturbation
 from .taps import Step, Tap, Tape
-from .watch import Watch
 
 STAGES = (0.1, 0.25, 0.5)  # weights of the last layers
 REDUCTIONS = ("sum", "mean")
@@ -39,22 +38,27 @@ class QualityAgnosticOutput:
 
     loss: Tensor
     logits: Tensor
-    terms: dict[str, Tensor]
+    _own: dict[str, Tensor] = field(repr=False)
+    _ways: list[IMCLOutput] = field(repr=False)  # one, or none: None would be a leaf
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        return {**self._own, **{name: x for ways in self._ways for name, x in ways.terms.items()}}
 
     def __getitem__(self, index: int | slice) -> Any:
         return (self.loss, self.logits)[index]
 
 
-def _flatten(output: QualityAgnosticOutput) -> tuple[list, tuple]:
-    return [output.loss, output.logits, output.terms], ()
+def _flatten_with_keys(output: QualityAgnosticOutput) -> tuple[list, None]:
+    names = [item.name for item in fields(output)]
+    return [(pytree.GetAttrKey(name), getattr(output, name)) for name in names], None
 
 
-def _flatten_with_keys(output: QualityAgnosticOutput) -> tuple[list, tuple]:
-    names = ("loss", "logits", "terms")
-    return [(pytree.GetAttrKey(name), getattr(output, name)) for name in names], ()
+def _flatten(output: QualityAgnosticOutput) -> tuple[list, None]:
+    return [part for _, part in _flatten_with_keys(output)[0]], None
 
 
-def _unflatten(parts: Iterable[Any], _: tuple) -> QualityAgnosticOutput:
+def _unflatten(parts: Iterable[Any], _: None) -> QualityAgnosticOutput:
     return QualityAgnosticOutput(*parts)
 
 
@@ -188,15 +192,28 @@ class QualityAgnostic(nn.Module):
         x, count = self._together(views)
         if not self.training:
             return self._objective(self.model(x), target, count)
+        # As in IMCL's own call, and not by watch(), which torch.compile can't trace.
+        of_ways = None if self.ways is None else self.ways._begin()
         step = _Step()
         self._tape.step = step
         try:
-            with contextlib.nullcontext() if self.ways is None else self.ways.watch() as watch:
-                output = self.model(x)
+            output = self.model(x)
         finally:
             self._tape.step = None
+            if self.ways is not None:
+                self.ways._tape.step = None
         step.finish()
-        return self._objective(output, target, count, step, watch)
+        result = self._objective(output, target, count, step)
+        if self.ways is not None and of_ways is not None:
+            of_ways.outputs.append(output)
+            self.ways._end(of_ways)
+            repeated = target.repeat(count, *[1] * (target.dim() - 1))
+            added = self.ways._objective(of_ways, repeated, task=False)
+            result.loss = result.loss + added.loss
+            # Kept for its terms, which are worked out when they are asked for.
+            added.loss, added.logits, added.output = added.loss.detach(), None, None
+            result._ways.append(added)
+        return result
 
     def perturbed(self, gamma: float) -> Perturbation:
         """A ``Perturbation`` of the network: a step's gradients at weights that do worse."""
@@ -247,7 +264,6 @@ class QualityAgnostic(nn.Module):
         target: Tensor,
         count: int,
         step: _Step | None = None,
-        watch: Watch | None = None,
     ) -> QualityAgnosticOutput:
         """The loss of a pass that is over; without ``step`` the cross entropy alone."""
         logits = outputs.logits(output, self._find_logits)
@@ -259,10 +275,7 @@ class QualityAgnostic(nn.Module):
             total = self._dependence(step, count)
             terms["dependence"] = total.detach()
             loss = loss - self.alpha * total
-        if watch is not None:
-            loss = loss + watch.loss(targets)
-            terms.update(watch.terms)
-        return QualityAgnosticOutput(loss, logits.unflatten(0, (count, -1)), terms)
+        return QualityAgnosticOutput(loss, logits.unflatten(0, (count, -1)), terms, [])
 
     def _dependence(self, step: _Step, count: int) -> Tensor:
         if len(step.features) != len(self.layers) or step.calls != len(self._handles):

@@ -203,9 +203,12 @@ def test_a_copy_has_hooks_of_its_own() -> None:
     assert_same_bits([twin(x, y).loss], [qa(x, y).loss])
 
 
-def test_it_trains_under_compile() -> None:
+@pytest.mark.parametrize("with_ways", [False, True])
+def test_it_trains_under_compile(with_ways: bool) -> None:
     x, y = data(2)
-    qa = QualityAgnostic(Network().double(), x[0], alpha=0.5)
+    network = Network().double()
+    ways = IMCL(network, x[0], dropout=0.0) if with_ways else None
+    qa = QualityAgnostic(network, x[0], alpha=0.5, ways=ways)
     compiled = torch.compile(copy.deepcopy(qa), backend="aot_eager", fullgraph=True)
     expected, output = qa(x, y), compiled(x, y)
     torch.testing.assert_close(output.loss, expected.loss)
@@ -407,12 +410,14 @@ def test_a_block_has_one_move() -> None:
         Perturbation(1, 0.1)
 
 
+@pytest.mark.filterwarnings("error")  # the heads move, if later than the weights do
 def test_both_passes_are_of_one_turn_of_the_schedule() -> None:
     x, y = data(2)
     network = Network().double()
     ways = IMCL(network, x[0], representation_interval=2, kernel_interval=3)
     qa = QualityAgnostic(network, x[0], ways=ways)
     own = IMCL(Network().double(), x[0], representation_interval=2, kernel_interval=3)
+    optimizer = torch.optim.SGD(qa.parameters(), lr=0.01)
     for _ in range(7):
         expected = own(x[0], y).terms.keys()
         seen = []
@@ -424,7 +429,8 @@ def test_both_passes_are_of_one_turn_of_the_schedule() -> None:
                 if not again:
                     perturbation.move()
         assert seen == [expected, expected]
-        qa.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         assert int(ways.get_extra_state()) == int(own.get_extra_state())
 
 
