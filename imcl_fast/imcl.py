@@ -108,6 +108,10 @@ class IMCL(nn.Module):
             fewer channels than the input has (an image would have as many), or ``labels`` or the
             name ``logits`` tell; and never under a ``criterion`` unless it is given.
         ignore_index: target of samples, pixels or tokens that count for nothing.
+        activation: ``"softmax"``, or ``"sigmoid"`` where the K labels of a sample hold or not, each
+            by itself: targets are floating, shaped like the logits. The cross entropy is then
+            summed over the labels, K times what ``binary_cross_entropy_with_logits`` averages;
+            see ``functional.collaborative_consistency``.
         impl: see ``functional``.
 
     Raises:
@@ -190,6 +194,7 @@ class IMCL(nn.Module):
         logits: Callable[[Any], Tensor] | None = None,
         class_dim: int | None = None,
         ignore_index: int = -100,
+        activation: str = "softmax",
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -229,6 +234,8 @@ class IMCL(nn.Module):
         if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
             raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
         self.ignore_index = validation.integer("ignore_index", ignore_index)
+        validation.choice("activation", activation, functional.ACTIVATIONS)
+        self.activation = activation
         self.model = model
         trace = find.trace(model, example_input, logits, class_dim, criterion is not None)
         self.class_dim = trace.class_dim

@@ -39,7 +39,7 @@ class HeadsConsistency:
         options = functional._consistency_options(
             1, ce_weight=1.0, kl_weight=0.0, groups=None, temperature=1.0, teacher="others",
             detach_teacher=True, label_smoothing=imcl.label_smoothing,
-            ignore_index=_ignored(imcl, target), reduction="mean",
+            ignore_index=_ignored(imcl, target), reduction="mean", binary=_binary(imcl),
         )  # fmt: skip
         return _call(imcl, [], logits, None, target, masks, options)
 
@@ -70,7 +70,7 @@ def _call(
         weight = _weight(masks, blocks)
         if imcl.class_dim == 1 and isinstance(target, Tensor) and target.is_floating_point():
             target = target.movedim(1, -1)
-    checked = validation.target(target, blocks, options.ignore_index)
+    checked = validation.target(target, blocks, options.ignore_index, options.binary)
     return functional._consistency(blocks, checked, options, imcl.impl, sample_weight=weight)
 
 
@@ -138,6 +138,7 @@ def _made_of(imcl: IMCL, own: bool, ignored: int) -> tuple:
         imcl.multilayer_temperature,
         imcl.multilayer_teacher,
         imcl.label_smoothing,
+        imcl.activation,
     )
 
 
@@ -156,4 +157,9 @@ def _options(imcl: IMCL, own: bool, ignored: int) -> ConsistencyOptions:
         label_smoothing=imcl.label_smoothing,
         ignore_index=ignored,
         reduction="mean",
+        binary=_binary(imcl),
     )
+
+
+def _binary(imcl: IMCL) -> bool:
+    return imcl.activation == "sigmoid"

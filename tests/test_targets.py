@@ -16,6 +16,7 @@ from torch import Tensor
 
 import imcl_fast
 from imcl_fast import functional as F
+from imcl_fast.models import import_torchvision
 
 REDUCTIONS = ("mean", "sum", "none")
 CLASSES = 7
@@ -328,6 +329,7 @@ def test_mixed_labels_train_a_network(impl: Impl) -> None:
 
 @pytest.mark.parametrize("name", ["MixUp", "CutMix"])
 def test_torchvisions_mixtures_train_a_network(name: str) -> None:
+    import_torchvision()
     v2 = pytest.importorskip("torchvision.transforms.v2")
     model = network()
     mixture = getattr(v2, name)(num_classes=4)

@@ -24,7 +24,7 @@ from imcl_fast.runs.config import TrainConfig
 # a default, makes no old row stale. A default that isn't neutral belongs to the fingerprint.
 NEUTRAL: Mapping[str, Any] = {
     "representation_interval": 1, "kernel_interval": 1, "criterion": None, "logits": None,
-    "class_dim": None, "ignore_index": -100,
+    "class_dim": None, "ignore_index": -100, "activation": "softmax",
 }  # fmt: skip
 
 
