@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,19 +39,20 @@ class QualityAgnosticOutput:
     loss: Tensor
     logits: Tensor
     _own: dict[str, Tensor] = field(repr=False)
-    _ways: list[IMCLOutput] = field(repr=False)  # one, or none: None would be a leaf
+    _ways: IMCLOutput | None = field(repr=False, default=None)
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        return {**self._own, **{name: x for ways in self._ways for name, x in ways.terms.items()}}
+        return {**self._own, **({} if self._ways is None else self._ways.terms)}
 
     def __getitem__(self, index: int | slice) -> Any:
         return (self.loss, self.logits)[index]
 
 
 def _flatten_with_keys(output: QualityAgnosticOutput) -> tuple[list, None]:
-    names = [item.name for item in fields(output)]
-    return [(pytree.GetAttrKey(name), getattr(output, name)) for name in names], None
+    ways = [] if output._ways is None else [output._ways]  # for None would be a leaf
+    parts = {"loss": output.loss, "logits": output.logits, "_own": output._own, "_ways": ways}
+    return [(pytree.GetAttrKey(name), part) for name, part in parts.items()], None
 
 
 def _flatten(output: QualityAgnosticOutput) -> tuple[list, None]:
@@ -59,7 +60,8 @@ def _flatten(output: QualityAgnosticOutput) -> tuple[list, None]:
 
 
 def _unflatten(parts: Iterable[Any], _: None) -> QualityAgnosticOutput:
-    return QualityAgnosticOutput(*parts)
+    *own, ways = parts
+    return QualityAgnosticOutput(*own, *ways)
 
 
 # For DistributedDataParallel, as IMCLOutput.
@@ -211,8 +213,8 @@ class QualityAgnostic(nn.Module):
             added = self.ways._objective(of_ways, repeated, task=False)
             result.loss = result.loss + added.loss
             # Kept for its terms, which are worked out when they are asked for.
-            added.loss, added.logits, added.output = added.loss.detach(), None, None
-            result._ways.append(added)
+            added.loss, added.logits, added.output = added.loss.detach(), None, None  # type: ignore[assignment]
+            result._ways = added
         return result
 
     def perturbed(self, gamma: float) -> Perturbation:
@@ -275,7 +277,7 @@ class QualityAgnostic(nn.Module):
             total = self._dependence(step, count)
             terms["dependence"] = total.detach()
             loss = loss - self.alpha * total
-        return QualityAgnosticOutput(loss, logits.unflatten(0, (count, -1)), terms, [])
+        return QualityAgnosticOutput(loss, logits.unflatten(0, (count, -1)), terms)
 
     def _dependence(self, step: _Step, count: int) -> Tensor:
         if len(step.features) != len(self.layers) or step.calls != len(self._handles):
