@@ -146,6 +146,11 @@ class QualityAgnostic(nn.Module):
             raise TypeError(f"ways: expected an IMCL or None, got {type(ways).__name__}")
         if ways is not None and ways.model is not model:
             raise ValueError("ways: expected an IMCL around this very model, got one of another")
+        if ways is not None and ways.activation != "softmax":
+            raise ValueError(
+                "ways: expected an IMCL of softmax logits, as the cross entropy here is of, got one "
+                f"with activation={ways.activation!r}"
+            )
         self.alpha = validation.number("alpha", alpha, low=0, high=math.inf)
         validation.choice("reduction", reduction, REDUCTIONS)
         validation.choice("kernel", kernel, dependence.KERNELS)

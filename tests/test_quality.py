@@ -249,6 +249,10 @@ def test_the_ways_must_be_of_the_same_network() -> None:
     x, _ = data(2)
     with pytest.raises(ValueError, match="^ways: expected an IMCL around this very model"):
         QualityAgnostic(Network().double(), x[0], ways=IMCL(Network().double(), x[0]))
+    network = Network().double()
+    many = IMCL(network, x[0], activation="sigmoid")
+    with pytest.raises(ValueError, match="^ways: expected an IMCL of softmax logits"):
+        QualityAgnostic(network, x[0], ways=many)
 
 
 @pytest.mark.parametrize(
