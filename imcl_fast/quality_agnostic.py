@@ -148,8 +148,8 @@ class QualityAgnostic(nn.Module):
             raise ValueError("ways: expected an IMCL around this very model, got one of another")
         if ways is not None and ways.activation != "softmax":
             raise ValueError(
-                "ways: expected an IMCL of softmax logits, as of the cross entropy here, got one with "
-                f"activation={ways.activation!r}"
+                "ways: expected an IMCL of softmax logits, as of the cross entropy here, got one "
+                f"with activation={ways.activation!r}"
             )
         self.alpha = validation.number("alpha", alpha, low=0, high=math.inf)
         validation.choice("reduction", reduction, REDUCTIONS)
