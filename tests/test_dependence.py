@@ -97,7 +97,7 @@ def noise_of(views: Sequence[Sequence[Tensor]], truth: Result, **options) -> Res
     which is taken off after it was rounded."""
     xs = [x.detach().double() for layer in zip(*views, strict=True) for x in layer]
     dtype = loss_dtype(views[0][0].dtype)
-    width = module._bandwidth(options["bandwidth"])
+    width = module.check_bandwidth(options["bandwidth"])
     numbered = options["kernel"] == "gaussian" and width is not None
     scale = [1 / (width**2 * x[0].numel()) if numbered else 1.0 for x in xs]
     exact, means = algebra.gram_forward(xs, scale)
