@@ -78,16 +78,12 @@ __device__ Means means(const ConsistencyArguments& in) {
 }
 
 // Blocks that a multiprocessor is to hold at once: as many as need no register spilled.
-template <class T, bool kOther>
-constexpr int kBlocks =
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000
-    sizeof(T) == 4 && !kOther ? 2 :
-#endif
-                              1;
+template <class T, bool kGeneral>
+constexpr int kBlocks = sizeof(T) <= 4 && !kGeneral ? 2 : 1;
 
-// kOther: for all divergences and binary logits; else for KL and softmax, in fewer registers.
-template <class T, bool kOther>
-__global__ void __launch_bounds__(kMostThreads, (kBlocks<T, kOther>))
+// What is most often asked for takes fewer registers by itself: see Work.
+template <class T, bool kGeneral>
+__global__ void __launch_bounds__(kMostThreads, (kBlocks<T, kGeneral>))
     consistency_kernel(IMCL_PARAMETER(ConsistencyArguments) in, bool warps) {
   using A = Acc<T>;
   IMCL_DYNAMIC_SHARED(memory, unsigned char);
@@ -95,7 +91,7 @@ __global__ void __launch_bounds__(kMostThreads, (kBlocks<T, kOther>))
   const Means loss_scale = in.reduction == Reduction::kMean ? mean : Means{1, 1};
 
   const Team team(warps);
-  Work<T, kOther> work(in, team, memory);
+  Work<T, kGeneral> work(in, team, memory);
   const int64_t teams = int64_t{gridDim.x} * team.count;
   for (int64_t b = int64_t{blockIdx.x} * team.count + team.index; b < in.batch; b += teams)
     work.sample(b, static_cast<A>(loss_scale.cross_entropy), static_cast<A>(loss_scale.kl));
@@ -134,10 +130,10 @@ __global__ void __launch_bounds__(kMostThreads, (kBlocks<T, kOther>))
   *static_cast<A*>(in.loss) = static_cast<A>(loss);
 }
 
-template <class T, bool kOther>
+template <class T, bool kGeneral>
 cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan& plan,
                    cudaStream_t stream) {
-  const auto kernel = consistency_kernel<T, kOther>;
+  const auto kernel = consistency_kernel<T, kGeneral>;
   if (plan.shared_bytes > kGranted) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
@@ -150,8 +146,8 @@ cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan&
 template <class T>
 cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan& plan,
                    cudaStream_t stream) {
-  return arguments.other ? launch<T, true>(arguments, plan, stream)
-                         : launch<T, false>(arguments, plan, stream);
+  return arguments.general ? launch<T, true>(arguments, plan, stream)
+                           : launch<T, false>(arguments, plan, stream);
 }
 
 template <class T>
@@ -214,12 +210,13 @@ ConsistencyArguments consistency_arguments(const Consistency& problem, Reduction
   std::copy(problem.groups.begin(), problem.groups.end(), arguments.groups);
   arguments.head_count = static_cast<int>(problem.heads.size());
   arguments.group_count = static_cast<int>(problem.groups.size());
-  arguments.binary = arguments.other = problem.binary;
+  arguments.binary = problem.binary;
+  arguments.general = problem.binary || problem.labels.soft() || problem.samples.axes > 1;
   for (const Group& group : problem.groups) {
     const bool mixture = group.divergence == Divergence::kMixture;  // its label counts as a head
     arguments.largest_group =
         std::max(arguments.largest_group, static_cast<int>(group.size) + (mixture ? 1 : 0));
-    arguments.other = arguments.other || group.divergence != Divergence::kKl;
+    arguments.general = arguments.general || group.divergence != Divergence::kKl;
   }
   arguments.batch = problem.batch;
   arguments.classes = problem.classes;

@@ -104,8 +104,8 @@ struct Team {
   }
 };
 
-// kOther: some divergence is not KL, or logits are binary.
-template <class T, bool kOther>
+// What is not kGeneral has KL and softmax, labels that are no sums, and samples of one axis.
+template <class T, bool kGeneral>
 class Work {
   using A = Acc<T>;
   // A pack is read at once, and worked on in parts: of half types two.
@@ -128,15 +128,14 @@ class Work {
   __device__ void sample(int64_t index, A ce_scale, A kl_scale) {
     sample_ = index;
     const Labels& labels = in_.labels;
-    const int64_t label =
-        labels.target ? labels.target[in_.samples.offset(index, labels.target_sample)] : 0;
+    const int64_t label = labels.target ? labels.target[offset(index, labels.target_sample)] : 0;
     share_ = share_of<A>(in_, index);
     const bool counts = share_ != 0;
     label_ = label >= 0 && label < in_.classes ? static_cast<int>(label) : -1;
     ce_scale_ = share_ * ce_scale;
     kl_scale_ = share_ * kl_scale;
-    soft_ = labels.soft();
-    if (soft_ && counts) measure_labels();
+    if constexpr (kGeneral) soft_ = labels.soft();
+    if (soft() && counts) measure_labels();
     else label_size_ = label_weight<A>(in_, index);
     A value = 0;
     for (int g = 0; g < in_.group_count; ++g) {
@@ -169,7 +168,7 @@ class Work {
     n_ = static_cast<int>(group.size);
     teacher_ = group.teacher;
     detach_ = group.detach;
-    if constexpr (kOther) {
+    if constexpr (kGeneral) {
       divergence_ = group.divergence;
       beta_ = static_cast<A>(group.beta);
     }
@@ -187,9 +186,14 @@ class Work {
 
   __device__ const Head& head(int h) const { return in_.heads[first_ + h]; }
 
-  __device__ bool other() const { return kOther && kl_ && divergence_ != Divergence::kKl; }
-  __device__ bool mixture() const { return kOther && divergence_ == Divergence::kMixture; }
-  __device__ bool binary() const { return kOther && in_.binary; }
+  __device__ int64_t offset(int64_t sample, const Strides& strides) const {
+    return kGeneral ? in_.samples.offset(sample, strides) : sample * strides.of[0];
+  }
+  __device__ bool soft() const { return kGeneral && soft_; }
+
+  __device__ bool other() const { return kGeneral && kl_ && divergence_ != Divergence::kKl; }
+  __device__ bool mixture() const { return kGeneral && divergence_ == Divergence::kMixture; }
+  __device__ bool binary() const { return kGeneral && in_.binary; }
   // Whether there is a cross entropy.
   __device__ bool labelled() const { return in_.labels.any() && !mixture(); }
 
@@ -281,7 +285,7 @@ class Work {
 #pragma unroll 4
       for (int h = 0; h < n_; ++h) {
         const Head& from = head(h);
-        const T* row = static_cast<const T*>(from.z) + in_.samples.offset(sample_, from.z_sample);
+        const T* row = static_cast<const T*>(from.z) + offset(sample_, from.z_sample);
         Pack<T> pack;
         if (in_.packed) {
           pack = load_pack(row + column);  // [kPack]
@@ -436,7 +440,7 @@ class Work {
 
   __device__ void exponentials() {
     const bool labelled = this->labelled();
-    const bool smoothed = labelled && (soft_ || in_.labels.smoothing > 0);
+    const bool smoothed = labelled && (soft() || in_.labels.smoothing > 0);
     const A of_class = static_cast<A>(1.0 / static_cast<double>(in_.classes));
     for (int h = 0; h < n_; ++h) {
       const A max = shift_of(states_[h].max);
@@ -447,7 +451,7 @@ class Work {
         add(tempered_sum, e, part);
         if (labelled) add(plain_sum, plain(e, z, max), part);
         if (!smoothed) return;
-        if (soft_) {
+        if (soft()) {
           const Values y = soft_labels(part);
           each([&](int i) { z.at[i] = times(y.at[i], z.at[i]); });
         } else {
@@ -566,12 +570,12 @@ class Work {
         ce = NAN;
       } else if (mixture()) {
         ce = state.label_logit;
-      } else if (soft_) {
+      } else if (soft()) {
         ce = label_size_ * log(state.plain) - (state.label_logit - label_size_ * state.max);
       } else if (in_.labels.target) {
         const Head& from = head(h);
         const auto smoothing = static_cast<A>(in_.labels.smoothing);
-        const T* row = static_cast<const T*>(from.z) + in_.samples.offset(sample_, from.z_sample);
+        const T* row = static_cast<const T*>(from.z) + offset(sample_, from.z_sample);
         const A log_sum = log(state.plain), z = to_acc(masked(row[label_ * from.z_class]));
         ce = (1 - smoothing) * (log_sum - (z - state.max));
         if (smoothing > 0) ce += smoothing * (log_sum - (state.label_logit - state.max));
@@ -635,7 +639,7 @@ class Work {
     const A weight = static_cast<A>(head(h).ce_weight) * ce_scale_;
     const A factor = times(weight * label_size_, state.inverse_plain);
     const Values p = plain(e, z, state.max);
-    if (soft_) {
+    if (soft()) {
       const Values y = soft_labels(part);
       each([&](int i) { dz.at[i] = factor * p.at[i] - valid * (weight * y.at[i]); });
       return;
@@ -807,7 +811,7 @@ class Work {
     const auto uniform = static_cast<A>(labels.smoothing / static_cast<double>(in_.classes));
     const auto sharp = static_cast<A>(1 - labels.smoothing);
     const A* row = static_cast<const A*>(labels.probabilities);
-    if (row) row += in_.samples.offset(sample_, labels.probability_sample);
+    if (row) row += offset(sample_, labels.probability_sample);
     Values y{};
     each([&](int i) {
       const int k = part.column + i * part.step;
@@ -883,7 +887,7 @@ class Work {
 
   __device__ __forceinline__ void write(int h, const Part& part, const Values& dz) const {
     const Head& to = head(h);
-    A* row = static_cast<A*>(to.dz) + in_.samples.offset(sample_, to.dz_sample);
+    A* row = static_cast<A*>(to.dz) + offset(sample_, to.dz_sample);
     if (binary() && part.column > 0) return;
     if (in_.packed) {
       store_pack(row + part.column, dz);  // [kPart]
