@@ -12,6 +12,8 @@ from .modules import (
     RepresentationSimilarityLoss,
     ViewDependence,
 )
+from .perturbation import Perturbation
+from .quality_agnostic import QualityAgnostic
 
 if TYPE_CHECKING:
     from .runs.config import TrainConfig
@@ -23,6 +25,8 @@ __all__ = [
     "CollaborativeConsistencyLoss",
     "JensenShannonLoss",
     "KernelSimilarityLoss",
+    "Perturbation",
+    "QualityAgnostic",
     "RepresentationSimilarityLoss",
     "TrainConfig",
     "Trainer",

@@ -143,7 +143,7 @@ def _dependence(
     kind = validation.choice("kernel", kernel, KERNELS)
     how = validation.choice("estimator", estimator, ESTIMATORS)
     normalize = validation.boolean("normalize", normalize)
-    width = _bandwidth(bandwidth)
+    width = check_bandwidth(bandwidth)
     validation.samples(names, xs, 4 if how == algebra.UNBIASED else 2)
     device = xs[0].device
     impl = implementations.choose(impl, "dependence", device, [x.dtype for x in xs])
@@ -175,7 +175,7 @@ def _dependence(
         return total.to(_accumulation(xs[0]))
 
 
-def _bandwidth(value: float | str) -> float | None:
+def check_bandwidth(value: float | str) -> float | None:
     """Sigma, or None for the median distance."""
     if isinstance(value, str):
         if value != "median":

@@ -2,7 +2,8 @@
 
 An objective is an nn.Module ``o`` with ``o(x)`` the plain network's logits (B, K),
 ``o(x, target)`` a step's ``.loss``, ``.logits`` and ``.terms`` (detached scalars by name),
-and ``o.model`` the plain network to deploy.
+and ``o.model`` the plain network to deploy. Of a method in OF_QUALITIES x in ``o(x, target)`` is
+(V, B, ...), the same samples at V qualities, and so are the logits.
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ from torch import Tensor, nn
 from . import validation
 from .ilr import MultiHead
 from .imcl import IMCL
+from .quality_agnostic import QualityAgnostic
 
-METHODS = ("imcl", "song-chai-2", "song-chai-4", "mutual-exits")
+METHODS = ("imcl", "song-chai-2", "song-chai-4", "mutual-exits", "qad", "qad-imcl")
+WITH_WAYS = ("imcl", "qad-imcl")  # to choose
+OF_QUALITIES = ("qad", "qad-imcl")  # trained on several views of each image
 WAYS = ("output", "multilayer", "representation", "kernel")
+QUALITY_OPTIONS = (
+    "alpha", "layer_weight", "reduction", "kernel", "bandwidth", "estimator", "normalize",
+)  # fmt: skip
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -85,17 +92,21 @@ def build(
             ``"song-chai-2"`` and ``"song-chai-4"``, ``MultiHead`` with as many heads;
             ``"mutual-exits"``, auxiliary classifiers and the network's own that all teach
             each other (after arXiv 1906.00675): ``IMCL`` with multi-layer consistency only,
-            pairwise teachers and weight 1.
+            pairwise teachers and weight 1; ``"qad"``, ``QualityAgnostic``, and ``"qad-imcl"``, the
+            same with the chosen ways of ``IMCL``, whose ``o(views, target)`` takes several
+            qualities.
         model: maps x to logits (B, K).
         example_input: a batch as ``model`` takes it.
-        ways: those of ``"imcl"`` that are on, of ``WAYS``; other methods have none to choose.
+        ways: those of ``"imcl"`` and ``"qad-imcl"`` that are on, of ``WAYS``; other methods have
+            none to choose.
         weights: by way; the others keep the defaults of ``IMCL`` and of ``method``. 0 leaves a
             way out.
         label_smoothing: in [0, 1), of every cross entropy.
         shard_kernels: see ``IMCL``; without kernel similarity it does nothing.
         impl: see ``functional``.
-        options: other arguments of ``IMCL`` or ``MultiHead``; ``multilayer_temperature`` is
-            also the ``temperature`` of the latter.
+        options: other arguments of ``IMCL``, ``MultiHead`` or ``QualityAgnostic``;
+            ``multilayer_temperature`` is also the ``temperature`` of ``MultiHead``, and
+            ``layers`` are those of both of ``"qad-imcl"``.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is wrong; the message names it.
@@ -117,6 +128,26 @@ def build(
             impl=impl,
             **renamed,
             **options,
+        )
+    if method in OF_QUALITIES:
+        own = {name: options.pop(name) for name in QUALITY_OPTIONS if name in options}
+        if "layers" in options:
+            own["layers"] = options["layers"]
+        around = None
+        if method == "qad-imcl":
+            around = build(
+                "imcl", model, example_input, ways=ways, weights=weights,
+                label_smoothing=label_smoothing, shard_kernels=shard_kernels, impl=impl, **options,
+            )  # fmt: skip
+        elif unknown := sorted(options.keys() - {"layers"}):
+            raise TypeError(f"{unknown[0]}: method {method} has no such setting")
+        return QualityAgnostic(
+            model,
+            example_input,
+            label_smoothing=label_smoothing,
+            ways=around if isinstance(around, IMCL) else None,
+            impl=impl,
+            **own,
         )
     if method == "mutual-exits":
         ways = ("multilayer",)

@@ -88,8 +88,8 @@ def profile(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    with _undisturbed(model, images.device):
-        order, chosen = _find_representations(model, images[:1])
+    with undisturbed(model, images.device):
+        order, chosen = find_representations(model, images[:1])
         found: dict[tuple[str, int], _Layer] = {}
         for batch in images.split(batch_size):
             _run(model, batch, chosen, center, found)
@@ -219,7 +219,7 @@ def _kernels(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, weight.flatten(1)
 
 
-def _find_representations(
+def find_representations(
     model: nn.Module, image: Tensor
 ) -> tuple[dict[tuple[str, int], int], set[tuple[str, int]]]:
     """The order in which the modules finished, and which outputs are representations.
@@ -278,8 +278,9 @@ def _run(
     run_with_hooks(model, images, record)
 
 
-def run_with_hooks(model: nn.Module, images: Tensor, record: Any) -> None:
-    """Run ``model``; ``record(path, module, args, output)`` is called after each of its modules."""
+def run_with_hooks(model: nn.Module, images: Tensor, record: Any) -> Any:
+    """What ``model`` returns; ``record(path, module, args, output)`` is called after each of its
+    modules."""
     handles = [
         module.register_forward_hook(
             lambda module, args, output, name=name: record(name, module, args, output)
@@ -288,14 +289,14 @@ def run_with_hooks(model: nn.Module, images: Tensor, record: Any) -> None:
         if name
     ]
     try:
-        model(images)
+        return model(images)
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode, no gradients, full precision; then everything as it was."""
     precision = torch.get_float32_matmul_precision()
     generators = [device] if device.type == "cuda" else []

@@ -233,6 +233,9 @@ def test_runs_of_a_seed_differ_by_their_method_alone(name) -> None:
 
 # What a screening's settings have that those of the CPU study have not.
 SCREENINGS = {
+    "cpu-quality-screening": {
+        "validation_images": 5000, "amp": "off", "qualities": ["raw", "jpeg20", "jpeg5", "down2"],
+    },
     "cpu-screening": {"validation_images": 5000, "evaluate_every": 5},
     "cpu-wide-screening": {"validation_images": 5000, "width": 64},
     "kernel-shifts-screening": {"validation_images": 5000, "amp": "off"},
@@ -268,6 +271,38 @@ def test_schedules_are_compared_in_float32_under_the_settings_of_the_cpu_study()
     }
     assert intervals == {(1, 1), (4, 8), (8, 16)}
     assert {run.seed for run in schedules.runs} == {1, 2, 3, 4, 5}
+
+
+def test_qualities_are_studied_under_the_settings_that_they_were_screened_under() -> None:
+    screening, final = (study_file.load(f"cpu-quality{x}") for x in ("-screening", ""))
+    assert {**final.train, "validation_images": 5000} == screening.train
+    assert final.conditions == screening.conditions and final.ways == screening.ways
+    screened = [run.config for run in screening.runs]
+    for run in final.runs:
+        assert run.config.alpha in {None, *(config.alpha for config in screened)}
+        assert run.config.awp in {config.awp for config in screened}
+        assert (run.config.method == "imcl") == (run.method == "ce")
+        assert run.method == "ce" or run.config.quality_reduction == "mean"
+    assert {run.seed for run in final.runs} == {1, 2, 3, 4, 5}
+
+
+def test_accuracy_at_each_quality_is_kept_and_shown(found, tmp_path) -> None:
+    plain = results.to_csv(found.results)
+    assert "at_qualities" not in plain
+    shares = [f"raw={row.accuracy} jpeg5={row.accuracy / 2}" for row in found.results]
+    rows = [dataclasses.replace(row, at_qualities=each)
+            for row, each in zip(found.results, shares, strict=True)]  # fmt: skip
+    (tmp_path / "small.csv").write_text(results.to_csv(rows))
+    assert results.read(tmp_path / "small.csv") == rows
+    lines = tables.qualities(Analysis(found.study, rows)).splitlines()
+    assert lines[2] == "| accuracy, % | seeds | raw | jpeg5 |"
+    raw, jpeg = (float(cell) for cell in lines[4].split("|")[3:5])
+    assert jpeg == pytest.approx(raw / 2, abs=0.01)
+    ours = studies.PlannedRun("few", "resnet18", "x", TrainConfig(method="qad-imcl"))
+    told = ours.told
+    assert told["objective"]["alpha"] == 0.1 and told["weights"]["kernel"] == 100
+    alone = studies.PlannedRun("few", "resnet18", "x", TrainConfig(method="qad")).told
+    assert alone["objective"]["normalize"] is True and "weights" not in alone
 
 
 def test_what_is_no_screening_is_measured_on_test_images() -> None:
@@ -700,8 +735,9 @@ def test_the_document_has_places_for_tables_that_exist(tmp_path) -> None:
     }  # fmt: skip
     filled = fill_places(document, "accuracy", places)
     assert {place.partition(":")[0] for place in filled} == {
-        "cpu", "cpu-regimes", "cpu-schedule", "cpu-screening", "cpu-wide",
-        "cpu-wide-confirmation", "cpu-wide-screening", "gpu", "migrations", "penalties",
+        "cpu", "cpu-quality", "cpu-quality-screening", "cpu-regimes", "cpu-schedule",
+        "cpu-screening", "cpu-wide", "cpu-wide-confirmation", "cpu-wide-screening", "gpu",
+        "kernel-shifts-screening", "migrations", "penalties",
     }  # fmt: skip
     assert "(accuracy-cpu" not in document.read_text()  # no link to a plot that isn't there
 
@@ -767,8 +803,8 @@ def test_studies_of_other_data_train_on_their_files(name, tmp_path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "cpu", "cpu-regimes", "cpu-schedule", "cpu-screening", "cpu-wide",
-        "cpu-wide-confirmation", "cpu-wide-screening", "gpu",
+        "cpu", "cpu-quality", "cpu-quality-screening", "cpu-regimes", "cpu-schedule",
+        "cpu-screening", "cpu-wide", "cpu-wide-confirmation", "cpu-wide-screening", "gpu",
     ],
 )  # fmt: skip
 def test_every_method_of_a_study_can_be_built(name, tmp_path) -> None:

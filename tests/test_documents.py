@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from imcl_fast import IMCL
+from imcl_fast import IMCL, QualityAgnostic
 from imcl_fast.models import import_torchvision
 from imcl_fast.reports import compare, inspect
 from imcl_fast.runs import flags
@@ -128,7 +128,8 @@ def test_the_site_has_what_is_public(site: Path) -> None:
 
 # The table of what one writes for what one trains.
 
-TABLE = dict(re.findall(r"^\| (.+?) \| (`imcl = .+`) \|$", README.read_text(), re.MULTILINE))
+ROW = re.compile(r"^\| (.+?) \| (`(?:imcl|qa) = .+`) \|$", re.MULTILINE)
+TABLE = dict(ROW.findall(README.read_text()))
 X, Y = torch.rand(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
 IDS = torch.tensor([[3, 4, 5, 0], [6, 7, 0, 0], [8, 9, 3, 1], [2, 0, 0, 0]])
 
@@ -202,6 +203,7 @@ SETTINGS = {
     "with an optimizer that groups a model's parameters (timm's `layer_decay`)": dict(
         AdamW=torch.optim.AdamW, groups_of=lambda model: [{"params": model.parameters()}]
     ),
+    "one network for images at several qualities": dict(blurred=F.avg_pool2d(X, 3, 1, 1)),
 }
 
 
@@ -214,12 +216,16 @@ def test_every_row_of_the_table_has_a_setting():
 @pytest.mark.filterwarnings("ignore:imcl_fast. no fused kernel")
 def test_a_row_trains(row):
     torch.manual_seed(0)
-    given = {"IMCL": IMCL, "model": Images, "x": X, "y": Y, **SETTINGS[row]}
+    given = {"IMCL": IMCL, "QualityAgnostic": QualityAgnostic, "model": Images, "x": X, "y": Y}
+    given |= SETTINGS[row]
     given["model"] = given["model"]()
     code = "\n".join(re.findall(r"`(.+?)`", TABLE[row]))
     exec(compile(code, str(README), "exec"), given)
     given["loss"].backward()
+    assert given["loss"].isfinite()
+    if "qa" in given:
+        assert all(p.grad is not None for p in given["qa"].parameters())
+        return
     imcl = given["imcl"]
     assert all(p.grad is not None for p in imcl.heads.parameters())
     assert bool(len(imcl.heads)) == ("multilayer_weight=0" not in code)
-    assert given["loss"].isfinite()

@@ -20,9 +20,11 @@ SLOW = ("torch._dynamo", "triton", "torchvision", "sklearn", "matplotlib", "PIL"
 LAYERS = [
     "train demo env",
     "training reports",
-    "runs redundancy",
+    "runs alignment",
+    "redundancy",
     "data objectives",
-    "models imcl ilr",
+    "quality_agnostic",
+    "models imcl ilr perturbation",
     "modules choice watch plan sharding",
     "kernel_choice classifier imcl_output imcl_consistency",
     "imcl_step",

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from imcl_fast import IMCL, data, objectives
 from imcl_fast.ilr import MultiHead
 from imcl_fast.models import resnet18
-from imcl_fast.objectives import METHODS, WAYS, CrossEntropy, build
+from imcl_fast.objectives import METHODS, OF_QUALITIES, WAYS, CrossEntropy, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,6 +28,11 @@ def network():
     return resnet18(10, width=4, channels=1)
 
 
+def seen(method, x):
+    """A batch as the method trains on it: of qad two views, of which one is darker."""
+    return torch.stack([x, 0.5 * x]) if method in OF_QUALITIES else x
+
+
 @pytest.mark.parametrize("method", [*METHODS, "cross entropy"])
 def test_every_objective_keeps_the_contract_and_learns(network, batch, method):
     x, y = batch
@@ -42,11 +47,11 @@ def test_every_objective_keeps_the_contract_and_learns(network, batch, method):
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
-        out = o(x, y)
+        out = o(seen(method, x), y)
         out.loss.backward()
         optimizer.step()
         losses.append(out.terms["cross_entropy"].item())
-    assert out.loss.shape == () and out.logits.shape == (32, 10)
+    assert out.loss.shape == () and out.logits.shape == (*seen(method, x).shape[:-3], 10)
     assert all(v.shape == () and not v.requires_grad for v in out.terms.values())
     assert losses[-1] < 0.8 * losses[0]
     assert torch.equal(o.eval()(x), o.model(x))
@@ -57,7 +62,7 @@ def test_wrappers_find_every_tensor_in_an_output(network, batch, method):
     x, y = batch
     ways = () if method == "cross entropy" else WAYS
     o = build("imcl" if method == "cross entropy" else method, network, x, ways=ways)
-    out = o(x, y)
+    out = o(seen(method, x), y)
     leaves, spec = tree_flatten(out)
     assert leaves[0] is out.loss and leaves[1] is out.logits
     assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)

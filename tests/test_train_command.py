@@ -210,7 +210,7 @@ def fails(capsys, *arguments):
         ("--ways output,foo", "argument --ways: expected one of output, .*, got 'foo'"),
         ("--ways kernel,kernel --weights kernel=1,kernel=2", "each way once"),
         ("--ways kernel --weights output=1", "argument --weights: output is not among the ways"),
-        ("--method song-chai-2 --ways kernel", "argument --ways: they belong to method imcl"),
+        ("--method song-chai-2 --ways kernel", "argument --ways: they belong to methods imcl and"),
         ("--checkpoint-every 0", "argument --checkpoint-every: expected a number of steps"),
         ("--warmup-epochs 10", r"argument --warmup-epochs: expected less than epochs \(10\)"),
         ("--stem-stride 3", r"argument --stem-stride: expected a number in \[1, 2\], got 3"),

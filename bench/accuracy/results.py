@@ -21,6 +21,7 @@ from .study import PlannedRun, Study
 
 FOLDER = Path(__file__).parent / "results"
 COMMIT_DIGITS = 12
+OPTIONAL = "at_qualities"
 
 
 class BrokenResults(ValueError):
@@ -41,6 +42,8 @@ class Result:
         seconds_per_step: median over epochs.
         peak_memory_bytes: of the whole process, on a GPU of its tensors.
         seconds: from the start of the process to its end, measuring included.
+        at_qualities: the accuracy at each quality, ``raw=0.9 jpeg20=0.8``, where there are some;
+            ``accuracy`` is then their mean. Files without have no such column.
         threads, jobs: CPU threads of the run, and how many runs went on at a time.
     """
 
@@ -66,11 +69,18 @@ class Result:
     torch: str
     commit: str
     date: str
+    at_qualities: str = ""
 
     @property
     def name(self) -> str:
         """That of the run."""
         return f"{self.condition}-{self.network}-{self.method}-s{self.seed}"
+
+    @property
+    def qualities(self) -> dict[str, float]:
+        """The accuracy at each quality, none where there are none."""
+        pairs = (part.split("=") for part in self.at_qualities.split())
+        return {name: float(share) for name, share in pairs}
 
 
 def of_run(
@@ -103,6 +113,9 @@ def of_run(
         torch=versions["torch"],
         commit=commit[:COMMIT_DIGITS],
         date=datetime.date.today().isoformat(),
+        at_qualities=" ".join(
+            f"{name}={share}" for name, share in summary.get("last_test_accuracy_at", {}).items()
+        ),
     )
 
 
@@ -156,6 +169,8 @@ def read(path: Path) -> list[Result]:
     results = []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
+        if OPTIONAL not in (reader.fieldnames or ()):
+            del kinds[OPTIONAL]
         if reader.fieldnames is None or list(reader.fieldnames) != list(kinds):
             raise BrokenResults(
                 f"{path}: expected the columns {','.join(kinds)}, got "
@@ -173,11 +188,16 @@ def read(path: Path) -> list[Result]:
 
 def to_csv(results: Iterable[Result]) -> str:
     """A header, and a line for each result."""
+    results = list(results)
+    columns = [field.name for field in dataclasses.fields(Result)]
+    if not any(result.at_qualities for result in results):
+        columns.remove(OPTIONAL)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.name for field in dataclasses.fields(Result)])
+    writer.writerow(columns)
     for result in results:
-        writer.writerow(["" if x is None else x for x in dataclasses.astuple(result)])
+        values = [getattr(result, column) for column in columns]
+        writer.writerow(["" if x is None else x for x in values])
     return text.getvalue()
 
 

@@ -16,7 +16,8 @@ from imcl_fast import models
 from imcl_fast.ilr import MultiHead
 from imcl_fast.imcl import IMCL
 from imcl_fast.kernel_choice import find_kernels
-from imcl_fast.objectives import WAYS
+from imcl_fast.objectives import OF_QUALITIES, WAYS, WITH_WAYS
+from imcl_fast.quality_agnostic import QualityAgnostic
 from imcl_fast.runs.config import TrainConfig
 
 # Values at which an argument of an objective changes nothing, so that one that is new, and has such
@@ -90,7 +91,7 @@ class PlannedRun:
             if not _neutral(name, settings[name])
         }  # fmt: skip
         told["objective"] = left = _objective_defaults(self.config)
-        if self.config.method == "imcl":
+        if self.config.method in WITH_WAYS:
             defaults = {way: left.pop(f"{way}_weight", None) for way in WAYS}
             told["weights"] = {way: self.config.weights.get(way, defaults[way])
                                for way in self.config.ways}  # fmt: skip
@@ -149,15 +150,13 @@ def hashed(told: Mapping[str, Any]) -> str:
 
 
 def _objective_defaults(config: TrainConfig) -> dict[str, Any]:
+    objectives: list[Any] = [IMCL] if config.has_ways else []
     if config.method.startswith("song-chai"):
-        objective: Any = MultiHead
-    elif config.has_ways:
-        objective = IMCL
-    else:
-        return {}
-    parameters = inspect.signature(objective).parameters.values()
+        objectives = [MultiHead]
+    elif config.method in OF_QUALITIES:
+        objectives.append(QualityAgnostic)
     return {
-        p.name: p.default for p in parameters
+        p.name: p.default for o in objectives for p in inspect.signature(o).parameters.values()
         if p.default is not p.empty and not _neutral(p.name, p.default)
         and not (p.name in NEUTRAL and getattr(config, p.name, None) is not None)
     }  # fmt: skip

@@ -94,6 +94,25 @@ def tables(found: Analysis) -> str:
     return "\n".join(parts)
 
 
+def qualities(found: Analysis) -> str:
+    """The mean accuracy at each quality: a table for each condition and network."""
+    study, parts = found.study, []
+    for condition, network in found.cells():
+        lines, names = [], list[str]()
+        for method in study.methods.values():
+            runs = list(found.runs(condition, network, method.name).values())
+            if not runs:
+                continue
+            names = list(runs[0].qualities)
+            shares = [[run.qualities[name] for run in runs] for name in names]
+            cells = [f"{100 * statistics.fmean(values):.2f}" for values in shares]
+            lines.append([method.title, str(len(runs)), *cells])
+        title = f"{study.conditions[condition].title}, {study.networks[network].title}"
+        head = ["accuracy, %", "seeds", *names]
+        parts.append(f"**{title}**\n\n{table(head, lines)}")
+    return "\n".join(parts)
+
+
 def summary(found: Analysis) -> str:
     """Every method against the baseline: a column per condition, networks pooled, and the time of
     a step over the baseline's."""
@@ -165,6 +184,7 @@ TABLES: dict[str, Callable[[Analysis], str]] = {
     "facts": facts,
     "settings": settings,
     "tables": tables,
+    "qualities": qualities,
     "summary": summary,
     "compare": compare,
     "tried": tried,

@@ -4,7 +4,7 @@ that a run which was resumed, or shared out to several processes, sees the same 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from .. import validation
 from .augmentation import Augmentation, OwnTransforms, ResizedCrop
 from .dataset import DataError, DataSet, Split
 from .mixing import Mixing
+from .quality import Quality
 
 # Sets up to this size lie on the device; a larger one stays in host memory.
 RESIDENT_BYTES = 2**30
@@ -26,10 +27,12 @@ class Order(NamedTuple):
     Attributes:
         places: (b,) int64, of the samples in the split.
         draw: (b, k) int64, what the augmentation drew for them; None for none.
+        seeds: (b, V) int64, of what is random in each of V qualities; None for none.
     """
 
     places: Tensor
     draw: Tensor | None
+    seeds: Tensor | None = None
 
 
 class TrainLoader:
@@ -41,7 +44,8 @@ class TrainLoader:
         batch_size: of all processes together; a multiple of ``world``.
         augment: whether to augment.
         mixing: what mixes the images of a process's part of a batch, and their labels, at last.
-        seed: of the order, the augmentation and the mixing.
+        qualities: to see each augmented image at; without any there is no dimension of views.
+        seed: of the order, the augmentation, the mixing and the qualities.
         device: where batches, and sets of up to 1 GiB as a whole, are put.
         rank, world: this process, and how many there are.
         workers: processes that decode image files; 0 decodes in this one. Sets in memory
@@ -63,6 +67,7 @@ class TrainLoader:
         batch_size: int,
         augment: bool,
         mixing: Mixing | None = None,
+        qualities: Sequence[Quality] = (),
         seed: int,
         device: torch.device | str,
         rank: int = 0,
@@ -86,6 +91,7 @@ class TrainLoader:
         self._seed = validation.integer("seed", seed)
         self._augmentation = data_set.augmentation if augment else None
         self._mixing = mixing
+        self._qualities = tuple(qualities)
         share = self._batch // world
         self._mine = slice(rank * share, (rank + 1) * share)
         self._source = _source(split, data_set, torch.device(device), workers)
@@ -98,8 +104,9 @@ class TrainLoader:
         """The batches of an epoch, from ``first_step`` (counted from 0) on.
 
         Returns:
-            Iterator over images (batch_size / world, C, H, W), float32 and normalised, and
-            labels (batch_size / world,) int64, or mixed (batch_size / world, K) float32.
+            Iterator over images (batch_size / world, C, H, W), or with V qualities
+            (V, batch_size / world, C, H, W), float32 and normalised, and labels
+            (batch_size / world,) int64, or mixed (batch_size / world, K) float32.
 
         Raises:
             ValueError: the epoch has no such step.
@@ -109,7 +116,8 @@ class TrainLoader:
         first_step = validation.integer("first_step", first_step)
         if not 0 <= first_step <= len(self):
             raise ValueError(f"first_step: expected 0 to {len(self)}, got {first_step}")
-        batches = self._source.batches(self._orders(epoch, first_step), self._augmentation)
+        orders = self._orders(epoch, first_step)
+        batches = self._source.batches(orders, self._augmentation, self._qualities)
         return batches if self._mixing is None else self._mixed(batches, epoch, first_step)
 
     def _mixed(
@@ -129,7 +137,12 @@ class TrainLoader:
                 # Drawn for all processes: who does which sample must not matter.
                 generator = stream(self._seed, epoch, step)
                 draw = self._augmentation.draw(self._batch, generator)[self._mine]
-            yield Order(places, draw)
+            seeds = None
+            if self._qualities:
+                generator = stream(self._seed, epoch, step, "qualities")
+                shape = (self._batch, len(self._qualities))
+                seeds = torch.randint(0, 2**63 - 1, shape, generator=generator)[self._mine]
+            yield Order(places, draw, seeds)
 
 
 class TestLoader:
@@ -141,6 +154,7 @@ class TestLoader:
     Args:
         split, data_set, device, rank, world, workers: as for ``TrainLoader``.
         batch_size: of one process.
+        quality: to see the images at; what is random in it is always the same.
     """
 
     __test__ = False  # no test class, whatever pytest makes of the name
@@ -151,12 +165,14 @@ class TestLoader:
         data_set: DataSet,
         *,
         batch_size: int,
+        quality: Quality | None = None,
         device: torch.device | str,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
     ) -> None:
         batch_size, rank, world, workers = _checked(batch_size, rank, world, workers)
+        self._quality = quality
         self._mine = range(len(split) * rank // world, len(split) * (rank + 1) // world)
         self._batch = batch_size
         self._source = _source(split, data_set, torch.device(device), workers)
@@ -169,7 +185,13 @@ class TestLoader:
         """Images (b, C, H, W), float32 and normalised, and labels (b,) int64."""
         starts = range(0, len(self._mine), self._batch)
         parts = (self._mine[start : start + self._batch] for start in starts)
-        return self._source.batches((Order(torch.tensor(part), None) for part in parts), None)
+        places = (torch.tensor(part) for part in parts)
+        if self._quality is None:
+            yield from self._source.batches((Order(part, None) for part in places), None, ())
+            return
+        orders = (Order(part, None, part[:, None]) for part in places)
+        for images, labels in self._source.batches(orders, None, [self._quality]):
+            yield images[0], labels
 
 
 def stream(*parts: int | str) -> torch.Generator:
@@ -203,14 +225,19 @@ class _Memory:
         self._device = device
 
     def batches(
-        self, orders: Iterator[Order], augmentation: Augmentation | None
+        self,
+        orders: Iterator[Order],
+        augmentation: Augmentation | None,
+        qualities: Sequence[Quality],
     ) -> Iterator[tuple[Tensor, Tensor]]:
         home = self._images.device
-        for places, draw in orders:
+        for places, draw, seeds in orders:
             places = _send(places, home)
             images = self._images[places]
             if augmentation is not None and draw is not None:
                 images = augmentation(images, _send(draw, home))
+            if seeds is not None:
+                images = _seen(images, qualities, seeds)
             labels = self._labels[places]
             yield self._normalise(_send(images, self._device)), _send(labels, self._device)
 
@@ -231,10 +258,13 @@ class _Files:
         self._workers = workers
 
     def batches(
-        self, orders: Iterator[Order], augmentation: Augmentation | None
+        self,
+        orders: Iterator[Order],
+        augmentation: Augmentation | None,
+        qualities: Sequence[Quality],
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader = DataLoader(
-            _Samples(self._images, augmentation or self._center),
+            _Samples(self._images, augmentation or self._center, qualities),
             batch_sampler=_Samplewise(orders),
             num_workers=self._workers,
             collate_fn=_collate,
@@ -245,39 +275,57 @@ class _Files:
             if isinstance(batch, DataError):
                 raise batch
             images, places = batch
+            if qualities:
+                images = images.transpose(0, 1)
             labels = self._labels[places]
             yield self._normalise(_send(images, self._device)), _send(labels, self._device)
 
 
 class _Samplewise:
-    """Orders as a DataLoader takes them: a list of (place, draw) for each batch."""
+    """Orders as a DataLoader takes them: a list of (place, draw, seeds) for each batch."""
 
     def __init__(self, orders: Iterator[Order]) -> None:
         self._orders = orders
 
-    def __iter__(self) -> Iterator[list[tuple[int, Tensor | None]]]:
-        for places, draw in self._orders:
-            draws = [None] * len(places) if draw is None else list(draw)
-            yield list(zip(places.tolist(), draws, strict=True))
+    def __iter__(self) -> Iterator[list[tuple[int, Tensor | None, Tensor | None]]]:
+        for places, *drawn in self._orders:
+            each = ([None] * len(places) if rows is None else list(rows) for rows in drawn)
+            yield list(zip(places.tolist(), *each, strict=True))
 
 
 class _Samples(Dataset):
-    """Decodes and augments one image. An error is returned: raised in a worker, it would
-    reach the user wrapped in that worker's traceback."""
+    """Decodes and augments one image, and makes its qualities. An error is returned: raised in a
+    worker, it would reach the user wrapped in that worker's traceback."""
 
-    def __init__(self, images: Dataset, augmentation: Any) -> None:
+    def __init__(self, images: Dataset, augmentation: Any, qualities: Sequence[Quality]) -> None:
         self._images = images
         self._augmentation = augmentation
+        self._qualities = qualities
 
-    def __getitem__(self, order: tuple[int, Tensor | None]) -> tuple[Tensor, int] | DataError:
-        place, draw = order
+    def __getitem__(
+        self, order: tuple[int, Tensor | None, Tensor | None]
+    ) -> tuple[Tensor, int] | DataError:
+        place, draw, seeds = order
         try:
-            image = self._images[place]
+            image = self._read(place, draw)
+            if seeds is not None:
+                image = _seen(image[None], self._qualities, seeds[None])[:, 0]
         except DataError as error:
             return error
+        return image, place
+
+    def _read(self, place: int, draw: Tensor | None) -> Tensor:
+        image = self._images[place]
         if draw is None:
-            return self._augmentation.center(image), place
-        return self._augmentation(image, draw), place
+            return self._augmentation.center(image)
+        return self._augmentation(image, draw)
+
+
+def _seen(images: Tensor, qualities: Sequence[Quality], seeds: Tensor) -> Tensor:
+    """(B, C, H, W) at several qualities, (V, B, C, H, W)."""
+    return torch.stack([
+        quality(images, own) for quality, own in zip(qualities, seeds.unbind(1), strict=True)
+    ])
 
 
 def _collate(samples: list[tuple[Tensor, int] | DataError]) -> Any:

@@ -177,6 +177,30 @@ def heat_map(cells: Sequence[Sequence[float]]) -> str:
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
+def alignment(
+    rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[float]],
+    titles: tuple[str, str], caption: str, kind: str,
+) -> bytes:
+    """A heat map of numbers in [0, 1] with the names of its rows and columns, as a file of its own:
+    ``titles`` are those of the two, ``kind`` is ``svg`` or ``png``."""
+    with _style(ink="black"):
+        cell = 0.26
+        size = (3.4 + cell * len(columns), 2.4 + cell * len(rows))
+        figure, (axis,) = _figure(*size, 1, 1)
+        image = axis.imshow(cells, vmin=0, vmax=1, cmap="viridis")
+        axis.set_xticks(range(len(columns)), columns, rotation=90)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_ylabel(titles[0])
+        axis.set_xlabel(titles[1])
+        axis.grid(False)
+        figure.colorbar(image, ax=axis, label="CKA", shrink=0.8)
+        width = max(30, int(11 * size[0]))
+        figure.supxlabel(textwrap.fill(caption, width), fontsize=9, x=0.02, ha="left")
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, dpi=150)
+        return content.getvalue()
+
+
 def histogram(series: Sequence[Sequence[int]]) -> str:
     """Outlines of histograms over [0, 1], counts on a logarithmic scale, as SVG."""
     width, height = 100, 82

@@ -101,6 +101,7 @@ def _curves(run: Run) -> str | None:
     for title, scale, series in (
         ("accuracy, %", 100, {"test_accuracy": where, "train_accuracy": "training",
                               "fit_noisy": LABELS["fit_noisy"]}),
+        ("accuracy by quality, %", 100, run.qualities),
         ("loss", 1, {"test_loss": where, "train_loss": "training"}),
         ("learning rate", 1, {"lr": "learning rate"}),
     ):  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .. import data
+from ..alignment import alignment
 from ..data.loader import TestLoader
 from ..data.split import take
 from ..imcl import IMCL
@@ -26,6 +27,12 @@ from . import charts
 from .networks import Found, UnknownNetwork, find
 from .table import number, show, text_table
 
+BATCH = 64  # images that CKA is estimated on at once
+READ_CKA = (
+    "How to read it: near 1 two layers find the same images alike, whatever the rotation and scale "
+    "of their features, so that a bright block is a row of layers that hardly change what they are "
+    "given; near 0 they find different images alike."
+)
 HEAD = ["layer", "kind", "N x D", "mean |cos|", "mean cos^2", "Welch", "dead %", "eff. rank"]
 
 
@@ -43,6 +50,8 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.plot is not None:
         charts.check_matplotlib()
     torch.manual_seed(options.seed)
+    if options.images is None:
+        options.images = 16 if options.against is None and not options.cka else 512
     found = find(options.name, options.model, options.classes)
     images = _images(found, options)
     if options.plan:
@@ -50,6 +59,8 @@ def _inspect(options: argparse.Namespace) -> int:
             warnings.simplefilter("ignore")  # the plan says it
             print(IMCL(found.network, images).plan())
         return 0
+    if options.cka or options.against is not None:
+        return _align(found, images, options)
     try:
         layers = profile(found.network, images, center=options.center)
     except RuntimeError as error:
@@ -68,6 +79,41 @@ def _inspect(options: argparse.Namespace) -> int:
             "share of dead rows": [layer["dead_share"] for layer in layers],
         }
         files.write(options.plot, charts.save(names, series, options.plot.suffix[1:].lower()))
+    return 0
+
+
+def _align(found: Found, images: Tensor, options: argparse.Namespace) -> int:
+    """How alike layers are in what they make of images, within a network or of two."""
+    other = None
+    if options.against is not None:
+        other = find(options.against, options.model, options.classes).network
+    try:
+        known = alignment(found.network, images.split(BATCH), other)
+    except RuntimeError as error:
+        raise UnknownNetwork(
+            f"{options.name}: can't run on images {tuple(images.shape[1:])}"
+            + ("" if other is None else f", or {options.against} can't")
+            + f"; try another --image-size ({str(error).splitlines()[0]})"
+        ) from error
+    lines = []
+    for i, (name, cells) in enumerate(zip(known.rows, known.cka, strict=True)):
+        # Of itself each is most like itself.
+        rest = [j for j in range(len(cells)) if other is not None or j != i]
+        most = max(rest, key=cells.__getitem__, default=None)
+        alike = ["-", "-"] if most is None else [known.columns[most], number(cells[most])]
+        before = number(cells[i - 1]) if other is None and i else "-"
+        lines.append([name, *alike, *([before] if other is None else []), number(cells[-1])])
+    of = "" if other is None else f" of {options.against}"
+    head = ["layer", f"most alike{of}", "CKA"]
+    head += ["CKA with the one before"] if other is None else []
+    show(text_table([*head, f"CKA with the output{of}"], lines, left=2))
+    print(READ_CKA)
+    if options.json is not None:
+        files.write_json(options.json, known._asdict())
+    if options.plot is not None:
+        titles = (options.name, options.name if other is None else options.against)
+        kind = options.plot.suffix[1:].lower()
+        files.write(options.plot, charts.alignment(*known, titles, READ_CKA, kind))
     return 0
 
 
@@ -144,6 +190,17 @@ def _parser() -> Parser:
         help="instead print what each of the four ways would act on in this network",
     )
     parser.add_argument(
+        "--cka",
+        action="store_true",
+        help="instead compare its layers with one another: linear CKA, which --plot draws as a "
+        "heat map",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="OTHER",
+        help="the same with the layers of another network, named as the first, on its images",
+    )
+    parser.add_argument(
         "--data",
         choices=("digits", "random"),
         help="images to run it on (the run's own test images, or else random)",
@@ -152,7 +209,7 @@ def _parser() -> Parser:
         "--image-size", type=size, metavar="PIXELS", help="height and width (224)"
     )
     parser.add_argument(
-        "--images", type=count, default=16, metavar="N", help="how many (16)"
+        "--images", type=count, metavar="N", help="how many (16, of --cka 512)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of random weights and images (0)")
     parser.add_argument(

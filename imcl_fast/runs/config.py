@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import data, models, validation
+from ..data.quality import Quality
+from ..dependence import KERNELS
 from ..functional import PENALTIES, TEACHERS
 from ..implementations import IMPLEMENTATIONS
-from ..objectives import METHODS, WAYS
+from ..objectives import METHODS, OF_QUALITIES, WAYS, WITH_WAYS
+from ..quality_agnostic import REDUCTIONS
 
 # What config.json holds besides the settings.
 PROVENANCE = ("versions", "machine")
 
 
+# Of a qad method that names none.
+QUALITIES = ("raw", "jpeg20")
 OBJECTIVE = "objective"
 # The first setting of each group, and the heading that the group has in the help.
 GROUPS = {
@@ -146,6 +151,12 @@ class TrainConfig:
         metavar="ALPHA",
         within=ABOVE_ZERO,
     )
+    qualities: tuple[str, ...] | None = _set(
+        None,
+        "comma-separated raw, jpegQ, downN, blurS, noiseS: accuracy is measured at each, and a qad "
+        f"method trains on all, by default on {','.join(QUALITIES)}",
+        metavar="QUALITIES",
+    )
     workers: int = _set(
         0,
         "processes that load images, for data that isn't in memory",
@@ -171,7 +182,7 @@ class TrainConfig:
     method: str = _set("imcl", "what to train with", choices=METHODS)
     ways: tuple[str, ...] = _set(
         WAYS,
-        "comma-separated ways of --method imcl, or all or none (plain cross entropy)",
+        "comma-separated ways of --method imcl or qad-imcl, or all or none (plain cross entropy)",
         choices=WAYS,
         metavar="WAYS",
     )
@@ -221,6 +232,31 @@ class TrainConfig:
     )
     beta: float | None = _set(
         None, "weight of the labels in a song-chai method", within=SHARE, option=True
+    )
+    alpha: float | None = _set(
+        None,
+        "weight of the dependence between qualities in a qad method",
+        within=NOT_NEGATIVE,
+        option=True,
+    )
+    quality_reduction: str | None = _set(
+        None,
+        "of the cross entropies of a qad method's qualities, and of their pairs' dependences",
+        choices=REDUCTIONS,
+        option="reduction",
+    )
+    dependence_kernel: str | None = _set(
+        None, "of the dependence", choices=KERNELS, option="kernel"
+    )
+    cka: bool | None = _set(
+        None, "measure the dependence by CKA, not by HSIC", option="normalize"
+    )
+    awp: float | None = _set(
+        None,
+        "take a qad method's gradients at adversarially perturbed weights (arXiv 2004.05884), so "
+        "far away in units of each weight's norm; not by default",
+        metavar="GAMMA",
+        within=ABOVE_ZERO,
     )
     impl: str = _set("auto", "implementation of the fused losses", choices=IMPLEMENTATIONS)
 
@@ -320,12 +356,14 @@ class TrainConfig:
             )
         if len(set(self.ways)) != len(self.ways):
             raise ValueError(f"ways: expected every way once, got {','.join(self.ways)}")
-        if self.method != "imcl" and self.ways != WAYS:
+        if self.method not in WITH_WAYS and self.ways != WAYS:
             raise ValueError(
-                f"ways: they belong to method imcl, {self.method} has none; leave ways out"
+                f"ways: they belong to methods {' and '.join(WITH_WAYS)}, {self.method} has none "
+                "to choose; leave ways out"
             )
+        self._check_qualities()
         for way in self.weights:
-            if self.method == "imcl" and way not in self.ways:
+            if self.method in WITH_WAYS and way not in self.ways:
                 raise ValueError(
                     f"weights: {way} is not among the ways {','.join(self.ways) or 'none'}"
                 )
@@ -356,10 +394,45 @@ class TrainConfig:
                 f"{self.warmup_epochs:g}"
             )
 
+    def _check_qualities(self) -> None:
+        qualities = self.measured_on
+        if len({quality.name for quality in qualities}) < len(qualities):
+            raise ValueError(f"qualities: expected each once, got {','.join(self.qualities or ())}")
+        if self.method not in OF_QUALITIES:
+            if self.awp is not None:
+                raise ValueError(
+                    f"awp: it belongs to methods {' and '.join(OF_QUALITIES)}, got method "
+                    f"{self.method}; qad with alpha 0 on raw alone is plain cross entropy"
+                )
+            return
+        if len(qualities) < 2 and self.alpha != 0:
+            raise ValueError(
+                f"qualities: expected at least 2 with method {self.method}, unless alpha is 0, got "
+                f"{','.join(self.qualities or ()) or 'none'}"
+            )
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: expected none with method {self.method}, whose images are one at "
+                    f"several qualities, got {getattr(self, name):g}"
+                )
+
     @property
     def has_ways(self) -> bool:
         """Whether the objective is an ``IMCL``, whose ways have weights."""
-        return self.method == "mutual-exits" or (self.method == "imcl" and bool(self.ways))
+        return self.method == "mutual-exits" or (self.method in WITH_WAYS and bool(self.ways))
+
+    @property
+    def trained_on(self) -> tuple[Quality, ...]:
+        """The qualities that images are trained on, none for a batch of the images alone."""
+        return self.measured_on if self.method in OF_QUALITIES else ()
+
+    @property
+    def measured_on(self) -> tuple[Quality, ...]:
+        """The qualities that accuracy is measured at, none for the images as they are."""
+        default = QUALITIES if self.method in OF_QUALITIES else ()
+        names = default if self.qualities is None else self.qualities
+        return tuple(Quality.named(name) for name in names)
 
     @property
     def label(self) -> str:
@@ -457,6 +530,8 @@ def argument_of(name: str) -> str | None:
 
 def label_of(method: str, ways: Sequence[str]) -> str:
     """A method and its ways in a word: ``ce``, ``imcl``, ``output+kernel``, another method."""
+    if method == "qad-imcl":
+        return f"qad+{label_of('imcl', ways)}" if ways else "qad"
     if method != "imcl":
         return method
     if not ways:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..ilr import MultiHead
 from ..imcl import IMCL
+from ..quality_agnostic import QualityAgnostic
 from .config import SETTINGS, Range, TrainConfig, argument_of
 
 WORDS = {"all": SETTINGS["ways"].choices or (), "none": ()}
@@ -121,7 +122,8 @@ def _default_text(field: dataclasses.Field) -> str:
     """What a help text says of the default, if it doesn't say so itself."""
     value = _default(field)
     if argument := argument_of(field.name):
-        objective = IMCL if argument in inspect.signature(IMCL).parameters else MultiHead
+        objectives = (IMCL, MultiHead, QualityAgnostic)
+        objective = next(o for o in objectives if argument in inspect.signature(o).parameters)
         own = inspect.signature(objective).parameters[argument].default
         text = "all that are found" if own is None else _text(own)
         return f" (default: the method's own, {text} in {objective.__name__})"

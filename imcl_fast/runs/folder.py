@@ -31,9 +31,12 @@ MEASURES = (
     "lr",
     "fit_noisy",
 )
+# Before the name of a quality: the accuracy at it; test_accuracy is then their mean.
+AT_QUALITY = "test_accuracy_"
 # What the columns of a series are called in text.
 LABELS = {
     "cross_entropy": "cross entropy",
+    "dependence": "dependence between qualities",
     "output_consistency": "output consistency",
     "multilayer_consistency": "multi-layer consistency",
     "representation_similarity": "representation similarity",
@@ -85,7 +88,16 @@ class Run:
     @property
     def terms(self) -> list[str]:
         """The columns of ``metrics`` that are terms of the objective."""
-        return [name for name in self.metrics if name not in MEASURES]
+        return [name for name in self.metrics if name not in MEASURES + tuple(self.qualities)]
+
+    @property
+    def qualities(self) -> dict[str, str]:
+        """By column of ``metrics``, the quality that it has the accuracy at."""
+        return {
+            name: name.removeprefix(AT_QUALITY)
+            for name in self.metrics
+            if name.startswith(AT_QUALITY)
+        }
 
     def setting(self, name: str, default: Any = None) -> Any:
         """A setting of the configuration, or else of the summary."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,11 +17,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.dataset import Split
+from ..data.quality import Quality
 from ..data.split import take
+from ..quality_agnostic import QualityAgnostic
 from ..runs.checkpoint import CheckpointStore
 from ..runs.config import TrainConfig
 from ..runs.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
-from ..runs.folder import CHECKPOINTS
+from ..runs.folder import AT_QUALITY, CHECKPOINTS
 from . import non_finite
 from .distributed import Processes
 from .evaluation import predict
@@ -194,11 +197,16 @@ class Loop:
         state.optimizer.zero_grad(set_to_none=True)
         logged = (state.step + 1) % self.config.log_every == 0 or state.step == 0
         own = EpochSums()
-        for i, (images, labels) in enumerate(group):
-            with contextlib.ExitStack() as stack:
-                if i + 1 < len(group) and self.processes.world > 1:
-                    stack.enter_context(self.parallel.no_sync())  # type: ignore[operator]
-                values = self.forward_backward(self.parallel, images, labels, 1 / len(group))
+        if self.config.awp is None:
+            found = list(self._gradients(group))
+        else:
+            objective = cast(QualityAgnostic, state.objective)
+            with objective.perturbed(self.config.awp) as perturbation:
+                found = list(self._gradients(group))
+                perturbation.move()
+                for _ in self._gradients(group):
+                    pass
+        for values in found:
             if logged:
                 own.add(values)
             state.sums.add(values)
@@ -236,6 +244,15 @@ class Loop:
             known["images_per_second"] = self._images(sums.batches) / sums.seconds
             known["data_share"] = sums.data_seconds / sums.seconds
         self.observer.stepped(known)
+
+    def _gradients(self, group: list[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Add up the gradients of the batches that one step accumulates; the values of each."""
+        for i, (images, labels) in enumerate(group):
+            with contextlib.ExitStack() as stack:
+                if i + 1 < len(group) and self.processes.world > 1:
+                    stack.enter_context(self.parallel.no_sync())  # type: ignore[operator]
+                values = self.forward_backward(self.parallel, images, labels, 1 / len(group))
+            yield values
 
     def _timed(
         self, batches: Iterator[tuple[Tensor, Tensor]], count: int
@@ -299,12 +316,19 @@ class Loop:
         self.observer.epoch_finished(row, epochs)
 
     def _measure(self) -> dict[str, float]:
-        """Loss and accuracy on the test images, or on those held out in their place."""
-        test = self.material.test
-        predicted, loss = self._predict(test)
+        """Loss and accuracy on the test images, or on those held out in their place; with
+        qualities their means, and the accuracy at each."""
+        test, qualities = self.material.test, self.config.measured_on
+        losses, accuracies = [], []
+        for quality in qualities or (None,):
+            predicted, loss = self._predict(test, quality)
+            losses.append(loss / len(test))
+            accuracies.append(_share(predicted == test.labels))
+        names = [f"{AT_QUALITY}{quality.name}" for quality in qualities]
         return {
-            "test_loss": loss / len(test),
-            "test_accuracy": _share(predicted == test.labels),
+            "test_loss": statistics.fmean(losses),
+            "test_accuracy": statistics.fmean(accuracies),
+            **dict(zip(names, accuracies, strict=False)),
         }
 
     def _memorised(self) -> dict[str, float]:
@@ -318,9 +342,11 @@ class Loop:
             result["fit_noisy"] = _share(learnt[wrong])
         return result
 
-    def _predict(self, split: Split) -> tuple[Tensor, float]:
+    def _predict(
+        self, split: Split, quality: Quality | None = None
+    ) -> tuple[Tensor, float]:
         """Predictions (N,) on the CPU for a whole split, and its summed cross entropy."""
-        batches = self.material.test_loader(split, self.config, self.processes)
+        batches = self.material.test_loader(split, self.config, self.processes, quality)
         with self._autocast():
             predictions, loss = predict(
                 self.measured, ((self._laid_out(images), labels) for images, labels in batches)
@@ -373,6 +399,8 @@ class Loop:
         return values
 
     def _fail(self, values: Mapping[str, float], images: Tensor) -> NoReturn:
+        if self.config.trained_on:
+            images = images.flatten(0, 1)
         reason = non_finite.describe(self.state.objective, images, values)
         saved = "" if self.store is None else "; the checkpoints there are were saved before"
         raise NonFiniteError(f"step {self.state.step + 1}: {reason}{saved}")
@@ -382,9 +410,10 @@ class Loop:
         return batches * min(self.config.batch_size, len(self.material.train))
 
     def _laid_out(self, images: Tensor) -> Tensor:
-        if self.config.channels_last:
-            return images.contiguous(memory_format=torch.channels_last)
-        return images
+        if not self.config.channels_last:
+            return images
+        batch = images.flatten(0, -4)  # the views too
+        return batch.contiguous(memory_format=torch.channels_last).view(images.shape)
 
     def _autocast(self) -> torch.autocast:
         amp = self.config.amp

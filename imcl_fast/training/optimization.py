@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from ..imcl import IMCL, WEIGHTS
+from ..quality_agnostic import QualityAgnostic
 from ..runs.config import TrainConfig
 
 
@@ -96,14 +97,15 @@ class WaysWarmup:
     0, for then the ways' terms would be missing from a step's output.
 
     Args:
-        objective: one without ways is left as it is.
+        objective: an ``IMCL`` or what has one; one without ways is left as it is.
         steps: that the rise takes; with 0 the weights stay as they are.
     """
 
     def __init__(self, objective: nn.Module, steps: int) -> None:
-        self._objective, self._steps = objective, steps
-        ways = WEIGHTS if isinstance(objective, IMCL) else ()
-        self._full = {name: getattr(objective, name) for name in ways}
+        found = objective.ways if isinstance(objective, QualityAgnostic) else objective
+        self._objective, self._steps = found, steps
+        ways = WEIGHTS if isinstance(found, IMCL) else ()
+        self._full = {name: getattr(found, name) for name in ways}
 
     def before(self, step: int) -> None:
         """Set the weights for a step, counted from 0."""

@@ -15,6 +15,7 @@ from ..data.loader import TestLoader, TrainLoader
 from ..data.mixing import Mixing
 from ..data.noise import label_noise
 from ..data.own import from_torch
+from ..data.quality import Quality
 from ..data.split import subset, validation_split
 from ..modes import evaluating
 from ..runs.config import TrainConfig
@@ -64,6 +65,7 @@ class Material:
                 batch_size=config.batch_size,
                 augment=config.augment,
                 mixing=self._mixing(config),
+                qualities=config.trained_on,
                 seed=config.seed,
                 device=processes.device,
                 rank=processes.rank,
@@ -78,12 +80,19 @@ class Material:
             return None
         return Mixing(config.mixup, config.cutmix, len(self.data_set.classes))
 
-    def test_loader(self, split: Split, config: TrainConfig, processes: Processes) -> TestLoader:
-        """Batches of ``split`` as they are, this process's share of them."""
+    def test_loader(
+        self,
+        split: Split,
+        config: TrainConfig,
+        processes: Processes,
+        quality: Quality | None = None,
+    ) -> TestLoader:
+        """Batches of ``split`` as they are or at a quality, this process's share of them."""
         return TestLoader(
             split,
             self.data_set,
             batch_size=max(config.batch_size // processes.world, 1),
+            quality=quality,
             device=processes.device,
             rank=processes.rank,
             world=processes.world,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +13,16 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..data import DataError, DataSet
+from ..data.quality import Quality
 from ..data.split import take
 from ..ilr import MultiHead
 from ..imcl import IMCL
-from ..objectives import CrossEntropy
+from ..objectives import WITH_WAYS, CrossEntropy
 from ..plan import acted_on
 from ..redundancy import profile
 from ..runs.config import SETTINGS, TrainConfig, argument_of
 from ..runs.errors import UsageError
-from ..runs.folder import AFTER, BEFORE, LOG
+from ..runs.folder import AFTER, AT_QUALITY, BEFORE, LOG
 from ..runs.network import build_network
 from .distributed import Processes, joined
 from .interruption import Interruption
@@ -185,11 +187,17 @@ def _description(config: TrainConfig, material: Material, loop: Loop) -> str:
         f"{len(material.train)} training images"
         + (f" ({wrong} with a wrong label)" if wrong else "")
         + (f", mixed by {' or '.join(mixed)}" if mixed else "")
-        + f", measured on {len(material.test)} {where}; train accuracy is that of "
-        f"{len(material.measured)} training images without augmentation; "
-        f"{loop.steps_per_epoch} steps per epoch on {processes.device}"
+        + (f", trained on as {_names(config.trained_on)}" if config.trained_on else "")
+        + f", measured on {len(material.test)} {where}"
+        + (f" as {_names(config.measured_on)}, and their mean" if config.measured_on else "")
+        + f"; train accuracy is that of {len(material.measured)} training images without "
+        f"augmentation; {loop.steps_per_epoch} steps per epoch on {processes.device}"
         + (f", {processes.world} processes" if processes.world > 1 else "")
     )
+
+
+def _names(qualities: Sequence[Quality]) -> str:
+    return ", ".join(quality.name for quality in qualities)
 
 
 def _finish(loop: Loop) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def _summary(loop: Loop) -> dict[str, Any]:
     per_step = [row["seconds"] / loop.steps_per_epoch for row in rows]
     summary = {
         "method": config.method,
-        "ways": list(config.ways) if config.method == "imcl" else [],
+        "ways": list(config.ways) if config.method in WITH_WAYS else [],
         "dataset": material.data_set.name,
         "model": config.model,
         "seed": config.seed,
@@ -241,6 +249,10 @@ def _summary(loop: Loop) -> dict[str, Any]:
     }
     if "fit_noisy" in rows[-1]:
         summary["fit_noisy"] = rows[-1]["fit_noisy"]
+    if config.measured_on:
+        summary["last_test_accuracy_at"] = {
+            quality.name: rows[-1][f"{AT_QUALITY}{quality.name}"] for quality in config.measured_on
+        }
     return summary
 
 

@@ -1,0 +1,108 @@
+"""How alike the layers of networks are in what they make of the same images: linear CKA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .algebra import dependence as algebra
+from .layers import trace
+from .redundancy import find_representations, run_with_hooks, undisturbed
+
+LEAST = 4  # images of a batch, below which HSIC has no unbiased estimate
+OUTPUT = "output"  # of the network as a whole
+
+
+class Alignment(NamedTuple):
+    """Attributes:
+    rows: names of the layers of a network, in the order in which it runs them.
+    columns: those of the other, or of the same.
+    cka: by row and column; 0 where a layer's features are constant.
+    """
+
+    rows: list[str]
+    columns: list[str]
+    cka: list[list[float]]
+
+
+def alignment(
+    model: nn.Module, batches: Iterable[Tensor], other: nn.Module | None = None
+) -> Alignment:
+    r"""Linear CKA of each layer with each (Kornblith et al., arXiv 1905.00414).
+
+    It is 1 where the features of one layer are those of the other turned and scaled, and about 0
+    where which images are alike in one says nothing of which are in the other. Estimated over
+    minibatches: the ratio of sums over batches of the unbiased HSIC (arXiv 2010.15327), which
+    doesn't depend on how large they are. It can be a little below 0 or above 1, as any estimate.
+
+    Layers are the outputs of convolutions and blocks that ``redundancy.profile`` looks at, those of
+    residual blocks, and the network's output. Networks run in eval mode, without gradients, and
+    are left as they were.
+
+    Args:
+        model: any network.
+        batches: of images (B, \*), as it takes them; those of fewer than 4 are left out.
+        other: to compare it with, on the same images; None compares it with itself.
+
+    Raises:
+        ValueError: there is no batch of 4 images or more.
+    """
+    networks = [model] if other is None else [model, other]
+    sides: list[_Layers] = []
+    total: Tensor | None = None
+    for images in batches:
+        if len(images) < LEAST:
+            continue
+        if not sides:
+            sides = [_Layers(network, images) for network in networks]
+        grams = [gram for side in sides for gram in side.grams(images)]
+        found = algebra.hsic(torch.stack(grams), algebra.UNBIASED)
+        total = found if total is None else total + found
+    if total is None:
+        raise ValueError(f"batches: expected one of at least {LEAST} images, got none")
+    names = [side.names for side in sides]
+    start = len(names[0]) if other is not None else 0
+    cells = algebra.cka(total)[: len(names[0]), start:]
+    return Alignment(names[0], names[-1], cells.tolist())
+
+
+class _Layers:
+    """Which outputs of a network are compared."""
+
+    def __init__(self, network: nn.Module, images: Tensor) -> None:
+        self.network = network
+        found = trace(network, images)
+        blocks = {(name, 0): id(found.calls[name][0].output) for name in found.residual}
+        # A stage returns what its last block does, and names it.
+        last = {id(calls[0].output): (name, 0) for name, calls in found.calls.items()}
+        with undisturbed(network, images.device):
+            order, chosen = find_representations(network, images[:1])
+        chosen |= {call for call, output in blocks.items() if last[output] == call}
+        self.chosen = sorted(chosen, key=order.__getitem__)
+        self.names = [f"{name} (call {call + 1})" if call else name for name, call in self.chosen]
+        self.names.append(OUTPUT)
+
+    def grams(self, images: Tensor) -> list[Tensor]:
+        """(B, B) float64 of each layer, the features dropped as soon as they are seen."""
+        found: dict[tuple[str, int], Tensor] = {}
+        calls: dict[str, int] = {}
+
+        def record(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+            call = (name, calls.get(name, 0))
+            calls[name] = call[1] + 1
+            if call in wanted:
+                found[call] = _gram(output)
+
+        wanted = set(self.chosen)
+        with undisturbed(self.network, images.device):
+            last = run_with_hooks(self.network, images, record)
+        return [*(found[call] for call in self.chosen), _gram(last)]
+
+
+def _gram(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    grams, _ = algebra.gram_forward([first.detach()], [1.0])
+    return grams[0].double()

@@ -1,0 +1,109 @@
+"""Adversarial weight perturbation: gradients taken where the weights do worst."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import validation
+
+if TYPE_CHECKING:
+    from .imcl import IMCL
+
+
+class Perturbation:
+    r"""A step's gradients at adversarially perturbed weights (AWP, arXiv 2004.05884).
+
+    ::
+
+        optimizer.zero_grad()
+        with Perturbation(network, 0.004) as perturbation:
+            loss(batch).backward()  # the way up, from the weights as they are
+            perturbation.move()
+            loss(batch).backward()  # the gradients to learn from
+        optimizer.step()
+
+    ``move`` adds to each weight w of two or more dimensions :math:`\gamma |w| g/|g|`, where g is
+    its gradient and the norms are over the whole of it; other parameters, and those whose gradient
+    is 0, missing or not finite, stay. On leaving the block, by an exception too, the weights are
+    the very bits that they were, and ``.grad`` holds what was computed after ``move``, added to
+    what it held before the block.
+
+    Buffers (the statistics of batch normalisation) are as the passes before ``move`` left them:
+    those after it change nothing. Before and after it there may be as many passes as are
+    accumulated, under autocast and with scaled losses, too. Weights are copied once.
+
+    Args:
+        model: whose weights are perturbed.
+        gamma: at least 0, the length of the step in units of each weight's norm.
+        ways: an ``IMCL`` whose calls these are: those after ``move`` are of the same turns of its
+            schedule as those before.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it.
+        RuntimeError: on leaving the block without one ``move``, or on a second.
+    """
+
+    def __init__(self, model: nn.Module, gamma: float, ways: IMCL | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        self.gamma = validation.number("gamma", gamma, low=0, high=math.inf)
+        self._model, self._ways = model, ways
+        self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._weights: list[tuple[nn.Parameter, Tensor]] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._turn: Tensor | None = None
+        self._moved = False
+
+    def __enter__(self) -> Perturbation:
+        if self._gradients:
+            raise RuntimeError("Perturbation: each block needs one of its own")
+        modules = [self._model] if self._ways is None else [self._model, self._ways]
+        parameters = dict.fromkeys(p for module in modules for p in module.parameters())
+        self._gradients = [(p, p.grad) for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        self._turn = None if self._ways is None else self._ways.get_extra_state()
+        return self
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Perturb the weights along the gradients there are, and clear these."""
+        if self._moved:
+            raise RuntimeError("Perturbation: expected one move() in the block, got a second")
+        self._moved = True
+        for parameter in self._model.parameters():
+            if parameter.grad is not None and parameter.dim() > 1:
+                self._weights.append((parameter, parameter.clone()))
+                parameter.add_(_step(parameter, parameter.grad, self.gamma))
+        self._buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+        if self._ways is not None and self._turn is not None:
+            self._ways.set_extra_state(self._turn)
+        torch.clear_autocast_cache()  # of the weights as they were
+
+    @torch.no_grad()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for tensor, was in [*self._weights, *self._buffers]:
+            tensor.copy_(was)
+        self._weights, self._buffers = [], []
+        torch.clear_autocast_cache()
+        for parameter, before in self._gradients:
+            if before is not None:
+                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+        if kind is None and not self._moved:
+            raise RuntimeError(
+                "Perturbation: expected a move() in the block, between the backward pass that "
+                "finds the way and the one to learn from, got none"
+            )
+
+
+def _step(weight: Tensor, grad: Tensor, gamma: float) -> Tensor:
+    """Where a loss rises, gamma of the weight's norm away; no way is known without waiting."""
+    scale = gamma * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(grad)
+    # Not a product with 0: 0 times infinity is NaN.
+    return torch.where(scale.isfinite() & (scale > 0), grad * scale, 0).to(weight.dtype)
