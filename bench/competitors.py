@@ -37,7 +37,7 @@ def competitors(row: Row, device: torch.device) -> tuple[list[Competitor], dict[
     found: list[Competitor] = []
     left_out: dict[str, str] = {}
     for impl in IMPLEMENTATIONS[1:]:
-        reason = why_not(impl, device.type, [row.dtype], operation=row.implemented_by)
+        reason = why_not(impl, device.type, [row.dtype], operation=row.operation)
         if reason is None:
             found.append(Competitor(impl, row.loss(impl, device)))
         else:

@@ -61,7 +61,7 @@ class Row:
 
     @property
     def implemented_by(self) -> str:
-        """The operation whose implementations it has."""
+        """The operation that others must have to be compared."""
         return self.operation if self.divergence == "kl" else "divergences"
 
     @property

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import dense, implementations, independent, padding, reference, tracing, validation
-from .algebra.divergences import KL, MIXTURE
+from .algebra.divergences import MIXTURE
 from .autograd import (
     CollaborativeConsistency,
     ConsistencyOptions,
@@ -577,9 +577,7 @@ def _consistency(
             dtype = torch.promote_types(dtype, block.dtype)
         blocks = [block.to(dtype) for block in blocks]
     device = blocks[0].device
-    kl = options.divergence.count(KL) == len(options.groups) and not options.binary
-    operation = "consistency" if kl else "divergences"
-    impl = implementations.choose(impl, operation, device, [dtype])
+    impl = implementations.choose(impl, "consistency", device, [dtype])
     with without_autocast(device):
         if impl == "reference":
             return _reference(blocks, target, options, weight, sample_weight)

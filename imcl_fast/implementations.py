@@ -22,7 +22,6 @@ IMPLEMENTATIONS = ("auto", "cpp", "triton", "cuda", "torch", "reference")
 GPU_PREFERENCE = {
     "pairwise": ("triton", "cuda"),
     "consistency": ("triton", "cuda"),
-    "divergences": ("triton",),  # other than KL, and of independent labels
     "dependence": (),  # its products are the library's, its kernels are for CPUs
 }
 TRITON_VERSION = (3, 6)  # the oldest that takes tuples of tensors as the kernels pass them
@@ -59,11 +58,6 @@ def why_not(
     """
     if operation == "dependence" and impl in ("triton", "cuda"):
         return 'the dependence has no kernels for GPUs; impl="torch" is what is quick there'
-    if operation == "divergences" and impl == "cuda":
-        return (
-            'its consistency has divergence="kl" and activation="softmax" only; impl="triton" has '
-            "all"
-        )
     if impl in ("torch", "reference"):
         return None
     if impl == "cpp":
@@ -158,9 +152,8 @@ def _why_not_capability(index: int) -> str | None:
 def choose(
     impl: str, operation: str, device: torch.device, dtypes: Sequence[torch.dtype] = ()
 ) -> str:
-    """The implementation of ``"pairwise"``, ``"consistency"``, the consistency by other
-    ``"divergences"``, or ``"dependence"``, to run on such tensors: the one asked for, or the
-    fastest there is.
+    """The implementation of ``"pairwise"``, ``"consistency"`` or ``"dependence"`` to run on such
+    tensors: the one asked for, or the fastest there is.
 
     Raises:
         ValueError: ``impl`` is not the name of an implementation.

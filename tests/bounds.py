@@ -193,15 +193,16 @@ def consistency_noise(
     share = torch.ones(batch, dtype=torch.float64)
     if sample_weight is not None:
         share = sample_weight.cpu().double().abs()
-    many = classes if activation == "sigmoid" else 1  # samples of one
-    labels_of = reference._labels if many == 1 else reference._independent_labels
+    independent = activation == "sigmoid"
+    many = classes if independent else 1  # samples of one
+    labels_of = reference._independent_labels if independent else reference._labels
     given = None
     if target is not None:
         given = labels_of(
             target.cpu(), None if weight is None else weight.cpu(), classes, label_smoothing,
             ignore_index, torch.float64,
         )  # fmt: skip
-    if activation == "sigmoid":
+    if independent:
         z, masked = (
             torch.stack([x, torch.zeros_like(x)], -1).flatten(1, 2) for x in (z, masked)
         )
@@ -251,7 +252,7 @@ def consistency_noise(
         ce_by = kl_by = share
     loss = ce_weight @ times(ce_by, ce) + kl_weight @ times(kl_by, kl)
     dz = times(ce_by.unsqueeze(-1), dz_ce) + times(kl_by.unsqueeze(-1), dz_kl)
-    if activation == "sigmoid":
+    if independent:
         loss, dz = loss.view(-1, many).sum(-1), dz[..., 0].view(heads, -1, many)
     return loss if reduction == "none" else loss.sum(), terms, dz.norm(dim=-1)
 

@@ -32,20 +32,11 @@ from test_masked_classes import masked
 from torch import Tensor
 
 import imcl_fast
-from imcl_fast import autograd, implementations, operators
+from imcl_fast import autograd, operators
 from imcl_fast import functional as F
 
 OTHER = ("reverse_kl", "jsd")
 KINDS = tuple(product(("kl", *OTHER), ("softmax", "sigmoid")))[1:]  # all but the default
-
-
-@pytest.fixture(scope="session")
-def impl(impl: Impl) -> Impl:
-    """Those that have these divergences."""
-    reason = implementations.why_not(impl.name, impl.device, operation="divergences")
-    if reason is not None:
-        pytest.skip(f"{impl.name}: {reason}")
-    return impl
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -708,16 +699,6 @@ def test_errors_of_the_mixture() -> None:
         F.jensen_shannon(z, y, pi="half")
     with pytest.raises(TypeError, match="target: expected a Tensor"):
         F.jensen_shannon(z, None)
-
-
-def test_what_cuda_has_not() -> None:
-    reason = implementations.why_not("cuda", "cuda", operation="divergences")
-    if reason is None:
-        return
-    assert 'impl="triton"' in reason
-    for options in ({"divergence": "jsd"}, {"activation": "sigmoid"}):
-        with pytest.raises(RuntimeError, match='divergence="kl" and activation="softmax" only'):
-            F.collaborative_consistency(torch.zeros(2, 3, 4), None, impl="cuda", **options)
 
 
 # --- the module

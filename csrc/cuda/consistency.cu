@@ -11,6 +11,9 @@
 // dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
 // T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
 //
+// Other divergences, of the same teachers, stand in consistency_divergences.h; a mixture has none:
+// it is ce_h KL(y || m) + kl_h KL(p_h || m), m = beta y + (1 - beta) sum_h kl_h p_h / sum_h kl_h.
+//
 // Labels y are an index, smoothed or not, or soft: any number for each class, class weights
 // included. Then it is ce_h (softmax(z_h) sum(y) - y).
 //
@@ -75,15 +78,12 @@ __device__ Means means(const ConsistencyArguments& in) {
 }
 
 // Blocks that a multiprocessor is to hold at once: as many as need no register spilled.
-template <class T>
-constexpr int kBlocks =
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000
-    sizeof(T) == 4 ? 2 :
-#endif
-                   1;
+template <class T, bool kGeneral>
+constexpr int kBlocks = sizeof(T) <= 4 && !kGeneral ? 2 : 1;
 
-template <class T>
-__global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
+// What is most often asked for takes fewer registers by itself: see Work.
+template <class T, bool kGeneral>
+__global__ void __launch_bounds__(kMostThreads, (kBlocks<T, kGeneral>))
     consistency_kernel(IMCL_PARAMETER(ConsistencyArguments) in, bool warps) {
   using A = Acc<T>;
   IMCL_DYNAMIC_SHARED(memory, unsigned char);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
   const Means loss_scale = in.reduction == Reduction::kMean ? mean : Means{1, 1};
 
   const Team team(warps);
-  Work<T> work(in, team, memory);
+  Work<T, kGeneral> work(in, team, memory);
   const int64_t teams = int64_t{gridDim.x} * team.count;
   for (int64_t b = int64_t{blockIdx.x} * team.count + team.index; b < in.batch; b += teams)
     work.sample(b, static_cast<A>(loss_scale.cross_entropy), static_cast<A>(loss_scale.kl));
@@ -130,10 +130,10 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T>)
   *static_cast<A*>(in.loss) = static_cast<A>(loss);
 }
 
-template <class T>
+template <class T, bool kGeneral>
 cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan& plan,
                    cudaStream_t stream) {
-  const auto kernel = consistency_kernel<T>;
+  const auto kernel = consistency_kernel<T, kGeneral>;
   if (plan.shared_bytes > kGranted) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
@@ -141,6 +141,13 @@ cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan&
   }
   IMCL_LAUNCH(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream)(arguments, plan.warps);
   return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan& plan,
+                   cudaStream_t stream) {
+  return arguments.general ? launch<T, true>(arguments, plan, stream)
+                           : launch<T, false>(arguments, plan, stream);
 }
 
 template <class T>
@@ -152,7 +159,7 @@ ConsistencyPlan plan_of(ConsistencyArguments& in, int processors) {
       all = all && rows.of[axis] * static_cast<int64_t>(size) % 16 == 0;
     return all;
   };
-  in.packed = in.classes % kPack == 0;
+  in.packed = in.classes % kPack == 0 && !in.binary;
   for (int h = 0; h < in.head_count; ++h) {
     const Head& head = in.heads[h];
     in.packed = in.packed && on_16(head.z, head.z_sample, head.z_class, sizeof(T)) &&
@@ -203,8 +210,14 @@ ConsistencyArguments consistency_arguments(const Consistency& problem, Reduction
   std::copy(problem.groups.begin(), problem.groups.end(), arguments.groups);
   arguments.head_count = static_cast<int>(problem.heads.size());
   arguments.group_count = static_cast<int>(problem.groups.size());
-  for (const Group& group : problem.groups)
-    arguments.largest_group = std::max(arguments.largest_group, static_cast<int>(group.size));
+  arguments.binary = problem.binary;
+  arguments.general = problem.binary || problem.labels.soft() || problem.samples.axes > 1;
+  for (const Group& group : problem.groups) {
+    const bool mixture = group.divergence == Divergence::kMixture;  // its label counts as a head
+    arguments.largest_group =
+        std::max(arguments.largest_group, static_cast<int>(group.size) + (mixture ? 1 : 0));
+    arguments.general = arguments.general || group.divergence != Divergence::kKl;
+  }
   arguments.batch = problem.batch;
   arguments.classes = problem.classes;
   arguments.samples = problem.samples;

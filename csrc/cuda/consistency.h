@@ -20,6 +20,8 @@ struct ConsistencyArguments {
   SampleAxes samples;
   Labels labels;
   Reduction reduction;
+  bool binary;        // of two classes, the logit of the second is 0 and is nowhere
+  bool general;       // what only the general kernel takes
   bool gradient;      // every head's dz is to be written
   bool packed;        // every row of z and dz starts on 16 bytes, and takes a multiple of them
   int chunks, tiles;  // packs of a thread in a tile of the classes; tiles

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "consistency.h"
+#include "consistency_divergences.h"
 #include "numbers.h"
 #include "reduction.h"
 
@@ -20,12 +21,6 @@ constexpr int kValues = 5;  // sums of a head that are reduced together
 // Logits beyond this are extreme: they may be masked, overflow when they are summed, or drown
 // the other heads in a sum, so that these can't be had back by subtraction.
 constexpr int kModerate = 1024;
-
-// weight * x, and 0 where the weight is 0, whatever x is.
-template <class A>
-__device__ __forceinline__ A times(A weight, A x) {
-  return weight == 0 ? A(0) : weight * x;
-}
 
 // The factor of all of a sample's loss; 0 if it doesn't count.
 template <class A>
@@ -59,13 +54,15 @@ struct HeadState {
   A max, max_shift;              // of z; and by how much the last tile raised it, as old - new
   A teacher_max, teacher_shift;  // of t
   A plain, tempered;             // sums of exp(z - max) and exp((z - max) / T)
-  A label_logit;                 // sum of z / K, or of y z of soft labels
+  A label_logit;                 // sum of z / K, or of y z of soft labels; KL(y || m) of a mixture
   A teacher;                     // sum of exp(t - teacher_max)
-  A cross;                       // sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T)
+  // Sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T); of another divergence than
+  // KL, of what Parts call the head.
+  A cross;
   A log_tempered, log_teacher;
   A inverse_plain, inverse_tempered, inverse_teacher;
-  A kl;      // KL, without T^2
-  A toward;  // sum of p (W log p - V)
+  A kl;      // the divergence, without T^2
+  A toward;  // sum of p (W log p - V), or of what Parts call the teacher
   A value;   // this sample's part of the loss, without scale
 };
 
@@ -107,7 +104,8 @@ struct Team {
   }
 };
 
-template <class T>
+// What is not kGeneral has KL and softmax, labels that are no sums, and samples of one axis.
+template <class T, bool kGeneral>
 class Work {
   using A = Acc<T>;
   // A pack is read at once, and worked on in parts: of half types two.
@@ -130,15 +128,14 @@ class Work {
   __device__ void sample(int64_t index, A ce_scale, A kl_scale) {
     sample_ = index;
     const Labels& labels = in_.labels;
-    const int64_t label =
-        labels.target ? labels.target[in_.samples.offset(index, labels.target_sample)] : 0;
+    const int64_t label = labels.target ? labels.target[offset(index, labels.target_sample)] : 0;
     share_ = share_of<A>(in_, index);
     const bool counts = share_ != 0;
     label_ = label >= 0 && label < in_.classes ? static_cast<int>(label) : -1;
     ce_scale_ = share_ * ce_scale;
     kl_scale_ = share_ * kl_scale;
-    soft_ = labels.soft();
-    if (soft_ && counts) measure_labels();
+    if constexpr (kGeneral) soft_ = labels.soft();
+    if (soft() && counts) measure_labels();
     else label_size_ = label_weight<A>(in_, index);
     A value = 0;
     for (int g = 0; g < in_.group_count; ++g) {
@@ -149,14 +146,16 @@ class Work {
       }
       team_.sync();  // nobody still reads what the last group left
       statistics();
-      if (pairwise()) divergences();
+      if (other()) other_divergences();
+      else if (pairwise()) divergences();
       terms_of_heads();
       if (in_.reduction == Reduction::kNone && rank_ == 0)
         for (int h = 0; h < n_; ++h) value += states_[h].value;
       if (in_.gradient) {
         for (int tile = 0; tile < in_.tiles; ++tile) {
           if (in_.tiles > 1) read(tile);
-          gradient();
+          if (other()) gradient_of_other();
+          else gradient();
         }
       }
     }
@@ -169,7 +168,11 @@ class Work {
     n_ = static_cast<int>(group.size);
     teacher_ = group.teacher;
     detach_ = group.detach;
-    kl_ = n_ > 1;
+    if constexpr (kGeneral) {
+      divergence_ = group.divergence;
+      beta_ = static_cast<A>(group.beta);
+    }
+    kl_ = n_ > 1 || mixture();
     squares_ = group.temperature == 2;
     t_ = static_cast<A>(group.temperature);
     inverse_t_ = static_cast<A>(1 / group.temperature);
@@ -183,6 +186,17 @@ class Work {
 
   __device__ const Head& head(int h) const { return in_.heads[first_ + h]; }
 
+  __device__ int64_t offset(int64_t sample, const Strides& strides) const {
+    return kGeneral ? in_.samples.offset(sample, strides) : sample * strides.of[0];
+  }
+  __device__ bool soft() const { return kGeneral && soft_; }
+
+  __device__ bool other() const { return kGeneral && kl_ && divergence_ != Divergence::kKl; }
+  __device__ bool mixture() const { return kGeneral && divergence_ == Divergence::kMixture; }
+  __device__ bool binary() const { return kGeneral && in_.binary; }
+  // Whether there is a cross entropy.
+  __device__ bool labelled() const { return in_.labels.any() && !mixture(); }
+
   // kl_h, 0 where the teacher is the head itself.
   __device__ A kl_weight(int h) const {
     const bool own = !kl_ || (teacher_ == Teacher::kFinal && h == n_ - 1);
@@ -191,11 +205,12 @@ class Work {
 
   // The group's teachers are averages, of which the sum of all heads is known.
   __device__ bool averages() const {
-    return kl_ && (teacher_ == Teacher::kOthers || teacher_ == Teacher::kMean);
+    return kl_ && !mixture() && (teacher_ == Teacher::kOthers || teacher_ == Teacher::kMean);
   }
-  __device__ bool pairwise() const { return kl_ && teacher_ == Teacher::kPairwise; }
+  __device__ bool pairwise() const { return kl_ && !mixture() && teacher_ == Teacher::kPairwise; }
   __device__ bool taught(int h) const {
-    return kl_ && teacher_ != Teacher::kPairwise && (teacher_ != Teacher::kFinal || h < n_ - 1);
+    return kl_ && !mixture() && teacher_ != Teacher::kPairwise &&
+           (teacher_ != Teacher::kFinal || h < n_ - 1);
   }
 
   // Part of a pack of this thread: its columns are column + i * step, i < count.
@@ -270,10 +285,12 @@ class Work {
 #pragma unroll 4
       for (int h = 0; h < n_; ++h) {
         const Head& from = head(h);
-        const T* row = static_cast<const T*>(from.z) + in_.samples.offset(sample_, from.z_sample);
+        const T* row = static_cast<const T*>(from.z) + offset(sample_, from.z_sample);
         Pack<T> pack;
         if (in_.packed) {
           pack = load_pack(row + column);  // [kPack]
+        } else if (binary() && column > 0) {
+          memset(&pack, 0, sizeof(pack));
         } else {
           // Filled up with copies, which are harmless to maxima.
 #pragma unroll
@@ -378,7 +395,7 @@ class Work {
       state.inverse_plain = 1 / state.plain;
       state.inverse_tempered = 1 / state.tempered;
       state.inverse_teacher = 1 / state.teacher;
-      if (taught(h))
+      if (taught(h) && !other())
         state.kl = state.cross * state.inverse_teacher - state.log_teacher + state.log_tempered;
     }
     team_.sync();
@@ -422,8 +439,8 @@ class Work {
   }
 
   __device__ void exponentials() {
-    const bool labelled = in_.labels.any();
-    const bool smoothed = labelled && (soft_ || in_.labels.smoothing > 0);
+    const bool labelled = this->labelled();
+    const bool smoothed = labelled && (soft() || in_.labels.smoothing > 0);
     const A of_class = static_cast<A>(1.0 / static_cast<double>(in_.classes));
     for (int h = 0; h < n_; ++h) {
       const A max = shift_of(states_[h].max);
@@ -434,7 +451,7 @@ class Work {
         add(tempered_sum, e, part);
         if (labelled) add(plain_sum, plain(e, z, max), part);
         if (!smoothed) return;
-        if (soft_) {
+        if (soft()) {
           const Values y = soft_labels(part);
           each([&](int i) { z.at[i] = times(y.at[i], z.at[i]); });
         } else {
@@ -459,7 +476,7 @@ class Work {
           t.at[i] = times(q.at[i], t.at[i] - (z.at[i] - max) * inverse_t_);
         });
         add(teacher, q, part);
-        add(cross, t, part);
+        if (!other()) add(cross, t, part);
       });
       put(h * kValues + 3, warp_sum(teacher));
       put(h * kValues + 4, warp_sum(cross));
@@ -551,12 +568,14 @@ class Work {
       A ce = 0;
       if (in_.labels.target && label_ < 0) {
         ce = NAN;
-      } else if (soft_) {
+      } else if (mixture()) {
+        ce = state.label_logit;
+      } else if (soft()) {
         ce = label_size_ * log(state.plain) - (state.label_logit - label_size_ * state.max);
       } else if (in_.labels.target) {
         const Head& from = head(h);
         const auto smoothing = static_cast<A>(in_.labels.smoothing);
-        const T* row = static_cast<const T*>(from.z) + in_.samples.offset(sample_, from.z_sample);
+        const T* row = static_cast<const T*>(from.z) + offset(sample_, from.z_sample);
         const A log_sum = log(state.plain), z = to_acc(masked(row[label_ * from.z_class]));
         ce = (1 - smoothing) * (log_sum - (z - state.max));
         if (smoothing > 0) ce += smoothing * (log_sum - (state.label_logit - state.max));
@@ -620,7 +639,7 @@ class Work {
     const A weight = static_cast<A>(head(h).ce_weight) * ce_scale_;
     const A factor = times(weight * label_size_, state.inverse_plain);
     const Values p = plain(e, z, state.max);
-    if (soft_) {
+    if (soft()) {
       const Values y = soft_labels(part);
       each([&](int i) { dz.at[i] = factor * p.at[i] - valid * (weight * y.at[i]); });
       return;
@@ -635,13 +654,164 @@ class Work {
     });
   }
 
+  // ---- other divergences than KL ----
+
+  // Of one part: what Parts say, p, and of a teacher that isn't a head, q.
+  struct Other {
+    Values value, head, teacher, p, q;
+  };
+
+  // Whether head h has a divergence.
+  __device__ bool learns(int h) const { return mixture() || pairwise() || taught(h); }
+
+  // log m of a mixture, or what the teachers' logits are made of.
+  __device__ Values common(const Part& part) const {
+    Values log_m{};
+    if (pairwise()) return log_m;
+    if (!mixture()) return teacher_sum(part);
+    const Values y = soft_labels(part);
+    each([&](int i) { log_m.at[i] = beta_ * y.at[i]; });
+    const A rest = (1 - beta_) / kl_weights_;
+#pragma unroll 1
+    for (int h = 0; h < n_; ++h) {
+      const A share = kl_weight(h) * rest;
+      const Values log_p = log_p_of(h, z_of(h, part));
+      each([&](int i) { log_m.at[i] += share * exp_of(log_p.at[i]); });
+    }
+    each([&](int i) { log_m.at[i] = log_of(log_m.at[i]); });
+    return log_m;
+  }
+
+  // Of head h, which learns. Of pairwise teachers the mean over them, and what h gets as one, of
+  // all weights.
+  __device__ Other of_head(int h, const Part& part, const Values& common) const {
+    Other of{};
+    const Values z = z_of(h, part), log_p = log_p_of(h, z);
+    each([&](int i) { of.p.at[i] = exp_of(log_p.at[i]); });
+    if (mixture()) {
+      each([&](int i) { of.head.at[i] = times(of.p.at[i], log_p.at[i] - common.at[i]); });
+      of.value = of.head;
+    } else if (pairwise()) {
+#pragma unroll 1
+      for (int j = 0; j < n_; ++j) {
+        if (j == h) continue;
+        const Values log_q = log_p_of(j, z_of(j, part));
+        const A weight = kl_weight(j) * average_;
+        each([&](int i) {
+          const A p = of.p.at[i], q = exp_of(log_q.at[i]);
+          const Parts<A> own = parts_of(divergence_, log_q.at[i], q, log_p.at[i], p, beta_);
+          of.value.at[i] += own.value * average_;
+          of.head.at[i] += own.head * average_;
+          const Parts<A> its = parts_of(divergence_, log_p.at[i], p, log_q.at[i], q, beta_);
+          of.teacher.at[i] += times(weight, its.teacher);
+        });
+      }
+    } else {
+      const A t_max = teacher_max(h), log_teacher = states_[h].log_teacher;
+      const Values t = teacher_logits(h, part, z, common);
+      each([&](int i) {
+        const A log_q = t.at[i] - t_max - log_teacher;
+        of.q.at[i] = exp_of(log_q);
+        const Parts<A> own =
+            parts_of(divergence_, log_q, of.q.at[i], log_p.at[i], of.p.at[i], beta_);
+        of.value.at[i] = own.value;
+        of.head.at[i] = own.head;
+        of.teacher.at[i] = own.teacher;
+      });
+    }
+    return of;
+  }
+
+  __device__ void other_divergences() {
+    for (int tile = 0; tile < in_.tiles; ++tile) {
+      if (in_.tiles > 1) read(tile);
+      A label = 0;
+      each_part([&](const Part& part) {
+        const Values log_m = sums(0, part) = common(part);
+        if (!mixture()) return;
+        Values y = soft_labels(part);
+        each([&](int i) { y.at[i] = times(y.at[i], log_of(y.at[i]) - log_m.at[i]); });
+        add(label, y, part);
+      });
+      if (mixture()) put(kValues - 1, warp_sum(label));
+      for (int h = 0; h < n_; ++h) {
+        if (!learns(h)) continue;
+        A value = 0, head = 0, teacher = 0;
+        each_part([&](const Part& part) {
+          const Other of = of_head(h, part, sums(0, part));
+          add(value, of.value, part);
+          add(head, of.head, part);
+          add(teacher, of.teacher, part);
+        });
+        put(h * kValues, warp_sum(value));
+        put(h * kValues + 1, warp_sum(head));
+        put(h * kValues + 2, warp_sum(teacher));
+      }
+      team_.sync();
+      for (int h = rank_; h < n_; h += size_) {
+        if (!learns(h)) continue;
+        HeadState<A>& state = states_[h];
+        state.kl += get_sum(h * kValues);
+        state.cross += get_sum(h * kValues + 1);
+        state.toward += get_sum(h * kValues + 2);
+        if (mixture()) state.label_logit += get_sum(kValues - 1);
+      }
+      team_.sync();
+    }
+  }
+
+  __device__ void gradient_of_other() const {
+    const bool passes = !detach_ && !mixture();
+    const A valid = mixture() && in_.labels.target && label_ < 0 ? A(NAN) : A(1);
+    const A scale = t_ * kl_scale_ * valid;
+    each_part([&](const Part& part) {
+      const Values common = this->common(part);
+      Values passed{};  // into the logits of all teachers together
+      const auto into_teacher = [&](int h, const Other& of, int i) {
+        return pull(scale * kl_weight(h), of.teacher.at[i], of.q.at[i], states_[h].toward);
+      };
+      if (passes && !pairwise()) {
+#pragma unroll 1
+        for (int h = 0; h < n_; ++h) {
+          if (!taught(h)) continue;
+          const Other of = of_head(h, part, common);
+          each([&](int i) { passed.at[i] += into_teacher(h, of, i); });
+        }
+      }
+#pragma unroll 1
+      for (int h = 0; h < n_; ++h) {
+        const HeadState<A>& state = states_[h];
+        Values dz{};
+        if (labelled()) {
+          const Values z = z_of(h, part);
+          add_labels(h, part, z, tempered(z, state.max), dz);
+        }
+        if (learns(h)) {
+          const Other of = of_head(h, part, common);
+          const A weight = scale * kl_weight(h);
+          each([&](int i) {
+            dz.at[i] += pull(weight, of.head.at[i], of.p.at[i], state.cross);
+            if (!passes) return;
+            if (pairwise()) dz.at[i] += pull(scale, of.teacher.at[i], of.p.at[i], state.toward);
+            else if (teacher_ == Teacher::kOthers)
+              dz.at[i] += (passed.at[i] - into_teacher(h, of, i)) * average_;
+            else if (teacher_ == Teacher::kMean) dz.at[i] += passed.at[i] * average_;
+          });
+        } else if (passes) {
+          each([&](int i) { dz.at[i] += passed.at[i]; });
+        }
+        write(h, part, dz);
+      }
+    });
+  }
+
   // The soft labels of a part, 0 beyond the classes.
   __device__ Values soft_labels(const Part& part) const {
     const Labels& labels = in_.labels;
     const auto uniform = static_cast<A>(labels.smoothing / static_cast<double>(in_.classes));
     const auto sharp = static_cast<A>(1 - labels.smoothing);
     const A* row = static_cast<const A*>(labels.probabilities);
-    if (row) row += in_.samples.offset(sample_, labels.probability_sample);
+    if (row) row += offset(sample_, labels.probability_sample);
     Values y{};
     each([&](int i) {
       const int k = part.column + i * part.step;
@@ -717,7 +887,8 @@ class Work {
 
   __device__ __forceinline__ void write(int h, const Part& part, const Values& dz) const {
     const Head& to = head(h);
-    A* row = static_cast<A*>(to.dz) + in_.samples.offset(sample_, to.dz_sample);
+    A* row = static_cast<A*>(to.dz) + offset(sample_, to.dz_sample);
+    if (binary() && part.column > 0) return;
     if (in_.packed) {
       store_pack(row + part.column, dz);  // [kPart]
     } else {
@@ -759,6 +930,9 @@ class Work {
   A t_ = 1, inverse_t_ = 1, average_ = 1, part_ = 1, kl_weights_ = 0;
   int tile_ = 0;          // its first column
   bool extreme_ = false;  // some logit that this thread has read of it is
+
+  Divergence divergence_ = Divergence::kKl;
+  A beta_ = 0;
 };
 
 }  // namespace imcl

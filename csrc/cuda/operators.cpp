@@ -185,9 +185,6 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
       consistency_of(logits, target, weight, sample_weight, gradients ? &*gradients : nullptr,
                      ce_weight, kl_weight, groups, temperature, teacher, detach, divergence, beta,
                      label_smoothing, ignore_index, binary);
-  for (const Group& group : problem.groups)
-    STD_TORCH_CHECK(group.divergence == Divergence::kKl && !binary,
-                    "divergence, binary: expected KL and softmax for the CUDA kernel");
   STD_TORCH_CHECK(problem.classes <= int64_t{1} << 30,
                   "logits: expected at most 2^30 classes, got ", problem.classes);
   ConsistencyArguments arguments =

@@ -109,6 +109,32 @@ void more_consistency(const One& one) {
                             1,
                             Reduction::kNone});
       }
+  // The other divergences, of one tile and of several.
+  int64_t turn = 0;
+  for (const Divergence divergence :
+       {Divergence::kReverseKl, Divergence::kJsd, Divergence::kMixture, Divergence::kKl})
+    for (const Teacher teacher : teachers)
+      for (const bool detach : {false, true}) {
+        const bool mixture = divergence == Divergence::kMixture;
+        const bool binary = divergence == Divergence::kKl, many = turn % 3 == 2 && !binary;
+        const int64_t classes = binary ? 2 : many ? 6408 : turn % 3 ? 264 : 9;
+        ConsistencySpec spec{kDTypes[turn % 4],
+                             many ? 2 : 19,
+                             classes,
+                             {{3, mixture ? 1.0 : 1.5, teacher, detach, divergence}},
+                             true,
+                             !binary,
+                             false,
+                             turn % 2 ? 0.1 : 0.0,
+                             1,
+                             1,
+                             turn % 5 ? Reduction::kMean : Reduction::kNone};
+        spec.probabilities = binary || turn % 4 == 3;
+        spec.binary = binary;
+        if (mixture) spec.groups.push_back({1, 1.0, teacher, detach, divergence});
+        one(spec);
+        ++turn;
+      }
 }
 
 // ---- The pairwise penalty --------------------------------------------------------------
