@@ -116,9 +116,13 @@ def cases(impl: Impl, among: Sequence, turn: int) -> list:
     return [among[turn % len(among)]] if impl.interpreted else among
 
 
-# What takes Triton's interpreter ten seconds and more: many tiles of classes, and many runs.
+# How what takes Triton's interpreter long begins, where a shorter case of it is left: many tiles of
+# classes, many runs, many heads, the other reductions of a gradcheck.
 SLOW_INTERPRETED = (
-    "test_whole_chunks_are_masked", "test_fifty_thousand_classes", "test_runs_are_bitwise_equal"
+    "test_whole_chunks_are_masked", "test_fifty_thousand_classes", "test_runs_are_bitwise_equal",
+    "test_gradcheck_consistency[triton-sum", "test_gradcheck_consistency[triton-none",
+    "test_mixture_sizes[triton-5-9000", "test_matmul_precision[triton-(256",
+    "test_head_counts[triton-6", "test_head_counts[triton-7",
 )  # fmt: skip
 
 
@@ -126,7 +130,7 @@ SLOW_INTERPRETED = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         for item in items:
-            if getattr(item, "originalname", None) in SLOW_INTERPRETED:
+            if item.name.startswith(SLOW_INTERPRETED):
                 item.add_marker(pytest.mark.slow)
 
 
