@@ -320,7 +320,7 @@ def collaborative_consistency(
             well is 1/K of it. The target is probabilities that they hold, (B, K);
             ``label_smoothing`` draws them to 1/2, ``weight`` multiplies each label's cross
             entropy, and a masked label is one that does not hold, p_h = 0.
-        impl: see the module; ``"cuda"`` has ``"kl"`` and ``"softmax"`` only.
+        impl: see the module.
 
     Returns:
         The loss, float64 if a head is, float32 otherwise; with ``return_terms`` also
@@ -401,7 +401,7 @@ def jensen_shannon(
         normalize: divide by Z = -(1 - pi_0) log(1 - pi_0), as the paper does; else Z is 1.
         label_smoothing: in [0, 1), of the target.
         ignore_index, reduction, sample_weight, class_dim: as in ``collaborative_consistency``.
-        impl: see the module; not ``"cuda"``.
+        impl: see the module.
 
     Returns:
         The loss, float64 if a head is, float32 otherwise.

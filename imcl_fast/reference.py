@@ -237,12 +237,11 @@ def _independent_labels(
     smoothing: float,
     ignore_index: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """As ``_labels``, of each class whether it is one and whether it isn't, [B, K, 2]."""
-    labels = torch.stack([target, 1 - target], -1).to(dtype)
-    labels = labels * (1 - smoothing) + smoothing / 2
-    known = target.new_ones(len(target), dtype=torch.bool)
-    return labels if weight is None else labels * weight.to(dtype).unsqueeze(-1), None, known
+    both = torch.stack([target, 1 - target], -1)
+    weight = None if weight is None else weight.unsqueeze(-1)
+    return _labels(both, weight, 2, smoothing, ignore_index, dtype)
 
 
 def _averaged(terms: Tensor, weights: Tensor) -> Tensor:

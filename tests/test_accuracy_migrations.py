@@ -13,6 +13,7 @@ from bench.accuracy import results, study_file
 from bench.accuracy.migrations import (
     MOVED,
     found_kernels,
+    intervals,
     migrate,
     never_committed,
     places,
@@ -32,23 +33,25 @@ def test_a_stored_row_is_of_a_run_that_its_study_has(name) -> None:
     assert Store(results.FOLDER / f"{name}.csv", study_file.load(name)).stale == []
 
 
-def test_rows_that_were_committed_before_and_after_are_moved(tmp_path) -> None:
-    rows = results.read(MOVED)
+@pytest.mark.parametrize("migration", [found_kernels, intervals])
+def test_rows_that_were_committed_before_and_after_are_moved(migration, tmp_path) -> None:
+    rows = results.read(MOVED.with_name(f"{migration.__name__.rpartition('.')[2]}.csv"))
+    assert rows
     now = {row for name in STORED for row in results.read(results.FOLDER / f"{name}.csv")}
     assert not now & set(rows)
     for name in STORED:
         own = [row for row in rows if row.study == name]
-        moved = migrate(study_file.load(name), own, found_kernels.before)
+        moved = migrate(study_file.load(name), own, migration.before)
         assert set(moved) <= now and len(set(moved)) == len(own)
     # The same by the command's function, and once only.
     for name in STORED:
         (tmp_path / f"{name}.csv").write_text(
             results.to_csv(row for row in rows if row.study == name)
         )
-    assert command.apply(found_kernels.before, tmp_path) == sorted(
+    assert command.apply(migration.before, tmp_path) == sorted(
         rows, key=lambda row: STORED.index(row.study)
     )
-    assert command.apply(found_kernels.before, tmp_path) == []
+    assert command.apply(migration.before, tmp_path) == []
 
 
 def test_rows_of_other_settings_stay_as_they_are() -> None:

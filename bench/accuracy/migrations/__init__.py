@@ -67,7 +67,8 @@ def places(rows: Mapping[str, int]) -> dict[str, Callable[[], str]]:
 
 
 def _table(rows: Mapping[str, int]) -> str:
-    moved = [row.study for row in read(MOVED)]
+    kept = set(FOLDER.glob("*.csv")) - {NEVER_COMMITTED}
+    moved = [row.study for path in sorted(kept) for row in read(path)]
     unseen = [line["study"] for line in never_committed()]
     lines = [
         [study, str(count), str(moved.count(study)), str(unseen.count(study))]
