@@ -26,6 +26,7 @@ NEUTRAL: Mapping[str, Any] = {
     "representation_interval": 1, "kernel_interval": 1, "criterion": None, "logits": None,
     "class_dim": None, "ignore_index": -100, "activation": "softmax",
 }  # fmt: skip
+DEFAULT = TrainConfig()
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,9 @@ class PlannedRun:
 
         A change here, or of what is found, makes rows stale. They are run again, or moved by a
         migration that is committed with a test (bench/accuracy/migrations)."""
-        default = TrainConfig()
         settings = self.config.as_json()
         told = {
-            name: settings[name] for name in default.differences(self.config)
+            name: settings[name] for name in DEFAULT.differences(self.config)
             if not _neutral(name, settings[name])
         }  # fmt: skip
         told["objective"] = left = _objective_defaults(self.config)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,23 @@ def load(name: str) -> Study:
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _read(path, path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StudyError(
             f"study: expected one of {', '.join(names())}, or the path of a .toml file, got "
             f"{name!r} ({error.strerror})"
         ) from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except UnicodeDecodeError as error:
         raise StudyError(f"{path.name}: {error}") from error
-    return _study(path, content)
 
 
-def _study(path: Path, content: Mapping[str, Any]) -> Study:
+@cache  # for every table and every test asks for some
+def _read(path: Path, text: str) -> Study:
     file = path.name
+    try:
+        content = tomllib.loads(text)
+    except ValueError as error:  # not TOML
+        raise StudyError(f"{file}: {error}") from error
     if unknown := sorted(set(content) - set(TOP) - {*TABLES, WAYS}):
         raise StudyError(
             f"{file}: unknown key {unknown[0]!r}, expected {', '.join([*TOP, *TABLES, WAYS])}"

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -345,7 +346,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(TrainConfig).items():
+        for name, kind in _kinds().items():
             value = _typed(name, getattr(self, name), kind)
             _check_range(name, value, SETTINGS[name])
             object.__setattr__(self, name, value)
@@ -537,6 +538,12 @@ def label_of(method: str, ways: Sequence[str]) -> str:
     if not ways:
         return "ce"
     return "imcl" if set(ways) == set(WAYS) else "+".join(ways)
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """What each setting is annotated as; a study asks for thousands of configurations."""
+    return typing.get_type_hints(TrainConfig)
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
