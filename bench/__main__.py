@@ -56,11 +56,8 @@ def run(device: torch.device, quick: bool) -> dict:
     found["rates"] = rates = roofline.measure_rates(device)
     for row in rows.rows(quick):
         say(row.name)
-        work = roofline.work(row)
         found["operations"][row.name] = {
-            "operation": row.operation,
-            "work": work._asdict(),
-            "floors": roofline.floors(row, rates),
+            **roofline.entry(row, rates),
             **operations.measure(row, device, seconds["row"]).as_json(),
         }
     for one in step.steps(quick):
@@ -147,8 +144,7 @@ def main() -> int:
     write_json(path, results)
     print(f"wrote {path.relative_to(ROOT)}")
     if args.quick:
-        for name, renderer in render.TABLES.items():
-            print(f"\n{name}\n\n{renderer(results)}")
+        print(render.text(results))
     else:
         publish(results)
     return 0

@@ -32,11 +32,17 @@ class LeftOut(Exception):
     """Why someone does not compete."""
 
 
-def competitors(row: Row, device: torch.device) -> tuple[list[Competitor], dict[str, str]]:
-    """Those that can run, and why the others can't."""
+def competitors(
+    row: Row, device: torch.device, only: Sequence[str] | None = None
+) -> tuple[list[Competitor], dict[str, str]]:
+    """Those that can run, and why the others can't; of those named where some are."""
     found: list[Competitor] = []
     left_out: dict[str, str] = {}
-    for impl in IMPLEMENTATIONS[1:]:
+
+    def wanted(name: str) -> bool:
+        return only is None or name in only
+
+    for impl in filter(wanted, IMPLEMENTATIONS[1:]):
         reason = why_not(impl, device.type, [row.dtype], operation=row.operation)
         if reason is None:
             found.append(Competitor(impl, row.loss(impl, device)))
@@ -44,12 +50,14 @@ def competitors(row: Row, device: torch.device) -> tuple[list[Competitor], dict[
             left_out[impl] = reason
     for impl in ("torch", "reference"):
         name = f"torch.compile({impl})"
+        if not wanted(name):
+            continue
         if row.compiled:
             found.append(Competitor(name, torch.compile(row.loss(impl, device))))
         else:
             left_out[name] = "compiled for one row of each operation only, and not in a quick run"
     for name, operation, make in THIRD_PARTY:
-        if operation != row.implemented_by:
+        if operation != row.implemented_by or not wanted(name):
             continue
         try:
             found.append(make(name, row, device))

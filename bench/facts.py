@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,6 +54,7 @@ def facts(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = str(torch.version.cuda or torch.version.hip)
+        found["driver"] = _driver()
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -65,6 +67,15 @@ def facts(device: torch.device) -> dict[str, str]:
     found["commit"] = commit()
     found["date"] = datetime.date.today().isoformat()
     return found
+
+
+def _driver() -> str:
+    if not shutil.which("nvidia-smi"):
+        return "unknown"
+    return subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True, text=True,
+    ).stdout.strip()  # fmt: skip
 
 
 def commit() -> str:

@@ -6,28 +6,24 @@ On a GPU this is what a small batch waits for, and on a CPU what a narrow networ
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
-from imcl_fast import models, objectives
-
-from .step import EVERY_STEP, SCHEDULE
+from .step import FUSED, MAIN, PLAIN, SCHEDULED, Step, training
 from .timing import Sample, interleaved, quartiles
 
-NETWORK, WIDTH, SIZE, BATCH, CLASSES = "resnet18", 4, 8, 2, 10
+STEP = Step("resnet18", 2, width=4, size=8)
 PERIOD = 16  # calls of every competitor in a round, those of the schedule's period
-PLAIN = "plain cross entropy"
-METHODS: dict[str, dict] = {
-    PLAIN: {"ways": ()},
-    "four ways, every step": EVERY_STEP,
-    "four ways, representation every 8th, kernel every 16th": SCHEDULE,
+METHODS = {
+    PLAIN: MAIN[PLAIN],
+    "four ways, every step": MAIN[FUSED],
+    "four ways, representation every 8th, kernel every 16th": MAIN[SCHEDULED],
 }
 
 
 def name() -> str:
-    return f"{NETWORK}, width {WIDTH}, {SIZE}x{SIZE}, batch {BATCH}, 1 thread"
+    return f"{STEP.name}, 1 thread"
 
 
 def measure(device: torch.device, seconds: float, *, fewest: int = 9) -> dict:
@@ -73,31 +69,11 @@ def _over(rounds: Rounds, plain: Rounds, what: str) -> dict[str, float]:
 
 
 def _run(options: dict, device: torch.device) -> Callable[[int], list[Sample]]:
-    """A period of training steps; the optimizer's counts as backward."""
-    torch.manual_seed(0)
-    x = torch.randn(BATCH, 3, SIZE, SIZE, device=device)
-    y = torch.randint(CLASSES, (BATCH,), device=device)
-    network = models.build(NETWORK, CLASSES, width=WIDTH, image_size=SIZE).to(device)
-    objective = objectives.build("imcl", network, x, **options).to(device)
-    optimizer = torch.optim.SGD(objective.parameters(), lr=0.01, momentum=0.9)
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def step() -> Sample:
-        wait()
-        start = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        loss = objective(x, y).loss
-        middle = time.perf_counter()
-        loss.backward()
-        optimizer.step()
-        wait()
-        return Sample(middle - start, time.perf_counter() - middle)
+    """A period of training steps."""
+    step, _ = training(STEP, options, device)
 
     def run(_: int) -> list[Sample]:
-        step()  # after another's turn the caches are cold
-        return [step() for _ in range(PERIOD)]
+        step(0)  # after another's turn the caches are cold
+        return [step(0) for _ in range(PERIOD)]
 
     return run

@@ -11,19 +11,22 @@ from torch import Tensor
 from .competitors import Competitor, competitors
 from .memory import peak_bytes
 from .rows import Loss, Row
-from .timing import Sample, interleaved_losses, quartiles, sets_needed
+from .timing import Sample, interleaved_losses, quartiles, replayed, sets_needed
 
 # Of the largest gradient, against the reference in float64. A kernel of the wrong formula is
 # off by far more; what a dtype allows is what the tests look into.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 MEDIUM_TOLERANCE = 5e-2  # factors of float32 rounded to bfloat16
+GRAPHS = ("cuda",)  # types of devices that replay graphs
 
 
 class Measured(NamedTuple):
-    """What became of a row: samples and peak bytes by competitor, and who was left out, why."""
+    """What became of a row: samples, peak bytes and on a GPU seconds within a graph by competitor,
+    and who was left out, why."""
 
     samples: dict[str, list[Sample]]
     peaks: dict[str, int | None]
+    graphs: dict[str, float]
     left_out: dict[str, str]
     comparable: tuple[str, ...]  # of the samples' names: those that compute something else
 
@@ -36,6 +39,7 @@ class Measured(NamedTuple):
                     "both": quartiles([s.both for s in samples]),
                     "rounds": len(samples),
                     "peak_bytes": self.peaks[name],
+                    **({"graph": self.graphs[name]} if name in self.graphs else {}),
                     "same": name not in self.comparable,
                 }
                 for name, samples in self.samples.items()
@@ -59,10 +63,16 @@ def truth_of(row: Row, xs: Sequence[Tensor], device: torch.device) -> list[Tenso
 def fault(
     competitor: Competitor, xs: Sequence[Tensor], truth: Sequence[Tensor], row: Row
 ) -> str | None:
-    """What is wrong with a competitor, or None; whoever has a fault is not timed."""
+    """What is wrong with a competitor, or None; whoever has a fault is not timed.
+
+    Raises:
+        Exception: an error after which this process can do no more on the GPU; see ``lost``.
+    """
     try:
         value, gradients = step(competitor.loss, xs)
     except Exception as error:  # whatever foreign code raises is its reason
+        if lost(error):
+            raise
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     got = [value.detach(), *gradients]
     if not all(bool(g.isfinite().all()) for g in got):
@@ -80,6 +90,11 @@ def fault(
     return None
 
 
+def lost(error: Exception) -> bool:
+    """Whether an error of the GPU stays with the process: what came after would fail as well."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
 def measure(
     row: Row,
     device: torch.device,
@@ -91,11 +106,8 @@ def measure(
 ) -> Measured:
     """Check all competitors of a row, or those named, and time whoever is right."""
     if row.compiled:
-        torch._dynamo.reset()
-    found, left_out = competitors(row, device)
-    if only is not None:
-        found = [one for one in found if one.name in only]
-        left_out = {name: why for name, why in left_out.items() if name in only}
+        torch.compiler.reset()
+    found, left_out = competitors(row, device, only)
     with row.settings():
         sets = [row.inputs(seed, device)
                 for seed in range(sets_needed(row.bytes, len(found), device))]  # fmt: skip
@@ -109,11 +121,20 @@ def measure(
                 left_out[one.name] = wrong
         del truth
         if not right:
-            return Measured({}, {}, left_out, ())
+            return Measured({}, {}, {}, left_out, ())
         peaks = {
             one.name: peak_bytes(lambda one=one: step(one.loss, sets[0]), device) for one in right
         }
         samples = interleaved_losses(
             {one.name: one.loss for one in right}, sets, seconds, device, fewest=fewest, most=most
         )
-    return Measured(samples, peaks, left_out, tuple(one.name for one in right if not one.same))
+        graphs = {}
+        for one in right if device.type in GRAPHS else ():
+            try:
+                graphs[one.name] = replayed(one.loss, sets, len(samples[one.name]))
+            except RuntimeError as error:
+                if lost(error):
+                    raise
+                left_out[f"{one.name}, as a graph"] = str(error).splitlines()[0]
+    comparable = tuple(one.name for one in right if not one.same)
+    return Measured(samples, peaks, graphs, left_out, comparable)

@@ -129,10 +129,13 @@ def operation(name: str) -> Callable[[Results], str]:
     """The renderer of all rows of one operation."""
 
     def render(results: Results) -> str:
+        rows = {title: row for title, row in results["operations"].items()
+                if row["operation"] == name}  # fmt: skip
+        graphs = 2 * any(
+            "graph" in times for row in rows.values() for times in row["competitors"].values()
+        )
         lines = []
-        for title, row in results["operations"].items():
-            if row["operation"] != name:
-                continue
+        for title, row in rows.items():
             fused = fused_of(row)
             best = row["competitors"][fused]["both"]["median"] if fused else None
             for who, times in sorted(
@@ -148,15 +151,18 @@ def operation(name: str) -> Callable[[Results], str]:
                     milliseconds(both["median"]),
                     f"{milliseconds(both['q1'])} - {milliseconds(both['q3'])}",
                     ratio,
-                    f"{row['floors']['both'] / both['median']:.0%}" if times["same"] else "",
+                    _of_floor(row, times, both["median"]),
                     mebibytes(times["peak_bytes"]),
+                    *([milliseconds(times["graph"]), _of_floor(row, times, times["graph"])]
+                      if "graph" in times else [""] * graphs),
                 ])  # fmt: skip
         if not lines:
             return "Not measured yet.\n"
         similarity = name in ("representation", "kernel")
         return table(
             [f"{name} similarity" if similarity else name, "who", "forward ms",
-             "backward ms", "both ms", "quartiles", "over fused", "of floor", "peak MiB"],
+             "backward ms", "both ms", "quartiles", "over fused", "of floor", "peak MiB",
+             *["as a graph ms", "of floor"][:graphs]],
             lines,
         )  # fmt: skip
 
@@ -332,7 +338,7 @@ def below_floor(results: Results) -> str:
         [title, what, who, milliseconds(times[what]["median"]),
          milliseconds(row["floors"][what]), f"{row['floors'][what] / times[what]['median']:.0%}"]
         for title, row in results["operations"].items()
-        for what in ("forward", "backward", "both")
+        for what in row["floors"]
         for who, times in row["competitors"].items()
         if times["same"] and times[what]["median"] < row["floors"][what]
     ]  # fmt: skip
@@ -361,6 +367,11 @@ def fused_of(row: Mapping) -> str | None:
     return min(ran, key=lambda n: row["competitors"][n]["both"]["median"], default=None)
 
 
+def _of_floor(row: Mapping, times: Mapping, seconds: float) -> str:
+    floor = row["floors"].get("both")
+    return f"{floor / seconds:.0%}" if floor is not None and times["same"] else ""
+
+
 def _cell(times: Mapping | None, what: str) -> str:
     return milliseconds(times[what]["median"]) if times else ""
 
@@ -382,3 +393,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "below-floor": below_floor,
     "left-out": left_out,
 }
+
+
+def text(results: Results, names: Iterable[str] = TABLES) -> str:
+    """The tables named, each under its name."""
+    return "".join(f"\n{name}\n\n{TABLES[name](results)}" for name in names)

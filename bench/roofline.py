@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from .rows import Row
+from .timing import wait
 
 REPEATS = 7
 
@@ -80,6 +81,15 @@ def floors(row: Row, rates: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def entry(row: Row, rates: Mapping[str, float] | None) -> dict:
+    """What the results say of a row before it is measured; no floors without rates."""
+    return {
+        "operation": row.operation,
+        "work": work(row)._asdict(),
+        "floors": floors(row, rates) if rates else {},
+    }
+
+
 def measure_rates(device: torch.device) -> dict[str, float]:
     """Copy bandwidth (bytes read and written) and the rates of square products."""
     on_gpu = device.type == "cuda"
@@ -104,15 +114,11 @@ def _copy_rate(size: int, device: torch.device) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     times = []
     for _ in range(REPEATS + 1):
-        wait()
+        wait(device)
         start = time.perf_counter()
         run()
-        wait()
+        wait(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

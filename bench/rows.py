@@ -17,6 +17,8 @@ from .shapes import Shapes
 OPERATIONS = ("representation", "kernel", "consistency", "dependence")
 VIEWS = 3  # of a dependence, side by side in its shapes
 TEMPERATURE = 2.0
+GPU_CONSISTENCIES = ((5, 128, 10), (5, 128, 1000), (5, 1024, 1000), (5, 256, 50257))
+GPU_DTYPES = (torch.bfloat16, torch.float32)
 
 Loss = Callable[[Sequence[Tensor]], Tensor]
 
@@ -174,4 +176,23 @@ def rows(quick: bool) -> list[Row]:
         dependence("R18", r18, 256),
     ]
     return sorted(chosen, key=lambda row: OPERATIONS.index(row.operation))
+
+
+def gpu_rows() -> list[Row]:
+    """Those of ``make gpu``, the most telling ones first, for there may not be time for all."""
+    found = []
+    for dtype in GPU_DTYPES:
+        found.append(Row("kernel", "R18", shapes.resnet18_weights(), dtype, compiled=True))
+        found += _gpu_representations(dtype, center=False)
+        found += [consistency(*sizes, dtype=dtype, compiled=True) for sizes in GPU_CONSISTENCIES]
+    for dtype in GPU_DTYPES:
+        found += _gpu_representations(dtype, center=True)
+    return found
+
+
+def _gpu_representations(dtype: torch.dtype, center: bool) -> list[Row]:
+    return [
+        Row("representation", "R18", shapes.R18_FEATURES, dtype, layout, center, compiled=True)
+        for layout in (True, False)
+    ]
 

@@ -13,11 +13,12 @@ from torch import nn
 
 from imcl_fast import models, objectives, operators
 from imcl_fast.imcl import IMCL
+from imcl_fast.implementations import why_not
 from imcl_fast.schedule import Schedule, Turn
 
 from . import networks
 from .memory import peak_bytes
-from .timing import interleaved, quartiles
+from .timing import Sample, interleaved, quartiles, wait
 
 PLAIN, FUSED = "plain cross entropy", "four ways, fused"
 PLAIN_COMPILED = "plain cross entropy, compiled"
@@ -45,7 +46,11 @@ COMPILED: dict[str, dict] = {
     "four ways, fused, compiled": {"method": "imcl", **EVERY_STEP},
     f"{SCHEDULED}, compiled": {"method": "imcl", **SCHEDULE},
 }
-METHODS = {**MAIN, **ANCESTORS, **COMPILED}
+ON_GPU: dict[str, dict] = {
+    f"four ways, {impl}": {"method": "imcl", "impl": impl, **EVERY_STEP}
+    for impl in ("triton", "cuda")
+}
+METHODS = {**MAIN, **ANCESTORS, **COMPILED, **ON_GPU}
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,17 @@ def measure(
     the idle networks take. ``kernels`` is the number of layers that way 4 takes.
     """
     if PLAIN_COMPILED in step.methods:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     kinds: dict[str, dict[str, float]] = {}  # competitors of every method, and their shares
     runs: dict[str, Callable[[int], float]] = {}
     left_out: dict[str, str] = {}
     for name in step.methods:
         if step.bfloat16 and not _multiplies_bfloat16(device):
             left_out[name] = "this CPU has no bfloat16 units: a step takes ten times its float32"
+            continue
+        impl = METHODS[name].get("impl")
+        if impl is not None and (reason := why_not(impl, device.type)) is not None:
+            left_out[name] = reason
             continue
         try:
             found = runs_of(step, METHODS[name], device, compiled=name in COMPILED)
@@ -189,11 +198,12 @@ def kinds_of_steps(schedule: Schedule) -> dict[str, tuple[float, Turn]]:
     return found
 
 
-def runs_of(
+def training(
     step: Step, options: dict, device: torch.device, *, compiled: bool = False
-) -> dict[str, tuple[float, Callable[[int], float]]]:
-    """By kind of step: its share of a period, and a training step of one method on the i-th
-    batch, which returns its seconds. ``options`` are those of ``objectives.build``."""
+) -> tuple[Callable[[int], Sample], Schedule | None]:
+    """A training step of one method on the i-th batch, which takes its own time (the optimizer's
+    counts as backward), and the schedule of its ways. ``options`` are those of
+    ``objectives.build``."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCHES, step.batch, 3, step.size, step.size, generator=generator)
@@ -207,33 +217,43 @@ def runs_of(
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.01, momentum=0.9)
 
     def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=step.bfloat16):
+        if not step.bfloat16:
+            return objective(x, y).loss
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             return objective(x, y).loss
 
     loss = torch.compile(loss_of) if compiled else loss_of
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    schedule = objective._schedule if isinstance(objective, IMCL) else None
-
-    def run(index: int, turn: Turn | None) -> float:
+    def run(index: int) -> Sample:
         x = images[index % BATCHES].contiguous(memory_format=layout)
         y = labels[index % BATCHES]
-        if schedule is not None and turn is not None:
-            schedule.turn = turn
-        wait()
+        wait(device)
         start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss(x, y).backward()
+        value = loss(x, y)
+        middle = time.perf_counter()
+        value.backward()
         optimizer.step()
-        wait()
-        return time.perf_counter() - start
+        wait(device)
+        return Sample(middle - start, time.perf_counter() - middle)
+
+    return run, objective._schedule if isinstance(objective, IMCL) else None
+
+
+def runs_of(
+    step: Step, options: dict, device: torch.device, *, compiled: bool = False
+) -> dict[str, tuple[float, Callable[[int], float]]]:
+    """By kind of step: its share of a period, and the seconds of a ``training`` step of it."""
+    train, schedule = training(step, options, device, compiled=compiled)
 
     if schedule is None:
-        return {"": (1.0, partial(run, turn=None))}
+        return {"": (1.0, lambda index: train(index).both)}
+
+    def run(turn: Turn, index: int) -> float:
+        schedule.turn = turn
+        return train(index).both
+
     return {
-        kind: (share, partial(run, turn=turn))
+        kind: (share, partial(run, turn))
         for kind, (share, turn) in kinds_of_steps(schedule).items()
     }

@@ -56,18 +56,24 @@ def sets_needed(bytes_of_one: int, competitors: int, device: torch.device) -> in
     return max(competitors, 2, min(wanted, affordable))
 
 
+def wait(device: torch.device) -> None:
+    """Until what a GPU was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def sample(loss: Loss, xs: Sequence[Tensor], device: torch.device) -> Sample:
     """One forward and backward. On a GPU the marks are events, and the host waits before and
     after but not in between: launches of the backward may overlap with the forward."""
     if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        torch.cuda.synchronize(device)
+        wait(device)
         marks[0].record()
         value = loss(xs)
         marks[1].record()
         torch.autograd.grad(value, xs)
         marks[2].record()
-        torch.cuda.synchronize(device)
+        wait(device)
         forward, backward = (a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:]))  # noqa: B905
         return Sample(forward, backward)
     start = time.perf_counter()
@@ -132,6 +138,38 @@ def interleaved_losses(
 
         runs[name] = run
     return interleaved(runs, seconds, fewest=fewest, most=most)
+
+
+def replayed(loss: Loss, sets: Sequence[Sequence[Tensor]], rounds: int) -> float:
+    """Seconds of a forward and backward within a CUDA graph of one on each set, a median: what
+    the GPU takes, whatever the host does.
+
+    Raises:
+        RuntimeError: it can't be captured. Plain PyTorch may copy a list to the device.
+    """
+
+    def each() -> list[object]:
+        return [torch.autograd.grad(loss(xs), xs) for xs in sets]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        each()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = each()  # whose memory the graph writes to
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    del kept
+    return statistics.median(times) / len(sets)
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench.gpu import rows
+from bench import rows
 from imcl_fast import implementations
 from imcl_fast.algebra import consistency as algebra_consistency
 from imcl_fast.algebra import pairwise as algebra_pairwise
@@ -63,7 +63,7 @@ def _record(kernel: Any, programs: int, device: torch.device, *args: Any, **opti
     KEYS[key(kernel, args, options)] += 1
 
 
-def few_rows(of: Callable[[], list[rows.Row]] = rows.rows) -> list[rows.Row]:
+def few_rows(of: Callable[[], list[rows.Row]] = rows.gpu_rows) -> list[rows.Row]:
     """What is walked through in place of all rows."""
     return [row for row in of() if EVERY or row.name in FEW]
 
@@ -116,14 +116,14 @@ def _why_not_triton(device: str, dtypes=()) -> str | None:
     return None
 
 
-class _Device:
+class Device:
     type = "cuda"
 
 
 def record_launches() -> None:
     """impl="triton" takes CPU tensors from now on, and refuses what it refuses on a GPU."""
     chosen = config.consistency_config
-    consistency.consistency_config = lambda *sizes: chosen(*sizes[:-1], _Device)
+    consistency.consistency_config = lambda *sizes: chosen(*sizes[:-1], Device)
     config.processors_of = lambda device: PROCESSORS
     pairwise.launch = consistency.launch = launch.launch = _record
     kept.capturing = pairwise.capturing = lambda device: capturing
@@ -187,6 +187,6 @@ def pretend_cuda() -> None:
     for name, value in {
         "is_available": lambda: True, "Event": _Event, "Stream": _Stream,
         "current_stream": lambda *_: _Stream(), "stream": lambda _: contextlib.nullcontext(),
-        "CUDAGraph": _Graph, "graph": _capture, "synchronize": lambda: None,
+        "CUDAGraph": _Graph, "graph": _capture, "synchronize": lambda *_: None,
     }.items():  # fmt: skip
         setattr(torch.cuda, name, value)

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import gpu_stubs
 import torch
 
-from bench import roofline
-from bench.gpu import measure, rows, worker
-from bench.step import Step
+from bench import operations, roofline, rows, shapes, step, timing
+from bench.gpu import worker
 
 SMALL = tuple((4, 8 * 2**i, 16 >> i, 16 >> i) for i in range(4))
 
 WEIGHTS = ((8, 3, 3, 3), (16, 8, 3, 3), (16, 8, 1, 1))
 
 
-def answer(asked: dict[str, Any]) -> Any:
-    if asked.get("row") == FAULTY and asked["impl"] == "triton" and asked["kind"] == "operation":
+def faulting(row: rows.Row, impl: str, device: torch.device) -> rows.Loss:
+    def loss(xs: Sequence[torch.Tensor]) -> torch.Tensor:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    return worker.answer(asked)
+
+    return loss if (row.name, impl) == (FAULTY, "triton") else loss_of(row, impl, device)
 
 
 torch.set_num_threads(1)
-launches, FAULTY = Path(sys.argv[1]), sys.argv[2]
+launches, FAULTY = Path(sys.argv.pop(1)), sys.argv.pop(1)
 gpu_stubs.record_launches()
 gpu_stubs.pretend_cuda()
-rows.R18_FEATURES, rows.resnet18_weights = SMALL, lambda: WEIGHTS
-rows.CONSISTENCIES, rows.rows = ((5, 4, 10),), gpu_stubs.few_rows
-measure.TRAINED = Step("resnet18", 4, width=4, bfloat16=True)
-measure.DEVICE, measure.WARM_UP, measure.ROTATED = torch.device("cpu"), 1, 2
-roofline.REPEATS = 1
-worker.main(answer)
+shapes.R18_FEATURES, shapes.resnet18_weights = SMALL, lambda: WEIGHTS
+rows.GPU_CONSISTENCIES, rows.gpu_rows = ((5, 4, 10),), gpu_stubs.few_rows
+loss_of, rows.Row.loss = rows.Row.loss, faulting
+worker.STEP, worker.DEVICE = step.Step("resnet18", 4, width=4, bfloat16=True), torch.device("cpu")
+step._multiplies_bfloat16 = lambda device: True
+sample = timing.sample
+timing.sample = lambda loss, xs, _: sample(loss, xs, gpu_stubs.Device)
+operations.GRAPHS, timing.MOST_SETS, roofline.REPEATS = ("cpu",), 2, 1
+worker.main()
 with launches.open("a") as file:  # there are several workers
     file.write(json.dumps(gpu_stubs.KEYS) + "\n")

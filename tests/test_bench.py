@@ -84,10 +84,22 @@ def raising(row: Row) -> competitors.Competitor:
 def test_who_is_wrong_is_not_timed(make, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     good = competitors.Competitor("good", TINY.loss("reference", CPU))
     bad = make(TINY)
-    monkeypatch.setattr(operations, "competitors", lambda row, device: ([good, bad], {}))
+    monkeypatch.setattr(operations, "competitors", lambda *_: ([good, bad], {}))
     found = operations.measure(TINY, CPU, 0, fewest=1)
     assert set(found.samples) == set(found.peaks) == {"good"}
     assert reason in found.left_out[bad.name]
+
+
+def test_an_error_that_stays_with_the_gpu_ends_the_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loss(xs: Sequence[Tensor]) -> Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    faulting = competitors.Competitor("faulting", loss)
+    monkeypatch.setattr(operations, "competitors", lambda *_: ([faulting], {}))
+    with pytest.raises(torch.AcceleratorError):
+        operations.measure(TINY, CPU, 0, fewest=1)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +136,12 @@ def test_a_row_is_measured(row: Row) -> None:
 # ---- how it is timed -------------------------------------------------------------------
 
 
-def test_host_time_is_that_over_the_plain_step_at_each_place_of_the_period() -> None:
-    found = host.measure(torch.device("cpu"), 0, fewest=2)
+def test_host_time_is_that_over_the_plain_step_at_each_place_of_the_period(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "PERIOD", 3)
+        found = host.measure(CPU, 0, fewest=2)
     assert list(found) == list(host.METHODS)
     for name, one in found.items():
         for what in ("forward", "both"):

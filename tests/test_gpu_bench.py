@@ -18,8 +18,10 @@ pytest.importorskip("triton")
 import gpu_stubs
 from gpu_stubs import EVERY
 
+from bench import operations, rows
 from bench.gpu import __main__ as gpu
-from bench.gpu import rows, suite, workers
+from bench.gpu import suite, worker, workers
+from bench.step import PLAIN
 
 # A row of each kind and two files are quick, all of them are not.
 pytestmark = pytest.mark.slow if EVERY else []
@@ -28,6 +30,10 @@ HERE = Path(__file__).parent
 FAULTY = "kernel R18 bfloat16"
 FEW = ("tests/test_triton.py", "tests/test_autograd.py")
 DRAWN = "tests/test_consistency.py::test_drawn"
+PIPE = (
+    "import sys, time; from multiprocessing.connection import Connection\n"
+    "pipe = Connection(int(sys.argv[1]))\n"
+)
 COMPILERS = "tests/test_offline_compile.py"  # which are not for a GPU
 
 
@@ -41,10 +47,10 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, collect
     out = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "processes", lambda: 1)
-        patch.setattr(rows, "CONSISTENCIES", ((5, 4, 10),))
-        patch.setattr(rows, "rows", gpu_stubs.few_rows)
+        patch.setattr(rows, "GPU_CONSISTENCIES", ((5, 4, 10),))
+        patch.setattr(rows, "gpu_rows", gpu_stubs.few_rows)
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (workers.ROOT, HERE))))
-        names = {row.name for row in rows.rows()}
+        names = {row.name for row in rows.gpu_rows()}
         code = gpu.main(["--out", str(out), "--rounds", "2", "--no-tests", "--minutes", "20"],
                         stub_worker(out / "launches", FAULTY))  # fmt: skip
     assert code == 1  # for something failed, and the rest went on
@@ -59,24 +65,26 @@ def test_every_implementation_of_every_row_gets_an_answer(walked: tuple) -> None
     results, report, _, names = walked
     assert set(results["operations"]) == names
     for name, row in results["operations"].items():
-        assert set(row["impls"]) == set(rows.COMPETITORS), name
-        for impl, said in row["impls"].items():
+        for impl in gpu.COMPETITORS:
             if impl == "cuda":
-                assert "not_timed" in said
+                assert "there is no GPU" in row["left_out"][impl]
             elif (name, impl) == (FAULTY, "triton"):
-                assert "illegal memory access" in said["failed"]
+                assert "illegal memory access" in row["left_out"][impl]
             else:
-                assert said["found"]["called_ms"] > 0, (name, impl, said)
-        assert name in report
-    assert "found" in results["step"]["triton"] and "not timed" in report
+                assert row["competitors"][impl]["both"]["median"] > 0, (name, impl, row)
+        assert name.removeprefix(f"{row['operation']} ") in report
+    (step,) = results["steps"].values()
+    assert set(step["methods"]) == {PLAIN, *gpu.STEPS} - {"four ways, cuda"}
+    assert set(step["left_out"]) == {"four ways, cuda"}
+    assert "over plain" in report and "as a graph ms" in report
 
 
 def test_what_copies_to_the_device_is_not_captured_and_the_rest_goes_on(walked: tuple) -> None:
     results, *_ = walked
     for name, row in results["operations"].items():
-        fused, plain = (row["impls"][impl].get("found", {}) for impl in ("triton", "torch"))
-        assert not fused or "device_ms" in fused, name  # the fused kernels capture everything
-        assert ("device_ms" in plain) != ("no_graph" in plain), name
+        fused, plain = (row["competitors"].get(impl) for impl in ("triton", "torch"))
+        assert not fused or "graph" in fused, name  # the fused kernels capture everything
+        assert ("graph" in plain) != ("torch, as a graph" in row["left_out"]), name
 
 
 def test_few_kernels_are_compiled(walked: tuple) -> None:
@@ -88,24 +96,38 @@ def test_few_kernels_are_compiled(walked: tuple) -> None:
 
 
 def test_a_worker_that_hangs_is_ended_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    program = "import sys, time\nfor line in sys.stdin:\n" \
-        " time.sleep(60 if 'hang' in line else 0); print('{}', flush=True)"
+    program = f"{PIPE}while True: time.sleep(60 * (pipe.recv()['kind'] == 'hang')); pipe.send({{}})"
     with (tmp_path / "log").open("w") as log:
-        worker = workers.Workers(log, [sys.executable, "-c", program])
-        assert worker.ask(30, kind="answer") == {}
-        assert "no answer within" in worker.ask(0.5, kind="hang")["failed"]
-        assert worker.ask(30, kind="answer") == {}
-        worker.command = [sys.executable, "-c", "raise SystemExit(3)"]
-        worker.close()
-        assert "exit status 3" in worker.ask(30, kind="answer")["failed"]
+        parent = workers.Workers(log, [sys.executable, "-c", program])
+        assert parent.ask(30, kind="answer") == {}
+        assert "no answer within" in parent.ask(0.5, kind="hang")["failed"]
+        assert parent.ask(30, kind="answer") == {}
+        parent.command = [sys.executable, "-c", "raise SystemExit(3)"]
+        parent.close()
+        assert "exit status 3" in parent.ask(30, kind="answer")["failed"]
+
+
+def test_a_fused_kernel_that_is_wrong_has_failed_and_others_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wrong = dict.fromkeys(gpu.COMPETITORS, "the loss is off by 1.0e+00")
+    found = operations.Measured({}, {}, {}, wrong, ())
+    monkeypatch.setattr(operations, "measure", lambda *_, **__: found)
+    monkeypatch.setattr(worker, "why_not", lambda name, *_: "too old" if name == "cuda" else None)
+    asked = {"kind": "operation", "row": FAULTY, "rounds": 2}
+    with pytest.raises(RuntimeError, match="the loss is off"):
+        worker.answer({**asked, "name": "triton"})
+    for name in ("cuda", "torch"):
+        assert worker.answer({**asked, "name": name}) == found.as_json()
 
 
 def test_measuring_ends_at_its_deadline(tmp_path: Path) -> None:
     results = gpu.Results(tmp_path)
-    program = "import sys\nfor line in sys.stdin: print('{\"found\": {}}', flush=True)"
+    program = f"{PIPE}while True: pipe.recv(); pipe.send({{'found': {{}}}})"
     gpu.measure(results, 0.0, 2, [sys.executable, "-c", program])
-    said = [s for row in results.found["operations"].values() for s in row["impls"].values()]
-    assert said and all(s == {"left_out": "the time for measuring was over"} for s in said)
+    said = [entry["left_out"] for entry in results.found["operations"].values()]
+    late = dict.fromkeys(gpu.COMPETITORS, "the time for measuring was over")
+    assert said == [late] * len(rows.gpu_rows())
 
 
 def test_it_needs_no_installed_package_and_no_git(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import model, rows
+from bench.gpu import model
+from bench.render import marked
+from bench.rows import gpu_rows
 from imcl_fast.kernels import plan
 
 HERE = Path(__file__).parent
@@ -22,11 +24,12 @@ TOLERANCE = 0.03  # of instructions: another ptxas may order them otherwise
 
 def test_the_page_has_the_table_of_the_model() -> None:
     """Else: python -m bench.gpu.model"""
-    assert model.BEGIN + "\n" + model.table() + "\n" + model.END in model.PAGE.read_text()
+    ((_, name, text, _),) = marked("gpu").findall(model.PAGE.read_text())
+    assert (name, text) == ("model", model.table())
 
 
 def test_no_floor_is_below_what_must_be_moved() -> None:
-    measured = {row.name: row for row in rows.rows()}
+    measured = {row.name: row for row in gpu_rows()}
     for case in model.cases():
         least = 3 * measured[case.row].bytes / model.BANDWIDTH
         assert model.floor(case) >= least * (1 - 1e-9)

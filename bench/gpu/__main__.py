@@ -4,7 +4,8 @@
 
 Writes ``gpu.json`` and ``gpu.txt`` to FOLDER as results come: forward plus backward of each
 operation under every implementation, timed on the device (as a CUDA graph) and as called from
-Python, beside the machine's own copy bandwidth and matmul rate; then what the tests said.
+Python, and training steps, beside the machine's own copy bandwidth and matmul rate; then what the
+tests said.
 Half of the time is for each, and what measuring leaves is for the tests.
 """
 
@@ -20,30 +21,33 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .. import roofline
+from .. import render, roofline, rows, step
 from ..facts import commit
-from . import rows, suite
-from .report import report
+from . import FUSED, suite
+from .worker import STEP
 from .workers import COMMAND, Workers
 
 ONE_ANSWER = 60.0  # seconds: an implementation of a row that takes longer hangs
-STEPS = ("plain", *rows.FUSED, "torch", "reference")
+COMPETITORS = (*FUSED, "torch", "torch.compile(torch)", "reference")
+STEPS = (*(f"four ways, {name}" for name in (*FUSED, "torch", "naive")), step.SCHEDULED)
+TABLES = ("machine", "representation", "kernel", "consistency", "step", "losing", "left-out")
 
 
 class Results:
     """Kept in the folder, whatever comes next."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.found = out, {}
+        self.out = out
+        self.found: dict[str, Any] = {"operations": {}, "steps": {}}
 
-    def put(self, value: Any, *path: str) -> None:
-        place: dict[str, Any] = self.found
-        for name in path[:-1]:
-            place = place.setdefault(name, {})
-        place[path[-1]] = value
-        for name, text in (("gpu.json", json.dumps(self.found, indent=1)),
-                           ("gpu.txt", report(self.found))):  # fmt: skip
-            (self.out / name).write_text(text)
+    def put(self, **found: Any) -> None:
+        self.found |= found
+        self.keep()
+
+    def keep(self) -> None:
+        (self.out / "gpu.json").write_text(json.dumps(self.found, indent=1))
+        if self.found.get("facts"):
+            (self.out / "gpu.txt").write_text(render.text(self.found, TABLES))
 
 
 def measure(
@@ -59,34 +63,44 @@ def measure(
     with (results.out / "gpu.log").open("a") as log:
         worker = Workers(log, command)
 
-        def ask(*path: str, **what: Any) -> dict[str, Any]:
+        def ask(what_for: str, **what: Any) -> dict[str, Any]:
             left = deadline - time.monotonic()
             if left <= 0:
-                said: dict[str, Any] = {"left_out": "the time for measuring was over"}
+                said: dict[str, Any] = {"failed": "the time for measuring was over"}
             else:
                 said = worker.ask(min(ONE_ANSWER, left), rounds=rounds, **what)
-            if "failed" in said:
-                failed.append(" ".join(path))
-            results.put(said, *path)
-            print(f"{', '.join(path)}: {said}", flush=True)
+                if "failed" in said:
+                    failed.append(what_for)
+            print(f"{what_for}: {said}", flush=True)
             return said
 
+        def add(entry: dict[str, Any], who: str, said: dict[str, Any]) -> None:
+            """An answer about one of those who compete for an entry of the results."""
+            for key, value in said.get("found", {"left_out": {who: said.get("failed")}}).items():
+                entry[key] = entry[key] | value if isinstance(value, dict) else value
+            results.keep()
+
         try:
-            said = ask("facts", kind="facts")
-            if "not_timed" in said:
-                sys.exit(f"bench.gpu: {said['not_timed']}")
-            ask("rates", kind="rates")
+            facts = ask("facts", kind="facts").get("found", {})
+            if "no_gpu" in facts:
+                sys.exit(f"bench.gpu: {facts['no_gpu']}")
+            rates = ask("rates", kind="rates").get("found")
+            results.put(facts=facts, rates=rates)
             prepare(log, command, min(seconds / 3, deadline - time.monotonic()))
-            for impl in STEPS:
-                ask("step", impl, kind="step", impl=impl)
-            for row in rows.rows():
-                least = sum(roofline.work(row)[:2])  # of the forward and the backward
-                results.put({"bytes": least, "impls": {}}, "operations", row.name)
-            for impls in (rows.FUSED, [n for n in rows.COMPETITORS if n not in rows.FUSED]):
-                for row in rows.rows():
-                    for impl in impls:
-                        ask("operations", row.name, "impls", impl,
-                            kind="operation", row=row.name, impl=impl)  # fmt: skip
+            entry: dict[str, Any] = {"base": step.PLAIN, "methods": {}, "left_out": {}}
+            results.put(steps={STEP.name: entry})
+            for name in STEPS:
+                add(entry, name, ask(f"step {name}", kind="step", name=name))
+            entries = {
+                row.name: {**roofline.entry(row, rates), "competitors": {}, "left_out": {}}
+                for row in rows.gpu_rows()
+            }
+            results.put(operations=entries)
+            for names in (FUSED, [name for name in COMPETITORS if name not in FUSED]):
+                for row, entry in entries.items():
+                    for name in names:
+                        said = ask(f"{row} {name}", kind="operation", row=row, name=name)
+                        add(entry, name, said)
         finally:
             worker.close()
     return failed
@@ -97,15 +111,16 @@ def prepare(log: Any, command: Sequence[str], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     if seconds <= 0:
         return
-    wanted = [(row.name, impl) for impl in ("triton", "torch.compile") for row in rows.rows()]
+    wanted = [(row.name, name) for name in ("triton", "torch.compile(torch)")
+              for row in rows.gpu_rows()]  # fmt: skip
     parts = suite.processes()
 
     def share(part: int) -> None:
         worker = Workers(log, command)
-        for row, impl in wanted[part::parts]:
+        for row, name in wanted[part::parts]:
             left = deadline - time.monotonic()
             if left > 0:
-                worker.ask(left, kind="prepare", row=row, impl=impl, rounds=1)
+                worker.ask(left, kind="compile", row=row, name=name, rounds=1)
         worker.close()
 
     with ThreadPoolExecutor(parts) as pool:
@@ -128,16 +143,16 @@ def main(
     start = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     results = Results(args.out)
-    results.put(commit(), "commit")
+    results.put(commit=commit())
     seconds = 60 * args.minutes
     failed: list[str] = []
     if not args.no_measurements:
         half = seconds if args.no_tests else seconds / 2
         failed += measure(results, half, args.rounds, command)
-        print(report(results.found), flush=True)
+        print(render.text(results.found, TABLES), flush=True)
     if not args.no_tests:
         left = start + seconds - time.monotonic()
-        found = suite.run(args.out, left, lambda found: results.put(found, "tests"), **tests)
+        found = suite.run(args.out, left, lambda found: results.put(tests=found), **tests)
         failed += suite.failures(found)
     if failed:
         print(f"failed: {', '.join(failed)}", flush=True)

@@ -19,11 +19,11 @@ import torch
 
 from imcl_fast.kernels import config, plan
 
-from . import rows
+from .. import render
+from ..rows import gpu_rows
 
 CODE = Path(__file__).with_name("code.json")
 PAGE = Path(__file__).parents[2] / "docs/gpu.md"
-BEGIN, END = "<!-- python -m bench.gpu.model -->\n", "<!-- until here -->\n"
 
 # An H100: bytes and cycles a second, processors, schedulers of each, cycles from one instruction
 # of a warp to the next that needs its result; products a second of float32, and of bfloat16 and
@@ -69,7 +69,7 @@ class Launch(NamedTuple):
 def cases() -> list[Case]:
     """What of `make gpu` is predicted, in its order."""
     found = []
-    for row in rows.rows():
+    for row in gpu_rows():
         if row.operation == "consistency":
             continue
         short = {torch.bfloat16: "bf16", torch.float32: "fp32"}[row.dtype]
@@ -233,29 +233,23 @@ def floor(case: Case) -> float:
 
 def table() -> str:
     kernels = json.loads(CODE.read_text())["kernels"]
-    lines = ["| row | | programs | waves | warps a processor | MB | instructions | us by bytes "
-             "| us by instructions | us | floor |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = []
     for case in cases():
         ways = [launch(case, forward, kernels) for forward in (True, False)]
         total = sum(way.seconds for way in ways)
         for name, way in zip(("forward", "backward"), ways, strict=True):
             first = name == "forward"
-            lines.append(
-                f"| {case.row if first else ''} | {name} | {way.programs} | {way.waves:.1f} "
-                f"| {way.warps} | {way.bytes / 1e6:.1f} | {way.slots / 1e6:.1f} M "
-                f"| {1e6 * way.bytes / BANDWIDTH:.0f} | {1e6 * way.cycles / CLOCK:.0f} "
-                f"| {f'{1e6 * total:.0f}' if first else ''} "
-                f"| {f'{1e6 * floor(case):.0f}' if first else ''} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1])
+            lines.append([
+                case.row if first else "", name, str(way.programs), f"{way.waves:.1f}",
+                str(way.warps), f"{way.bytes / 1e6:.1f}", f"{way.slots / 1e6:.1f} M",
+                f"{1e6 * way.bytes / BANDWIDTH:.0f}", f"{1e6 * way.cycles / CLOCK:.0f}",
+                f"{1e6 * total:.0f}" if first else "",
+                f"{1e6 * floor(case):.0f}" if first else "",
+            ])  # fmt: skip
+    head = ["row", "", "programs", "waves", "warps a processor", "MB", "instructions",
+            "us by bytes", "us by instructions", "us", "floor"]  # fmt: skip
+    return render.table(head, lines)
 
 
 if __name__ == "__main__":
-    main()
+    render.fill_places(PAGE, "gpu", {"model": table})

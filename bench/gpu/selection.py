@@ -23,7 +23,7 @@ import torch
 
 from imcl_fast.implementations import why_not
 
-from .rows import FUSED
+from . import FUSED
 
 GPU_ONLY = ("test_gpu.py", "test_triton.py")
 

@@ -1,72 +1,68 @@
-"""Measures what its standard input asks for, one JSON line each way.
+"""Measures what it is asked for through a pipe: ``python -m bench.gpu.worker DESCRIPTOR``.
 
 A process of its own, because after a fault of the GPU a process can't go on.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-import bench.facts
-from imcl_fast import implementations
+from imcl_fast.implementations import why_not
 
-from .. import roofline
-from . import measure, rows
+from .. import operations, roofline, rows, step
+from ..competitors import competitors
+from ..facts import facts
+from . import FUSED
 
-
-def facts() -> dict[str, str]:
-    """What a figure depends on; nothing but torch need be there to find it out."""
-    if not torch.cuda.is_available():
-        raise measure.NotTimed("torch sees no GPU here; `make test` is what can run without one")
-    driver = ""
-    if shutil.which("nvidia-smi"):
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True,
-        ).stdout.strip()  # fmt: skip
-    runs = {f"impl={name}": implementations.why_not(name, "cuda") or "runs" for name in rows.FUSED}
-    return {**bench.facts.facts(measure.DEVICE), "driver": driver or "unknown", **runs}
+DEVICE = torch.device("cuda")
+STEP = step.Step("resnet18", 128, bfloat16=True)
 
 
 def answer(asked: dict[str, Any]) -> Any:
-    kind, rounds = asked["kind"], asked["rounds"]
+    kind, name, rounds = asked["kind"], asked.get("name", ""), asked["rounds"]
     if kind == "facts":
-        return facts()
+        if not torch.cuda.is_available():
+            return {"no_gpu": "torch sees no GPU here; `make test` is what can run without one"}
+        return facts(DEVICE)
     if kind == "rates":
-        return roofline.measure_rates(measure.DEVICE)
+        return roofline.measure_rates(DEVICE)
     if kind == "step":
-        return measure.training_step(asked["impl"], rounds)
-    row = next(row for row in rows.rows() if row.name == asked["row"])
-    if kind == "prepare":
-        return measure.prepare(row, asked["impl"])
-    return measure.operation(row, asked["impl"], rounds)
+        return step.measure(replace(STEP, methods=(step.PLAIN, name)), DEVICE, 0, fewest=rounds)
+    row = next(row for row in rows.gpu_rows() if row.name == asked["row"])
+    if kind == "compile":  # what it compiles stays in the caches on disk
+        for one in competitors(row, DEVICE, [name])[0]:
+            operations.step(one.loss, row.inputs(0, DEVICE))
+        return None
+    found = operations.measure(row, DEVICE, 0, only=[name], fewest=rounds, most=rounds)
+    ought_to = name in FUSED and why_not(name, DEVICE.type, [row.dtype]) is None
+    if ought_to and name in found.left_out:  # wrong, and no reason to leave it out
+        raise RuntimeError(found.left_out[name])
+    return found.as_json()
 
 
 def main(answer: Callable[[dict[str, Any]], Any] = answer) -> None:
-    out = sys.stdout
-    sys.stdout = sys.stderr  # what libraries print is no answer
-    for line in sys.stdin:
+    pipe = Connection(int(sys.argv[1]))
+    while True:
         try:
-            said = {"found": answer(json.loads(line))}
-        except measure.NotTimed as reason:
-            said = {"not_timed": str(reason)}
+            asked = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send({"found": answer(asked)})
         except Exception as error:
-            said = {"failed": f"{type(error).__name__}: {error}".splitlines()[0],
-                    "traceback": traceback.format_exc()}  # fmt: skip
-            # An error of the GPU stays with the process: what came after would fail as well.
-            if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
-                said["gone"] = True
-        print(json.dumps(said), file=out, flush=True)
-        if said.get("gone"):
-            sys.exit(1)
+            print(asked, traceback.format_exc(), sep="\n", file=sys.stderr, flush=True)
+            failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            gone = operations.lost(error)
+            pipe.send({"failed": failed, "gone": gone})
+            if gone:
+                sys.exit(1)
 
 
 if __name__ == "__main__":
