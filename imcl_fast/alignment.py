@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .algebra import dependence as algebra
 from .layers import trace
-from .redundancy import find_representations, run_with_hooks, undisturbed
+from .redundancy import call_name, find_representations, undisturbed
+from .taps import observed
 
 LEAST = 4  # images of a batch, below which HSIC has no unbiased estimate
 OUTPUT = "output"  # of the network as a whole
@@ -82,23 +83,19 @@ class _Layers:
             order, chosen = find_representations(network, images[:1])
         chosen |= {call for call, output in blocks.items() if last[output] == call}
         self.chosen = sorted(chosen, key=order.__getitem__)
-        self.names = [f"{name} (call {call + 1})" if call else name for name, call in self.chosen]
-        self.names.append(OUTPUT)
+        self.names = [*map(call_name, self.chosen), OUTPUT]
 
     def grams(self, images: Tensor) -> list[Tensor]:
         """(B, B) float64 of each layer, the features dropped as soon as they are seen."""
         found: dict[tuple[str, int], Tensor] = {}
-        calls: dict[str, int] = {}
 
-        def record(name: str, module: nn.Module, args: tuple, output: Any) -> None:
-            call = (name, calls.get(name, 0))
-            calls[name] = call[1] + 1
+        def record(call: tuple[str, int], module: nn.Module, inputs: tuple, output: Any) -> None:
             if call in wanted:
                 found[call] = _gram(output)
 
         wanted = set(self.chosen)
-        with undisturbed(self.network, images.device):
-            last = run_with_hooks(self.network, images, record)
+        with undisturbed(self.network, images.device), observed(self.network, record):
+            last = self.network(images)
         return [*(found[call] for call in self.chosen), _gram(last)]
 
 

@@ -20,6 +20,7 @@ from . import dense_outputs, outputs
 from .dense_outputs import Resize
 from .modes import evaluating
 from .residual import Additions
+from .taps import observed
 from .tracing import eager
 
 # Modules that settle where their output has its channels. Not subclasses of LayerNorm:
@@ -135,27 +136,17 @@ def trace(
     args, kwargs = outputs.arguments(example_input, {})
     labels = kwargs.pop(outputs.LABELS, None)
     calls: dict[str, list[Call]] = {}
-    names = {module: name for name, module in model.named_modules() if name}
-
-    def record(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        first = next((x for x in (*args, *kwargs.values())[:1] if isinstance(x, Tensor)), None)
-        result = outputs.first_tensor(output)
-        additions.finished.append(additions.running.pop())
-        calls.setdefault(names[module], []).append(Call(first, result, _version(result)))
-
     additions = Additions(model)
 
-    def enter(module: nn.Module, args: tuple) -> None:
-        additions.running.append(names[module])
+    def record(call: tuple[str, int], module: nn.Module, inputs: tuple, output: object) -> None:
+        first = next((x for x in inputs[:1] if isinstance(x, Tensor)), None)
+        result = outputs.first_tensor(output)
+        additions.finished.append(additions.running.pop())
+        calls.setdefault(call[0], []).append(Call(first, result, _version(result)))
 
-    handles = [module.register_forward_pre_hook(enter) for module in names]
-    handles += [module.register_forward_hook(record, with_kwargs=True) for module in names]
-    try:
-        with evaluating(model), torch.no_grad(), eager(), additions:
-            output = model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen_by = observed(model, record, additions.running.append)
+    with evaluating(model), torch.no_grad(), eager(), additions, seen_by:
+        output = model(*args, **kwargs)
     channels_last = _channels_last(model, calls)
     shape, rivals = None, frozenset[str]()
     try:

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .autograd import without_autocast
 from .layers import PASSIVE
 from .modes import evaluating
+from .taps import observed
 
 BINS = 40
 HEAT_MAP_SIZE = 64
@@ -227,7 +228,6 @@ def find_representations(
     A call is a module's path and how often it had run before.
     """
     ranks = {len(m.kernel_size) for m in model.modules() if isinstance(m, _ConvNd)}
-    calls: dict[str, int] = {}
     order: dict[tuple[str, int], int] = {}
     # By the identity of the output: a block returns what its last layer does, and a layer that
     # works in place what the one before it did; the one that is done last names it.
@@ -235,24 +235,23 @@ def find_representations(
     left_out: set[int] = set()
     kept: list[object] = []  # or an identity could come again
 
-    def record(name: str, module: nn.Module, args: tuple, output: object) -> None:
-        call = (name, calls.get(name, 0))
-        calls[name] = call[1] + 1
+    def record(call: tuple[str, int], module: nn.Module, inputs: tuple, output: object) -> None:
         order[call] = len(order)
-        kept.append((args, output))
+        kept.append((inputs, output))
         where = type(module).__module__
         if isinstance(module, nn.Identity):
             return
         if where in PASSIVE:
             left_out.add(id(output))
-        elif where in FINISHING and args and args[0] is not output:
-            left_out.add(id(args[0]))
+        elif where in FINISHING and inputs and inputs[0] is not output:
+            left_out.add(id(inputs[0]))
         if isinstance(output, Tensor) and output.dim() - 2 in ranks:
             channels, pixels = output.shape[1], output.shape[2:].numel()
             if channels > 1 and pixels > 1 and output.is_floating_point():
                 outputs[id(output)] = call
 
-    run_with_hooks(model, image, record)
+    with observed(model, record):
+        model(image)
     return order, {call for key, call in outputs.items() if key not in left_out}
 
 
@@ -264,35 +263,21 @@ def _run(
     found: dict[tuple[str, int], _Layer],
 ) -> None:
     """Add the chosen outputs on ``images`` to ``found``."""
-    calls: dict[str, int] = {}
 
-    def record(name: str, module: nn.Module, args: tuple, output: object) -> None:
-        call = (name, calls.get(name, 0))
-        calls[name] = call[1] + 1
+    def record(call: tuple[str, int], module: nn.Module, inputs: tuple, output: object) -> None:
         if call in chosen and isinstance(output, Tensor):
             if call not in found:
-                label = f"{name} (call {call[1] + 1})" if call[1] else name
-                found[call] = _Layer(label, "representation", center)
+                found[call] = _Layer(call_name(call), "representation", center)
             found[call].update(output.flatten(2))
 
-    run_with_hooks(model, images, record)
+    with observed(model, record):
+        model(images)
 
 
-def run_with_hooks(model: nn.Module, images: Tensor, record: Any) -> Any:
-    """What ``model`` returns; ``record(path, module, args, output)`` is called after each of its
-    modules."""
-    handles = [
-        module.register_forward_hook(
-            lambda module, args, output, name=name: record(name, module, args, output)
-        )
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
-        return model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+def call_name(call: tuple[str, int]) -> str:
+    """What tables call the output of a call."""
+    path, before = call
+    return f"{path} (call {before + 1})" if before else path
 
 
 @contextlib.contextmanager

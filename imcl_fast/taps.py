@@ -1,11 +1,15 @@
-"""Forward hooks through which a step sees what happens inside a network.
+"""Forward hooks through which a step, or a single run, sees what happens inside a network.
 
-They stay registered and idle: ``torch.compile`` traces hooks that are there beforehand,
-but neither follows a registration nor notices one.
+Those of a step stay registered and idle: ``torch.compile`` traces hooks that are there
+beforehand, but neither follows a registration nor notices one.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,3 +122,29 @@ def _inside_function() -> bool:
     There forward-mode gradients are off too, which ``no_grad`` leaves on.
     """
     return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+@contextlib.contextmanager
+def observed(
+    model: nn.Module,
+    record: Callable[[tuple[str, int], nn.Module, tuple, Any], None],
+    enter: Callable[[str], None] = lambda path: None,
+) -> Iterator[None]:
+    """Meanwhile ``enter(path)`` is called before each call of a module in ``model``, and
+    ``record((path, how often it had run), module, inputs, output)`` after it; inputs are those by
+    position, then those by name."""
+    counts: Counter[str] = Counter()
+
+    def ended(path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        counts[path] += 1
+        record((path, counts[path] - 1), module, (*args, *kwargs.values()), output)
+
+    with contextlib.ExitStack() as hooks:
+        for path, module in model.named_modules():
+            if path:
+                for hook in (
+                    module.register_forward_pre_hook(lambda *_, path=path: enter(path)),
+                    module.register_forward_hook(partial(ended, path), with_kwargs=True),
+                ):
+                    hooks.enter_context(hook)
+        yield

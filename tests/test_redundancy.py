@@ -190,6 +190,15 @@ def test_layers_that_run_twice_and_pools():
     assert [layer["name"] for layer in layers] == ["conv", "relu", "relu (call 2)"]
 
 
+def test_an_activation_finishes_its_layer_however_it_is_called():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return self[1](input=self[0](x))
+
+    layers = profile(Named(nn.Conv2d(3, 3, 3), nn.ReLU()), torch.randn(1, 3, 8, 8))
+    assert [layer["name"] for layer in layers] == ["0", "1"]  # a kernel, and what came of it
+
+
 def test_other_networks_are_profiled():
     torch.manual_seed(0)
     models = import_torchvision().models
@@ -230,7 +239,8 @@ def test_hooks_are_gone_after_an_error():
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
     with pytest.raises(RuntimeError):
         profile(network, torch.randn(1, 2, 8, 8))
-    assert not any(module._forward_hooks for module in network.modules()) and network.training
+    for module in network.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and module.training
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..redundancy import run_with_hooks
+from ..taps import observed
 
 
 def describe(objective: nn.Module, images: Tensor, values: Mapping[str, float]) -> str:
@@ -40,11 +40,11 @@ def spoilt(module: nn.Module) -> str | None:
 def _first_bad_layer(network: nn.Module, images: Tensor) -> str | None:
     found: list[str] = []
 
-    def look(name: str, module: nn.Module, args: tuple, output: object) -> None:
+    def look(call: tuple[str, int], module: nn.Module, inputs: tuple, output: object) -> None:
         alone = next(module.children(), None) is None
         if alone and isinstance(output, Tensor) and not output.isfinite().all():
-            found.append(name)
+            found.append(call[0])
 
-    with torch.no_grad():
-        run_with_hooks(network, images, look)
+    with torch.no_grad(), observed(network, look):
+        network(images)
     return found[0] if found else None
