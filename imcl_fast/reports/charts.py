@@ -7,9 +7,12 @@ import html
 import io
 import math
 import re
+import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from .paired import deviation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +77,7 @@ def curves(
     drawn = []
     for title, series in panels:
         with _style():
-            figure, (axis,) = _figure(3.3, 2.4, 1, 1)
+            figure, (axis,) = _figure(3.3, 2.4)
             for i, (name, values) in enumerate(series.items()):
                 # Not every epoch is measured, and a line would break there.
                 points = zip(epochs, values, strict=True)
@@ -111,12 +114,12 @@ def layers(
     drawn = []
     for title, names, series in panels:
         with _style():
-            figure, (axis,) = _figure(4.6, 0.9 + 0.19 * len(names), 1, 1)
+            figure, (axis,) = _figure(4.6, 0.9 + 0.19 * len(names))
             for i, (label, values) in enumerate(series.items()):
-                x = [math.nan if value is None else value for value in values]
                 axis.plot(
-                    x, range(len(names)), color=COLOURS[i], marker=MARKERS[i], markersize=5,
-                    linestyle="none", label=label, markerfacecolor="none" if i == 0 else None,
+                    _numbers(values), range(len(names)), color=COLOURS[i], marker=MARKERS[i],
+                    markersize=5, linestyle="none", label=label,
+                    markerfacecolor="none" if i == 0 else None,
                 )  # fmt: skip
             axis.set_yticks(range(len(names)), names)
             axis.invert_yaxis()
@@ -142,26 +145,20 @@ def shares(parts: Mapping[str, float]) -> str:
 def means(names: Sequence[str], points: Sequence[Sequence[float]], label: str) -> str:
     """A line per name: its points, and their mean with the standard deviation, as SVG."""
     with _style():
-        figure, (axis,) = _figure(4.6, 0.8 + 0.32 * len(names), 1, 1)
+        figure, (axis,) = _figure(4.6, 0.8 + 0.32 * len(names))
         for i, values in enumerate(points):
             if not values:
                 continue
-            mean = sum(values) / len(values)
-            squares = sum((value - mean) ** 2 for value in values)
-            deviation = math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else 0
             axis.errorbar(
-                mean, i, xerr=deviation, fmt="o", color=COLOURS[0], capsize=4, markersize=6
-            )
+                statistics.fmean(values), i, xerr=deviation(values) or 0, fmt="o",
+                color=COLOURS[0], capsize=4, markersize=6,
+            )  # fmt: skip
             axis.plot(values, [i + 0.22] * len(values), "|", color=COLOURS[1], markersize=7)
-        axis.set_yticks(range(len(names)), [_folded(name) for name in names])
+        # In lines that leave a narrow chart room.
+        axis.set_yticks(range(len(names)), ["\n".join(textwrap.wrap(n, 26)) or n for n in names])
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlabel(label)
         return _svg(figure, "means")
-
-
-def _folded(name: str) -> str:
-    """A name in lines that leave a narrow chart room."""
-    return "\n".join(textwrap.wrap(name, 26)) or name
 
 
 def heat_map(cells: Sequence[Sequence[float]]) -> str:
@@ -184,9 +181,8 @@ def alignment(
     """A heat map of numbers in [0, 1] with the names of its rows and columns, as a file of its own:
     ``titles`` are those of the two, ``kind`` is ``svg`` or ``png``."""
     with _style(ink="black"):
-        cell = 0.26
-        size = (3.4 + cell * len(columns), 2.4 + cell * len(rows))
-        figure, (axis,) = _figure(*size, 1, 1)
+        size = (3.4 + 0.26 * len(columns), 2.4 + 0.26 * len(rows))
+        figure, (axis,) = _figure(*size)
         image = axis.imshow(cells, vmin=0, vmax=1, cmap="viridis")
         axis.set_xticks(range(len(columns)), columns, rotation=90)
         axis.set_yticks(range(len(rows)), rows)
@@ -196,9 +192,7 @@ def alignment(
         figure.colorbar(image, ax=axis, label="CKA", shrink=0.8)
         width = max(30, int(11 * size[0]))
         figure.supxlabel(textwrap.fill(caption, width), fontsize=9, x=0.02, ha="left")
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=150)
-        return content.getvalue()
+        return _file(figure, kind)
 
 
 def histogram(series: Sequence[Sequence[int]]) -> str:
@@ -227,16 +221,18 @@ def histogram(series: Sequence[Sequence[int]]) -> str:
 def save(names: Sequence[str], series: Mapping[str, Sequence[float | None]], kind: str) -> bytes:
     """Bars per layer as a file of its own, black on white: ``kind`` is ``svg`` or ``png``."""
     with _style(ink="black"):
-        figure, axes = _figure(10, 0.8 + 0.2 * len(names), 1, len(series))
+        figure, axes = _figure(10, 0.8 + 0.2 * len(names), len(series))
         for i, (axis, (label, values)) in enumerate(zip(axes, series.items(), strict=True)):
-            x = [math.nan if value is None else value for value in values]
-            axis.barh(range(len(names)), x, color=COLOURS[i])
+            axis.barh(range(len(names)), _numbers(values), color=COLOURS[i])
             axis.set_yticks(range(len(names)), names if i == 0 else [])
             axis.set_ylim(len(names) - 0.4, -0.6)
             axis.set_title(label)
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=150)
-        return content.getvalue()
+        return _file(figure, kind)
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    """What matplotlib leaves out where there is none."""
+    return [math.nan if value is None else value for value in values]
 
 
 def _style(ink: str = INK) -> Any:
@@ -247,15 +243,18 @@ def _style(ink: str = INK) -> Any:
     return matplotlib.rc_context(style)
 
 
-def _figure(
-    width: float, height: float, rows: int, columns: int, heights: Sequence[float] | None = None
-) -> tuple[Figure, list[Axes]]:
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     # Not pyplot's, which would keep it and might want a display.
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
-    return figure, list(axes.flat)
+    return figure, list(figure.subplots(1, columns, squeeze=False).flat)
+
+
+def _file(figure: Figure, kind: str) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=150)
+    return content.getvalue()
 
 
 def _svg(figure: Figure, salt: str) -> str:

@@ -74,29 +74,24 @@ def summary_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     where = "/".join(
         sorted({run.held_out for each in groups for run in each.runs.values()}, reverse=True)
     )
-    head = ["method", "seeds", f"{where} accuracy", "best epoch", "difference", "pairs",
-            "wrong fitted %", "ms/step", "time", "MiB"]  # fmt: skip
     lines = []
     for each in groups:
         difference, slowdown = each.difference(), each.slowdown()
         spread = "-" if difference is None else in_points(difference)
-        fitted = _fitted(each)
-        lines.append(
-            [
-                each.name,
-                str(len(each.runs)),
-                in_percent(each.accuracies()),
-                in_percent(each.accuracies(best=True)),
-                "baseline" if each.baseline is each else spread,
-                "-" if difference is None else str(difference.values),
-                number(statistics.fmean(fitted) if fitted else None, ".1f", 100),
-                number(each.median_of("seconds_per_step"), ".2f", 1e3),
-                "-" if slowdown is None else f"x {slowdown:.3f}",
-                number(each.median_of("peak_memory_bytes"), ".0f", 2**-20),
-            ]
-        )
-    kept = [i for i in range(len(head)) if any(line[i] != "-" for line in lines)]
-    return [head[i] for i in kept], [[line[i] for i in kept] for line in lines]
+        lines.append({
+            "method": each.name,
+            "seeds": str(len(each.runs)),
+            f"{where} accuracy": in_percent(each.accuracies()),
+            "best epoch": in_percent(each.accuracies(best=True)),
+            "difference": "baseline" if each.baseline is each else spread,
+            "pairs": "-" if difference is None else str(difference.values),
+            "wrong fitted %": number(each.fitted, ".1f", 100),
+            "ms/step": number(each.median_of("seconds_per_step"), ".2f", 1e3),
+            "time": "-" if slowdown is None else f"x {slowdown:.3f}",
+            "MiB": number(each.median_of("peak_memory_bytes"), ".0f", 2**-20),
+        })  # fmt: skip
+    kept = [name for name in lines[0] if any(line[name] != "-" for line in lines)]
+    return kept, [[line[name] for name in kept] for line in lines]
 
 
 def one_seed(groups: Sequence[Group]) -> str:
@@ -113,35 +108,30 @@ def one_seed(groups: Sequence[Group]) -> str:
 
 def as_csv(groups: Sequence[Group]) -> str:
     """The same as numbers, shares and seconds, a line per group."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["method", "seeds", "accuracy_mean", "accuracy_sd", "best_accuracy_mean",
-         "best_accuracy_sd", "baseline", "pairs", "difference_mean", "difference_low",
-         "difference_high", "fit_noisy_mean", "seconds_per_step", "peak_memory_bytes"]
-    )  # fmt: skip
+    rows = []
     for each in groups:
-        last, best, fitted = each.accuracies(), each.accuracies(best=True), _fitted(each)
-        difference = each.difference()
-        mean, low, high, pairs = difference or (None, None, None, 0)
-        writer.writerow(
-            [
-                each.name,
-                len(each.runs),
-                statistics.fmean(last),
-                deviation(last),
-                statistics.fmean(best),
-                deviation(best),
-                None if each.baseline is None else each.baseline.name,
-                pairs,
-                mean,
-                low,
-                high,
-                statistics.fmean(fitted) if fitted else None,
-                each.median_of("seconds_per_step"),
-                each.median_of("peak_memory_bytes"),
-            ]
-        )
+        last, best = each.accuracies(), each.accuracies(best=True)
+        mean, low, high, pairs = each.difference() or (None, None, None, 0)
+        rows.append({
+            "method": each.name,
+            "seeds": len(each.runs),
+            "accuracy_mean": statistics.fmean(last),
+            "accuracy_sd": deviation(last),
+            "best_accuracy_mean": statistics.fmean(best),
+            "best_accuracy_sd": deviation(best),
+            "baseline": None if each.baseline is None else each.baseline.name,
+            "pairs": pairs,
+            "difference_mean": mean,
+            "difference_low": low,
+            "difference_high": high,
+            "fit_noisy_mean": each.fitted,
+            "seconds_per_step": each.median_of("seconds_per_step"),
+            "peak_memory_bytes": each.median_of("peak_memory_bytes"),
+        })  # fmt: skip
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -174,17 +164,12 @@ def as_html(groups: Sequence[Group]) -> str:
         ),
         curves=charts.curves(panels, range(1, epochs + 1)),
         runs=[
-            [
-                run.folder,
-                each.name,
-                seed,
-                number(run.accuracy, ".2f", 100),
-                number(run.best_accuracy, ".2f", 100),
-                number(run.summary.get("seconds_per_step"), ".2f", 1e3),
-            ]
+            [run.folder, each.name, seed, number(run.accuracy, ".2f", 100),
+             number(run.best_accuracy, ".2f", 100),
+             number(run.summary.get("seconds_per_step"), ".2f", 1e3)]
             for each in groups
             for seed, run in each.runs.items()
-        ],
+        ],  # fmt: skip
     )
 
 
@@ -196,11 +181,6 @@ def _mean_curve(runs: Sequence[Run], column: str, epochs: int) -> list[float | N
         known = [value[0] for value in values if value and value[0] is not None]
         curve.append(100 * statistics.fmean(known) if known else None)
     return curve
-
-
-def _fitted(each: Group) -> list[float]:
-    values = [run.last("fit_noisy") for run in each.runs.values()]
-    return [value for value in values if value is not None]
 
 
 def _parser() -> Parser:

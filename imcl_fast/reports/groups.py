@@ -48,6 +48,13 @@ class Group:
         values = [run.best_accuracy if best else run.accuracy for run in self.runs.values()]
         return [value for value in values if value is not None]
 
+    @property
+    def fitted(self) -> float | None:
+        """The share of wrong labels that was fitted, a mean over the runs that have some."""
+        values = [run.last("fit_noisy") for run in self.runs.values()]
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
     def median_of(self, key: str) -> float | None:
         """The median over the runs of a number of their summaries."""
         values = [run.summary[key] for run in self.runs.values() if _is_number(run.summary, key)]

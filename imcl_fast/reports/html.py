@@ -173,27 +173,22 @@ def _redundancy(run: Run) -> dict[str, Any]:
         for layer in layers
     }
     first, *_ = series.values()
-    kinds, panels, lines = {}, [], []
+    kinds: dict[str, list[dict]] = {}
+    panels, lines = [], []
     for kind, title in KINDS.items():
         layers = [layer for layer in first if layer["kind"] == kind]
         if not layers:
             continue
-        profiles = [
-            {label: found.get((label, kind, layer["name"]), {}) for label in series}
-            for layer in layers
-        ]
-        kinds[title] = [
-            _card(layer, each, _marks(run, layer))
-            for layer, each in zip(layers, profiles, strict=True)
-        ]
+        names = [layer["name"] for layer in layers]
+        profiles = [{label: found.get((label, kind, name), {}) for label in series}
+                    for name in names]  # fmt: skip
         means = {label: [each[label].get("mean_abs_cos") for each in profiles] for label in series}
-        panels.append(
-            (f"{title.lower()}: mean |cos|", [layer["name"] for layer in layers], means)
-        )
+        panels.append((f"{title.lower()}: mean |cos|", names, means))
         for layer, each in zip(layers, profiles, strict=True):
+            marks = _marks(run, layer)
+            kinds.setdefault(title, []).append(_card(layer, each, marks))
             lines.append([
-                layer["name"], kind, " ".join(_marks(run, layer)) or "-",
-                layer["rows"], layer["columns"],
+                layer["name"], kind, " ".join(marks) or "-", layer["rows"], layer["columns"],
                 number(layer.get("welch_bound"), ".4f"),
                 *(number(each[label].get(key), form, scale)
                   for key, _, form, scale in COLUMNS for label in series),
