@@ -95,26 +95,19 @@ def publish(results: dict) -> None:
         print(f"{document.relative_to(ROOT)}: {', '.join(names) or 'has no place for a table'}")
 
 
-def check() -> int:
-    """Compare instruction counts with the baseline; the exit status."""
+def check(update: bool) -> int:
+    """Compare instruction counts with the baseline, or make them the baseline; the exit status."""
     found = counted()
     if "reason" in found:
         print(f"bench: {found['reason']}")
         return 1
+    if update:
+        write_json(instructions.BASELINE, found)
+        print(f"wrote {instructions.BASELINE.relative_to(ROOT)}")
+        return 0
     lines, good = instructions.compare(found, instructions.read_baseline())
     print("\n".join(lines))
     return 0 if good else 1
-
-
-def update_baseline() -> int:
-    """Count instructions and make them the baseline; the exit status."""
-    found = counted()
-    if "reason" in found:
-        print(f"bench: {found['reason']}")
-        return 1
-    instructions.write_baseline(found)
-    print(f"wrote {instructions.BASELINE.relative_to(ROOT)}")
-    return 0
 
 
 def main() -> int:
@@ -129,10 +122,8 @@ def main() -> int:
                       help="make the present instruction counts the baseline")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.check:
-        return check()
-    if args.update_baseline:
-        return update_baseline()
+    if args.check or args.update_baseline:
+        return check(args.update_baseline)
     if args.render:
         publish(json.loads(args.render.read_text()))
         return 0

@@ -19,8 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from imcl_fast.runs.files import write_json
-
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "csrc/cpu"
 DRIVER = Path(__file__).resolve().parent / "driver/callgrind.cpp"
@@ -115,10 +113,6 @@ def compare(found: dict, baseline: dict) -> tuple[list[str], bool]:
 
 def read_baseline() -> dict:
     return json.loads(BASELINE.read_text())
-
-
-def write_baseline(found: dict) -> None:
-    write_json(BASELINE, found)
 
 
 def _instructions(program: Path, case: str) -> int:

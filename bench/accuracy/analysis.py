@@ -40,6 +40,10 @@ class Analysis:
             if any(self.runs(condition, network, method) for method in self.study.methods)
         ]
 
+    def title(self, condition: str, network: str) -> str:
+        """What tables and plots call them."""
+        return f"{self.study.conditions[condition].title}, {self.study.networks[network].title}"
+
     def points(
         self, condition: str, networks: Sequence[str], method: str, other: str,
         value: str = "accuracy",

@@ -53,8 +53,7 @@ def plot(found: Analysis, path: Path) -> None:
             axis.set_yticks(range(len(methods)), [method.title for method in methods])
             axis.set_ylim(len(methods) - 0.5, -0.5)
             axis.grid(True, axis="x", alpha=0.3)
-            title = f"{study.conditions[condition].title}, {study.networks[network].title}"
-            axis.set_title(title, loc="left", fontsize=9)
+            axis.set_title(found.title(condition, network), loc="left", fontsize=9)
             axis.set_xlabel(f"points over {study.methods[study.baseline].title}")
         for axis in axes.flat[len(cells) :]:
             axis.set_visible(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import subprocess
@@ -116,35 +117,34 @@ def execute(
         return _Execution(study, store, options, progress, lock).run(pending, interruption)
 
 
+@dataclass
 class _Execution:
-    def __init__(
-        self, study: Study, store: Store, options: Options, progress: Progress, lock: int
-    ) -> None:
-        self._study, self._store, self._options = study, store, options
-        self._progress, self._lock = progress, lock
-        self._failed = False
+    study: Study
+    store: Store
+    options: Options
+    progress: Progress
+    lock: int
+    failed: bool = False
 
     def run(self, pending: Sequence[PlannedRun], interruption: Interruption) -> int:
         waiting, children = deque(pending), list[Child]()
-        end = None
-        if self._options.minutes is not None:
-            end = time.monotonic() + 60 * self._options.minutes
+        minutes = math.inf if self.options.minutes is None else self.options.minutes
+        end = time.monotonic() + 60 * minutes
         told = False
         try:
             while children or waiting:
                 if interruption.signal and not told:
-                    self._progress.said("stopping: runs under way are saving themselves")
+                    self.progress.said("stopping: runs under way are saving themselves")
                     for child in children:
                         child.process.terminate()
                     told = True
-                if waiting and end is not None and time.monotonic() > end:
-                    self._progress.said(f"time is up: {len(waiting)} runs are left for later")
                     waiting.clear()
-                if told:
+                if waiting and time.monotonic() > end:
+                    self.progress.said(f"time is up: {len(waiting)} runs are left for later")
                     waiting.clear()
-                while waiting and len(children) < self._options.jobs:
+                while waiting and len(children) < self.options.jobs:
                     planned = waiting.popleft()
-                    folder = run_folder(self._options.folder, planned)
+                    folder = run_folder(self.options.folder, planned)
                     # Ended, but for its row, when this program was killed.
                     run = _finished(folder)
                     if run is not None:
@@ -161,25 +161,25 @@ class _Execution:
                 child.process.terminate()
         if interruption.signal:
             return 128 + interruption.signal
-        return 1 if self._failed else 0
+        return 1 if self.failed else 0
 
     def _start(self, planned: PlannedRun, folder: Path) -> Child:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / STDERR, "wb") as stderr:
             process = subprocess.Popen(
-                [*self._command(planned), *flags_of(planned, self._options)],
+                [*self._command(planned), *flags_of(planned, self.options)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # the run folder has a log
                 stderr=stderr,
                 # The terminal's Ctrl-C would reach a run twice, and the second kills it.
                 process_group=0,
                 # As long as a run is under way the study is locked, whatever comes of this process.
-                pass_fds=[self._lock],
+                pass_fds=[self.lock],
             )
         return Child(planned, folder, process, time.monotonic())
 
     def _command(self, planned: PlannedRun) -> Sequence[str]:
-        return (*FORMED, planned.form) if planned.form else self._options.train
+        return (*FORMED, planned.form) if planned.form else self.options.train
 
     def _ended(self, child: Child, told: bool) -> None:
         with open(child.folder / SECONDS, "a", encoding="utf-8") as file:
@@ -189,25 +189,25 @@ class _Execution:
         if code == 0 and run is not None:
             self._record(child.planned, run)
         elif not told:
-            self._failed = True
+            self.failed = True
             stderr = (child.folder / STDERR).read_text(encoding="utf-8", errors="replace")
             why = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
             lines = [f"{child.planned.name} failed: {why}", *stderr.splitlines()[-LAST_LINES:]]
-            self._progress.failed("\n  ".join(lines))
+            self.progress.failed("\n  ".join(lines))
 
     def _record(self, planned: PlannedRun, run: Run) -> None:
         result = of_run(
-            self._study.name,
+            self.study.name,
             planned,
             run,
             seconds=_seconds(run.folder),
-            threads=self._options.threads,
-            jobs=self._options.jobs,
+            threads=self.options.threads,
+            jobs=self.options.jobs,
         )
-        self._store.add(result)
+        self.store.add(result)
         # Of all that a run leaves they are the most, and nothing goes on from them.
         shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
-        self._progress.finished(result)
+        self.progress.finished(result)
 
 
 def state(folder: Path) -> str:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,82 +55,75 @@ def load(name: str) -> Study:
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
-        return _read(path, path.read_text(encoding="utf-8"))
+        return _read(path.stem, path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StudyError(
             f"study: expected one of {', '.join(names())}, or the path of a .toml file, got "
             f"{name!r} ({error.strerror})"
         ) from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # not UTF-8, not TOML, or no study
         raise StudyError(f"{path.name}: {error}") from error
 
 
 @cache  # for every table and every test asks for some
-def _read(path: Path, text: str) -> Study:
-    file = path.name
-    try:
-        content = tomllib.loads(text)
-    except ValueError as error:  # not TOML
-        raise StudyError(f"{file}: {error}") from error
+def _read(name: str, text: str) -> Study:
+    content = tomllib.loads(text)
     if unknown := sorted(set(content) - set(TOP) - {*TABLES, WAYS}):
         raise StudyError(
-            f"{file}: unknown key {unknown[0]!r}, expected {', '.join([*TOP, *TABLES, WAYS])}"
+            f"unknown key {unknown[0]!r}, expected {', '.join([*TOP, *TABLES, WAYS])}"
         )
     for key, kind in TOP.items():
         if key in content:
-            _check(file, key, content[key], kind)
+            _check(key, content[key], kind)
     for key in ("title", "baseline", *TABLES):
         if key not in content:
-            raise StudyError(f"{file}: {key} is missing")
-    train = _settings(file, "train", content["train"])
-    _config(file, [("train", train)], seed=0)  # alone too it must describe a run
-    ways = _settings(file, WAYS, content.get(WAYS, {}))
-    conditions = {name: _part(file, f"conditions.{name}", table)
-                  for name, table in _named(file, "conditions", content).items()}  # fmt: skip
-    networks = {name: _part(file, f"networks.{name}", table)
-                for name, table in _named(file, "networks", content).items()}  # fmt: skip
-    tables = _named(file, "methods", content)
-    _names(file, "baseline", [content["baseline"]], tables)
+            raise StudyError(f"{key} is missing")
+    train = _settings("train", content["train"])
+    _config([("train", train)], seed=0)  # alone too it must describe a run
+    ways = _settings(WAYS, content.get(WAYS, {}))
+    conditions, networks = (
+        {part: _part(f"{kind}.{part}", table) for part, table in _named(kind, content).items()}
+        for kind in ("conditions", "networks")
+    )
+    tables = _named("methods", content)
+    baseline = content["baseline"]
+    _names("baseline", [baseline], tables)
     methods = {}
-    for name, table in tables.items():
-        key = f"methods.{name}"
-        seeds = _check(file, f"[{key}] seeds", table.get("seeds"), int)
-        if seeds < 1:
-            raise StudyError(f"{file}: [{key}] seeds: expected at least 1, got {seeds}")
-        part = _part(file, key, table, ("seeds", "conditions", "networks", "versus", "form"))
-        form = _check(file, f"[{key}] form", table.get("form", ""), str)
+    for method, table in tables.items():
+        key = f"methods.{method}"
+        seeds = _at_least_1(f"[{key}] seeds", _check(f"[{key}] seeds", table.get("seeds"), int))
+        part = _part(key, table, ("seeds", "conditions", "networks", "versus", "form"))
+        form = _check(f"[{key}] form", table.get("form", ""), str)
         try:
             form and kernel_forms.parse(form)
         except ValueError as error:
-            raise StudyError(f"{file}: [{key}] {error}") from error
-        methods[name] = Method(
+            raise StudyError(f"[{key}] {error}") from error
+        methods[method] = Method(
             part.name,
             part.title,
             part.settings,
             seeds,
-            _names(file, f"[{key}] conditions", table.get("conditions"), conditions),
-            _names(file, f"[{key}] networks", table.get("networks"), networks),
-            *_names(file, f"[{key}] versus", [table.get("versus", content["baseline"])], tables),
+            _names(f"[{key}] conditions", table.get("conditions"), conditions),
+            _names(f"[{key}] networks", table.get("networks"), networks),
+            *_names(f"[{key}] versus", [table.get("versus", baseline)], tables),
             form,
         )
-    compare = [_names(file, "compare", pair, methods) for pair in content.get("compare", [])]
+    compare = [_names("compare", pair, methods) for pair in content.get("compare", [])]
     if any(len(pair) != 2 for pair in compare):
-        raise StudyError(f"{file}: compare: expected pairs of methods, got {content['compare']}")
-    first_seed = content.get("first_seed", 1)
-    if first_seed < 1:
-        raise StudyError(f"{file}: first_seed: expected at least 1, got {first_seed}")
-    runs = tuple(_runs(file, train, ways, conditions, networks, methods, first_seed))
+        raise StudyError(f"compare: expected pairs of methods, got {content['compare']}")
+    first_seed = _at_least_1("first_seed", content.get("first_seed", 1))
+    runs = tuple(_runs(train, ways, conditions, networks, methods, first_seed))
     if len({run.name for run in runs}) < len(runs):
-        raise StudyError(f"{file}: expected a name of its own for each run, CONDITION-NETWORK-"
-                         "METHOD-sSEED has some twice")  # fmt: skip
+        raise StudyError("expected a name of its own for each run, CONDITION-NETWORK-METHOD-sSEED "
+                         "has some twice")  # fmt: skip
     if len({run.config.validation_images for run in runs}) > 1:
-        raise StudyError(f"{file}: validation_images: expected the same for all runs, which a "
-                         "table compares; set it in [train] only")  # fmt: skip
+        raise StudyError("validation_images: expected the same for all runs, which a table "
+                         "compares; set it in [train] only")  # fmt: skip
     return Study(
-        name=path.stem,
+        name=name,
         title=content["title"],
         description=" ".join(content.get("description", "").split()),
-        baseline=content["baseline"],
+        baseline=baseline,
         compare=tuple((first, second) for first, second in compare),
         jobs=content.get("jobs"),
         threads=content.get("threads"),
@@ -143,42 +137,36 @@ def _read(path: Path, text: str) -> Study:
 
 
 def _runs(
-    file: str,
     train: Mapping[str, Any],
     ways: Mapping[str, Any],
     conditions: Mapping[str, Part],
     networks: Mapping[str, Part],
     methods: Mapping[str, Method],
     first_seed: int,
-) -> list[PlannedRun]:
-    runs = []
-    for count in range(1, max(method.seeds for method in methods.values()) + 1):
-        seed = first_seed + count - 1
-        for condition in conditions.values():
-            for network in networks.values():
-                for method in methods.values():
-                    if (
-                        count > method.seeds
-                        or condition.name not in method.conditions
-                        or network.name not in method.networks
-                    ):
-                        continue
-                    layers = [
-                        ("train", train),
-                        (f"conditions.{condition.name}", condition.settings),
-                        (f"networks.{network.name}", network.settings),
-                        (f"methods.{method.name}", method.settings),
-                    ]
-                    config = _config(file, layers, seed)
-                    if ways and config.has_ways:
-                        config = _config(file, [*layers[:-1], (WAYS, ways), layers[-1]], seed)
-                    runs.append(
-                        PlannedRun(condition.name, network.name, method.name, config, method.form)
-                    )
-    return runs
+) -> Iterator[PlannedRun]:
+    counts = range(max(method.seeds for method in methods.values()))
+    for count, condition, network, method in product(
+        counts, conditions.values(), networks.values(), methods.values()
+    ):
+        if (
+            count >= method.seeds
+            or condition.name not in method.conditions
+            or network.name not in method.networks
+        ):
+            continue
+        layers = [
+            ("train", train),
+            (f"conditions.{condition.name}", condition.settings),
+            (f"networks.{network.name}", network.settings),
+            (f"methods.{method.name}", method.settings),
+        ]
+        config = _config(layers, first_seed + count)
+        if ways and config.has_ways:
+            config = _config([*layers[:-1], (WAYS, ways), layers[-1]], config.seed)
+        yield PlannedRun(condition.name, network.name, method.name, config, method.form)
 
 
-def _config(file: str, layers: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> TrainConfig:
+def _config(layers: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> TrainConfig:
     merged: dict[str, Any] = {}
     for _, settings in layers:
         merged |= settings
@@ -187,51 +175,55 @@ def _config(file: str, layers: Sequence[tuple[str, Mapping[str, Any]]], seed: in
     except (TypeError, ValueError) as error:
         name = str(error).partition(":")[0]
         tables = [table for table, settings in layers if name in settings]
-        raise StudyError(f"{file}: [{(tables or [layers[-1][0]])[-1]}] {error}") from error
+        raise StudyError(f"[{(tables or [layers[-1][0]])[-1]}] {error}") from error
 
 
-def _part(file: str, key: str, table: Mapping[str, Any], besides: Sequence[str] = ()) -> Part:
+def _part(key: str, table: Mapping[str, Any], besides: Sequence[str] = ()) -> Part:
     name = key.partition(".")[2]
-    title = _check(file, f"[{key}] title", table.get("title", name), str)
+    title = _check(f"[{key}] title", table.get("title", name), str)
     settings = {k: value for k, value in table.items() if k not in ("title", *besides)}
-    return Part(name, title, _settings(file, key, settings))
+    return Part(name, title, _settings(key, settings))
 
 
-def _settings(file: str, key: str, table: Mapping[str, Any]) -> Mapping[str, Any]:
-    for name in _check(file, f"[{key}]", table, dict):
+def _settings(key: str, table: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in _check(f"[{key}]", table, dict):
         if name in GIVEN:
-            raise StudyError(f"{file}: [{key}] {name}: every run is given its own; leave it out")
+            raise StudyError(f"[{key}] {name}: every run is given its own; leave it out")
         if name not in SETTINGS:
-            raise StudyError(f"{file}: [{key}] {name}: expected a setting of imcl-train, whose "
-                             "--help lists them")  # fmt: skip
+            raise StudyError(f"[{key}] {name}: expected a setting of imcl-train, whose --help "
+                             "lists them")  # fmt: skip
     return table
 
 
-def _named(file: str, key: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
-    tables = _check(file, f"[{key}]", content[key], dict)
+def _named(key: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    tables = _check(f"[{key}]", content[key], dict)
     if not tables:
-        raise StudyError(f"{file}: [{key}]: expected at least one table [{key}.NAME]")
+        raise StudyError(f"[{key}]: expected at least one table [{key}.NAME]")
     for name, table in tables.items():
         if not NAME.fullmatch(name):
-            raise StudyError(f"{file}: [{key}.{name}]: expected a name of a-z, 0-9 and -")
-        _check(file, f"[{key}.{name}]", table, dict)
+            raise StudyError(f"[{key}.{name}]: expected a name of a-z, 0-9 and -")
+        _check(f"[{key}.{name}]", table, dict)
     return tables
 
 
-def _names(
-    file: str, key: str, value: Sequence[str] | None, known: Mapping[str, Any]
-) -> tuple[str, ...]:
+def _names(key: str, value: Sequence[str] | None, known: Mapping[str, Any]) -> tuple[str, ...]:
     """Names that must be ``known``; None is all of them."""
     if value is None:
         return tuple(known)
-    for name in _check(file, key, value, list):
+    for name in _check(key, value, list):
         if not isinstance(name, str) or name not in known:
-            raise StudyError(f"{file}: {key}: expected one of {', '.join(known)}, got {name!r}")
+            raise StudyError(f"{key}: expected one of {', '.join(known)}, got {name!r}")
     return tuple(value)
 
 
-def _check(file: str, key: str, value: Any, kind: type) -> Any:
+def _check(key: str, value: Any, kind: type) -> Any:
     if type(value) is not kind:  # a bool is no number of seeds
         got = "nothing" if value is None else f"{value!r} ({type(value).__name__})"
-        raise StudyError(f"{file}: {key}: expected {kind.__name__}, got {got}")
+        raise StudyError(f"{key}: expected {kind.__name__}, got {got}")
+    return value
+
+
+def _at_least_1(key: str, value: int) -> int:
+    if value < 1:
+        raise StudyError(f"{key}: expected at least 1, got {value}")
     return value

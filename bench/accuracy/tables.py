@@ -89,7 +89,7 @@ def tables(found: Analysis) -> str:
                 "" if plain or ratio is None else f"{ratio:.2f}",
                 mebibytes(max(run.peak_memory_bytes for run in runs)),
             ])  # fmt: skip
-        title = f"{study.conditions[condition].title}, {study.networks[network].title}"
+        title = found.title(condition, network)
         parts.append(f"**{title}**, accuracy on {what}\n\n{table(head, lines)}")
     return "\n".join(parts)
 
@@ -107,9 +107,8 @@ def qualities(found: Analysis) -> str:
             shares = [[run.qualities[name] for run in runs] for name in names]
             cells = [f"{100 * statistics.fmean(values):.2f}" for values in shares]
             lines.append([method.title, str(len(runs)), *cells])
-        title = f"{study.conditions[condition].title}, {study.networks[network].title}"
-        head = ["accuracy, %", "seeds", *names]
-        parts.append(f"**{title}**\n\n{table(head, lines)}")
+        shown = table(["accuracy, %", "seeds", *names], lines)
+        parts.append(f"**{found.title(condition, network)}**\n\n{shown}")
     return "\n".join(parts)
 
 
