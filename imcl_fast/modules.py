@@ -226,8 +226,9 @@ class ViewDependence(nn.Module):
         validation.choice("estimator", estimator, dependence.ESTIMATORS)
         self.kernel, self.estimator, self.impl = kernel, estimator, impl
         self.layer_weight = validation.plain(layer_weight)
+        dependence.check_bandwidth(bandwidth)
         self.bandwidth = bandwidth if isinstance(bandwidth, str) else validation.plain(bandwidth)
-        self.normalize = validation.plain(normalize)
+        self.normalize = validation.boolean("normalize", normalize)
 
     def forward(self, views: Sequence[Tensor | Sequence[Tensor]]) -> Tensor:
         return functional.view_dependence(

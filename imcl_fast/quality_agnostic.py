@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from . import dependence, functional, outputs, validation
 from . import layers as find
+from . import outputs, validation
 from .imcl import IMCL
 from .imcl_output import IMCLOutput
 from .implementations import IMPLEMENTATIONS
+from .modules import ViewDependence
 from .perturbation import Perturbation
 from .taps import Step, Tap, Tape
 
@@ -153,13 +154,11 @@ class QualityAgnostic(nn.Module):
             )
         self.alpha = validation.number("alpha", alpha, low=0, high=math.inf)
         validation.choice("reduction", reduction, REDUCTIONS)
-        validation.choice("kernel", kernel, dependence.KERNELS)
-        validation.choice("estimator", estimator, dependence.ESTIMATORS)
         validation.choice("impl", impl, IMPLEMENTATIONS)
-        self.reduction, self.kernel, self.estimator, self.impl = reduction, kernel, estimator, impl
-        dependence.check_bandwidth(bandwidth)
-        self.bandwidth = bandwidth if isinstance(bandwidth, str) else validation.plain(bandwidth)
-        self.normalize = validation.boolean("normalize", normalize)
+        self.reduction = reduction
+        self.dependence = ViewDependence(
+            kernel=kernel, bandwidth=bandwidth, estimator=estimator, normalize=normalize, impl=impl
+        )
         self.label_smoothing = validation.number("label_smoothing", label_smoothing, low=0, high=1)
         self._find_logits = validation.function("logits", logits)
         self._rank = example_input.dim()
@@ -167,13 +166,12 @@ class QualityAgnostic(nn.Module):
         self.model = model
         self.ways = ways
         self.layers: list[str] = []
-        self.layer_weight: list[float] = []
         self._tape = Tape()
         self._handles: list[RemovableHandle] = []
         if self.alpha:
             trace = find.trace(model, example_input, logits)
             self.layers = _layers(trace, layers)
-            self.layer_weight = _weights(layer_weight, self.layers)
+            self.dependence.layer_weight = _weights(layer_weight, self.layers)
             for index, name in enumerate(self.layers):
                 module = trace.model.get_submodule(name)
                 tap = Tap(self._tape, index)
@@ -236,9 +234,8 @@ class QualityAgnostic(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"alpha={self.alpha:g}, layers={self.layers}, layer_weight={self.layer_weight}, "
-            f"reduction={self.reduction!r}, kernel={self.kernel!r}, bandwidth={self.bandwidth!r}, "
-            f"estimator={self.estimator!r}, normalize={self.normalize}, impl={self.impl!r}"
+            f"alpha={self.alpha:g}, layers={self.layers}, "
+            f"layer_weight={self.dependence.layer_weight}, reduction={self.reduction!r}"
         )
 
     def _together(self, views: Tensor | Sequence[Tensor]) -> tuple[Tensor, int]:
@@ -279,27 +276,19 @@ class QualityAgnostic(nn.Module):
         loss = mean * count if self.reduction == "sum" else mean
         terms = {"cross_entropy": loss.detach()}
         if self.alpha and step is not None:
-            total = self._dependence(step, count)
+            total = self._dependence_of(step, count)
             terms["dependence"] = total.detach()
             loss = loss - self.alpha * total
         return QualityAgnosticOutput(loss, logits.unflatten(0, (count, -1)), terms)
 
-    def _dependence(self, step: _Step, count: int) -> Tensor:
+    def _dependence_of(self, step: _Step, count: int) -> Tensor:
         if len(step.features) != len(self.layers) or step.calls != len(self._handles):
             raise RuntimeError(
                 f"model: expected the layers {self.layers} to run once each, as on example_input, "
                 f"got {step.calls} runs (alpha of 0, or remove_hooks, leaves no hooks)"
             )
         of_layers = [step.features[i].chunk(count) for i in range(len(self.layers))]
-        mean = functional.view_dependence(
-            list(zip(*of_layers, strict=True)),
-            layer_weight=self.layer_weight,
-            kernel=self.kernel,
-            bandwidth=self.bandwidth,
-            estimator=self.estimator,
-            normalize=self.normalize,
-            impl=self.impl,
-        )
+        mean = self.dependence(list(zip(*of_layers, strict=True)))
         return mean * (count * (count - 1) / 2) if self.reduction == "sum" else mean
 
 

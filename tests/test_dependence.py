@@ -442,6 +442,8 @@ X = torch.zeros(4, 3)
         (lambda: F.view_dependence([[X], [X, X]]), ValueError, r"views\[1\]: expected as many"),
         (lambda: F.view_dependence([X, X[:2]]), ValueError, r"views\[1\]\[0\]: expected 4 samples"),
         (lambda: F.view_dependence([X, X], layer_weight=[1, 2]), ValueError, "layer_weight"),
+        (lambda: imcl_fast.ViewDependence(bandwidth=0), ValueError, "bandwidth: expected a number"),
+        (lambda: imcl_fast.ViewDependence(normalize=1), TypeError, "normalize: expected a bool"),
     ],
 )  # fmt: skip
 def test_errors(call, error: type[Exception], message: str) -> None:

@@ -81,7 +81,7 @@ def test_the_loss_is_the_objective_written_out(reduction: str, views: int, norma
         network, x[0], alpha=0.7, reduction=reduction, bandwidth=0.9, normalize=normalize,
         label_smoothing=0.1,
     )  # fmt: skip
-    assert qa.layers == ["one", "two", "three"] and qa.layer_weight == [0.1, 0.25, 0.5]
+    assert qa.layers == ["one", "two", "three"] and qa.dependence.layer_weight == [0.1, 0.25, 0.5]
     output = qa(x if normalize else list(x), y)
     output.loss.backward()
 

@@ -207,7 +207,8 @@ def test_the_methods_build_what_they_say() -> None:
 
     qad = build("qad", alpha=0.5, reduction="mean", kernel="linear", normalize=False)
     assert isinstance(qad, QualityAgnostic) and qad.ways is None
-    assert (qad.alpha, qad.reduction, qad.kernel, qad.normalize) == (0.5, "mean", "linear", False)
+    assert (qad.alpha, qad.reduction) == (0.5, "mean")
+    assert (qad.dependence.kernel, qad.dependence.normalize) == ("linear", False)
     both = build("qad-imcl", ways=["kernel"], weights={"kernel": 7.0}, label_smoothing=0.1)
     assert isinstance(both.ways, IMCL) and both.ways.kernel_weight == 7
     assert both.ways.output_weight == 0 and both.label_smoothing == both.ways.label_smoothing == 0.1
