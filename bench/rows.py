@@ -147,9 +147,9 @@ def rows(quick: bool) -> list[Row]:
         "ConvNeXt-T": shapes.CONVNEXT_FEATURES,
     }
     weights = {
-        "VGG-16": shapes.vgg16_weights(),
-        "R50": shapes.resnet50_weights(),
-        "ConvNeXt-T": shapes.convnext_weights(),
+        "VGG-16": shapes.weights("vgg16"),
+        "R50": shapes.weights("resnet50"),
+        "ConvNeXt-T": shapes.weights("convnext_tiny"),
     }
     chosen += [
         Row("representation", "R18", r18, channels_last=True),

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
+from torch import nn
+
+from imcl_fast.models import import_torchvision
+
 Shapes = tuple[tuple[int, ...], ...]
 
 # What IMCL takes by default: the last block of each resolution. 32x32 images, then 224x224.
@@ -16,7 +23,7 @@ CONVNEXT_FEATURES: Shapes = ((8, 96, 56, 56), (8, 192, 28, 28), (8, 384, 14, 14)
 
 
 def resnet18_weights() -> Shapes:
-    """The 20 convolutions of a ResNet-18 with the CIFAR stem."""
+    """The 20 convolutions of a ResNet-18 with the CIFAR stem, also where there's no torchvision."""
     shapes: list[tuple[int, ...]] = [(64, 3, 3, 3)]
     channels = 64
     for width in (64, 128, 256, 512):
@@ -28,34 +35,9 @@ def resnet18_weights() -> Shapes:
     return tuple(shapes)
 
 
-def vgg16_weights() -> Shapes:
-    """The 13 convolutions of a VGG-16."""
-    widths = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
-    return tuple(
-        (width, channels, 3, 3) for channels, width in zip((3, *widths), widths, strict=False)
-    )
-
-
-def resnet50_weights() -> Shapes:
-    """The 53 convolutions of a ResNet-50."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7)]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            if block == 0:
-                shapes.append((4 * width, channels, 1, 1))
-            channels = 4 * width
-    return tuple(shapes)
-
-
-def convnext_weights() -> Shapes:
-    """The 22 convolutions of a ConvNeXt-T: patches, depthwise 7x7, reductions."""
-    shapes: list[tuple[int, ...]] = [(96, 3, 4, 4)]
-    channels = 96
-    for width, blocks in ((96, 3), (192, 3), (384, 9), (768, 3)):
-        if width != channels:
-            shapes.append((width, channels, 2, 2))
-        shapes += blocks * [(width, 1, 7, 7)]
-        channels = width
-    return tuple(shapes)
+@cache
+def weights(name: str) -> Shapes:
+    """Those of the convolutions of a network of torchvision's."""
+    with torch.device("meta"):
+        network: nn.Module = import_torchvision().models.get_model(name, weights=None)
+    return tuple(tuple(m.weight.shape) for m in network.modules() if isinstance(m, nn.Conv2d))

@@ -18,6 +18,7 @@ from imcl_fast.schedule import Schedule, Turn
 
 from . import networks
 from .memory import peak_bytes
+from .operations import lost
 from .timing import Sample, interleaved, quartiles, wait
 
 PLAIN, FUSED = "plain cross entropy", "four ways, fused"
@@ -124,6 +125,8 @@ def measure(
         try:
             found = runs_of(step, METHODS[name], device, compiled=name in COMPILED)
         except Exception as error:  # the reason goes into the report
+            if lost(error):
+                raise
             left_out[name] = f"{type(error).__name__}: {error}"
             continue
         kinds[name] = {f"{name} {kind}": share for kind, (share, _) in found.items()}

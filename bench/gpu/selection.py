@@ -14,9 +14,9 @@ import importlib.util
 import inspect
 import os
 import sys
-import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -92,24 +92,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = mine
 
 
-class _Anything:
-    """Stands for a strategy: whatever is made of it is one."""
-
-    def __call__(self, *_: Any, **__: Any) -> _Anything:
-        return self
-
-    def __getattr__(self, name: str) -> _Anything:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __iter__(self):
-        return iter((self,))
-
-    def __or__(self, other: object) -> _Anything:
-        return self
-
-
 def _skipped(*_: Any, **drawn: Any) -> Callable:
     """In place of hypothesis.given: the test, without what would be drawn."""
 
@@ -127,26 +109,8 @@ def _skipped(*_: Any, **drawn: Any) -> Callable:
     return decorate
 
 
-def _stand_in_for_hypothesis() -> None:
-    anything = _Anything()
-    strategies = types.ModuleType("hypothesis.strategies")
-    module = types.ModuleType("hypothesis")
-    # A module without a file has no __file__ either, for those who go through sys.modules.
-    strategies.__getattr__ = module.__getattr__ = anything.__getattr__  # type: ignore
-    module.given, module.strategies = _skipped, strategies  # type: ignore[attr-defined]
-    module.settings = _Settings  # type: ignore[attr-defined]
-    sys.modules.update({"hypothesis": module, "hypothesis.strategies": strategies})
-
-
-class _Settings:
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __call__(self, test: Callable) -> Callable:
-        return test
-
-    register_profile = load_profile = staticmethod(lambda *_, **__: None)
-    default = types.SimpleNamespace(max_examples=1)
-
-
 if importlib.util.find_spec("hypothesis") is None:
-    _stand_in_for_hypothesis()
+    hypothesis = MagicMock(given=_skipped)  # whatever is made of its strategies is one
+    hypothesis.settings.return_value = lambda test: test
+    hypothesis.settings.default.max_examples = 1
+    sys.modules.update({"hypothesis": hypothesis, "hypothesis.strategies": hypothesis.strategies})
