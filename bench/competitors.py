@@ -53,6 +53,7 @@ def competitors(
         if not wanted(name):
             continue
         if row.compiled:
+            torch.compiler.reset()
             found.append(Competitor(name, torch.compile(row.loss(impl, device))))
         else:
             left_out[name] = "compiled for one row of each operation only, and not in a quick run"

@@ -102,6 +102,28 @@ def test_an_error_that_stays_with_the_gpu_ends_the_measurement(
         operations.measure(TINY, CPU, 0, fewest=1)
 
 
+@pytest.mark.parametrize(("dtype", "timed"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_the_naive_form_is_timed_however_it_rounds(
+    dtype: torch.dtype, timed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = Row("representation", "tiny", ((2, 8, 4, 4),), dtype)
+    rough = twice(row)._replace(name="reference")
+    monkeypatch.setattr(operations, "competitors", lambda *_: ([rough], {}))
+    found = operations.measure(row, CPU, 0, fewest=1)
+    assert (set(found.samples) == {"reference"}) == timed
+
+
+def test_what_no_graph_can_hold_is_timed_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(*_) -> float:
+        raise torch.AcceleratorError("CUDA error: operation failed due to a previous error")
+
+    monkeypatch.setattr(operations, "GRAPHS", ("cpu",))
+    monkeypatch.setattr(operations, "replayed", captured)
+    found = operations.measure(TINY, CPU, 0, only=["torch"], fewest=1, most=1)
+    assert set(found.samples) == {"torch"} and not found.graphs
+    assert "previous error" in found.left_out["torch, as a graph"]
+
+
 @pytest.mark.parametrize(
     "row",
     [
