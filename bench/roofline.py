@@ -12,14 +12,13 @@ the consistency can't come as near to its floor as a product can.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from .rows import Row
-from .timing import wait
+from .timing import elapsed
 
 REPEATS = 7
 
@@ -114,11 +113,4 @@ def _copy_rate(size: int, device: torch.device) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(REPEATS + 1):
-        wait(device)
-        start = time.perf_counter()
-        run()
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median([elapsed(device, run)[0] for _ in range(REPEATS + 1)][1:])

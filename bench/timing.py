@@ -9,12 +9,13 @@ cache: nobody finds in it what the one before left there. Very small inputs are 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,25 +63,33 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def elapsed(device: torch.device, *parts: Callable[[], object]) -> list[float]:
+    """Seconds of each of some calls, one after the other. On a GPU the marks are events, and the
+    host waits before and after but not in between: launches of one may overlap with the last."""
+    on_gpu = device.type == "cuda"
+
+    def mark() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    wait(device)
+    marks = [mark()]
+    for part in parts:
+        part()
+        marks.append(mark())
+    wait(device)
+    return [a.elapsed_time(b) / 1e3 if on_gpu else b - a for a, b in itertools.pairwise(marks)]
+
+
 def sample(loss: Loss, xs: Sequence[Tensor], device: torch.device) -> Sample:
-    """One forward and backward. On a GPU the marks are events, and the host waits before and
-    after but not in between: launches of the backward may overlap with the forward."""
-    if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        wait(device)
-        marks[0].record()
-        value = loss(xs)
-        marks[1].record()
-        torch.autograd.grad(value, xs)
-        marks[2].record()
-        wait(device)
-        forward, backward = (a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:]))  # noqa: B905
-        return Sample(forward, backward)
-    start = time.perf_counter()
-    value = loss(xs)
-    middle = time.perf_counter()
-    torch.autograd.grad(value, xs)
-    return Sample(middle - start, time.perf_counter() - middle)
+    """One forward and backward."""
+    values: list[Tensor] = []
+    return Sample(*elapsed(
+        device, lambda: values.append(loss(xs)), lambda: torch.autograd.grad(values, xs)
+    ))  # fmt: skip
 
 
 def interleaved(
@@ -160,14 +169,8 @@ def replayed(loss: Loss, sets: Sequence[Sequence[Tensor]], rounds: int) -> float
     with torch.cuda.graph(graph):
         kept = each()  # whose memory the graph writes to
     graph.replay()
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+    times = [seconds for _ in range(rounds)
+             for seconds in elapsed(torch.device("cuda"), graph.replay)]  # fmt: skip
     del kept
     return statistics.median(times) / len(sets)
 

@@ -83,8 +83,7 @@ class MultiHead(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        validation.module("model", model)
         if not validation.is_integer(heads) or heads not in (2, 4):
             raise ValueError(f"heads: expected 2 or 4, got {heads!r}")
         heads = int(heads)

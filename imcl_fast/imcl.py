@@ -198,8 +198,7 @@ class IMCL(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        validation.module("model", model)
         weights = (output_weight, multilayer_weight, representation_weight, kernel_weight)
         for name, value in zip(WEIGHTS, weights, strict=True):
             setattr(self, name, validation.number(name, value, low=0, high=math.inf))

@@ -98,8 +98,7 @@ class Trace(NamedTuple):
 
     @property
     def spatial_ranks(self) -> set[int]:
-        """Number of spatial dimensions of the network's convolutions; empty if it has none."""
-        return _spatial_ranks(self.model)
+        return spatial_ranks(self.model)
 
 
 def trace(
@@ -166,7 +165,7 @@ def trace(
             linear,
             [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)],
             labels,
-            _spatial_ranks(model),
+            spatial_ranks(model),
             where=class_dim,
             sure=how is not None or class_dim is not None,
             named=not isinstance(output, (Tensor, tuple, list)),
@@ -334,7 +333,7 @@ def _channels_last(model: nn.Module, calls: dict[str, list[Call]]) -> frozenset[
     gave one of the same shape.
     """
     modules = dict(model.named_modules())
-    ranks = _spatial_ranks(model)
+    ranks = spatial_ranks(model)
     last: set[str] = set()
     seen: dict[torch.Size, bool] = {}
     for name, (*_, call) in calls.items():
@@ -358,7 +357,8 @@ def _shape(calls: list[Call]) -> torch.Size | None:
     return None if calls[-1].output is None else calls[-1].output.shape
 
 
-def _spatial_ranks(model: nn.Module) -> set[int]:
+def spatial_ranks(model: nn.Module) -> set[int]:
+    """Number of spatial dimensions of a network's convolutions; empty if it has none."""
     return {len(m.kernel_size) for m in model.modules() if isinstance(m, _ConvNd)}
 
 

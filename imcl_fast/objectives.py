@@ -55,8 +55,7 @@ class CrossEntropy(nn.Module):
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        validation.module("model", model)
         self.model = model
         self.label_smoothing = validation.number("label_smoothing", label_smoothing, low=0, high=1)
 

@@ -48,8 +48,7 @@ class Perturbation:
     """
 
     def __init__(self, model: nn.Module, gamma: float, ways: IMCL | None = None) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        validation.module("model", model)
         self.gamma = validation.number("gamma", gamma, low=0, high=math.inf)
         self._model, self._ways = model, ways
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []

@@ -136,8 +136,7 @@ class QualityAgnostic(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        validation.module("model", model)
         if not isinstance(example_input, Tensor):
             raise TypeError(
                 f"example_input: expected a Tensor, got {type(example_input).__name__}; inputs "

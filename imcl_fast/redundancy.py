@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .autograd import without_autocast
-from .layers import PASSIVE
+from .layers import PASSIVE, spatial_ranks
 from .modes import evaluating
 from .taps import observed
 
@@ -227,7 +227,7 @@ def find_representations(
 
     A call is a module's path and how often it had run before.
     """
-    ranks = {len(m.kernel_size) for m in model.modules() if isinstance(m, _ConvNd)}
+    ranks = spatial_ranks(model)
     order: dict[tuple[str, int], int] = {}
     # By the identity of the output: a block returns what its last layer does, and a layer that
     # works in place what the one before it did; the one that is done last names it.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import dense
 
@@ -105,6 +105,12 @@ def mixture(name: str, value: Any, heads: int) -> list[float]:
             f"got {weights}"
         )
     return weights
+
+
+def module(name: str, value: Any) -> None:
+    """``value`` must be an nn.Module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(value).__name__}")
 
 
 def is_real(value: Any) -> bool:
