@@ -12,15 +12,14 @@ that the list calls equivalent is killed, or if one doesn't even run.
 from __future__ import annotations
 
 import argparse
-import queue
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from imcl_fast import operators
 
@@ -30,8 +29,6 @@ from .tree import BROKEN, SURVIVED, Outcome, Tree
 
 DOCUMENT = ROOT / "docs/mutants.md"
 PATIENCE = 5  # tests that take as many times as long as without a mutant, and a minute, never end
-
-T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,39 +72,33 @@ def run(
     compiled = any(mutant.compiled for mutant in mutants)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees = [Tree(root, Path(folder, str(job)), level) for job in range(jobs)]
-        free: queue.SimpleQueue[Tree] = queue.SimpleQueue()
-        for tree in trees:
-            free.put(tree)
+        of_thread = threading.local()
+        free = iter(trees)
 
-        def in_a_tree(work: Callable[[Tree], T]) -> T:
-            tree = free.get()
-            try:
-                return work(tree)
-            finally:
-                free.put(tree)
-
-        def unmutated(tests: Tests, tree: Tree) -> float:
-            outcome = tree.test(tests, None, compiled)
+        def unmutated(tests: Tests) -> float:
+            outcome = of_thread.tree.test(tests, None, compiled)
             print(f"{outcome.seconds:6.0f} s  {tests.name}, unmutated", flush=True)
             if outcome.verdict != SURVIVED:
                 raise MutantError(f"the tests {tests.name} fail without a mutant: {outcome.by}")
             return 60 + PATIENCE * outcome.seconds
 
-        def tried_out(limits: dict[Tests, float], mutant: Mutant, tree: Tree) -> Outcome:
-            outcome = tree.try_out(mutant, limits)
+        def tried_out(limits: dict[Tests, float], mutant: Mutant) -> Outcome:
+            outcome = of_thread.tree.try_out(mutant, limits)
             words = in_words(mutant, outcome.verdict, outcome.by.split("\n")[-1])
             print(f"{outcome.seconds:6.0f} s  {mutant.name}: {words}", flush=True)
             if results is not None:
                 results.add(mutant, outcome)
             return outcome
 
-        with ThreadPoolExecutor(jobs) as pool:
+        def begin() -> None:
+            of_thread.tree = next(free)
+
+        with ThreadPoolExecutor(jobs, initializer=begin) as pool:
             try:
                 tests = list(dict.fromkeys(t for mutant in mutants for t in mutant.tests))
-                times = pool.map(in_a_tree, [partial(unmutated, each) for each in tests])
-                limits = dict(zip(tests, times, strict=True))
-                tries = [partial(tried_out, limits, mutant) for mutant in mutants]
-                return dict(zip(mutants, pool.map(in_a_tree, tries), strict=True))
+                limits = dict(zip(tests, pool.map(unmutated, tests), strict=True))
+                outcomes = pool.map(partial(tried_out, limits), mutants)
+                return dict(zip(mutants, outcomes, strict=True))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for tree in trees:
