@@ -2,10 +2,9 @@
 
     python -m bench.gpu --out FOLDER [--minutes 8] [--no-tests] [--rounds 20]
 
-Writes ``gpu.json`` and ``gpu.txt`` to FOLDER as results come: forward plus backward of each
-operation under every implementation, timed on the device (as a CUDA graph) and as called from
-Python, and training steps, beside the machine's own copy bandwidth and matmul rate; then what the
-tests said.
+Writes ``gpu.json`` and ``gpu.txt`` to FOLDER as results come, in the form of ``python -m bench``:
+each operation under every implementation, timed as called from Python and as a CUDA graph, and
+training steps, beside the machine's own copy bandwidth and matmul rate; then what the tests said.
 Half of the time is for each, and what measuring leaves is for the tests.
 """
 
