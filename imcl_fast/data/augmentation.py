@@ -7,7 +7,9 @@ its row. So a batch comes out the same wherever, and on however many processes, 
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -75,8 +77,24 @@ class PaddedCrop:
         return result
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Have torch's generator on the CPU start from ``seed``, and be afterwards as it was."""
+    # torchvision draws from no other. torch.manual_seed would set those of other devices too,
+    # which dropout draws from.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+class _BySeed:
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, 1) int64: a seed per sample."""
+        return torch.randint(0, 2**63 - 1, (count, 1), generator=generator)
+
+
 @dataclass(frozen=True)
-class ResizedCrop:
+class ResizedCrop(_BySeed):
     """torchvision's RandomResizedCrop (arXiv 1409.4842) and a mirror; for single PIL images.
 
     Args:
@@ -85,16 +103,9 @@ class ResizedCrop:
 
     size: int
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, 1) int64: a seed per sample."""
-        return torch.randint(0, 2**63 - 1, (count, 1), generator=generator)
-
     def __call__(self, image: Any, draw: Tensor) -> Tensor:
         """(3, size, size) uint8, by the ``draw`` (1,) of this sample."""
-        # torchvision draws from the CPU's global generator only. torch.manual_seed would set
-        # those of other devices too, which dropout draws from.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(draw))
+        with seeded(int(draw)):
             return _random_crop(self.size)(image)
 
     def center(self, image: Any) -> Tensor:
@@ -102,24 +113,19 @@ class ResizedCrop:
         return _central_crop(self.size)(image)
 
 
-class OwnTransforms:
+class OwnTransforms(_BySeed):
     """The random transforms inside a Dataset of a user's own; for functions that read an image.
 
     What they take from torch's generator on the CPU and from Python's is seeded for each sample;
     NumPy's generators are left alone.
     """
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, 1) int64: a seed per sample."""
-        return torch.randint(0, 2**63 - 1, (count, 1), generator=generator)
-
     def __call__(self, image: Any, draw: Tensor) -> Tensor:
         """What ``image()`` reads, (C, H, W), by the ``draw`` (1,) of this sample."""
         state = random.getstate()
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(draw))
-                random.seed(int(draw))
+            random.seed(int(draw))
+            with seeded(int(draw)):
                 return image()
         finally:
             random.setstate(state)

@@ -94,7 +94,7 @@ class TrainLoader:
         self._qualities = tuple(qualities)
         share = self._batch // world
         self._mine = slice(rank * share, (rank + 1) * share)
-        self._source = _source(split, data_set, torch.device(device), workers)
+        self._source = _Source(split, data_set, device, workers)
 
     def __len__(self) -> int:
         """Steps per epoch."""
@@ -175,7 +175,7 @@ class TestLoader:
         self._quality = quality
         self._mine = range(len(split) * rank // world, len(split) * (rank + 1) // world)
         self._batch = batch_size
-        self._source = _source(split, data_set, torch.device(device), workers)
+        self._source = _Source(split, data_set, device, workers)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -200,62 +200,24 @@ def stream(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-class _Normalise:
-    """uint8 images to float32 of mean 0 and deviation 1, on the device."""
-
-    def __init__(self, data_set: DataSet, device: torch.device) -> None:
-        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (data_set.mean, data_set.std))
-        self._scale, self._shift = (
-            x.float().to(device).view(-1, 1, 1) for x in (1 / (255 * std), -mean / std)
-        )
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return images.float().mul_(self._scale).add_(self._shift)
-
-
-class _Memory:
-    """Batches of images in memory, augmented where they lie."""
-
-    def __init__(self, split: Split, data_set: DataSet, device: torch.device) -> None:
-        assert isinstance(split.images, Tensor)
-        resident = split.images.numel() <= RESIDENT_BYTES
-        self._images = split.images.to(device) if resident else split.images
-        self._labels = split.labels.to(self._images.device)
-        self._normalise = _Normalise(data_set, device)
-        self._device = device
-
-    def batches(
-        self,
-        orders: Iterator[Order],
-        augmentation: Augmentation | None,
-        qualities: Sequence[Quality],
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        home = self._images.device
-        for places, draw, seeds in orders:
-            places = _send(places, home)
-            images = self._images[places]
-            if augmentation is not None and draw is not None:
-                images = augmentation(images, _send(draw, home))
-            if seeds is not None:
-                images = _seen(images, qualities, seeds)
-            labels = self._labels[places]
-            yield self._normalise(_send(images, self._device)), _send(labels, self._device)
-
-
-class _Files:
-    """Batches of image files, decoded and augmented by worker processes."""
+class _Source:
+    """A split, in memory or read by worker processes, as normalised batches on the device."""
 
     def __init__(
-        self, split: Split, data_set: DataSet, device: torch.device, workers: int
+        self, split: Split, data_set: DataSet, device: torch.device | str, workers: int
     ) -> None:
-        assert not isinstance(split.images, Tensor)
-        self._images = split.images
+        self._images, self._labels = split.images, split.labels
+        self._device, self._workers = torch.device(device), workers
+        if isinstance(split.images, Tensor):
+            if split.images.numel() <= RESIDENT_BYTES:
+                self._images = split.images.to(self._device)
+            self._labels = split.labels.to(self._images.device)  # type: ignore[union-attr]
         own = data_set.augmentation
         self._center = own if isinstance(own, OwnTransforms) else ResizedCrop(data_set.shape[-1])
-        self._labels = split.labels
-        self._normalise = _Normalise(data_set, device)
-        self._device = device
-        self._workers = workers
+        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (data_set.mean, data_set.std))
+        self._scale, self._shift = (
+            x.float().to(self._device).view(-1, 1, 1) for x in (1 / (255 * std), -mean / std)
+        )
 
     def batches(
         self,
@@ -263,9 +225,43 @@ class _Files:
         augmentation: Augmentation | None,
         qualities: Sequence[Quality],
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self._images, Tensor):
+            parts = self._in_memory(self._images, orders, augmentation, qualities)
+        else:
+            parts = self._decoded(self._images, orders, augmentation or self._center, qualities)
+        for images, places in parts:
+            images = _send(images, self._device).float().mul_(self._scale).add_(self._shift)
+            yield images, _send(self._labels[places], self._device)
+
+    @staticmethod
+    def _in_memory(
+        images: Tensor,
+        orders: Iterator[Order],
+        augmentation: Augmentation | None,
+        qualities: Sequence[Quality],
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and their places, augmented where they lie."""
+        home = images.device
+        for places, draw, seeds in orders:
+            places = _send(places, home)
+            batch = images[places]
+            if augmentation is not None and draw is not None:
+                batch = augmentation(batch, _send(draw, home))
+            if seeds is not None:
+                batch = _seen(batch, qualities, seeds)
+            yield batch, places
+
+    def _decoded(
+        self,
+        images: Dataset,
+        orders: Iterator[Order],
+        augmentation: Augmentation,
+        qualities: Sequence[Quality],
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and their places, decoded and augmented by worker processes."""
         loader: DataLoader = DataLoader(
-            _Samples(self._images, augmentation or self._center, qualities),
-            batch_sampler=_Samplewise(orders),
+            _Samples(images, augmentation, qualities),
+            batch_sampler=_samplewise(orders),
             num_workers=self._workers,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
@@ -274,23 +270,17 @@ class _Files:
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            images, places = batch
-            if qualities:
-                images = images.transpose(0, 1)
-            labels = self._labels[places]
-            yield self._normalise(_send(images, self._device)), _send(labels, self._device)
+            samples, places = batch
+            yield samples.transpose(0, 1) if qualities else samples, places
 
 
-class _Samplewise:
+def _samplewise(
+    orders: Iterator[Order],
+) -> Iterator[list[tuple[int, Tensor | None, Tensor | None]]]:
     """Orders as a DataLoader takes them: a list of (place, draw, seeds) for each batch."""
-
-    def __init__(self, orders: Iterator[Order]) -> None:
-        self._orders = orders
-
-    def __iter__(self) -> Iterator[list[tuple[int, Tensor | None, Tensor | None]]]:
-        for places, *drawn in self._orders:
-            each = ([None] * len(places) if rows is None else list(rows) for rows in drawn)
-            yield list(zip(places.tolist(), *each, strict=True))
+    for places, *drawn in orders:
+        each = ([None] * len(places) if rows is None else list(rows) for rows in drawn)
+        yield list(zip(places.tolist(), *each, strict=True))
 
 
 class _Samples(Dataset):
@@ -306,19 +296,15 @@ class _Samples(Dataset):
         self, order: tuple[int, Tensor | None, Tensor | None]
     ) -> tuple[Tensor, int] | DataError:
         place, draw, seeds = order
+        augment = self._augmentation
         try:
-            image = self._read(place, draw)
+            image = self._images[place]
+            image = augment.center(image) if draw is None else augment(image, draw)
             if seeds is not None:
                 image = _seen(image[None], self._qualities, seeds[None])[:, 0]
         except DataError as error:
             return error
         return image, place
-
-    def _read(self, place: int, draw: Tensor | None) -> Tensor:
-        image = self._images[place]
-        if draw is None:
-            return self._augmentation.center(image)
-        return self._augmentation(image, draw)
 
 
 def _seen(images: Tensor, qualities: Sequence[Quality], seeds: Tensor) -> Tensor:
@@ -334,14 +320,6 @@ def _collate(samples: list[tuple[Tensor, int] | DataError]) -> Any:
             return sample
     images, places = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(places)
-
-
-def _source(
-    split: Split, data_set: DataSet, device: torch.device, workers: int
-) -> _Memory | _Files:
-    if isinstance(split.images, Tensor):
-        return _Memory(split, data_set, device)
-    return _Files(split, data_set, device, workers)
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
