@@ -41,6 +41,27 @@ def find(name: str, folders: Sequence[Path], files: Iterable[str], source: str) 
     raise MissingData(f"{name}: {missing[0]}{others} not found in {places}; {source}")
 
 
+def find_or_fetch(
+    name: str,
+    root: Path | None,
+    folder: str,
+    files: Sequence[str],
+    source: str,
+    theirs: Any,
+    download: bool,
+) -> Path:
+    """``find`` in ``root`` or its ``folder``; first with ``download``, if they aren't there, the
+    archive of ``theirs``, torchvision's class of the data set, is unpacked in ``root``."""
+    folders = [] if root is None else [root / folder, root]
+    try:
+        return find(name, folders, files, source)
+    except MissingData:
+        if not download or root is None:
+            raise
+    fetch(name, theirs.url, root, theirs.tgz_md5)
+    return find(name, folders, files, source)
+
+
 def fetch(name: str, url: str, folder: Path, md5: str) -> None:
     """Download one file into ``folder``, check it, and unpack it there if it is an archive.
 
