@@ -59,12 +59,15 @@ class Material:
             UsageError: the processes can't share a batch out evenly.
         """
         try:
+            mixing = None
+            if config.mixup is not None or config.cutmix is not None:
+                mixing = Mixing(config.mixup, config.cutmix, len(self.data_set.classes))
             return TrainLoader(
                 self.train,
                 self.data_set,
                 batch_size=config.batch_size,
                 augment=config.augment,
-                mixing=self._mixing(config),
+                mixing=mixing,
                 qualities=config.trained_on,
                 seed=config.seed,
                 device=processes.device,
@@ -74,11 +77,6 @@ class Material:
             )
         except (ValueError, ImportError) as error:
             raise UsageError(str(error)) from error
-
-    def _mixing(self, config: TrainConfig) -> Mixing | None:
-        if config.mixup is None and config.cutmix is None:
-            return None
-        return Mixing(config.mixup, config.cutmix, len(self.data_set.classes))
 
     def test_loader(
         self,
@@ -181,13 +179,8 @@ def build_objective(
     network: nn.Module,
     material: Material,
     processes: Processes,
-    *,
-    without: str | None = None,
 ) -> nn.Module:
     """``network``, on its device, in what it is trained with.
-
-    Args:
-        without: a way to leave out.
 
     Raises:
         UsageError: the network doesn't fit the data or the objective, or an option the
@@ -198,18 +191,14 @@ def build_objective(
     if config.channels_last:
         example = example.contiguous(memory_format=torch.channels_last)
     options = config.objective_options
-    ways = [way for way in config.ways if way != without]
-    weights = {way: weight for way, weight in config.weights.items() if way != without}
-    if without is not None and all(weights.get(way) == 0 for way in ways):
-        options = {}  # cross entropy, which is what is left, has none
     try:
         _check_classes(network, example, len(material.data_set.classes))
         return objectives.build(
             config.method,
             network,
             example,
-            ways=ways,
-            weights=weights,
+            ways=config.ways,
+            weights=config.weights,
             label_smoothing=config.label_smoothing,
             shard_kernels=processes.world > 1,
             impl=config.impl,

@@ -22,7 +22,7 @@ from ..plan import acted_on
 from ..redundancy import profile
 from ..runs.config import SETTINGS, TrainConfig, argument_of
 from ..runs.errors import UsageError
-from ..runs.folder import AFTER, AT_QUALITY, BEFORE, LOG
+from ..runs.folder import AFTER, AT_QUALITY, BEFORE, LOG, SUMMARY, WEIGHTS
 from ..runs.network import build_network
 from .distributed import Processes, joined
 from .interruption import Interruption
@@ -206,14 +206,14 @@ def _finish(loop: Loop) -> dict[str, Any]:
     config, records = loop.config, loop.records
     if records is None:
         return summary
-    records.weights(loop.measured.state_dict())
+    records.tensors(WEIGHTS, loop.measured.state_dict())
     if config.measure_ways and loop.processes.world == 1 and loop.last_batch is not None:
         costs = _way_seconds(loop, summary["seconds"])
         if costs is not None:
             summary["way_seconds"] = costs
     if config.report:
         _profile(loop, records, AFTER)
-    records.summary(summary)
+    records.json(SUMMARY, summary)  # which is what tells that it has ended
     return summary
 
 
@@ -266,20 +266,12 @@ def _profile(loop: Loop, records: Records, name: str) -> None:
 
 def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
     """What each way costs per step on average; None if there was too little time to tell."""
-    config = loop.config
+    config, objective = loop.config, loop.state.objective
     if config.method != "imcl" or not config.ways or loop.last_batch is None:
         return None
-    intervals = {}
-    if isinstance(objective := loop.state.objective, IMCL):
-        intervals = {
-            "representation": objective.representation_interval,
-            "kernel": objective.kernel_interval,
-        }
-        # What a way costs is seen where it is computed, and spread over its interval.
-        config = replace(config, representation_interval=1, kernel_interval=1)
 
     def build(network: nn.Module, without: str | None) -> nn.Module:
-        return build_objective(config, network, loop.material, loop.processes, without=without)
+        return build_objective(_less(config, without), network, loop.material, loop.processes)
 
     costs = way_seconds(
         loop.plain,
@@ -289,4 +281,17 @@ def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
         *loop.last_batch,
         allowed=max(WAYS_SECONDS, WAYS_SHARE * trained),
     )
-    return costs and {way: cost / intervals.get(way, 1) for way, cost in costs.items()}
+    return costs and {
+        way: cost / getattr(objective, f"{way}_interval", 1) for way, cost in costs.items()
+    }
+
+
+def _less(config: TrainConfig, without: str | None) -> TrainConfig:
+    """``config`` without one way (or None), and the others in every step: what a way costs is seen
+    where it is computed, and spread over its interval."""
+    ways = tuple(way for way in config.ways if way != without)
+    weights = {way: weight for way, weight in config.weights.items() if way != without}
+    options: dict[str, Any] = {"representation_interval": 1, "kernel_interval": 1}
+    if all(weights.get(way) == 0 for way in ways):  # cross entropy is left, which has no options
+        options = dict.fromkeys(name for name in SETTINGS if argument_of(name))
+    return replace(config, ways=ways, weights=weights, ways_warmup_epochs=0.0, **options)
