@@ -106,11 +106,11 @@ class ResizedCrop(_BySeed):
     def __call__(self, image: Any, draw: Tensor) -> Tensor:
         """(3, size, size) uint8, by the ``draw`` (1,) of this sample."""
         with seeded(int(draw)):
-            return _random_crop(self.size)(image)
+            return _crops(self.size)[0](image)
 
     def center(self, image: Any) -> Tensor:
         """The image without augmentation: its central 7/8, as (3, size, size) uint8."""
-        return _central_crop(self.size)(image)
+        return _crops(self.size)[1](image)
 
 
 class OwnTransforms(_BySeed):
@@ -140,17 +140,12 @@ Augmentation = PaddedCrop | ResizedCrop | OwnTransforms
 
 # Made where they are used, so that a worker process imports torchvision by import_torchvision.
 @cache
-def _random_crop(size: int) -> Any:
+def _crops(size: int) -> tuple[Any, Any]:
+    """A random crop and a central one."""
     v2 = transforms()
-    return v2.Compose(
-        [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    )
-
-
-@cache
-def _central_crop(size: int) -> Any:
-    v2 = transforms()
-    return v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()])
+    random_crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    central_crop = [v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()]
+    return v2.Compose(random_crop), v2.Compose(central_crop)
 
 
 def transforms() -> Any:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..models import import_torchvision
 from . import image_file
 from .augmentation import ResizedCrop
-from .dataset import DataError, DataSet, MissingData, Split, check_image_size
+from .dataset import DataError, DataSet, MissingData, Split
 
 NAME = "folder"
 TEST_FOLDERS = ("test", "val")
@@ -48,7 +48,7 @@ def load(root: Path | None, *, download: bool, image_size: int | None) -> DataSe
     """
     if root is None:
         raise MissingData(f"{NAME}: expected root (--data-root), got none; {LAYOUT}")
-    size = check_image_size(image_size) or IMAGE_SIZE
+    size = image_size or IMAGE_SIZE
     test_folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test_folder is None:
         missing = "train" if not (root / "train").is_dir() else " or ".join(TEST_FOLDERS)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .. import validation
 from .augmentation import Augmentation, OwnTransforms, ResizedCrop
 from .dataset import DataError, DataSet, Split
 from .mixing import Mixing
@@ -55,8 +54,8 @@ class TrainLoader:
     one; that one leaves out what can't be shared out evenly.
 
     Raises:
-        TypeError, ValueError: a number is outside its range, or there is less than one
-            image for each process.
+        ValueError: the processes can't share a batch out evenly, or there is less than one image
+            for each.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class TrainLoader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        batch_size, rank, world, workers = _checked(batch_size, rank, world, workers)
         if batch_size % world:
             raise ValueError(
                 f"batch_size: expected a multiple of the {world} processes (world) that share it, "
@@ -88,7 +86,7 @@ class TrainLoader:
                 f"got {len(split)}"
             )
         self._split = split
-        self._seed = validation.integer("seed", seed)
+        self._seed = seed
         self._augmentation = data_set.augmentation if augment else None
         self._mixing = mixing
         self._qualities = tuple(qualities)
@@ -109,13 +107,8 @@ class TrainLoader:
             (batch_size / world,) int64, or mixed (batch_size / world, K) float32.
 
         Raises:
-            ValueError: the epoch has no such step.
             DataError: an image file can't be read.
         """
-        epoch = validation.integer("epoch", epoch)
-        first_step = validation.integer("first_step", first_step)
-        if not 0 <= first_step <= len(self):
-            raise ValueError(f"first_step: expected 0 to {len(self)}, got {first_step}")
         orders = self._orders(epoch, first_step)
         batches = self._source.batches(orders, self._augmentation, self._qualities)
         return batches if self._mixing is None else self._mixed(batches, epoch, first_step)
@@ -171,7 +164,6 @@ class TestLoader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        batch_size, rank, world, workers = _checked(batch_size, rank, world, workers)
         self._quality = quality
         self._mine = range(len(split) * rank // world, len(split) * (rank + 1) // world)
         self._batch = batch_size
@@ -327,14 +319,3 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device or device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _checked(batch_size: int, rank: int, world: int, workers: int) -> list[int]:
-    numbers = {"batch_size": batch_size, "rank": rank, "world": world, "workers": workers}
-    checked = {name: validation.integer(name, value) for name, value in numbers.items()}
-    for name, low in (("batch_size", 1), ("world", 1), ("workers", 0)):
-        if checked[name] < low:
-            raise ValueError(f"{name}: expected at least {low}, got {checked[name]}")
-    if not 0 <= checked["rank"] < checked["world"]:
-        raise ValueError(f"rank: expected 0 to {checked['world'] - 1}, got {checked['rank']}")
-    return list(checked.values())

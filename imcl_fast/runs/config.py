@@ -10,10 +10,12 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import data, models, validation
+from ..data import noise
 from ..data.quality import Quality
 from ..dependence import KERNELS
 from ..functional import PENALTIES, TEACHERS
@@ -140,7 +142,7 @@ class TrainConfig:
     noise_type: str = _set(
         "symmetric",
         "wrong labels are uniformly random others, or the class's likeliest confusion",
-        choices=("symmetric", "asymmetric"),
+        choices=noise.KINDS,
     )
     augment: bool = _set(True, "random augmentation, the data set's own")
     mixup: float | None = _set(
@@ -328,7 +330,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(TrainConfig).items():
+        for name, kind in _kinds().items():
             value = _typed(name, getattr(self, name), kind)
             _check_range(name, value, SETTINGS[name])
             object.__setattr__(self, name, value)
@@ -506,6 +508,12 @@ def label_of(method: str, ways: Sequence[str]) -> str:
     if not ways:
         return "ce"
     return "imcl" if set(ways) == set(WAYS) else "+".join(ways)
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """What each setting is annotated as; a study asks for thousands of configurations."""
+    return typing.get_type_hints(TrainConfig)
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
