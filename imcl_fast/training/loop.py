@@ -22,7 +22,7 @@ from ..data.split import take
 from ..quality_agnostic import QualityAgnostic
 from ..runs.checkpoint import CheckpointStore
 from ..runs.config import TrainConfig
-from ..runs.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
+from ..runs.errors import CheckpointError, Interrupted, NonFiniteError, as_usage_error
 from ..runs.folder import AT_QUALITY, CHECKPOINTS
 from . import non_finite
 from .distributed import Processes
@@ -143,10 +143,8 @@ class Loop:
             )
         before = stored["config"]["epochs"]
         if before != self.config.epochs:
-            try:
+            with as_usage_error(ValueError):
                 rate = go_on(state.optimizer, state.schedule)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
             self.observer.said(
                 f"{self.config.epochs} epochs instead of {before}: the learning rate goes on as "
                 f"that of {self.config.epochs}, at {rate:.4g}"

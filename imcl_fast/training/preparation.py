@@ -19,7 +19,7 @@ from ..data.quality import Quality
 from ..data.split import subset, validation_split
 from ..modes import evaluating
 from ..runs.config import TrainConfig
-from ..runs.errors import UsageError
+from ..runs.errors import UsageError, as_usage_error
 from .distributed import Processes
 
 # Enough to tell a percent of memorised labels, few enough to cost little per epoch.
@@ -35,7 +35,6 @@ class Material:
         train: the training images with the labels to train on.
         true_labels: (N,) int64, theirs before label noise.
         test: what is measured on: the test split, or the held-out images.
-        held_out: whether ``test`` is a part of the training split set aside.
         measured: (n,) int64, places in ``train`` of the images that show how much of the
             training labels has been learnt; n is at most ``TRAIN_MEASURED``.
     """
@@ -44,7 +43,6 @@ class Material:
     train: Split
     true_labels: Tensor
     test: Split
-    held_out: bool
     measured: Tensor
 
     @property
@@ -58,7 +56,7 @@ class Material:
         Raises:
             UsageError: the processes can't share a batch out evenly.
         """
-        try:
+        with as_usage_error(ValueError, ImportError):
             mixing = None
             if config.mixup is not None or config.cutmix is not None:
                 mixing = Mixing(config.mixup, config.cutmix, len(self.data_set.classes))
@@ -75,8 +73,6 @@ class Material:
                 world=processes.world,
                 workers=config.workers,
             )
-        except (ValueError, ImportError) as error:
-            raise UsageError(str(error)) from error
 
     def test_loader(
         self,
@@ -106,7 +102,7 @@ def prepare_data(
     Raises:
         UsageError: the data isn't there, is damaged, or has too few images.
     """
-    try:
+    with as_usage_error(OSError, ValueError, ImportError):
         if data_set is None:
             data_set = data.load(
                 config.dataset,
@@ -118,14 +114,11 @@ def prepare_data(
             data_set = _of_torch(data_set, config)
         train, test = data_set.train, data_set.test
         if config.validation_images:
-            train, test = _named(
-                "validation_images", validation_split, train, config.validation_images,
-                config.split_seed,
-            )  # fmt: skip
-        if config.train_images is not None:
-            train = _named(
-                "train_images", subset, train, config.train_images, config.split_seed
+            train, test = validation_split(
+                train, config.validation_images, config.split_seed, "validation_images"
             )
+        if config.train_images is not None:
+            train = subset(train, config.train_images, config.split_seed, "train_images")
         labels = label_noise(
             train.labels,
             len(data_set.classes),
@@ -134,15 +127,12 @@ def prepare_data(
             config.seed,
             data_set.noise_pairs,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.split_seed))
     return Material(
         data_set=data_set,
         train=Split(train.images, labels),
         true_labels=train.labels,
         test=test,
-        held_out=config.validation_images > 0,
         measured=order[:TRAIN_MEASURED].sort().values,
     )
 
@@ -168,10 +158,8 @@ def check_implementation(config: TrainConfig, device: torch.device) -> None:
         UsageError: they can't, and why.
     """
     for operation in ("pairwise", "consistency") if config.impl != "auto" else ():
-        try:
+        with as_usage_error(RuntimeError):
             implementations.choose(config.impl, operation, device, [torch.float32])
-        except RuntimeError as error:
-            raise UsageError(str(error)) from error
 
 
 def build_objective(
@@ -220,11 +208,3 @@ def _check_classes(network: nn.Module, example: Tensor, classes: int) -> None:
             f"model: expected logits of the data's {classes} classes, its output for "
             f"{len(example)} images has shape {shape}"
         )
-
-
-def _named(setting: str, function, *args):
-    try:
-        return function(*args)
-    except ValueError as error:
-        # They speak of their own argument n.
-        raise ValueError(f"{setting}: {str(error).removeprefix('n: ')}") from error
