@@ -59,6 +59,7 @@ class Records:
                 with files.disk_full_named(folder):
                     folder.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(lock.hold(folder))
+                Records._check(folder, config)
             except OSError as error:
                 raise UsageError(
                     f"run_dir: can't use {folder}: {error.strerror or error}"
@@ -68,21 +69,18 @@ class Records:
                     f"run_dir: a run is going on in {folder} ({error}); wait for it or stop it, "
                     "then --resume auto goes on with it, or name another folder"
                 ) from error
-            Records._check(folder, config)
             yield
 
     @staticmethod
     def _check(folder: Path, config: TrainConfig) -> None:
+        if not (folder / CONFIG).exists():
+            if any((folder / CHECKPOINTS).glob("*.pt")):
+                raise UsageError(
+                    f"run_dir: {folder} has checkpoints but no {CONFIG}; name another folder"
+                )
+            return
         try:
-            if not (folder / CONFIG).exists():
-                if any((folder / CHECKPOINTS).glob("*.pt")):
-                    raise UsageError(
-                        f"run_dir: {folder} has checkpoints but no {CONFIG}; name another folder"
-                    )
-                return
             existing = TrainConfig.read(folder / CONFIG)
-        except OSError as error:
-            raise UsageError(f"run_dir: can't use {folder}: {error.strerror or error}") from error
         except (TypeError, ValueError) as error:
             raise UsageError(f"run_dir: {folder} holds a run of another kind ({error})") from error
         if config.resume != "auto":
