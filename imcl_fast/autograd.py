@@ -10,38 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-
-
-class PairwiseOptions(NamedTuple):
-    """Arguments of the pairwise operators, in the order of their schema."""
-
-    penalty: int
-    center: bool
-    eps: float
-    batched: bool
-    precision: int
-
-
-class ConsistencyOptions(NamedTuple):
-    """Arguments of the consistency operators, in the order of their schema."""
-
-    ce_weight: list[float]
-    kl_weight: list[float]
-    groups: list[int]
-    temperature: list[float]
-    teacher: list[int]
-    detach: list[bool]
-    divergence: list[int]
-    beta: list[float]
-    label_smoothing: float
-    ignore_index: int
-    binary: bool
-    reduction: int
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

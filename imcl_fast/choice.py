@@ -16,7 +16,7 @@ class Choice:
     """Attributes:
     layers: paths of the layers of ways 2 and 3, in the order the network runs them.
     headed: those of them that get an auxiliary classifier.
-    classifier: path of the linear layer, or 1x1 convolution, of way 1.
+    classifier: path of the linear layer, or convolution, of way 1.
     kernels: paths of the modules of way 4.
     nothing: why a way has nothing to act on, by the name of its weight.
     """

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from .layers import Trace, only_call
 
+MAPS = (nn.Linear, _ConvNd)  # transposed convolutions too
+
 
 def find_classifier(trace: Trace) -> str:
-    """The linear layer, or 1x1 convolution, whose output is the network's output.
+    """The linear layer, or convolution, whose output is the network's output.
 
     Raises:
         ValueError: there is none.
     """
     for name in trace.makers:
-        if _classifies(trace.model.get_submodule(name)):
+        if isinstance(trace.model.get_submodule(name), MAPS):
             return check_classifier(trace, name)
     if trace.class_dim is None:
         raise ValueError(
@@ -24,35 +28,31 @@ def find_classifier(trace: Trace) -> str:
             "layer that computes the logits, or pass output_weight=0"
         )
     raise ValueError(
-        "classifier: the network's output is not that of an nn.Linear or a 1x1 convolution, or "
-        "this interpolated; pass output_weight=0"
+        "classifier: the network's output is not that of an nn.Linear or a convolution, or this "
+        "interpolated; pass output_weight=0"
     )
 
 
-def _classifies(module: nn.Module) -> bool:
-    """Whether what a module does is the same linear map everywhere."""
-    if isinstance(module, nn.Linear):
-        return True
-    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd):
-        return False
-    unpadded = isinstance(module.padding, str) or not any(module.padding)
-    return set(module.kernel_size) == set(module.stride) == {1} and unpadded
-
-
 def predictors(trace: Trace) -> set[str]:
-    """The convolutions and linear layers whose output is the network's, if need be resized, or
-    has its shape: there can be several classifiers."""
-    return {
-        name
-        for name, calls in trace.calls.items()
-        if isinstance(trace.model.get_submodule(name), (_ConvNd, nn.Linear))
-        and (trace.predicts(name) or _has_shape(calls[-1].output, trace.shape))
-    }
+    """The convolutions and linear layers whose output is the network's, if need be resized; or,
+    of linear layers and 1x1 convolutions, has its shape: there can be several classifiers."""
+
+    def predicts(name: str) -> bool:
+        module = trace.model.get_submodule(name)
+        if not isinstance(module, MAPS):
+            return False
+        if trace.predicts(name):
+            return True
+        # Of larger kernels that says nothing where all maps are of one size.
+        small = isinstance(module, nn.Linear) or math.prod(module.kernel_size) == 1
+        return small and _has_shape(trace.calls[name][-1].output, trace.shape)
+
+    return set(filter(predicts, trace.calls))
 
 
 def check_classifier(trace: Trace, name: str) -> str:
     """``name``, if it is the path of an nn.Linear that maps features (B, F) to logits (B, K); for
-    dense logits of one, or of a 1x1 convolution, that makes them, be it at another resolution.
+    dense logits of one, or of a convolution, that makes them, be it at another resolution.
 
     Raises:
         TypeError, ValueError: it is not.
@@ -62,9 +62,9 @@ def check_classifier(trace: Trace, name: str) -> str:
     shapes = [None if x is None else tuple(x.shape) for x in (call.input, call.output)]
     logits = None if trace.logits is None else tuple(trace.logits.shape)
     if trace.class_dim is not None:
-        if not _classifies(module) or name not in trace.makers:
+        if not isinstance(module, MAPS) or name not in trace.makers:
             raise ValueError(
-                "classifier: expected an nn.Linear or a 1x1 convolution whose output is, or "
+                "classifier: expected an nn.Linear or a convolution whose output is, or "
                 f"interpolated is, the network's logits {logits}; {name!r} is "
                 f"{type(module).__name__} and leads from {shapes[0]} to {shapes[1]}"
             )

@@ -20,14 +20,9 @@ from torch import Tensor
 
 from . import dense, implementations, independent, padding, reference, tracing, validation
 from .algebra.divergences import MIXTURE
-from .autograd import (
-    CollaborativeConsistency,
-    ConsistencyOptions,
-    PairwiseOptions,
-    PairwisePenalty,
-    without_autocast,
-)
+from .autograd import CollaborativeConsistency, PairwisePenalty, without_autocast
 from .dependence import dependence, view_dependence
+from .schemas import ConsistencyOptions, PairwiseOptions
 
 __all__ = [
     "collaborative_consistency",

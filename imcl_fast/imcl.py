@@ -43,7 +43,7 @@ class IMCL(nn.Module):
     where CE is that of the network's own logits, views are dropout views of the last
     features through the one classifier, and the heads are an auxiliary classifier on each
     chosen layer but the last, and the network's own. Where the logits are dense, (B, K, \*spatial)
-    of segmentation or (B, \*tokens, K) of tokens, every pixel or token is a sample, the auxiliary
+    of segmentation or (B, \*tokens, K) of tokens, every pixel or token is a sample, auxiliary
     classifiers are 1x1 convolutions or linear layers of each token, and what they and the views
     give is interpolated to the size of the logits. The backbone runs once. Nothing is
     left over afterwards: ``imcl.model`` is the plain network with its own state_dict, and
@@ -66,7 +66,7 @@ class IMCL(nn.Module):
         output_weight, multilayer_weight, representation_weight, kernel_weight: of the four
             ways. 0 leaves a way out: no hook, no head, no call. The others may be
             changed between steps.
-        classifier: path of the nn.Linear that computes the logits, or, of dense ones, the 1x1
+        classifier: path of the nn.Linear that computes the logits, or, of dense ones, the
             convolution, also where these are interpolated afterwards. None finds it.
         kernels: paths of the modules whose ``weight`` takes part in kernel similarity, or of
             other weights themselves (``"lstm.weight_ih_l0"``). None takes the convolutions with
@@ -119,7 +119,7 @@ class IMCL(nn.Module):
         RuntimeError: ``shard_kernels`` without ``torch.distributed``.
 
     A way that has nothing to act on in this network is switched off, with one warning that
-    says why: way 1 without a linear layer (or 1x1 convolution) that computes the logits, way 2
+    says why: way 1 without a linear layer (or convolution) that computes the logits, way 2
     without two layers, or ones whose positions lie over those of dense logits (tokens of a
     transformer do, row by row, but not beside a class token), way 3 without one, way 4 without
     kernels that can become unlike.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import functional, validation
-from .autograd import ConsistencyOptions
 from .imcl_step import IMCLStep
+from .schemas import ConsistencyOptions
 
 if TYPE_CHECKING:
     from .imcl import IMCL

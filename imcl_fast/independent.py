@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .algebra.consistency import REDUCE_MEAN, REDUCE_NONE
-from .autograd import ConsistencyOptions
+from .schemas import ConsistencyOptions
 
 
 def as_samples(

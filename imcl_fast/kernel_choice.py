@@ -30,13 +30,12 @@ def find_kernels(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]
     ``roles``) N is the number of rows of one.
 
     Args:
-        leave_out: paths of layers whose rows stand for something, as a classifier's; but not of
-            convolutions with larger kernels.
+        leave_out: paths of layers whose rows stand for something, as a classifier's.
     """
     weights = dict(_weights(model))
     larger = {name for name, shape in weights.items() if math.prod(shape[2:]) > 1}
     everything = sum(p.numel() for p in model.parameters())
-    among = weights.keys() - (set(leave_out) - larger)
+    among = weights.keys() - set(leave_out)
     if 2 * sum(math.prod(weights[name]) for name in larger) >= everything:
         among &= larger
     return [

@@ -23,6 +23,7 @@ from .algebra.consistency import REDUCE_NONE
 from .algebra.pairwise import ABS, SIGNED, SQUARE, is_dual
 from .build_facts import BuildFacts
 from .kernels.plan import state_size
+from .schemas import SCHEMAS
 
 LIBRARY = Path(__file__).with_name("_operators.so")
 
@@ -133,19 +134,19 @@ def _gram_backward(s, xs, means):
     return [torch.empty_like(x) for x in xs]
 
 
+def _registered(name: str, fake: Callable) -> Callable:
+    torch.library.register_fake(f"imcl_fast::{name}")(fake)
+    return getattr(torch.ops.imcl_fast, name).default
+
+
 if build_info is not None:
-    torch.library.register_fake("imcl_fast::pairwise")(_pairwise_forward)
-    torch.library.register_fake("imcl_fast::pairwise_backward")(_pairwise_backward)
-    torch.library.register_fake("imcl_fast::consistency")(_consistency)
-    torch.library.register_fake("imcl_fast::gram_forward")(_gram_forward)
-    torch.library.register_fake("imcl_fast::gram_backward")(_gram_backward)
     pairwise = Pairwise(
-        torch.ops.imcl_fast.pairwise.default,
-        torch.ops.imcl_fast.pairwise_backward.default,
+        _registered("pairwise", _pairwise_forward),
+        _registered("pairwise_backward", _pairwise_backward),
     )
-    consistency = torch.ops.imcl_fast.consistency.default
+    consistency = _registered("consistency", _consistency)
     gram = Gram(
-        torch.ops.imcl_fast.gram_forward.default, torch.ops.imcl_fast.gram_backward.default
+        _registered("gram_forward", _gram_forward), _registered("gram_backward", _gram_backward)
     )
 
 
@@ -168,39 +169,15 @@ def _triton_consistency(*args):
     return consistency.forward(*args)
 
 
-_PAIRWISE = "int penalty, bool center, float eps, bool batched, int precision"
 _triton = torch.library.Library("imcl_fast", "FRAGMENT")
-for _name, _schema, _launch, _fake in (
-    (
-        "triton_pairwise_forward",
-        f"(Tensor[] xs, {_PAIRWISE}, bool keep) -> (Tensor, Tensor[])",
-        _triton_pairwise_forward,
-        _gpu_pairwise_forward,
-    ),
-    (
-        "triton_pairwise_backward",
-        f"(Tensor grad, Tensor[] xs, Tensor[] state, {_PAIRWISE}) -> Tensor[]",
-        _triton_pairwise_backward,
-        _pairwise_backward,
-    ),
-    (
-        "triton_consistency",
-        "(Tensor[] logits, Tensor? target, Tensor? weight, Tensor? sample_weight, "
-        "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
-        "bool[] detach, int[] divergence, float[] beta, float label_smoothing, int ignore_index, "
-        "bool binary, int reduction, bool keep) "
-        "-> (Tensor, Tensor, Tensor[])",
-        _triton_consistency,
-        _consistency,
-    ),
-):
-    _triton.define(_name + _schema)
-    _triton.impl(_name, _launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"imcl_fast::{_name}", lib=_triton)(_fake)
 
 
-def _or_operator(launch: Callable, name: str) -> Callable:
+def _as_operator(operation: str, launch: Callable, fake: Callable) -> Callable:
     """The launcher itself, or its operator while ``torch.compile`` traces."""
+    name = f"triton_{operation}"
+    _triton.define(name + SCHEMAS[operation])
+    _triton.impl(name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"imcl_fast::{name}", lib=_triton)(fake)
     operator = getattr(torch.ops.imcl_fast, name).default
 
     def call(*args):
@@ -210,7 +187,7 @@ def _or_operator(launch: Callable, name: str) -> Callable:
 
 
 triton_pairwise = Pairwise(
-    _or_operator(_triton_pairwise_forward, "triton_pairwise_forward"),
-    _or_operator(_triton_pairwise_backward, "triton_pairwise_backward"),
+    _as_operator("pairwise", _triton_pairwise_forward, _gpu_pairwise_forward),
+    _as_operator("pairwise_backward", _triton_pairwise_backward, _pairwise_backward),
 )
-triton_consistency = _or_operator(_triton_consistency, "triton_consistency")
+triton_consistency = _as_operator("consistency", _triton_consistency, _consistency)

@@ -59,14 +59,15 @@ def consistency_config(
 
     What a thread holds of each head follows from its registers, and is half as much where
     the gradient is ``heavy``: a teacher is not detached, or is a sum over pairs. ``rich``
-    labels, a tile of numbers or weights, and samples on several axes need more of them. Samples
+    labels, a tile of numbers or weights, and samples on several axes leave less of them. Samples
     are taken several at a time only where every processor has two programs to run anyhow.
     """
     processors = processors_of(device)
     block = power_of_2(classes)
     # What fits without spilling in test_offline_compile.py, whose device is the CPU; for a GPU
     # the same formula may spill. Scalars of each head need registers too.
-    each = min(16, _power_of_2_below((43 / heads if heavy else 120 / heads) - (3 if heavy else 5)))
+    room = 43 if heavy else 100 if rich else 120
+    each = min(16, _power_of_2_below(room / heads - (3 if heavy else 5)))
     if block <= 32 * _MOST_WARPS * each:
         if block < 256:
             each = min(each, _power_of_2_below((12 if heavy else 24) / heads), 4)

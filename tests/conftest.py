@@ -122,7 +122,7 @@ SLOW_INTERPRETED = (
     "test_whole_chunks_are_masked", "test_fifty_thousand_classes", "test_runs_are_bitwise_equal",
     "test_gradcheck_consistency[triton-sum", "test_gradcheck_consistency[triton-none",
     "test_mixture_sizes[triton-5-9000", "test_matmul_precision[triton-(256",
-    "test_head_counts[triton-6", "test_head_counts[triton-7",
+    "test_head_counts[triton-6", "test_head_counts[triton-7", "test_a_thousand_matrices",
 )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def compile_launch(case: str, targets, kernel, args, options) -> None:
         build = {k: wanted.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in wanted}
         compiled = triton.compile(source(kernel, args, wanted), target=TARGETS[name], options=build)
         row = {"case": case, "kernel": kernel.__name__, "target": name,
-               "shared": compiled.metadata.shared}  # fmt: skip
+               "triton": triton.__version__, "shared": compiled.metadata.shared}  # fmt: skip
         if "ptx" in compiled.asm:
             row |= resources(compiled.asm["ptx"])
             row["blocks"] = blocks(name, row["registers"], row["shared"], build["num_warps"])

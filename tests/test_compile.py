@@ -8,8 +8,8 @@ from conftest import HALVES, Impl, assert_same_bits, dtype_name, leaf, matmul_pr
 from strategies import TEACHERS, Matrices
 from torch import Tensor
 
-from imcl_fast import autograd, operators
 from imcl_fast import functional as F
+from imcl_fast import operators, schemas
 
 # Inductor takes seconds for each graph, so that most graphs here are only traced
 # and run by the tracer's own backend, which is where a graph breaks if it does.
@@ -206,15 +206,15 @@ def pairwise_samples() -> list[tuple]:
         for penalty in range(3):
             for center in (False, True):
                 samples.append(
-                    (features(dtype), *autograd.PairwiseOptions(penalty, center, 1e-12, True, 0),
+                    (features(dtype), *schemas.PairwiseOptions(penalty, center, 1e-12, True, 0),
                      True)
                 )
-    samples.append((weights(), *autograd.PairwiseOptions(0, False, 1e-12, False, 2), True))
-    samples.append((weights(), *autograd.PairwiseOptions(0, False, 1e-12, False, 0), False))
+    samples.append((weights(), *schemas.PairwiseOptions(0, False, 1e-12, False, 2), True))
+    samples.append((weights(), *schemas.PairwiseOptions(0, False, 1e-12, False, 0), False))
     mixed = [features(torch.float64)[0], *features(torch.float16)[1:]]
-    samples.append((mixed, *autograd.PairwiseOptions(0, False, 1e-12, True, 0), True))
+    samples.append((mixed, *schemas.PairwiseOptions(0, False, 1e-12, True, 0), True))
     empty = [torch.zeros(0, 4, 3), torch.zeros(0, 9, 2)]
-    samples.append((empty, *autograd.PairwiseOptions(0, True, 1e-12, True, 0), True))
+    samples.append((empty, *schemas.PairwiseOptions(0, True, 1e-12, True, 0), True))
     return samples
 
 
@@ -224,13 +224,13 @@ def consistency_samples() -> list[tuple]:
     for dtype in (torch.float64, torch.float32, torch.float16):
         for kind in range(len(TEACHERS)):
             for reduction in range(3):
-                options = autograd.ConsistencyOptions(
+                options = schemas.ConsistencyOptions(
                     [1.0] * 4, [0.5] * 4, [1, 3], [1.0, 2.0], [0, kind], [True, False], [0, 0],
                     [0.5, 0.5], 0.1, -100, False, reduction,
                 )
                 target = labels() if kind % 2 else None
                 samples.append((logits(dtype), target, None, None, *options, kind != 1))
-    options = autograd.ConsistencyOptions(
+    options = schemas.ConsistencyOptions(
         [1.0] * 2, [1.0] * 2, [2], [2.0], [0], [True], [0], [0.5], 0.0, -100, False, 0
     )
     for z in (torch.zeros(2, 0, 3), torch.randn(2, 7, 5).transpose(1, 2)):

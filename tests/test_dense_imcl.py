@@ -349,6 +349,24 @@ def interpolated(mode):
     return Other()
 
 
+class Upsampler(Segmenter):
+    """A transposed convolution makes the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.ConvTranspose2d(10, CLASSES, 8, 8)
+
+    def forward(self, x):
+        return self.classifier(self.stages(x))
+
+
+class Scaled(Segmenter):
+    """No module's output is the logits, or becomes them."""
+
+    def forward(self, x):
+        return {"logits": 2 * super().forward(x)}
+
+
 class TwoHeads(Segmenter):
     """torchvision's order: an auxiliary classifier that runs after the classifier."""
 
@@ -371,16 +389,18 @@ class TwoHeads(Segmenter):
         (TwoHeads, {"logits": lambda output: output["out"]}, "classifier"),
         (lambda: interpolated("bicubic"), {}, "classifier"),
         (lambda: nn.Sequential(*Segmenter().stages, nn.Conv2d(10, 4, 1)), {}, "3"),
-        (lambda: Segmenter(head=3), {}, None),
+        (lambda: Segmenter(head=3), {}, "classifier"),
+        (Upsampler, {}, "classifier"),
+        (Scaled, {}, None),
     ],
-    ids=["FCN", "corners", "nearest", "two heads", "bicubic", "flat", "3x3"],
+    ids=["FCN", "corners", "nearest", "two heads", "bicubic", "flat", "3x3", "transposed", "none"],
 )
 def test_the_classifier_of_maps(make, options, classifier):
     torch.manual_seed(0)
     x, y = pixels(torch.float32)
     network = make().eval()
     if classifier is None:
-        with pytest.warns(UserWarning, match="switched off.* output_weight .*1x1 convolution") as t:
+        with pytest.warns(UserWarning, match="switched off.* output_weight .*a convolution") as t:
             imcl = IMCL(network, x, **WAYS_ON, **options)
         assert len(t) == 1 and imcl.output_weight == 0
     else:
@@ -602,7 +622,7 @@ def test_an_auxiliary_classifier_is_neither_layer_nor_kernels():
         (dict(class_dim=2), ValueError, "class_dim: expected 1, -1 or None, got 2"),
         (dict(class_dim=True), ValueError, "class_dim: expected 1, -1 or None, got True"),
         (dict(ignore_index=0.5), TypeError, "ignore_index: expected an int"),
-        (dict(classifier="stages.0.0"), ValueError, "classifier: .*1x1 convolution.*'stages.0.0'"),
+        (dict(classifier="stages.0.0"), ValueError, "classifier: .*a convolution.*'stages.0.0'"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

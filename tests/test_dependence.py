@@ -197,6 +197,21 @@ def test_the_bound_bites(dtype: torch.dtype, options: dict) -> None:
             judge(result, views, truth, noise)
 
 
+def test_each_feature_has_a_level_of_its_own(impl: Impl) -> None:
+    """Every column's own mean is taken off, over more columns than a task takes, before its
+    values are multiplied: small integers on levels so high that nothing else keeps them exact."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randint(-3, 4, (2, 8, 3000), generator=generator, dtype=torch.float64)
+    level = 2.0**16 * (torch.arange(3000) >= 1024)
+    views = [[leaf((x + level).float())] for x in small]
+    options = {"kernel": "linear", "bandwidth": "median", "estimator": "biased"}
+    loss, gradients = run(views, impl.name, **options)
+    truth, exact = run([[leaf(x)] for x in small], "reference", **options)
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    for got, expected in zip(gradients, exact, strict=True):
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_two_tensors_are_two_views() -> None:
     (x,), (y,) = Views(9, ((4, 3),)).build(torch.float32)
     for options in OPTIONS:

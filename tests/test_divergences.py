@@ -32,8 +32,8 @@ from test_masked_classes import masked
 from torch import Tensor
 
 import imcl_fast
-from imcl_fast import autograd, operators
 from imcl_fast import functional as F
+from imcl_fast import operators, schemas
 
 OTHER = ("reverse_kl", "jsd")
 KINDS = tuple(product(("kl", *OTHER), ("softmax", "sigmoid")))[1:]  # all but the default
@@ -640,7 +640,7 @@ def test_compiled(impl: Impl) -> None:
 def test_opcheck(name: int, binary: bool) -> None:
     z = numbers(3, 4, 5, 1) if binary else numbers(3, 4, 5)
     target = probabilities(4, 5, 2) if binary else torch.tensor([3, 1, 0, -100])
-    options = autograd.ConsistencyOptions(
+    options = schemas.ConsistencyOptions(
         [1.0] * 3, [0.5] * 3, [3], [1.0], [0], [name == 3], [name], [0.25], 0.1, -100, binary, 2
     )
     arguments = ([z], target, None, None, *options, True)

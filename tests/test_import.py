@@ -37,7 +37,7 @@ LAYERS = [
     "kernels",
     "algebra",
     "reference validation",
-    "schedule taps modes tracing outputs residual dense dense_outputs padding build_facts",
+    "schedule taps modes tracing outputs residual dense dense_outputs padding build_facts schemas",
 ]
 
 

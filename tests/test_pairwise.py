@@ -145,6 +145,12 @@ def test_all_weights_of_a_network_at_once(impl: Impl) -> None:
     check_pairwise(impl, xs, batched=False)
 
 
+def test_a_thousand_matrices(impl: Impl) -> None:
+    """More than the last block of a launch adds up at once."""
+    spec = Matrices((1100, 2, 3), True, seed=7)
+    check_pairwise(impl, [spec.build(torch.float32, impl.device)], batched=True)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_layouts(impl: Impl, layout: str, dtype: torch.dtype) -> None:

@@ -170,15 +170,16 @@ def test_weights_of_1_change_nothing(impl: Impl) -> None:
         torch.testing.assert_close(weighted, plain, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("times", [1, 6])  # the kernels' ways for few samples and for many
 @pytest.mark.parametrize("kind", ["indices", "probabilities", "none"])
-def test_a_sample_of_weight_0_may_hold_anything(impl: Impl, kind: str) -> None:
+def test_a_sample_of_weight_0_may_hold_anything(impl: Impl, kind: str, times: int) -> None:
     """It is as good as ignored: NaN and infinity are not even looked at."""
-    z = logits().float().to(impl.device)
-    share = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 1.0], device=impl.device)
+    z = logits().float().repeat(1, times, 1).to(impl.device)
+    share = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 1.0], device=impl.device).repeat(times)
     target = None
     if kind != "none":
         target = torch.tensor([0, 3, 5, 1, 6, 2]) if kind == "indices" else probabilities().float()
-        target = target.to(impl.device)
+        target = torch.cat([target] * times).to(impl.device)
     results = []
     for dirty in (False, True):
         heads = z.clone()
