@@ -12,16 +12,11 @@ from .dataset import DataError, MissingData
 
 
 def find(name: str, folders: Sequence[Path], files: Iterable[str], source: str) -> Path:
-    """The first folder that holds all files.
-
-    Args:
-        name: of the data set, for the message.
-        folders: to look in; empty if the user named none.
-        files: names of the files.
-        source: where to get them, for the message.
+    """The first folder that holds all files; there are no folders if the user named none.
 
     Raises:
-        MissingData: there is no such folder.
+        MissingData: there is no such folder; the message has ``name``, the data set's, and
+            ``source``, where to get them.
     """
     files = list(files)
     for folder in folders:

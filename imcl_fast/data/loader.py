@@ -20,6 +20,11 @@ from .quality import Quality
 RESIDENT_BYTES = 2**30
 
 
+# Images and labels, or the places of these images; of a sample its place and what was drawn.
+Batches = Iterator[tuple[Tensor, Tensor]]
+Sample = tuple[int, Tensor | None, Tensor | None]
+
+
 class Order(NamedTuple):
     """One process's part of a batch, still to be made.
 
@@ -98,7 +103,7 @@ class TrainLoader:
         """Steps per epoch."""
         return len(self._split) // self._batch
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Batches:
         """The batches of an epoch, from ``first_step`` (counted from 0) on.
 
         Returns:
@@ -113,9 +118,7 @@ class TrainLoader:
         batches = self._source.batches(orders, self._augmentation, self._qualities)
         return batches if self._mixing is None else self._mixed(batches, epoch, first_step)
 
-    def _mixed(
-        self, batches: Iterator[tuple[Tensor, Tensor]], epoch: int, first_step: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _mixed(self, batches: Batches, epoch: int, first_step: int) -> Batches:
         assert self._mixing is not None
         for step, (images, labels) in enumerate(batches, first_step):
             seed = stream(self._seed, epoch, step, "mixing").initial_seed()
@@ -173,7 +176,7 @@ class TestLoader:
         """Number of batches."""
         return -(-len(self._mine) // self._batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Batches:
         """Images (b, C, H, W), float32 and normalised, and labels (b,) int64."""
         starts = range(0, len(self._mine), self._batch)
         parts = (self._mine[start : start + self._batch] for start in starts)
@@ -200,10 +203,10 @@ class _Source:
     ) -> None:
         self._images, self._labels = split.images, split.labels
         self._device, self._workers = torch.device(device), workers
-        if isinstance(split.images, Tensor):
-            if split.images.numel() <= RESIDENT_BYTES:
-                self._images = split.images.to(self._device)
-            self._labels = split.labels.to(self._images.device)  # type: ignore[union-attr]
+        if isinstance(self._images, Tensor):
+            if self._images.numel() <= RESIDENT_BYTES:
+                self._images = self._images.to(self._device)
+            self._labels = self._labels.to(self._images.device)
         own = data_set.augmentation
         self._center = own if isinstance(own, OwnTransforms) else ResizedCrop(data_set.shape[-1])
         mean, std = (torch.tensor(x, dtype=torch.float64) for x in (data_set.mean, data_set.std))
@@ -212,47 +215,35 @@ class _Source:
         )
 
     def batches(
-        self,
-        orders: Iterator[Order],
-        augmentation: Augmentation | None,
-        qualities: Sequence[Quality],
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        if isinstance(self._images, Tensor):
-            parts = self._in_memory(self._images, orders, augmentation, qualities)
-        else:
-            parts = self._decoded(self._images, orders, augmentation or self._center, qualities)
-        for images, places in parts:
+        self, orders: Iterator[Order], augment: Augmentation | None, qualities: Sequence[Quality]
+    ) -> Batches:
+        read = self._in_memory if isinstance(self._images, Tensor) else self._decoded
+        for images, places in read(orders, augment, qualities):
             images = _send(images, self._device).float().mul_(self._scale).add_(self._shift)
             yield images, _send(self._labels[places], self._device)
 
-    @staticmethod
     def _in_memory(
-        images: Tensor,
-        orders: Iterator[Order],
-        augmentation: Augmentation | None,
-        qualities: Sequence[Quality],
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self, orders: Iterator[Order], augment: Augmentation | None, qualities: Sequence[Quality]
+    ) -> Batches:
         """Images and their places, augmented where they lie."""
-        home = images.device
+        assert isinstance(self._images, Tensor)
+        home = self._images.device
         for places, draw, seeds in orders:
             places = _send(places, home)
-            batch = images[places]
-            if augmentation is not None and draw is not None:
-                batch = augmentation(batch, _send(draw, home))
+            images = self._images[places]
+            if augment is not None and draw is not None:
+                images = augment(images, _send(draw, home))
             if seeds is not None:
-                batch = _seen(batch, qualities, seeds)
-            yield batch, places
+                images = _seen(images, qualities, seeds)
+            yield images, places
 
     def _decoded(
-        self,
-        images: Dataset,
-        orders: Iterator[Order],
-        augmentation: Augmentation,
-        qualities: Sequence[Quality],
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self, orders: Iterator[Order], augment: Augmentation | None, qualities: Sequence[Quality]
+    ) -> Batches:
         """Images and their places, decoded and augmented by worker processes."""
+        assert not isinstance(self._images, Tensor)
         loader: DataLoader = DataLoader(
-            _Samples(images, augmentation, qualities),
+            _Samples(self._images, augment or self._center, qualities),
             batch_sampler=_samplewise(orders),
             num_workers=self._workers,
             collate_fn=_collate,
@@ -262,13 +253,11 @@ class _Source:
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            samples, places = batch
-            yield samples.transpose(0, 1) if qualities else samples, places
+            images, places = batch
+            yield images.transpose(0, 1) if qualities else images, places
 
 
-def _samplewise(
-    orders: Iterator[Order],
-) -> Iterator[list[tuple[int, Tensor | None, Tensor | None]]]:
+def _samplewise(orders: Iterator[Order]) -> Iterator[list[Sample]]:
     """Orders as a DataLoader takes them: a list of (place, draw, seeds) for each batch."""
     for places, *drawn in orders:
         each = ([None] * len(places) if rows is None else list(rows) for rows in drawn)
@@ -284,10 +273,8 @@ class _Samples(Dataset):
         self._augmentation = augmentation
         self._qualities = qualities
 
-    def __getitem__(
-        self, order: tuple[int, Tensor | None, Tensor | None]
-    ) -> tuple[Tensor, int] | DataError:
-        place, draw, seeds = order
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, int] | DataError:
+        place, draw, seeds = sample
         augment = self._augmentation
         try:
             image = self._images[place]

@@ -425,13 +425,7 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON knows them: paths are strings, tuples lists."""
-        values = dataclasses.asdict(self)
-        return {
-            name: str(value) if isinstance(value, Path)
-            else list(value) if isinstance(value, tuple)
-            else value
-            for name, value in values.items()
-        }  # fmt: skip
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> TrainConfig:

@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.dataset import Split
+from ..data.loader import Batches
 from ..data.quality import Quality
 from ..data.split import take
 from ..quality_agnostic import QualityAgnostic
@@ -252,9 +253,7 @@ class Loop:
                 values = self.forward_backward(self.parallel, images, labels, 1 / len(group))
             yield values
 
-    def _timed(
-        self, batches: Iterator[tuple[Tensor, Tensor]], count: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _timed(self, batches: Batches, count: int) -> Batches:
         """The next ``count`` batches, the time it takes to get them added up."""
         sums, start = self.state.sums, time.perf_counter()
         for batch in islice(batches, count):
