@@ -108,9 +108,7 @@ def _listed(side: Any) -> Any:
     return None
 
 
-def _measured(
-    train: Any,
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int, int]]:
+def _measured(train: Any) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int, int]]:
     """Mean, deviation and shape of training images; 0 and 1 of those that are floating."""
     some = range(0, len(train), max(len(train) // MEASURED, 1))
     read = OwnTransforms()

@@ -29,9 +29,7 @@ def subset(split: Split, n: int, seed: int, name: str = "n") -> Split:
     return take(split, _stratified(split.labels, n, seed, name)[0])
 
 
-def validation_split(
-    split: Split, n: int, seed: int, name: str = "n"
-) -> tuple[Split, Split]:
+def validation_split(split: Split, n: int, seed: int, name: str = "n") -> tuple[Split, Split]:
     """What remains for training, and ``n`` samples set aside, drawn as by ``subset``.
 
     Raises:

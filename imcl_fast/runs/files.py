@@ -93,4 +93,3 @@ def disk_full_named(path: Path) -> Iterator[None]:
             f"no room left on the disk to write {path}; what was there before is untouched. "
             "Free some space, then resume"
         ) from error
-

@@ -191,4 +191,3 @@ def choose_device(name: str, local_rank: int, world: int) -> torch.device:
         reason = str(error).split("\n")[0]
         raise UsageError(f"device: expected one that is there, got {name!r} ({reason})") from error
     return device
-

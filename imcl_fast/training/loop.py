@@ -339,9 +339,7 @@ class Loop:
             result["fit_noisy"] = _share(learnt[wrong])
         return result
 
-    def _predict(
-        self, split: Split, quality: Quality | None = None
-    ) -> tuple[Tensor, float]:
+    def _predict(self, split: Split, quality: Quality | None = None) -> tuple[Tensor, float]:
         """Predictions (N,) on the CPU for a whole split, and its summed cross entropy."""
         batches = self.material.test_loader(split, self.config, self.processes, quality)
         with self._autocast():

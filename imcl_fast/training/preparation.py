@@ -163,10 +163,7 @@ def check_implementation(config: TrainConfig, device: torch.device) -> None:
 
 
 def build_objective(
-    config: TrainConfig,
-    network: nn.Module,
-    material: Material,
-    processes: Processes,
+    config: TrainConfig, network: nn.Module, material: Material, processes: Processes
 ) -> nn.Module:
     """``network``, on its device, in what it is trained with.
 

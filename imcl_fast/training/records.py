@@ -102,10 +102,7 @@ class Records:
             )
 
     def begin(
-        self,
-        config: TrainConfig,
-        used: Mapping[str, Any],
-        noise: Mapping[str, torch.Tensor] | None,
+        self, config: TrainConfig, used: Mapping[str, Any], noise: Mapping[str, torch.Tensor] | None
     ) -> None:
         """Write what is known before the first step, and leave nothing of an earlier start.
 
