@@ -79,12 +79,17 @@ class PaddedCrop:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Have torch's generator on the CPU start from ``seed``, and be afterwards as it was."""
-    # torchvision draws from no other. torch.manual_seed would set those of other devices too,
-    # which dropout draws from.
+    """Have torch's generator on the CPU and Python's start from ``seed``, and be afterwards as
+    they were."""
+    # torch.manual_seed would set the generators of other devices too, which dropout draws from.
+    state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        yield
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
 
 
 class _BySeed:
@@ -122,13 +127,8 @@ class OwnTransforms(_BySeed):
 
     def __call__(self, image: Any, draw: Tensor) -> Tensor:
         """What ``image()`` reads, (C, H, W), by the ``draw`` (1,) of this sample."""
-        state = random.getstate()
-        try:
-            random.seed(int(draw))
-            with seeded(int(draw)):
-                return image()
-        finally:
-            random.setstate(state)
+        with seeded(int(draw)):
+            return image()
 
     def center(self, image: Any) -> Tensor:
         """The image as the Dataset has it; what is random in that, always the same."""

@@ -84,9 +84,8 @@ def _of_timm(
 ) -> nn.Module:
     models.import_torchvision()  # which timm looks for
     timm: Any = importlib.import_module(TIMM)
-    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    if channels is not None:
-        options["in_chans"] = channels
+    given = {"num_classes": classes, "in_chans": channels}
+    options = {name: number for name, number in given.items() if number is not None}
     if image_size is not None:
         try:
             return timm.create_model(name, img_size=image_size, **options)

@@ -66,8 +66,9 @@ class Loop:
             network.train()
         if config.channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Before the objective hooks onto its layers, for some of them are replaced.
-        network = processes.synchronised(network)
+        if processes.world > 1 and device.type == "cuda":  # on CPUs PyTorch has no such layer
+            # Before the objective hooks onto its layers, for some of them are replaced.
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         objective = build_objective(config, network, material, processes)
         trained = torch.compile(objective) if config.compile else objective
         self.parallel = processes.wrap(cast(nn.Module, trained))
