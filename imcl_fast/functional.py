@@ -70,7 +70,8 @@ def representation_similarity(
             cosine into Pearson's correlation.
         eps: a channel whose norm is at most ``eps`` is dead: its similarities are 0
             and its gradient is exactly 0. With ``center`` so is a channel whose
-            centred norm is at most 1e-5 of its norm.
+            centred norm is at most 1e-5 of its norm. One whose squared norm float32 can't
+            hold (1.8e19 and more; float64 for float64) makes the loss NaN.
         mask: (B, \*spatial), of bools or integers, True or not 0 where a position counts; a
             channel then runs over these only, as if the others, the padded tokens of a batch,
             were not there, and gets no gradient at those. One for all layers, or a sequence of
@@ -125,7 +126,8 @@ def kernel_similarity(
         penalty: ``"square"`` c^2, ``"abs"`` \|c\| (RePr, arXiv 1811.07275; its
             derivative at 0 is 0), or ``"signed"`` c.
         eps: a kernel whose norm is at most ``eps`` is dead: its similarities are 0 and
-            its gradient is exactly 0.
+            its gradient is exactly 0. One whose squared norm float32 can't hold makes the loss
+            NaN.
         impl: see the module.
 
     Returns:

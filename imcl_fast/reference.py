@@ -8,6 +8,7 @@ arXiv 2105.09590, of which only the abstract was available; see the README.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,13 +43,14 @@ def pairwise_penalty(
         rows = as_matrices(x, batched)  # [B, N, D]
         matrices, n, _ = rows.shape
         limit = rows.new_full(rows.shape[:-1], eps)
+        too_large = ~_norm(rows.detach()).isfinite().unsqueeze(-1)
         if center:
             limit = torch.clamp(CENTERED_DEAD_RATIO * _norm(rows), min=eps)
             rows = rows - rows.mean(dim=-1, keepdim=True)
         # The norm of a zero row has no gradient, so dead rows are masked before it.
         dead = (_norm(rows.detach()) <= limit).unsqueeze(-1)
         rows = rows.masked_fill(dead, 0)
-        norm = _norm(rows.masked_fill(dead, 1)).unsqueeze(-1)
+        norm = _norm(rows.masked_fill(dead, 1)).unsqueeze(-1).masked_fill(too_large, math.nan)
         unit = rows / norm
         c = unit @ unit.transpose(1, 2)  # [B, N, N]
         off_diagonal = ~torch.eye(n, dtype=torch.bool, device=x.device)

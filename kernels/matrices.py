@@ -122,10 +122,13 @@ def read(m, rows, columns, LAYOUT: tl.constexpr):
 
 @triton.jit
 def inverse_norm(square, mean, d, eps, CENTER: tl.constexpr, RATIO: tl.constexpr):
-    """1/n of rows from n^2, 0 where the row is dead; a NaN norm stays NaN."""
+    """1/n of rows from n^2, 0 where the row is dead, NaN where a square was too large."""
     norm = tl.sqrt(square)
     limit = eps
+    raw = norm
     if CENTER:
-        limit = tl.maximum(eps, tl.sqrt(square + d * mean * mean) * RATIO)
+        raw = tl.sqrt(square + d * mean * mean)
+        limit = tl.maximum(eps, raw * RATIO)
     dead = norm <= limit
-    return tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, norm))
+    nothing = raw - raw  # or NaN
+    return tl.where(dead, nothing, 1.0 / tl.where(dead, 1.0, norm) + nothing)

@@ -366,6 +366,24 @@ def test_non_finite_input_gives_non_finite_loss(
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("center", [False, True])
+def test_a_norm_whose_square_overflows_is_not_a_quiet_number(
+    impl: Impl, center: bool, penalty: str
+) -> None:
+    """Not 1/n = 0, as if the row were dead."""
+    for i, shape in enumerate(((2, 5, 19), (2, 19, 5), (1, 40, 40))):
+        for dtype in cases(impl, (torch.float32, torch.bfloat16), PENALTIES.index(penalty) + i):
+            x = Matrices(shape, True, seed=1).build(dtype, impl.device).detach()
+            x[-1, 1] *= 1e19
+            options = {"penalty": penalty, "center": center, "impl": impl.name}
+            assert F.representation_similarity(x, **options).isnan(), (shape, dtype)
+            x[-1, 1] = 1e19
+            assert F.representation_similarity(x, **options).isnan(), (shape, dtype)
+            x[-1, 1] = x[-1, 0] * 1e15
+            assert F.representation_similarity(x, **options).isfinite(), (shape, dtype)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (0, 12, 2), (2, 4, 0), (2, 4, 3, 0)], ids=str)
 def test_empty_features(impl: Impl, shape, penalty: str) -> None:
     x = torch.zeros(shape, requires_grad=True, device=impl.device)

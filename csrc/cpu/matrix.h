@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "pairwise.h"
 #include "simd.h"
@@ -70,16 +72,18 @@ void row_means(const Matrix<T>& x, AccOf<T>* mean) {
   for (int64_t i = 0; i < x.rows; ++i) mean[i] /= static_cast<AccOf<T>>(x.columns);
 }
 
-// 1/n of a row from n^2, or 0 where the row is dead; `mean` is 0 where not centred.
+// 1/n of a row from n^2, or 0 where the row is dead, or NaN where a square was too large for its
+// type; `mean` is 0 where not centred.
 template <class Acc>
 Acc inverse_norm(Acc square, Acc mean, int64_t columns, const PairwiseSettings& settings) {
   const Acc norm = std::sqrt(square);
-  Acc limit = static_cast<Acc>(settings.eps);
+  Acc limit = static_cast<Acc>(settings.eps), raw = norm;
   if (settings.center) {
-    const Acc raw = std::sqrt(square + static_cast<Acc>(columns) * mean * mean);
+    raw = std::sqrt(square + static_cast<Acc>(columns) * mean * mean);
     limit = std::max(limit, static_cast<Acc>(kCenteredDeadRatio) * raw);
   }
-  return norm <= limit ? Acc(0) : 1 / norm;  // a NaN norm stays NaN
+  if (!std::isfinite(raw)) return std::numeric_limits<Acc>::quiet_NaN();
+  return norm <= limit ? Acc(0) : 1 / norm;
 }
 
 // Asks for x in the order it lies in, where it is dense and fits the second-level cache: the

@@ -38,17 +38,19 @@ struct Shared {
 IMCL_DEVICE float root(float x) { return sqrtf(x); }
 IMCL_DEVICE double root(double x) { return sqrt(x); }
 
-// 1/n of a row from n^2, or 0 where the row is dead; `mean` is 0 where not centred.
+// 1/n of a row from n^2, or 0 where the row is dead, or NaN where a square was too large for its
+// type; `mean` is 0 where not centred.
 template <class Acc>
 IMCL_DEVICE Acc inverse_norm(const Problem& problem, Acc square, Acc mean, int columns) {
   const Acc norm = root(square < 0 ? Acc(0) : square);
-  Acc limit = static_cast<Acc>(problem.call.settings.eps);
+  Acc limit = static_cast<Acc>(problem.call.settings.eps), raw = norm;
   if (problem.call.settings.center) {
-    const Acc raw = root(square + static_cast<Acc>(columns) * mean * mean);
+    raw = root(square + static_cast<Acc>(columns) * mean * mean);
     const Acc centred_limit = static_cast<Acc>(kCenteredDeadRatio) * raw;
     if (centred_limit > limit) limit = centred_limit;
   }
-  return norm <= limit ? Acc(0) : 1 / norm;  // a NaN norm stays NaN
+  const Acc nothing = raw - raw;  // or NaN
+  return norm <= limit ? nothing : 1 / norm + nothing;
 }
 
 // Tile `index` of an upper triangle, counted down its columns.

@@ -117,14 +117,16 @@ def _rows(x: Tensor, center: bool, batched: bool) -> Tensor:
 def _rows_and_inverse_norms(
     x: Tensor, center: bool, eps: float, batched: bool
 ) -> tuple[Tensor, Tensor]:
-    """Rows [B, N, D] and 1/n_i [B, N], 0 where the row is dead."""
+    """Rows [B, N, D] and 1/n_i [B, N], 0 where the row is dead, NaN where a square was too large
+    for its dtype."""
     rows = _rows(x, center, batched)
     limit: Tensor | float = eps
+    raw = norm = torch.linalg.vector_norm(rows, dim=-1)  # [B, N]
     if center:
         raw = torch.linalg.vector_norm(_rows(x, False, batched), dim=-1)
         limit = torch.clamp(CENTERED_DEAD_RATIO * raw, min=eps)
-    norm = torch.linalg.vector_norm(rows, dim=-1)  # [B, N]
-    return rows, torch.where(norm <= limit, torch.zeros_like(norm), 1 / norm)
+    inverse = torch.where(norm <= limit, torch.zeros_like(norm), 1 / norm)
+    return rows, inverse.masked_fill(~raw.isfinite(), torch.nan)
 
 
 def _common_dtype(losses: list[Tensor]) -> list[Tensor]:
