@@ -36,7 +36,7 @@ class Order(NamedTuple):
 
     places: Tensor
     draw: Tensor | None
-    seeds: Tensor | None = None
+    seeds: Tensor | None
 
 
 class TrainLoader:
@@ -181,12 +181,10 @@ class TestLoader:
         starts = range(0, len(self._mine), self._batch)
         parts = (self._mine[start : start + self._batch] for start in starts)
         places = (torch.tensor(part) for part in parts)
-        if self._quality is None:
-            yield from self._source.batches((Order(part, None) for part in places), None, ())
-            return
-        orders = (Order(part, None, part[:, None]) for part in places)
-        for images, labels in self._source.batches(orders, None, [self._quality]):
-            yield images[0], labels
+        qualities = [] if self._quality is None else [self._quality]
+        orders = (Order(part, None, part[:, None] if qualities else None) for part in places)
+        for images, labels in self._source.batches(orders, None, qualities):
+            yield images[0] if qualities else images, labels
 
 
 def stream(*parts: int | str) -> torch.Generator:

@@ -291,9 +291,8 @@ def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
 def _less(config: TrainConfig, without: str | None) -> TrainConfig:
     """``config`` without one way (or None), and the others in every step: what a way costs is seen
     where it is computed, and spread over its interval."""
-    ways = tuple(way for way in config.ways if way != without)
-    weights = {way: weight for way, weight in config.weights.items() if way != without}
+    weights = config.weights if without is None else {**config.weights, without: 0.0}
     options: dict[str, Any] = {"representation_interval": 1, "kernel_interval": 1}
-    if all(weights.get(way) == 0 for way in ways):  # cross entropy is left, which has no options
+    if all(weights.get(way) == 0 for way in config.ways):  # cross entropy has none
         options = dict.fromkeys(name for name in SETTINGS if argument_of(name))
-    return replace(config, ways=ways, weights=weights, ways_warmup_epochs=0.0, **options)
+    return replace(config, weights=weights, **options)
