@@ -472,22 +472,9 @@ def test_published_pairs_come_with_the_data(tmp_path):
     assert load("digits").noise_pairs is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"probability": -0.1}, "probability: expected a number in"),
-        ({"probability": 1.1}, "probability: expected a number in"),
-        ({"probability": float("nan")}, "probability: expected a number in"),
-        ({"seed": 2**64}, "seed: expected an int of 64 bits"),
-        ({"classes": 1}, "classes: expected at least 2, got 1"),
-        ({"kind": "wild"}, "kind: expected one of symmetric, asymmetric, got 'wild'"),
-        ({"kind": "asymmetric", "pairs": {0: 10}}, "pairs: expected classes in .* 0 to 10"),
-    ],
-)
-def test_bad_noise_is_named(changes, message):
-    good = {"labels": torch.arange(10), "classes": 10, "probability": 0.5, "seed": 0}
-    with pytest.raises(ValueError, match=message):
-        label_noise(**{**good, **changes})
+def test_one_class_alone_has_no_wrong_labels():
+    with pytest.raises(ValueError, match="classes: expected at least 2, got 1"):
+        label_noise(torch.zeros(10, dtype=torch.int64), 1, 0.5)
 
 
 # Parts of splits
@@ -715,11 +702,8 @@ def test_every_image_is_tested_once_and_in_order(count, size, world):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"batch_size": 3, "world": 2}, "batch_size: expected a multiple of the 2 processes"),
-        ({"world": 0}, "world: expected at least 1, got 0"),
-        ({"rank": 1}, "rank: expected 0 to 0, got 1"),
-        ({"workers": -1}, "workers: expected at least 0, got -1"),
+        ({"batch_size": 9, "world": 9}, "split: expected at least one image for each of 9"),
     ],
 )
 def test_bad_loaders_are_named(changes, message):
@@ -727,10 +711,6 @@ def test_bad_loaders_are_named(changes, message):
     good = {"batch_size": 4, "augment": True, "seed": 0, "device": "cpu"}
     with pytest.raises(ValueError, match=message):
         TrainLoader(data_set.train, data_set, **{**good, **changes})
-    loader = TrainLoader(data_set.train, data_set, **good)
-    for step in (-1, 3):
-        with pytest.raises(ValueError, match=f"first_step: expected 0 to 2, got {step}"):
-            loader.epoch(0, step)
 
 
 # Folders of images
@@ -831,22 +811,8 @@ def test_an_unreadable_image_is_named(folder, workers, damage):
 def test_numbers_may_be_numpys(folder):
     data = load("folder", folder, image_size=np.int64(8))
     assert data.shape == (3, 8, 8)
-    digits = load("digits")
-    part = subset(digits.train, np.int32(20), seed=np.int64(1))
-    assert torch.equal(part.labels, subset(digits.train, 20, seed=1).labels)
-    given = label_noise(part.labels, np.int64(10), np.float32(0.5), seed=np.uint8(3))
-    assert torch.equal(given, label_noise(part.labels, 10, 0.5, seed=3))
     crop = PaddedCrop(np.int64(1), flip=np.True_)
     assert crop == PaddedCrop(1, flip=True) and type(crop.pad) is int
-
-    def batches(number):
-        loader = TrainLoader(
-            part, digits, batch_size=number(4), augment=True, seed=number(0), device="cpu",
-            rank=number(1), world=number(2), workers=number(0),
-        )  # fmt: skip
-        return batches_of(loader, number(0))
-
-    assert_same(batches(np.int64), batches(int))
 
 
 def test_bad_folders_are_named(folder):

@@ -48,5 +48,9 @@ def load(
         ImportError: a library that it comes with or is read by isn't installed.
     """
     validation.choice("name", name, NAMES)
+    if image_size is not None:
+        image_size = validation.integer("image_size", image_size)
+        if image_size < 8:
+            raise ValueError(f"image_size: expected at least 8 pixels, got {image_size}")
     path = None if root is None else Path(root)
     return _LOADERS[name](path, download=download, image_size=image_size)

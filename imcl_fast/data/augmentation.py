@@ -7,7 +7,9 @@ its row. So a batch comes out the same wherever, and on however many processes, 
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -75,8 +77,29 @@ class PaddedCrop:
         return result
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Have torch's generator on the CPU and Python's start from ``seed``, and be afterwards as
+    they were."""
+    # torch.manual_seed would set the generators of other devices too, which dropout draws from.
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+class _BySeed:
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, 1) int64: a seed per sample."""
+        return torch.randint(0, 2**63 - 1, (count, 1), generator=generator)
+
+
 @dataclass(frozen=True)
-class ResizedCrop:
+class ResizedCrop(_BySeed):
     """torchvision's RandomResizedCrop (arXiv 1409.4842) and a mirror; for single PIL images.
 
     Args:
@@ -85,44 +108,27 @@ class ResizedCrop:
 
     size: int
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, 1) int64: a seed per sample."""
-        return torch.randint(0, 2**63 - 1, (count, 1), generator=generator)
-
     def __call__(self, image: Any, draw: Tensor) -> Tensor:
         """(3, size, size) uint8, by the ``draw`` (1,) of this sample."""
-        # torchvision draws from the CPU's global generator only. torch.manual_seed would set
-        # those of other devices too, which dropout draws from.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(draw))
-            return _random_crop(self.size)(image)
+        with seeded(int(draw)):
+            return _crops(self.size)[0](image)
 
     def center(self, image: Any) -> Tensor:
         """The image without augmentation: its central 7/8, as (3, size, size) uint8."""
-        return _central_crop(self.size)(image)
+        return _crops(self.size)[1](image)
 
 
-class OwnTransforms:
+class OwnTransforms(_BySeed):
     """The random transforms inside a Dataset of a user's own; for functions that read an image.
 
     What they take from torch's generator on the CPU and from Python's is seeded for each sample;
     NumPy's generators are left alone.
     """
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, 1) int64: a seed per sample."""
-        return torch.randint(0, 2**63 - 1, (count, 1), generator=generator)
-
     def __call__(self, image: Any, draw: Tensor) -> Tensor:
         """What ``image()`` reads, (C, H, W), by the ``draw`` (1,) of this sample."""
-        state = random.getstate()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(draw))
-                random.seed(int(draw))
-                return image()
-        finally:
-            random.setstate(state)
+        with seeded(int(draw)):
+            return image()
 
     def center(self, image: Any) -> Tensor:
         """The image as the Dataset has it; what is random in that, always the same."""
@@ -134,17 +140,12 @@ Augmentation = PaddedCrop | ResizedCrop | OwnTransforms
 
 # Made where they are used, so that a worker process imports torchvision by import_torchvision.
 @cache
-def _random_crop(size: int) -> Any:
+def _crops(size: int) -> tuple[Any, Any]:
+    """A random crop and a central one."""
     v2 = transforms()
-    return v2.Compose(
-        [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
-    )
-
-
-@cache
-def _central_crop(size: int) -> Any:
-    v2 = transforms()
-    return v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()])
+    random_crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    central_crop = [v2.Resize(size * 8 // 7), v2.CenterCrop(size), v2.PILToTensor()]
+    return v2.Compose(random_crop), v2.Compose(central_crop)
 
 
 def transforms() -> Any:

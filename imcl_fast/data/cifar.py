@@ -1,46 +1,26 @@
 """CIFAR-10 and CIFAR-100, from the batches that their authors pickled for Python.
 
 torchvision's classes aren't used to read them: they unpickle, and know no other files than
-the original ones. Their addresses and checksums are.
+the original ones. The names, addresses and checksums of the files are theirs.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from ..models import import_torchvision
 from .augmentation import PaddedCrop
 from .batches import read_batches
-from .dataset import DataError, DataSet, MissingData, in_memory
-from .files import fetch, find
+from .dataset import DataError, DataSet, in_memory
+from .files import find_or_fetch
 from .pickles import read_pickle
 
-
-class Edition(NamedTuple):
-    """What differs between the two."""
-
-    name: str
-    theirs: str  # torchvision's class
-    folder: str
-    train: tuple[str, ...]
-    test: str
-    meta: str
-    names_key: str
-    labels_key: str
-    classes: int
-
-
-CIFAR10 = Edition(
-    "cifar10", "CIFAR10", "cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)),
-    "test_batch", "batches.meta", "label_names", "labels", 10,
-)  # fmt: skip
-CIFAR100 = Edition(
-    "cifar100", "CIFAR100", "cifar-100-python", ("train",),
-    "test", "meta", "fine_label_names", "fine_labels", 100,
-)  # fmt: skip
-
+SOURCE = (
+    "get it with download=True (--download), or from "
+    "https://www.cs.toronto.edu/~kriz/cifar.html (the version for Python)"
+)
+LABELS = {"cifar10": "labels", "cifar100": "fine_labels"}
 # The asymmetric noise of arXiv 1609.03683: what is mistaken for what, in CIFAR-10; in
 # CIFAR-100 each class is for the next, by index, of its superclass.
 CIFAR10_PAIRS = {
@@ -70,33 +50,28 @@ CIFAR100_SUPERCLASSES = (
 )
 
 
-def load(
-    edition: Edition, root: Path | None, *, download: bool, image_size: int | None
-) -> DataSet:
+CLASSES = {
+    "cifar10": {"airplane", "frog", "ship", *CIFAR10_PAIRS, *CIFAR10_PAIRS.values()},
+    "cifar100": {name for names in CIFAR100_SUPERCLASSES for name in names.split()},
+}
+
+
+def load(name: str, root: Path | None, *, download: bool, image_size: int | None) -> DataSet:
     """50,000 and 10,000 colour images of 32x32 in 10 or 100 classes.
 
     The batches may lie in ``root`` or, as torchvision and the authors' archive have them,
     in a folder of it.
     """
-    folders = [] if root is None else [root / edition.folder, root]
-    files = [*edition.train, edition.test, edition.meta]
-    source = (
-        "get it with download=True (--download), or from "
-        "https://www.cs.toronto.edu/~kriz/cifar.html (the version for Python)"
-    )
-    try:
-        folder = find(edition.name, folders, files, source)
-    except MissingData:
-        if not download or root is None:
-            raise
-        theirs = getattr(import_torchvision().datasets, edition.theirs)
-        fetch(edition.name, theirs.url, root, theirs.tgz_md5)
-        folder = find(edition.name, folders, files, source)
-    classes = _class_names(folder / edition.meta, edition)
+    theirs = getattr(import_torchvision().datasets, name.upper())
+    train, test = ([file for file, _ in side] for side in (theirs.train_list, theirs.test_list))
+    meta = theirs.meta["filename"]
+    files = [*train, *test, meta]
+    folder = find_or_fetch(name, root, theirs.base_folder, files, SOURCE, theirs, download)
+    classes = _class_names(folder / meta, theirs.meta["key"], CLASSES[name], name)
     return in_memory(
-        edition.name,
-        read_batches([folder / file for file in edition.train], edition.labels_key),
-        read_batches([folder / edition.test], edition.labels_key),
+        name,
+        read_batches([folder / file for file in train], LABELS[name]),
+        read_batches([folder / file for file in test], LABELS[name]),
         classes,
         PaddedCrop(4, flip=True),
         image_size=image_size,
@@ -104,15 +79,13 @@ def load(
     )
 
 
-load_cifar10 = partial(load, CIFAR10)
-load_cifar100 = partial(load, CIFAR100)
+load_cifar10, load_cifar100 = (partial(load, name) for name in LABELS)
 
 
 def noise_pairs(classes: list[str]) -> dict[int, int]:
     """The published asymmetric noise, as indices into ``classes``."""
-    if len(classes) == CIFAR10.classes:
-        pairs = CIFAR10_PAIRS
-    else:
+    pairs = CIFAR10_PAIRS
+    if len(classes) != len(CLASSES["cifar10"]):
         pairs = {}
         for names in CIFAR100_SUPERCLASSES:
             members = sorted(names.split(), key=classes.index)
@@ -120,16 +93,11 @@ def noise_pairs(classes: list[str]) -> dict[int, int]:
     return {classes.index(true): classes.index(wrong) for true, wrong in pairs.items()}
 
 
-def _class_names(path: Path, edition: Edition) -> list[str]:
-    names = read_pickle(path).get(edition.names_key)
-    if edition is CIFAR10:
-        known = {"airplane", "frog", "ship", *CIFAR10_PAIRS, *CIFAR10_PAIRS.values()}
-    else:
-        known = {name for names in CIFAR100_SUPERCLASSES for name in names.split()}
+def _class_names(path: Path, key: str, known: set[str], name: str) -> list[str]:
+    names = read_pickle(path).get(key)
     if not isinstance(names, list) or len(names) != len(known) or set(map(str, names)) != known:
         got = f"{len(names)}" if isinstance(names, list) else repr(names)[:40]
         raise DataError(
-            f"{path}: expected '{edition.names_key}' to be the {edition.classes} names of "
-            f"{edition.name}'s classes, got {got}"
+            f"{path}: expected '{key}' to be the {len(known)} names of {name}'s classes, got {got}"
         )
     return names

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .. import validation
 from .augmentation import Augmentation, PaddedCrop
 
 CHUNK = 4096  # images converted at a time, so that ImageNet32 needs no second copy in float
@@ -85,7 +84,6 @@ def in_memory(
 
     Raises:
         DataError: a split is empty, a label outside the classes, or the splits differ in size.
-        TypeError, ValueError: ``image_size`` is no int of at least 8 pixels.
     """
     for side, split in (("training", train), ("test", test)):
         if len(split) == 0:
@@ -102,12 +100,11 @@ def in_memory(
             f"{name}: expected images of one size, those to train on are "
             f"{tuple(train.images.shape[1:])}, those to test on {tuple(test.images.shape[1:])}"
         )
-    size = check_image_size(image_size)
     native = train.images.shape[-1]
-    if size is not None and size != native:
-        augmentation = augmentation.scaled(size / native)
-        train = Split(resize(train.images, size), train.labels)
-        test = Split(resize(test.images, size), test.labels)
+    if image_size is not None and image_size != native:
+        augmentation = augmentation.scaled(image_size / native)
+        train = Split(resize(train.images, image_size), train.labels)
+        test = Split(resize(test.images, image_size), test.labels)
     assert isinstance(train.images, Tensor)
     channels, height, width = train.images.shape[1:]
     mean, std = statistics(train.images)
@@ -115,16 +112,6 @@ def in_memory(
         name, train, test, tuple(classes), mean, std, (channels, height, width), augmentation,
         noise_pairs,
     )  # fmt: skip
-
-
-def check_image_size(image_size: int | None) -> int | None:
-    """``image_size``, if it is None or an int of at least 8 pixels."""
-    if image_size is None:
-        return None
-    size = validation.integer("image_size", image_size)
-    if size < 8:
-        raise ValueError(f"image_size: expected at least 8 pixels, got {size}")
-    return size
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .augmentation import PaddedCrop
-from .dataset import DataSet, Split, check_image_size, in_memory
+from .dataset import DataSet, Split, in_memory
 
 TEST_SIZE = 497  # of 1,797, which leaves 1,300 to train on
 SPLIT_SEED = 0
@@ -23,7 +23,6 @@ def load(root: Path | None, *, download: bool, image_size: int | None) -> DataSe
     Raises:
         ImportError: scikit-learn isn't installed.
     """
-    size = check_image_size(image_size) or IMAGE_SIZE
     try:
         from sklearn import datasets
         from sklearn.model_selection import train_test_split
@@ -48,5 +47,5 @@ def load(root: Path | None, *, download: bool, image_size: int | None) -> DataSe
         Split(images[test], labels[test]),
         [str(digit) for digit in range(10)],
         PaddedCrop(1, fill="edge"),
-        image_size=size,
+        image_size=image_size or IMAGE_SIZE,
     )

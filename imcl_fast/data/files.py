@@ -12,16 +12,11 @@ from .dataset import DataError, MissingData
 
 
 def find(name: str, folders: Sequence[Path], files: Iterable[str], source: str) -> Path:
-    """The first folder that holds all files.
-
-    Args:
-        name: of the data set, for the message.
-        folders: to look in; empty if the user named none.
-        files: names of the files.
-        source: where to get them, for the message.
+    """The first folder that holds all files; there are no folders if the user named none.
 
     Raises:
-        MissingData: there is no such folder.
+        MissingData: there is no such folder; the message has ``name``, the data set's, and
+            ``source``, where to get them.
     """
     files = list(files)
     for folder in folders:
@@ -39,6 +34,27 @@ def find(name: str, folders: Sequence[Path], files: Iterable[str], source: str) 
     )
     others = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
     raise MissingData(f"{name}: {missing[0]}{others} not found in {places}; {source}")
+
+
+def find_or_fetch(
+    name: str,
+    root: Path | None,
+    folder: str,
+    files: Sequence[str],
+    source: str,
+    theirs: Any,
+    download: bool,
+) -> Path:
+    """``find`` in ``root`` or its ``folder``; first with ``download``, if they aren't there, the
+    archive of ``theirs``, torchvision's class of the data set, is unpacked in ``root``."""
+    folders = [] if root is None else [root / folder, root]
+    try:
+        return find(name, folders, files, source)
+    except MissingData:
+        if not download or root is None:
+            raise
+    fetch(name, theirs.url, root, theirs.tgz_md5)
+    return find(name, folders, files, source)
 
 
 def fetch(name: str, url: str, folder: Path, md5: str) -> None:

@@ -12,15 +12,13 @@ from torch.utils.data import Dataset
 from ..models import import_torchvision
 from . import image_file
 from .augmentation import ResizedCrop
-from .dataset import DataError, DataSet, MissingData, Split, check_image_size
+from .dataset import DataError, DataSet, MissingData, Split
 
 NAME = "folder"
 TEST_FOLDERS = ("test", "val")
 IMAGE_SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision has them
-LAYOUT = (
-    "expected the folders train and test (or val), each with a folder of image files per class"
-)
+LAYOUT = "expected the folders train and test (or val), each with a folder of image files per class"
 
 
 class ImageFiles(Dataset):
@@ -48,7 +46,7 @@ def load(root: Path | None, *, download: bool, image_size: int | None) -> DataSe
     """
     if root is None:
         raise MissingData(f"{NAME}: expected root (--data-root), got none; {LAYOUT}")
-    size = check_image_size(image_size) or IMAGE_SIZE
+    size = image_size or IMAGE_SIZE
     test_folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test_folder is None:
         missing = "train" if not (root / "train").is_dir() else " or ".join(TEST_FOLDERS)
@@ -61,17 +59,13 @@ def load(root: Path | None, *, download: bool, image_size: int | None) -> DataSe
             f"{root}: expected the same classes in train and {test_folder.name}, "
             f"only one of them has {', '.join(differing)}"
         )
-    return DataSet(
-        NAME, train, test, tuple(classes), MEAN, STD, (3, size, size), ResizedCrop(size)
-    )
+    return DataSet(NAME, train, test, tuple(classes), MEAN, STD, (3, size, size), ResizedCrop(size))
 
 
 def _read(folder: Path) -> tuple[Split, list[str]]:
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if len(classes) < 2:
-        raise DataError(
-            f"{folder}: expected folders of at least 2 classes, got {len(classes)}"
-        )
+        raise DataError(f"{folder}: expected folders of at least 2 classes, got {len(classes)}")
     try:
         found = import_torchvision().datasets.ImageFolder(str(folder))
     except FileNotFoundError as error:  # in one line already, and says which classes and files

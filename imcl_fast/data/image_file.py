@@ -81,22 +81,13 @@ def _on_white(image: Any, alpha: Any) -> Any:
 
 
 def _upright(image: Any, source: Any) -> Any:
-    from PIL import Image
+    from PIL import ImageOps
 
     try:
         orientation = source.getexif().get(ORIENTATION, 1)
+        exif = image.getexif()  # of an image that was made of another, it may be another's
+        exif.clear()
+        exif[ORIENTATION] = orientation
+        return ImageOps.exif_transpose(image)
     except Exception:  # the pixels are whole, whatever is wrong with what is said about them
         return image
-    if orientation == 1:
-        return image
-    turns = Image.Transpose
-    turn = {
-        2: turns.FLIP_LEFT_RIGHT,
-        3: turns.ROTATE_180,
-        4: turns.FLIP_TOP_BOTTOM,
-        5: turns.TRANSPOSE,
-        6: turns.ROTATE_270,
-        7: turns.TRANSVERSE,
-        8: turns.ROTATE_90,
-    }.get(orientation)
-    return image if turn is None else image.transpose(turn)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .. import validation
 from .augmentation import Augmentation, OwnTransforms, ResizedCrop
 from .dataset import DataError, DataSet, Split
 from .mixing import Mixing
@@ -19,6 +18,11 @@ from .quality import Quality
 
 # Sets up to this size lie on the device; a larger one stays in host memory.
 RESIDENT_BYTES = 2**30
+
+
+# Images and labels, or the places of these images; of a sample its place and what was drawn.
+Batches = Iterator[tuple[Tensor, Tensor]]
+Sample = tuple[int, Tensor | None, Tensor | None]
 
 
 class Order(NamedTuple):
@@ -32,7 +36,7 @@ class Order(NamedTuple):
 
     places: Tensor
     draw: Tensor | None
-    seeds: Tensor | None = None
+    seeds: Tensor | None
 
 
 class TrainLoader:
@@ -55,8 +59,8 @@ class TrainLoader:
     one; that one leaves out what can't be shared out evenly.
 
     Raises:
-        TypeError, ValueError: a number is outside its range, or there is less than one
-            image for each process.
+        ValueError: the processes can't share a batch out evenly, or there is less than one image
+            for each.
     """
 
     def __init__(
@@ -74,7 +78,6 @@ class TrainLoader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        batch_size, rank, world, workers = _checked(batch_size, rank, world, workers)
         if batch_size % world:
             raise ValueError(
                 f"batch_size: expected a multiple of the {world} processes (world) that share it, "
@@ -88,19 +91,19 @@ class TrainLoader:
                 f"got {len(split)}"
             )
         self._split = split
-        self._seed = validation.integer("seed", seed)
+        self._seed = seed
         self._augmentation = data_set.augmentation if augment else None
         self._mixing = mixing
         self._qualities = tuple(qualities)
         share = self._batch // world
         self._mine = slice(rank * share, (rank + 1) * share)
-        self._source = _source(split, data_set, torch.device(device), workers)
+        self._source = _Source(split, data_set, device, workers)
 
     def __len__(self) -> int:
         """Steps per epoch."""
         return len(self._split) // self._batch
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Batches:
         """The batches of an epoch, from ``first_step`` (counted from 0) on.
 
         Returns:
@@ -109,20 +112,13 @@ class TrainLoader:
             (batch_size / world,) int64, or mixed (batch_size / world, K) float32.
 
         Raises:
-            ValueError: the epoch has no such step.
             DataError: an image file can't be read.
         """
-        epoch = validation.integer("epoch", epoch)
-        first_step = validation.integer("first_step", first_step)
-        if not 0 <= first_step <= len(self):
-            raise ValueError(f"first_step: expected 0 to {len(self)}, got {first_step}")
         orders = self._orders(epoch, first_step)
         batches = self._source.batches(orders, self._augmentation, self._qualities)
         return batches if self._mixing is None else self._mixed(batches, epoch, first_step)
 
-    def _mixed(
-        self, batches: Iterator[tuple[Tensor, Tensor]], epoch: int, first_step: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _mixed(self, batches: Batches, epoch: int, first_step: int) -> Batches:
         assert self._mixing is not None
         for step, (images, labels) in enumerate(batches, first_step):
             seed = stream(self._seed, epoch, step, "mixing").initial_seed()
@@ -171,27 +167,24 @@ class TestLoader:
         world: int = 1,
         workers: int = 0,
     ) -> None:
-        batch_size, rank, world, workers = _checked(batch_size, rank, world, workers)
         self._quality = quality
         self._mine = range(len(split) * rank // world, len(split) * (rank + 1) // world)
         self._batch = batch_size
-        self._source = _source(split, data_set, torch.device(device), workers)
+        self._source = _Source(split, data_set, device, workers)
 
     def __len__(self) -> int:
         """Number of batches."""
         return -(-len(self._mine) // self._batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Batches:
         """Images (b, C, H, W), float32 and normalised, and labels (b,) int64."""
         starts = range(0, len(self._mine), self._batch)
         parts = (self._mine[start : start + self._batch] for start in starts)
         places = (torch.tensor(part) for part in parts)
-        if self._quality is None:
-            yield from self._source.batches((Order(part, None) for part in places), None, ())
-            return
-        orders = (Order(part, None, part[:, None]) for part in places)
-        for images, labels in self._source.batches(orders, None, [self._quality]):
-            yield images[0], labels
+        qualities = [] if self._quality is None else [self._quality]
+        orders = (Order(part, None, part[:, None] if qualities else None) for part in places)
+        for images, labels in self._source.batches(orders, None, qualities):
+            yield images[0] if qualities else images, labels
 
 
 def stream(*parts: int | str) -> torch.Generator:
@@ -200,72 +193,56 @@ def stream(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-class _Normalise:
-    """uint8 images to float32 of mean 0 and deviation 1, on the device."""
+class _Source:
+    """A split, in memory or read by worker processes, as normalised batches on the device."""
 
-    def __init__(self, data_set: DataSet, device: torch.device) -> None:
+    def __init__(
+        self, split: Split, data_set: DataSet, device: torch.device | str, workers: int
+    ) -> None:
+        self._images, self._labels = split.images, split.labels
+        self._device, self._workers = torch.device(device), workers
+        if isinstance(self._images, Tensor):
+            if self._images.numel() <= RESIDENT_BYTES:
+                self._images = self._images.to(self._device)
+            self._labels = self._labels.to(self._images.device)
+        own = data_set.augmentation
+        self._center = own if isinstance(own, OwnTransforms) else ResizedCrop(data_set.shape[-1])
         mean, std = (torch.tensor(x, dtype=torch.float64) for x in (data_set.mean, data_set.std))
         self._scale, self._shift = (
-            x.float().to(device).view(-1, 1, 1) for x in (1 / (255 * std), -mean / std)
+            x.float().to(self._device).view(-1, 1, 1) for x in (1 / (255 * std), -mean / std)
         )
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return images.float().mul_(self._scale).add_(self._shift)
-
-
-class _Memory:
-    """Batches of images in memory, augmented where they lie."""
-
-    def __init__(self, split: Split, data_set: DataSet, device: torch.device) -> None:
-        assert isinstance(split.images, Tensor)
-        resident = split.images.numel() <= RESIDENT_BYTES
-        self._images = split.images.to(device) if resident else split.images
-        self._labels = split.labels.to(self._images.device)
-        self._normalise = _Normalise(data_set, device)
-        self._device = device
-
     def batches(
-        self,
-        orders: Iterator[Order],
-        augmentation: Augmentation | None,
-        qualities: Sequence[Quality],
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self, orders: Iterator[Order], augment: Augmentation | None, qualities: Sequence[Quality]
+    ) -> Batches:
+        read = self._in_memory if isinstance(self._images, Tensor) else self._decoded
+        for images, places in read(orders, augment, qualities):
+            images = _send(images, self._device).float().mul_(self._scale).add_(self._shift)
+            yield images, _send(self._labels[places], self._device)
+
+    def _in_memory(
+        self, orders: Iterator[Order], augment: Augmentation | None, qualities: Sequence[Quality]
+    ) -> Batches:
+        """Images and their places, augmented where they lie."""
+        assert isinstance(self._images, Tensor)
         home = self._images.device
         for places, draw, seeds in orders:
             places = _send(places, home)
             images = self._images[places]
-            if augmentation is not None and draw is not None:
-                images = augmentation(images, _send(draw, home))
+            if augment is not None and draw is not None:
+                images = augment(images, _send(draw, home))
             if seeds is not None:
                 images = _seen(images, qualities, seeds)
-            labels = self._labels[places]
-            yield self._normalise(_send(images, self._device)), _send(labels, self._device)
+            yield images, places
 
-
-class _Files:
-    """Batches of image files, decoded and augmented by worker processes."""
-
-    def __init__(
-        self, split: Split, data_set: DataSet, device: torch.device, workers: int
-    ) -> None:
-        assert not isinstance(split.images, Tensor)
-        self._images = split.images
-        own = data_set.augmentation
-        self._center = own if isinstance(own, OwnTransforms) else ResizedCrop(data_set.shape[-1])
-        self._labels = split.labels
-        self._normalise = _Normalise(data_set, device)
-        self._device = device
-        self._workers = workers
-
-    def batches(
-        self,
-        orders: Iterator[Order],
-        augmentation: Augmentation | None,
-        qualities: Sequence[Quality],
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decoded(
+        self, orders: Iterator[Order], augment: Augmentation | None, qualities: Sequence[Quality]
+    ) -> Batches:
+        """Images and their places, decoded and augmented by worker processes."""
+        assert not isinstance(self._images, Tensor)
         loader: DataLoader = DataLoader(
-            _Samples(self._images, augmentation or self._center, qualities),
-            batch_sampler=_Samplewise(orders),
+            _Samples(self._images, augment or self._center, qualities),
+            batch_sampler=_samplewise(orders),
             num_workers=self._workers,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
@@ -275,22 +252,14 @@ class _Files:
             if isinstance(batch, DataError):
                 raise batch
             images, places = batch
-            if qualities:
-                images = images.transpose(0, 1)
-            labels = self._labels[places]
-            yield self._normalise(_send(images, self._device)), _send(labels, self._device)
+            yield images.transpose(0, 1) if qualities else images, places
 
 
-class _Samplewise:
+def _samplewise(orders: Iterator[Order]) -> Iterator[list[Sample]]:
     """Orders as a DataLoader takes them: a list of (place, draw, seeds) for each batch."""
-
-    def __init__(self, orders: Iterator[Order]) -> None:
-        self._orders = orders
-
-    def __iter__(self) -> Iterator[list[tuple[int, Tensor | None, Tensor | None]]]:
-        for places, *drawn in self._orders:
-            each = ([None] * len(places) if rows is None else list(rows) for rows in drawn)
-            yield list(zip(places.tolist(), *each, strict=True))
+    for places, *drawn in orders:
+        each = ([None] * len(places) if rows is None else list(rows) for rows in drawn)
+        yield list(zip(places.tolist(), *each, strict=True))
 
 
 class _Samples(Dataset):
@@ -302,23 +271,17 @@ class _Samples(Dataset):
         self._augmentation = augmentation
         self._qualities = qualities
 
-    def __getitem__(
-        self, order: tuple[int, Tensor | None, Tensor | None]
-    ) -> tuple[Tensor, int] | DataError:
-        place, draw, seeds = order
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, int] | DataError:
+        place, draw, seeds = sample
+        augment = self._augmentation
         try:
-            image = self._read(place, draw)
+            image = self._images[place]
+            image = augment.center(image) if draw is None else augment(image, draw)
             if seeds is not None:
                 image = _seen(image[None], self._qualities, seeds[None])[:, 0]
         except DataError as error:
             return error
         return image, place
-
-    def _read(self, place: int, draw: Tensor | None) -> Tensor:
-        image = self._images[place]
-        if draw is None:
-            return self._augmentation.center(image)
-        return self._augmentation(image, draw)
 
 
 def _seen(images: Tensor, qualities: Sequence[Quality], seeds: Tensor) -> Tensor:
@@ -336,27 +299,8 @@ def _collate(samples: list[tuple[Tensor, int] | DataError]) -> Any:
     return torch.stack(images), torch.tensor(places)
 
 
-def _source(
-    split: Split, data_set: DataSet, device: torch.device, workers: int
-) -> _Memory | _Files:
-    if isinstance(split.images, Tensor):
-        return _Memory(split, data_set, device)
-    return _Files(split, data_set, device, workers)
-
-
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on ``device``, without waiting for what the device is doing."""
     if tensor.device == device or device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _checked(batch_size: int, rank: int, world: int, workers: int) -> list[int]:
-    numbers = {"batch_size": batch_size, "rank": rank, "world": world, "workers": workers}
-    checked = {name: validation.integer(name, value) for name, value in numbers.items()}
-    for name, low in (("batch_size", 1), ("world", 1), ("workers", 0)):
-        if checked[name] < low:
-            raise ValueError(f"{name}: expected at least {low}, got {checked[name]}")
-    if not 0 <= checked["rank"] < checked["world"]:
-        raise ValueError(f"rank: expected 0 to {checked['world'] - 1}, got {checked['rank']}")
-    return list(checked.values())

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import validation
-from .augmentation import transforms
+from .augmentation import seeded, transforms
 
 
 class Mixing:
@@ -37,7 +36,5 @@ class Mixing:
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W), floating, and labels (B,) -> images, and labels' shares (B, K)
         float32, on their device. What is drawn depends on ``seed`` alone."""
-        # torchvision draws from the CPU's global generator only; see ResizedCrop.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             return self._transform(images, labels)

@@ -83,21 +83,17 @@ def _image(items: Any, index: int) -> Tensor:
 
 
 def _labels(name: str, side: Any) -> Tensor:
-    found = _listed(side)
-    if found is None:
-        found = [side[index][1] for index in range(len(side))]
+    first, found = side[0][1], _listed(side)
+    if not validation.is_integer(first) and not isinstance(first, Tensor):
+        raise DataError(f"data_set: expected int labels in {name}, got {type(first).__name__}")
     try:
-        labels = torch.as_tensor([int(label) for label in found])
+        if found is None or int(found[0]) != int(first):  # there is a target_transform
+            found = [side[index][1] for index in range(len(side))]
+        return torch.as_tensor([int(label) for label in found])
     except (TypeError, ValueError) as error:
         raise DataError(
             f"data_set: expected int labels in {name}, got {type(found[0]).__name__}"
         ) from error
-    first = side[0][1]
-    if not validation.is_integer(first) and not isinstance(first, Tensor):
-        raise DataError(f"data_set: expected int labels in {name}, got {type(first).__name__}")
-    if int(first) != labels[0]:  # there is a target_transform
-        return torch.as_tensor([int(side[index][1]) for index in range(len(side))])
-    return labels
 
 
 def _listed(side: Any) -> Any:
@@ -112,9 +108,7 @@ def _listed(side: Any) -> Any:
     return None
 
 
-def _measured(
-    train: Any,
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int, int]]:
+def _measured(train: Any) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int, int]]:
     """Mean, deviation and shape of training images; 0 and 1 of those that are floating."""
     some = range(0, len(train), max(len(train) // MEASURED, 1))
     read = OwnTransforms()

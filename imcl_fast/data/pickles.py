@@ -92,10 +92,6 @@ class _Array:
         self.value = _tensor(data, dtype, shape, "F" if is_fortran else "C")
 
 
-def _reconstruct(*args: object) -> _Array:
-    return _Array()
-
-
 def _from_buffer(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
     array = _Array()
     array.value = _tensor(data, dtype, shape, order)
@@ -107,10 +103,6 @@ def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise _Refused(f"it has text in the encoding {encoding!r}")
     return text.encode("latin1")
-
-
-def _empty_bytes() -> bytes:
-    return b""  # and so they spell none
 
 
 def _tensor(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> Tensor:
@@ -138,11 +130,11 @@ def _plain(value: Any) -> Any:
 
 
 _STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *args: _Array(),
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
-    ("__builtin__", "bytes"): _empty_bytes,
+    ("__builtin__", "bytes"): lambda: b"",  # how they spell none
 }

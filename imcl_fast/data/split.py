@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from .. import validation
 from .dataset import Split
 
 
@@ -17,39 +16,38 @@ def take(split: Split, index: Tensor) -> Split:
     return Split(Subset(split.images, index.tolist()), split.labels[index])
 
 
-def subset(split: Split, n: int, seed: int) -> Split:
+def subset(split: Split, n: int, seed: int, name: str = "n") -> Split:
     """``n`` random samples, for studies with few labels.
 
     Every class keeps its share, as nearly as whole numbers allow. The same seed gives the
-    same samples, in the order of ``split``.
+    same samples, in the order of ``split``. ``name`` is what an error calls ``n``.
 
     Raises:
-        TypeError, ValueError: ``n`` is less than the number of classes, or more than
+        ValueError: ``n`` is less than the number of classes, or more than
             ``split`` has.
     """
-    return take(split, _stratified(split.labels, n, seed)[0])
+    return take(split, _stratified(split.labels, n, seed, name)[0])
 
 
-def validation_split(split: Split, n: int, seed: int) -> tuple[Split, Split]:
+def validation_split(split: Split, n: int, seed: int, name: str = "n") -> tuple[Split, Split]:
     """What remains for training, and ``n`` samples set aside, drawn as by ``subset``.
 
     Raises:
-        TypeError, ValueError: as ``subset``; and there must be samples left to train on.
+        ValueError: as ``subset``; and there must be samples left to train on.
     """
-    aside, rest = _stratified(split.labels, n, seed)
+    aside, rest = _stratified(split.labels, n, seed, name)
     if len(rest) == 0:
-        raise ValueError(f"n: expected fewer than all {len(split)} images, got {n}")
+        raise ValueError(f"{name}: expected fewer than all {len(split)} images, got {n}")
     return take(split, rest), take(split, aside)
 
 
-def _stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+def _stratified(labels: Tensor, n: int, seed: int, name: str) -> tuple[Tensor, Tensor]:
     """Sorted indices of ``n`` samples, and of the others."""
     counts = labels.bincount()
     present = int((counts > 0).sum())
-    n = validation.integer("n", n)
     if not present <= n <= len(labels):
         raise ValueError(
-            f"n: expected at least one image per class ({present}) and at most all "
+            f"{name}: expected at least one image per class ({present}) and at most all "
             f"{len(labels)}, got {n}"
         )
     # The largest remainders, of exact fractions, get what rounding down has left over.
@@ -57,7 +55,7 @@ def _stratified(labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     remainders = n * counts % len(labels)
     extra = remainders.argsort(descending=True, stable=True)[: n - int(quotas.sum())]
     quotas[extra] += 1
-    generator = torch.Generator().manual_seed(validation.integer("seed", seed))
+    generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label, quota in enumerate(quotas.tolist()):
         members = (labels == label).nonzero().flatten()

@@ -8,11 +8,10 @@ import torch
 
 from ..models import import_torchvision
 from .augmentation import PaddedCrop
-from .dataset import DataError, DataSet, MissingData, Split, in_memory
-from .files import fetch, find
+from .dataset import DataError, DataSet, Split, in_memory
+from .files import find_or_fetch
 
 NAME = "stl10"
-FOLDER = "stl10_binary"
 CLASS_NAMES = "class_names.txt"
 CLASSES = 10
 SIZE = 96
@@ -24,16 +23,9 @@ SOURCE = (
 
 def load(root: Path | None, *, download: bool, image_size: int | None) -> DataSet:
     """5,000 and 8,000 colour images of 96x96 in 10 classes."""
-    folders = [] if root is None else [root / FOLDER, root]
     files = [f"{side}_{kind}.bin" for side in ("train", "test") for kind in "Xy"] + [CLASS_NAMES]
-    try:
-        folder = find(NAME, folders, files, SOURCE)
-    except MissingData:
-        if not download or root is None:
-            raise
-        theirs = import_torchvision().datasets.STL10
-        fetch(NAME, theirs.url, root, theirs.tgz_md5)
-        folder = find(NAME, folders, files, SOURCE)
+    theirs = import_torchvision().datasets.STL10
+    folder = find_or_fetch(NAME, root, theirs.base_folder, files, SOURCE, theirs, download)
     classes = (folder / CLASS_NAMES).read_text(encoding="utf-8", errors="replace").split()
     if len(classes) != CLASSES:
         raise DataError(

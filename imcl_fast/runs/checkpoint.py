@@ -7,7 +7,6 @@ checksums of its zip archive have been compared, which ``torch.load`` doesn't do
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 import zipfile
@@ -31,10 +30,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         DiskFullError, OSError: see ``files.write``.
     """
-    # By way of memory: torch's archive writer meets a full disk with more than one error.
-    buffer = io.BytesIO()
-    torch.save({"kind": KIND, "version": VERSION, "content": content}, buffer)
-    files.write(path, buffer.getvalue())
+    files.write_tensors(path, {"kind": KIND, "version": VERSION, "content": content})
 
 
 def load(path: Path) -> dict[str, Any]:

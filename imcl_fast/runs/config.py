@@ -8,13 +8,14 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import data, models, validation
+from ..data import noise
 from ..data.quality import Quality
 from ..dependence import KERNELS
 from ..functional import PENALTIES, TEACHERS
@@ -99,6 +100,11 @@ def _set(default: Any, help: str, **known: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _option(help: str, **known: Any) -> Any:
+    """Of the objective, whose own default it has if it is left out."""
+    return _set(None, help, **{"option": True, **known})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a run; those of ``imcl-train``, whose ``--help`` describes each.
@@ -136,7 +142,7 @@ class TrainConfig:
     noise_type: str = _set(
         "symmetric",
         "wrong labels are uniformly random others, or the class's likeliest confusion",
-        choices=("symmetric", "asymmetric"),
+        choices=noise.KINDS,
     )
     augment: bool = _set(True, "random augmentation, the data set's own")
     mixup: float | None = _set(
@@ -198,60 +204,38 @@ class TrainConfig:
         0.0, "epochs in which the ways' weights rise linearly to their values", within=NOT_NEGATIVE
     )
     label_smoothing: float = _set(0.0, "of every cross entropy", within=BELOW_ONE)
-    layers: tuple[str, ...] | None = _set(
-        None, "comma-separated module paths whose features take part", metavar="PATHS", option=True
+    layers: tuple[str, ...] | None = _option(
+        "comma-separated module paths whose features take part", metavar="PATHS"
     )
-    kernels: tuple[str, ...] | None = _set(
-        None,
+    kernels: tuple[str, ...] | None = _option(
         "comma-separated module paths whose weights take part in kernel similarity",
         metavar="PATHS",
-        option=True,
     )
-    views: int | None = _set(None, "dropout views", within=Range(2), option=True)
-    dropout: float | None = _set(None, "of the views", within=BELOW_ONE, option=True)
-    output_temperature: float | None = _set(None, "of the views", within=ABOVE_ZERO, option=True)
-    multilayer_temperature: float | None = _set(
-        None, "of the heads", within=ABOVE_ZERO, option=True
+    views: int | None = _option("dropout views", within=Range(2))
+    dropout: float | None = _option("of the views", within=BELOW_ONE)
+    output_temperature: float | None = _option("of the views", within=ABOVE_ZERO)
+    multilayer_temperature: float | None = _option("of the heads", within=ABOVE_ZERO)
+    teacher: str | None = _option("of the heads", choices=TEACHERS, option="multilayer_teacher")
+    representation_penalty: str | None = _option("of the features", choices=PENALTIES)
+    center: bool | None = _option("compare features by correlation, not cosine")
+    kernel_penalty: str | None = _option("of the kernels", choices=PENALTIES)
+    representation_interval: int | None = _option(
+        "compute way 3 in every N-th batch only, with N times its weight", within=POSITIVE
     )
-    teacher: str | None = _set(None, "of the heads", choices=TEACHERS, option="multilayer_teacher")
-    representation_penalty: str | None = _set(
-        None, "of the features", choices=PENALTIES, option=True
+    kernel_interval: int | None = _option(
+        "compute way 4 in every N-th batch only, with N times its weight", within=POSITIVE
     )
-    center: bool | None = _set(None, "compare features by correlation, not cosine", option=True)
-    kernel_penalty: str | None = _set(None, "of the kernels", choices=PENALTIES, option=True)
-    representation_interval: int | None = _set(
-        None,
-        "compute way 3 in every N-th batch only, with N times its weight",
-        within=POSITIVE,
-        option=True,
+    beta: float | None = _option("weight of the labels in a song-chai method", within=SHARE)
+    alpha: float | None = _option(
+        "weight of the dependence between qualities in a qad method", within=NOT_NEGATIVE
     )
-    kernel_interval: int | None = _set(
-        None,
-        "compute way 4 in every N-th batch only, with N times its weight",
-        within=POSITIVE,
-        option=True,
-    )
-    beta: float | None = _set(
-        None, "weight of the labels in a song-chai method", within=SHARE, option=True
-    )
-    alpha: float | None = _set(
-        None,
-        "weight of the dependence between qualities in a qad method",
-        within=NOT_NEGATIVE,
-        option=True,
-    )
-    quality_reduction: str | None = _set(
-        None,
+    quality_reduction: str | None = _option(
         "of the cross entropies of a qad method's qualities, and of their pairs' dependences",
         choices=REDUCTIONS,
         option="reduction",
     )
-    dependence_kernel: str | None = _set(
-        None, "of the dependence", choices=KERNELS, option="kernel"
-    )
-    cka: bool | None = _set(
-        None, "measure the dependence by CKA, not by HSIC", option="normalize"
-    )
+    dependence_kernel: str | None = _option("of the dependence", choices=KERNELS, option="kernel")
+    cka: bool | None = _option("measure the dependence by CKA, not by HSIC", option="normalize")
     awp: float | None = _set(
         None,
         "take a qad method's gradients at adversarially perturbed weights (arXiv 2004.05884), so "
@@ -350,73 +334,63 @@ class TrainConfig:
             value = _typed(name, getattr(self, name), kind)
             _check_range(name, value, SETTINGS[name])
             object.__setattr__(self, name, value)
-        if self.model not in models.NAMES and not all(self.model.partition(":")):
-            raise ValueError(
-                f"model: expected one of {', '.join(models.NAMES)}, timm:NAME or "
-                f"package.module:factory, got {self.model!r}"
-            )
-        if len(set(self.ways)) != len(self.ways):
-            raise ValueError(f"ways: expected every way once, got {','.join(self.ways)}")
-        if self.method not in WITH_WAYS and self.ways != WAYS:
-            raise ValueError(
-                f"ways: they belong to methods {' and '.join(WITH_WAYS)}, {self.method} has none "
-                "to choose; leave ways out"
-            )
-        self._check_qualities()
-        for way in self.weights:
-            if self.method in WITH_WAYS and way not in self.ways:
-                raise ValueError(
-                    f"weights: {way} is not among the ways {','.join(self.ways) or 'none'}"
-                )
-        if self.ways_warmup_epochs > 0 and not self.has_ways:
-            raise ValueError(
-                f"ways_warmup_epochs: expected 0 for {self.label}, which has no ways, got "
-                f"{self.ways_warmup_epochs:g}"
-            )
-        if self.ways_warmup_epochs > 0 and self.compile:
-            # torch.compile takes the weights for constants, and gives up after 8 of them.
-            raise ValueError(
-                "ways_warmup_epochs: expected 0 with compile, which would compile anew for every "
-                f"step's weights, got {self.ways_warmup_epochs:g}"
-            )
-        if self.ways_warmup_epochs > self.epochs:
-            raise ValueError(
-                f"ways_warmup_epochs: expected at most epochs ({self.epochs}), got "
-                f"{self.ways_warmup_epochs:g}"
-            )
-        if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", self.checkpoint_every):
-            raise ValueError(
-                "checkpoint_every: expected a number of steps (500) or of minutes (10m), got "
-                f"{self.checkpoint_every!r}"
-            )
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs: expected less than epochs ({self.epochs}), got "
-                f"{self.warmup_epochs:g}"
-            )
+        for name, broken, message in self._rules():
+            if broken:
+                raise ValueError(f"{name}: {message}")
 
-    def _check_qualities(self) -> None:
-        qualities = self.measured_on
-        if len({quality.name for quality in qualities}) < len(qualities):
-            raise ValueError(f"qualities: expected each once, got {','.join(self.qualities or ())}")
-        if self.method not in OF_QUALITIES:
-            if self.awp is not None:
-                raise ValueError(
-                    f"awp: it belongs to methods {' and '.join(OF_QUALITIES)}, got method "
-                    f"{self.method}; qad with alpha 0 on raw alone is plain cross entropy"
-                )
-            return
-        if len(qualities) < 2 and self.alpha != 0:
-            raise ValueError(
-                f"qualities: expected at least 2 with method {self.method}, unless alpha is 0, got "
-                f"{','.join(self.qualities or ()) or 'none'}"
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Of settings that depend on others or have a form of their own: whether one is wrong, and
+        what is then said of it."""
+        qad, ways = self.method in OF_QUALITIES, ",".join(self.ways)
+        yield "model", self.model not in models.NAMES and not all(self.model.partition(":")), (
+            f"expected one of {', '.join(models.NAMES)}, timm:NAME or package.module:factory, "
+            f"got {self.model!r}"
+        )
+        yield "ways", len(set(self.ways)) != len(self.ways), f"expected every way once, got {ways}"
+        yield "ways", self.method not in WITH_WAYS and self.ways != WAYS, (
+            f"they belong to methods {' and '.join(WITH_WAYS)}, {self.method} has none to choose; "
+            "leave ways out"
+        )
+        measured_on, qualities = self.measured_on, ",".join(self.qualities or ())
+        yield "qualities", len({quality.name for quality in measured_on}) < len(measured_on), (
+            f"expected each once, got {qualities}"
+        )
+        yield "awp", self.awp is not None and not qad, (
+            f"it belongs to methods {' and '.join(OF_QUALITIES)}, got method {self.method}; qad "
+            "with alpha 0 on raw alone is plain cross entropy"
+        )
+        yield "qualities", qad and len(measured_on) < 2 and self.alpha != 0, (
+            f"expected at least 2 with method {self.method}, unless alpha is 0, got "
+            f"{qualities or 'none'}"
+        )
+        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            yield name, qad and alpha is not None, (
+                f"expected none with method {self.method}, whose images are one at several "
+                f"qualities, got {alpha or 0:g}"
             )
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}: expected none with method {self.method}, whose images are one at "
-                    f"several qualities, got {getattr(self, name):g}"
-                )
+        for way in self.weights:
+            yield "weights", self.method in WITH_WAYS and way not in self.ways, (
+                f"{way} is not among the ways {ways or 'none'}"
+            )
+        warmup = self.ways_warmup_epochs
+        yield "ways_warmup_epochs", warmup > 0 and not self.has_ways, (
+            f"expected 0 for {self.label}, which has no ways, got {warmup:g}"
+        )
+        # torch.compile takes the weights for constants, and gives up after 8 of them.
+        yield "ways_warmup_epochs", warmup > 0 and self.compile, (
+            "expected 0 with compile, which would compile anew for every step's weights, got "
+            f"{warmup:g}"
+        )
+        yield "ways_warmup_epochs", warmup > self.epochs, (
+            f"expected at most epochs ({self.epochs}), got {warmup:g}"
+        )
+        form = re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", self.checkpoint_every)
+        yield "checkpoint_every", form is None, (
+            f"expected a number of steps (500) or of minutes (10m), got {self.checkpoint_every!r}"
+        )
+        yield "warmup_epochs", self.warmup_epochs >= self.epochs, (
+            f"expected less than epochs ({self.epochs}), got {self.warmup_epochs:g}"
+        )
 
     @property
     def has_ways(self) -> bool:
@@ -451,13 +425,7 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON knows them: paths are strings, tuples lists."""
-        values = dataclasses.asdict(self)
-        return {
-            name: str(value) if isinstance(value, Path)
-            else list(value) if isinstance(value, tuple)
-            else value
-            for name, value in values.items()
-        }  # fmt: skip
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> TrainConfig:
@@ -495,16 +463,12 @@ class TrainConfig:
         config = cls.from_json(
             {name: value for name, value in content.items() if name not in PROVENANCE}
         )
-        return config._as_of_0_1() if str(written_by).startswith("0.1.") else config
-
-    def _as_of_0_1(self) -> TrainConfig:
-        """What was left to the objective, where its default was another in versions 0.1."""
-        if not self.has_ways:
-            return self
-        return dataclasses.replace(
-            self,
-            representation_interval=self.representation_interval or 1,
-            kernel_interval=self.kernel_interval or 1,
+        if not str(written_by).startswith("0.1.") or not config.has_ways:
+            return config
+        return dataclasses.replace(  # what was left to the objective, whose default was another
+            config,
+            representation_interval=config.representation_interval or 1,
+            kernel_interval=config.kernel_interval or 1,
         )
 
     def differences(self, other: TrainConfig) -> list[str]:

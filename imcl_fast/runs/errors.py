@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 
 
 class TrainingError(Exception):
@@ -38,6 +40,15 @@ class Interrupted(TrainingError):
         super().__init__(message)
         self.signal = signal.Signals(number)
         self.exit_code = 128 + number  # as shells report it
+
+
+@contextlib.contextmanager
+def as_usage_error(*kinds: type[Exception]) -> Iterator[None]:
+    """Have errors of these kinds be ``UsageError`` of the same words."""
+    try:
+        yield
+    except kinds as error:
+        raise UsageError(str(error)) from error
 
 
 def one_line(error: Exception) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .errors import DiskFullError
 
@@ -40,6 +43,14 @@ def write(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """``write`` of ``content`` as JSON."""
     write(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """``write`` of ``content`` as ``torch.save`` does it."""
+    # By way of memory: torch's archive writer meets a full disk with more than one error.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())
 
 
 def replace_by_link(path: Path, target: Path) -> None:
@@ -82,4 +93,3 @@ def disk_full_named(path: Path) -> Iterator[None]:
             f"no room left on the disk to write {path}; what was there before is untouched. "
             "Free some space, then resume"
         ) from error
-

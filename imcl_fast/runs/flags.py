@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import types
 import typing
@@ -14,10 +13,12 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..ilr import MultiHead
 from ..imcl import IMCL
+from ..objectives import WAYS
 from ..quality_agnostic import QualityAgnostic
 from .config import SETTINGS, Range, TrainConfig, argument_of
 
-WORDS = {"all": SETTINGS["ways"].choices or (), "none": ()}
+DEFAULTS = TrainConfig()
+WORDS = {"all": WAYS, "none": ()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,40 +65,36 @@ def build_parser(prog: str, description: str) -> Parser:
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     groups: dict[str, Any] = {}
     kinds = typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        setting = SETTINGS[field.name]
+    for name, setting in SETTINGS.items():
         if setting.group not in groups:
             groups[setting.group] = parser.add_argument_group(setting.group)
         options: dict[str, Any] = {
-            "default": _default(field),
-            "help": setting.help + _default_text(field),
+            "default": getattr(DEFAULTS, name),
+            "help": setting.help + _default_text(name),
         }
-        kind = _plain(kinds[field.name])
+        kind = _plain(kinds[name])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = _reader(kind, field.name)
-            if setting.choices is not None and kind is str:
+            options["type"] = _ways if name == "ways" else READERS.get(kind, kind)
+            options["metavar"] = setting.metavar or {int: "N", float: "X"}.get(kind)
+            if kind is str:
                 options["choices"] = setting.choices
-            if setting.metavar is not None:
-                options["metavar"] = setting.metavar
-            elif kind in (int, float):
-                options["metavar"] = "N" if kind is int else "X"
-        groups[setting.group].add_argument(_flag(field.name), **options)
+        groups[setting.group].add_argument(_flag(name), **options)
     return parser
 
 
 def command(config: TrainConfig) -> list[str]:
     """The flags that describe ``config``: those that differ from the defaults."""
     words = []
-    for field in dataclasses.fields(TrainConfig):
-        value = getattr(config, field.name)
-        if value == _default(field):
+    for name in SETTINGS:
+        value = getattr(config, name)
+        if value == getattr(DEFAULTS, name):
             continue
         if isinstance(value, bool):
-            words.append(_flag(field.name) if value else _flag(f"no_{field.name}"))
+            words.append(_flag(name if value else f"no_{name}"))
         else:
-            words += [_flag(field.name), _text(value)]
+            words += [_flag(name), _text(value)]
     return words
 
 
@@ -112,22 +109,16 @@ def _plain(kind: Any) -> Any:
     return typing.get_origin(kind) or kind
 
 
-def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def _default_text(field: dataclasses.Field) -> str:
+def _default_text(name: str) -> str:
     """What a help text says of the default, if it doesn't say so itself."""
-    value = _default(field)
-    if argument := argument_of(field.name):
+    value = getattr(DEFAULTS, name)
+    if argument := argument_of(name):
         objectives = (IMCL, MultiHead, QualityAgnostic)
         objective = next(o for o in objectives if argument in inspect.signature(o).parameters)
         own = inspect.signature(objective).parameters[argument].default
         text = "all that are found" if own is None else _text(own)
         return f" (default: the method's own, {text} in {objective.__name__})"
-    if "by default" in SETTINGS[field.name].help:
+    if "by default" in SETTINGS[name].help:
         return ""
     return f" (default: {'none' if value in (None, {}) else _text(value)})"
 
@@ -143,29 +134,19 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _reader(kind: Any, name: str) -> Callable[[str], Any]:
-    if kind is tuple:
-        return _words if name == "ways" else lambda text: tuple(text.split(","))
-    if kind is dict:
-        return _weights
-    if kind is Path:
-        return _folder
-    return typing.cast(Callable[[str], Any], kind)
-
-
 def _folder(text: str) -> Path:
     if not text:  # which Path would take for the current one
         raise argparse.ArgumentTypeError("expected a folder, got ''")
     return Path(text)
 
 
-def _words(text: str) -> tuple[str, ...]:
+def _ways(text: str) -> tuple[str, ...]:
     if text in WORDS:
         return WORDS[text]
     chosen = text.split(",")
     # In the order of the method, so that the same ways are the same configuration.
-    ordered = [way for way in WORDS["all"] if way in chosen]
-    return tuple([*ordered, *(way for way in chosen if way not in WORDS["all"])])
+    ordered = [way for way in WAYS if way in chosen]
+    return tuple([*ordered, *(way for way in chosen if way not in WAYS)])
 
 
 def _weights(text: str) -> dict[str, float]:
@@ -181,3 +162,10 @@ def _weights(text: str) -> dict[str, float]:
                 f"expected way=number,..., each way once, got {text!r}"
             ) from error
     return weights
+
+
+READERS: dict[Any, Callable[[str], Any]] = {
+    tuple: lambda text: tuple(text.split(",")),
+    dict: _weights,
+    Path: _folder,
+}

@@ -60,7 +60,8 @@ def hold(folder: Path) -> Iterator[int]:
 def _acquire(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
+        with contextlib.ExitStack() as refused:
+            refused.callback(os.close, descriptor)
             locked = _lock(descriptor)
             # Or it was deleted by its holder since it was opened.
             if _is_at(descriptor, path):
@@ -72,16 +73,13 @@ def _acquire(path: Path) -> int:
                     time.sleep(SETTLING_SECONDS)
                     if _read(descriptor) != _this_process():
                         raise Held(_holder(descriptor))
+                refused.pop_all()
                 return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
 
 
 def _release(path: Path, descriptor: int) -> None:
     # Nothing is wrong if any of it fails: the file alone locks nothing, or says who it was.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, Held):
         os.close(descriptor)
         descriptor = os.open(path, os.O_RDWR)
         try:
@@ -89,8 +87,6 @@ def _release(path: Path, descriptor: int) -> None:
             mine = _lock(descriptor) or _read(descriptor) == _this_process()
             if mine and _is_at(descriptor, path):
                 path.unlink()
-        except Held:
-            pass
         finally:
             os.close(descriptor)
 

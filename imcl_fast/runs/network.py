@@ -14,7 +14,7 @@ from torch import nn
 from .. import models
 from ..data import DataSet
 from .config import TrainConfig
-from .errors import UsageError
+from .errors import UsageError, as_usage_error
 
 TIMM = "timm"
 # What a factory may call the number of classes, by which it is asked for as many.
@@ -37,16 +37,15 @@ def build_network(config: TrainConfig, data_set: DataSet) -> nn.Module:
                 )
         return named(config.model, classes, channels=channels, image_size=size)
     try:
-        return models.build(
-            config.model,
-            classes,
-            channels=channels,
-            image_size=size,
-            width=config.width,
-            stem_stride=config.stem_stride,
-        )
-    except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
+        with as_usage_error(ValueError, ImportError):
+            return models.build(
+                config.model,
+                classes,
+                channels=channels,
+                image_size=size,
+                width=config.width,
+                stem_stride=config.stem_stride,
+            )
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         raise UsageError(f"width: can't make the network ({reason}); make it smaller") from error
@@ -85,9 +84,8 @@ def _of_timm(
 ) -> nn.Module:
     models.import_torchvision()  # which timm looks for
     timm: Any = importlib.import_module(TIMM)
-    options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-    if channels is not None:
-        options["in_chans"] = channels
+    given = {"num_classes": classes, "in_chans": channels}
+    options = {name: number for name, number in given.items() if number is not None}
     if image_size is not None:
         try:
             return timm.create_model(name, img_size=image_size, **options)

@@ -35,15 +35,6 @@ class Processes:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
-    def synchronised(self, network: nn.Module) -> nn.Module:
-        """``network``, its batch normalisation now with the whole batch's statistics.
-
-        On CPUs, where PyTorch has no such layer, each process normalises by its own share.
-        """
-        if self.world == 1 or self.device.type != "cuda":
-            return network
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-
     def wrap(self, objective: nn.Module) -> nn.Module:
         """``objective`` with gradients averaged over the processes."""
         if self.world == 1:
@@ -191,4 +182,3 @@ def choose_device(name: str, local_rank: int, world: int) -> torch.device:
         reason = str(error).split("\n")[0]
         raise UsageError(f"device: expected one that is there, got {name!r} ({reason})") from error
     return device
-

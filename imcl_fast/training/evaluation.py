@@ -12,9 +12,7 @@ from ..modes import evaluating
 
 
 @torch.no_grad()
-def predict(
-    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def predict(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The predicted class (N,) int64 of every image, and the sum () of the cross entropies.
 
     The network runs in eval mode, as it would when deployed, and is left as it was.

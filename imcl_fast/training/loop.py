@@ -17,12 +17,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.dataset import Split
+from ..data.loader import Batches
 from ..data.quality import Quality
 from ..data.split import take
 from ..quality_agnostic import QualityAgnostic
 from ..runs.checkpoint import CheckpointStore
 from ..runs.config import TrainConfig
-from ..runs.errors import CheckpointError, Interrupted, NonFiniteError, UsageError
+from ..runs.errors import CheckpointError, Interrupted, NonFiniteError, as_usage_error
 from ..runs.folder import AT_QUALITY, CHECKPOINTS
 from . import non_finite
 from .distributed import Processes
@@ -65,8 +66,9 @@ class Loop:
             network.train()
         if config.channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Before the objective hooks onto its layers, for some of them are replaced.
-        network = processes.synchronised(network)
+        if processes.world > 1 and device.type == "cuda":  # on CPUs PyTorch has no such layer
+            # Before the objective hooks onto its layers, for some of them are replaced.
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         objective = build_objective(config, network, material, processes)
         trained = torch.compile(objective) if config.compile else objective
         self.parallel = processes.wrap(cast(nn.Module, trained))
@@ -143,10 +145,8 @@ class Loop:
             )
         before = stored["config"]["epochs"]
         if before != self.config.epochs:
-            try:
+            with as_usage_error(ValueError):
                 rate = go_on(state.optimizer, state.schedule)
-            except ValueError as error:
-                raise UsageError(str(error)) from error
             self.observer.said(
                 f"{self.config.epochs} epochs instead of {before}: the learning rate goes on as "
                 f"that of {self.config.epochs}, at {rate:.4g}"
@@ -254,9 +254,7 @@ class Loop:
                 values = self.forward_backward(self.parallel, images, labels, 1 / len(group))
             yield values
 
-    def _timed(
-        self, batches: Iterator[tuple[Tensor, Tensor]], count: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _timed(self, batches: Batches, count: int) -> Batches:
         """The next ``count`` batches, the time it takes to get them added up."""
         sums, start = self.state.sums, time.perf_counter()
         for batch in islice(batches, count):
@@ -342,9 +340,7 @@ class Loop:
             result["fit_noisy"] = _share(learnt[wrong])
         return result
 
-    def _predict(
-        self, split: Split, quality: Quality | None = None
-    ) -> tuple[Tensor, float]:
+    def _predict(self, split: Split, quality: Quality | None = None) -> tuple[Tensor, float]:
         """Predictions (N,) on the CPU for a whole split, and its summed cross entropy."""
         batches = self.material.test_loader(split, self.config, self.processes, quality)
         with self._autocast():

@@ -64,9 +64,7 @@ def build_schedule(
     return lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def go_on(
-    optimizer: torch.optim.Optimizer, schedule: lr_scheduler.LRScheduler
-) -> float:
+def go_on(optimizer: torch.optim.Optimizer, schedule: lr_scheduler.LRScheduler) -> float:
     """Take the learning rate from a schedule whose state is that of one for fewer steps.
 
     Returns:

@@ -19,7 +19,7 @@ from ..data.quality import Quality
 from ..data.split import subset, validation_split
 from ..modes import evaluating
 from ..runs.config import TrainConfig
-from ..runs.errors import UsageError
+from ..runs.errors import UsageError, as_usage_error
 from .distributed import Processes
 
 # Enough to tell a percent of memorised labels, few enough to cost little per epoch.
@@ -35,7 +35,6 @@ class Material:
         train: the training images with the labels to train on.
         true_labels: (N,) int64, theirs before label noise.
         test: what is measured on: the test split, or the held-out images.
-        held_out: whether ``test`` is a part of the training split set aside.
         measured: (n,) int64, places in ``train`` of the images that show how much of the
             training labels has been learnt; n is at most ``TRAIN_MEASURED``.
     """
@@ -44,7 +43,6 @@ class Material:
     train: Split
     true_labels: Tensor
     test: Split
-    held_out: bool
     measured: Tensor
 
     @property
@@ -58,13 +56,16 @@ class Material:
         Raises:
             UsageError: the processes can't share a batch out evenly.
         """
-        try:
+        with as_usage_error(ValueError, ImportError):
+            mixing = None
+            if config.mixup is not None or config.cutmix is not None:
+                mixing = Mixing(config.mixup, config.cutmix, len(self.data_set.classes))
             return TrainLoader(
                 self.train,
                 self.data_set,
                 batch_size=config.batch_size,
                 augment=config.augment,
-                mixing=self._mixing(config),
+                mixing=mixing,
                 qualities=config.trained_on,
                 seed=config.seed,
                 device=processes.device,
@@ -72,13 +73,6 @@ class Material:
                 world=processes.world,
                 workers=config.workers,
             )
-        except (ValueError, ImportError) as error:
-            raise UsageError(str(error)) from error
-
-    def _mixing(self, config: TrainConfig) -> Mixing | None:
-        if config.mixup is None and config.cutmix is None:
-            return None
-        return Mixing(config.mixup, config.cutmix, len(self.data_set.classes))
 
     def test_loader(
         self,
@@ -108,7 +102,7 @@ def prepare_data(
     Raises:
         UsageError: the data isn't there, is damaged, or has too few images.
     """
-    try:
+    with as_usage_error(OSError, ValueError, ImportError):
         if data_set is None:
             data_set = data.load(
                 config.dataset,
@@ -120,14 +114,11 @@ def prepare_data(
             data_set = _of_torch(data_set, config)
         train, test = data_set.train, data_set.test
         if config.validation_images:
-            train, test = _named(
-                "validation_images", validation_split, train, config.validation_images,
-                config.split_seed,
-            )  # fmt: skip
-        if config.train_images is not None:
-            train = _named(
-                "train_images", subset, train, config.train_images, config.split_seed
+            train, test = validation_split(
+                train, config.validation_images, config.split_seed, "validation_images"
             )
+        if config.train_images is not None:
+            train = subset(train, config.train_images, config.split_seed, "train_images")
         labels = label_noise(
             train.labels,
             len(data_set.classes),
@@ -136,15 +127,12 @@ def prepare_data(
             config.seed,
             data_set.noise_pairs,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.split_seed))
     return Material(
         data_set=data_set,
         train=Split(train.images, labels),
         true_labels=train.labels,
         test=test,
-        held_out=config.validation_images > 0,
         measured=order[:TRAIN_MEASURED].sort().values,
     )
 
@@ -170,24 +158,14 @@ def check_implementation(config: TrainConfig, device: torch.device) -> None:
         UsageError: they can't, and why.
     """
     for operation in ("pairwise", "consistency") if config.impl != "auto" else ():
-        try:
+        with as_usage_error(RuntimeError):
             implementations.choose(config.impl, operation, device, [torch.float32])
-        except RuntimeError as error:
-            raise UsageError(str(error)) from error
 
 
 def build_objective(
-    config: TrainConfig,
-    network: nn.Module,
-    material: Material,
-    processes: Processes,
-    *,
-    without: str | None = None,
+    config: TrainConfig, network: nn.Module, material: Material, processes: Processes
 ) -> nn.Module:
     """``network``, on its device, in what it is trained with.
-
-    Args:
-        without: a way to leave out.
 
     Raises:
         UsageError: the network doesn't fit the data or the objective, or an option the
@@ -198,18 +176,14 @@ def build_objective(
     if config.channels_last:
         example = example.contiguous(memory_format=torch.channels_last)
     options = config.objective_options
-    ways = [way for way in config.ways if way != without]
-    weights = {way: weight for way, weight in config.weights.items() if way != without}
-    if without is not None and all(weights.get(way) == 0 for way in ways):
-        options = {}  # cross entropy, which is what is left, has none
     try:
         _check_classes(network, example, len(material.data_set.classes))
         return objectives.build(
             config.method,
             network,
             example,
-            ways=ways,
-            weights=weights,
+            ways=config.ways,
+            weights=config.weights,
             label_smoothing=config.label_smoothing,
             shard_kernels=processes.world > 1,
             impl=config.impl,
@@ -231,11 +205,3 @@ def _check_classes(network: nn.Module, example: Tensor, classes: int) -> None:
             f"model: expected logits of the data's {classes} classes, its output for "
             f"{len(example)} images has shape {shape}"
         )
-
-
-def _named(setting: str, function, *args):
-    try:
-        return function(*args)
-    except ValueError as error:
-        # They speak of their own argument n.
-        raise ValueError(f"{setting}: {str(error).removeprefix('n: ')}") from error

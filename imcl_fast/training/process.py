@@ -12,7 +12,7 @@ import torch
 
 from .. import operators
 from ..runs.config import TrainConfig
-from ..runs.errors import UsageError
+from ..runs.errors import as_usage_error
 
 
 def check_environment() -> None:
@@ -21,36 +21,29 @@ def check_environment() -> None:
     Raises:
         UsageError: it doesn't; a training step would be the first to say so.
     """
-    if operators.build_info is None:
-        return
-    try:
-        operators.build_info.isa_chosen()
-    except RuntimeError as error:
-        raise UsageError(str(error)) from error
+    if operators.build_info is not None:
+        with as_usage_error(RuntimeError):
+            operators.build_info.isa_chosen()
 
 
 @contextlib.contextmanager
 def settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Threads, determinism and torch's generators as the run needs them; then as before."""
-    threads = torch.get_num_threads()
-    benchmark = torch.backends.cudnn.benchmark
+    cudnn, devices = torch.backends.cudnn, [device] if device.type == "cuda" else []
     deterministic = torch.are_deterministic_algorithms_enabled()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            if config.threads is not None:
-                torch.set_num_threads(config.threads)
-            torch.backends.cudnn.benchmark = not config.deterministic
-            if config.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-                torch.use_deterministic_algorithms(True)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            yield
-        finally:
-            torch.set_num_threads(threads)
-            torch.backends.cudnn.benchmark = benchmark
-            torch.use_deterministic_algorithms(deterministic)
+    with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as before:
+        before.callback(torch.set_num_threads, torch.get_num_threads())
+        before.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        before.callback(torch.use_deterministic_algorithms, deterministic)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        cudnn.benchmark = not config.deterministic
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        yield
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:

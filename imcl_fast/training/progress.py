@@ -123,7 +123,7 @@ def epoch_text(row: Mapping[str, float], epochs: int) -> str:
 
 def summary_table(summary: Mapping[str, Any]) -> str:
     """The result of a run, a line for each thing worth knowing."""
-    where = "test" if summary["measured_on"] == "test" else "validation"
+    where = summary["measured_on"]
     lines = [
         ("data set", summary["dataset"]),
         ("method", summary["method"] + (f" ({', '.join(summary['ways'])})" if summary["ways"]

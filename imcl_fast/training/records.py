@@ -11,7 +11,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -28,8 +28,7 @@ from ..runs.folder import (
     SUMMARY,
     TENSORBOARD,
     USED,
-    WEIGHTS,
-)
+)  # fmt: skip
 
 
 class Records:
@@ -41,8 +40,8 @@ class Records:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._steps: TextIO | None = None
-        self._columns: list[str] = []
+        self._steps: Any = None
+        self._writer: Any = None
         self._board: Any = None
 
     @staticmethod
@@ -60,6 +59,7 @@ class Records:
                 with files.disk_full_named(folder):
                     folder.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(lock.hold(folder))
+                Records._check(folder, config)
             except OSError as error:
                 raise UsageError(
                     f"run_dir: can't use {folder}: {error.strerror or error}"
@@ -69,21 +69,18 @@ class Records:
                     f"run_dir: a run is going on in {folder} ({error}); wait for it or stop it, "
                     "then --resume auto goes on with it, or name another folder"
                 ) from error
-            Records._check(folder, config)
             yield
 
     @staticmethod
     def _check(folder: Path, config: TrainConfig) -> None:
+        if not (folder / CONFIG).exists():
+            if any((folder / CHECKPOINTS).glob("*.pt")):
+                raise UsageError(
+                    f"run_dir: {folder} has checkpoints but no {CONFIG}; name another folder"
+                )
+            return
         try:
-            if not (folder / CONFIG).exists():
-                if any((folder / CHECKPOINTS).glob("*.pt")):
-                    raise UsageError(
-                        f"run_dir: {folder} has checkpoints but no {CONFIG}; name another folder"
-                    )
-                return
             existing = TrainConfig.read(folder / CONFIG)
-        except OSError as error:
-            raise UsageError(f"run_dir: can't use {folder}: {error.strerror or error}") from error
         except (TypeError, ValueError) as error:
             raise UsageError(f"run_dir: {folder} holds a run of another kind ({error})") from error
         if config.resume != "auto":
@@ -105,10 +102,7 @@ class Records:
             )
 
     def begin(
-        self,
-        config: TrainConfig,
-        used: Mapping[str, Any],
-        noise: Mapping[str, torch.Tensor] | None,
+        self, config: TrainConfig, used: Mapping[str, Any], noise: Mapping[str, torch.Tensor] | None
     ) -> None:
         """Write what is known before the first step, and leave nothing of an earlier start.
 
@@ -119,13 +113,10 @@ class Records:
         files.remove_temporaries(self.folder)
         for name in (METRICS, STEPS, SUMMARY, NOISE, USED):
             (self.folder / name).unlink(missing_ok=True)
-        files.write_json(
-            self.folder / CONFIG,
-            {**config.as_json(), "versions": versions(), "machine": machine()},
-        )
-        files.write_json(self.folder / USED, used)
+        self.json(CONFIG, {**config.as_json(), "versions": versions(), "machine": machine()})
+        self.json(USED, used)
         if noise is not None:
-            self._tensors(NOISE, noise)
+            self.tensors(NOISE, noise)
 
     def extend(self, config: TrainConfig) -> None:
         """Write down that the run goes on for more epochs than it had, if it does."""
@@ -187,42 +178,30 @@ class Records:
         """Append a row to ``steps.csv``, and a column for each value that is new in it."""
         path = self.folder / STEPS
         with files.disk_full_named(path):
-            if self._steps is None and path.exists():
-                header = path.read_text(encoding="utf-8").partition("\n")[0]
-                self._columns = header.split(",") if header else []
-            if new := [name for name in row if name not in self._columns]:
-                self._add_columns(path, new)
-            if self._steps is None:
-                self._steps = open(path, "a", encoding="utf-8")  # noqa: SIM115
-            cells = (repr(row[name]) if name in row else "" for name in self._columns)
-            self._steps.write(",".join(cells) + "\n")
+            if self._steps is None or not row.keys() <= set(self._writer.fieldnames):
+                self._open_steps(path, row)
+            self._writer.writerow(row)
             self._steps.flush()
         values = {name: value for name, value in row.items() if name not in ("step", "epoch")}
         self._show("step", values, row["step"])
 
-    def _add_columns(self, path: Path, names: list[str]) -> None:
-        """Give ``steps.csv`` more columns, empty in the rows there are."""
-        if self._steps is not None:
-            self._steps.close()
-            self._steps = None
-        self._columns += names
-        rows = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
-        lines = [",".join(self._columns), *(row + "," * len(names) for row in rows)]
-        files.write(path, ("\n".join(lines) + "\n").encode())
+    def _open_steps(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Open ``steps.csv`` with columns for ``row``; new ones are empty in the rows there are."""
+        self._close_steps()
+        header, *rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else [""]
+        columns = header.split(",") if header else []
+        new = [name for name in row if name not in columns]
+        if new:
+            lines = [",".join(columns + new), *(line + "," * len(new) for line in rows)]
+            files.write(path, ("\n".join(lines) + "\n").encode())
+        self._steps = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+        self._writer = csv.DictWriter(self._steps, columns + new, lineterminator="\n")
 
     def sync(self) -> None:
         """Have ``steps.csv`` reach the disk, before the checkpoint that it must not lag."""
         if self._steps is not None:
             with files.disk_full_named(self.folder / STEPS):
                 os.fsync(self._steps.fileno())
-
-    def weights(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Write the state_dict of the network to deploy, for ``torch.load``."""
-        self._tensors(WEIGHTS, state)
-
-    def summary(self, content: Mapping[str, Any]) -> None:
-        """Write the results of the run, which is what tells that it has ended."""
-        files.write_json(self.folder / SUMMARY, content)
 
     def json(self, name: str, content: Any) -> None:
         """Write ``content`` to the file called ``name``."""
@@ -246,16 +225,20 @@ class Records:
             for name, value in values.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
-    def _tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        buffer = io.BytesIO()
-        torch.save({key: value.cpu() for key, value in tensors.items()}, buffer)
-        files.write(self.folder / name, buffer.getvalue())
+    def tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write ``tensors`` to the file called ``name``, for ``torch.load``."""
+        files.write_tensors(
+            self.folder / name, {key: value.cpu() for key, value in tensors.items()}
+        )
 
-    def close(self) -> None:
-        """Close what is open."""
+    def _close_steps(self) -> None:
         if self._steps is not None:
             self._steps.close()
             self._steps = None
+
+    def close(self) -> None:
+        """Close what is open."""
+        self._close_steps()
         if self._board is not None:
             self._board.close()
             self._board = None

@@ -21,8 +21,8 @@ from ..objectives import WITH_WAYS, CrossEntropy
 from ..plan import acted_on
 from ..redundancy import profile
 from ..runs.config import SETTINGS, TrainConfig, argument_of
-from ..runs.errors import UsageError
-from ..runs.folder import AFTER, AT_QUALITY, BEFORE, LOG
+from ..runs.errors import as_usage_error
+from ..runs.folder import AFTER, AT_QUALITY, BEFORE, LOG, SUMMARY, WEIGHTS
 from ..runs.network import build_network
 from .distributed import Processes, joined
 from .interruption import Interruption
@@ -113,13 +113,12 @@ class Trainer:
             # From here on, what is random in a step: each process drops out other features.
             torch.manual_seed(config.seed + 7919 * processes.rank)
             try:
-                with Interruption() as interruption:
-                    _begin(loop)
-                    loop.train(interruption)
-                observer.finished()
-                summary = _finish(loop)
-            except DataError as error:  # an image file can't be read
-                raise UsageError(str(error)) from error
+                with as_usage_error(DataError):  # an image file can't be read
+                    with Interruption() as interruption:
+                        _begin(loop)
+                        loop.train(interruption)
+                    observer.finished()
+                    summary = _finish(loop)
             finally:
                 observer.finished()
                 if records is not None:
@@ -177,7 +176,9 @@ def _used(loop: Loop) -> dict[str, Any]:
 
 def _description(config: TrainConfig, material: Material, loop: Loop) -> str:
     wrong = int((material.train.labels != material.true_labels).sum())
-    where = "held-out training images, NOT test images" if material.held_out else "test images"
+    where = "test images"
+    if config.validation_images:
+        where = "held-out training images, NOT test images"
     processes = loop.processes
     plain = isinstance(loop.state.objective, CrossEntropy)
     alphas = {"mixup": config.mixup, "cutmix": config.cutmix}
@@ -206,14 +207,13 @@ def _finish(loop: Loop) -> dict[str, Any]:
     config, records = loop.config, loop.records
     if records is None:
         return summary
-    records.weights(loop.measured.state_dict())
-    if config.measure_ways and loop.processes.world == 1 and loop.last_batch is not None:
-        costs = _way_seconds(loop, summary["seconds"])
-        if costs is not None:
-            summary["way_seconds"] = costs
+    records.tensors(WEIGHTS, loop.measured.state_dict())
+    costs = _way_seconds(loop, summary["seconds"])
+    if costs is not None:
+        summary["way_seconds"] = costs
     if config.report:
         _profile(loop, records, AFTER)
-    records.summary(summary)
+    records.json(SUMMARY, summary)  # which is what tells that it has ended
     return summary
 
 
@@ -231,7 +231,7 @@ def _summary(loop: Loop) -> dict[str, Any]:
         "seed": config.seed,
         "label_noise": config.label_noise,
         "noise_type": config.noise_type,
-        "measured_on": "validation" if material.held_out else "test",
+        "measured_on": "validation" if config.validation_images else "test",
         "last_test_accuracy": rows[-1]["test_accuracy"],
         "best_test_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
@@ -265,21 +265,15 @@ def _profile(loop: Loop, records: Records, name: str) -> None:
 
 
 def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
-    """What each way costs per step on average; None if there was too little time to tell."""
-    config = loop.config
-    if config.method != "imcl" or not config.ways or loop.last_batch is None:
+    """What each way costs per step on average; None if there was too little time to tell, or
+    nothing to measure."""
+    config, objective = loop.config, loop.state.objective
+    wanted = config.measure_ways and config.method == "imcl" and bool(config.ways)
+    if not wanted or loop.processes.world > 1 or loop.last_batch is None:
         return None
-    intervals = {}
-    if isinstance(objective := loop.state.objective, IMCL):
-        intervals = {
-            "representation": objective.representation_interval,
-            "kernel": objective.kernel_interval,
-        }
-        # What a way costs is seen where it is computed, and spread over its interval.
-        config = replace(config, representation_interval=1, kernel_interval=1)
 
     def build(network: nn.Module, without: str | None) -> nn.Module:
-        return build_objective(config, network, loop.material, loop.processes, without=without)
+        return build_objective(_less(config, without), network, loop.material, loop.processes)
 
     costs = way_seconds(
         loop.plain,
@@ -289,4 +283,16 @@ def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
         *loop.last_batch,
         allowed=max(WAYS_SECONDS, WAYS_SHARE * trained),
     )
-    return costs and {way: cost / intervals.get(way, 1) for way, cost in costs.items()}
+    return costs and {
+        way: cost / getattr(objective, f"{way}_interval", 1) for way, cost in costs.items()
+    }
+
+
+def _less(config: TrainConfig, without: str | None) -> TrainConfig:
+    """``config`` without one way (or None), and the others in every step: what a way costs is seen
+    where it is computed, and spread over its interval."""
+    weights = config.weights if without is None else {**config.weights, without: 0.0}
+    options: dict[str, Any] = {"representation_interval": 1, "kernel_interval": 1}
+    if all(weights.get(way) == 0 for way in config.ways):  # cross entropy has none
+        options = dict.fromkeys(name for name in SETTINGS if argument_of(name))
+    return replace(config, weights=weights, **options)
