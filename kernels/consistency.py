@@ -6,22 +6,21 @@ The signature is that of ``algebra.consistency``; the formulas stand in the kern
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import dense
 from ..algebra.consistency import PAIRWISE, REDUCE_NONE
-from ..algebra.divergences import KL, MIXTURE
+from ..algebra.divergences import KL
 from . import autotune
 from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
-from .consistency_kernel import INDICES, NO_TARGET, PROBABILITIES, consistency_kernel
+from .consistency_constants import INDICES, NO_TARGET, PROBABILITIES, constants
+from .consistency_kernel import consistency_kernel
 from .launch import launch
 
 _POWERS = (1.0, 2.0, 3.0, 4.0)  # temperatures T at which exp(x) is a power of exp(x/T)
@@ -57,7 +56,6 @@ def forward(
     other = any(name != KL for name in divergence)
     samples = dense.samples(logits[0])
     batch = math.prod(samples)
-    ranges = _ranges(groups)
     given = [x.stride()[: len(samples)] for x in (target, sample_weight) if x is not None]
     geometry = _geometry(tuple((z.shape, z.stride()) for z in logits), tuple(given))
     gradients: list[Tensor] = []
@@ -77,56 +75,37 @@ def forward(
     loss = torch.empty(samples if per_sample else (), dtype=wide, device=device)
     terms = torch.empty((2, heads), dtype=wide, device=device)
 
-    kind, labels = _labels(target, geometry.given[:1], weight)
-    sums = 2 * heads + (4 if kind == INDICES and weight is not None else 2)
+    kind, labels = _labels(target, weight, sample_weight, geometry.given)
+    of_groups = {
+        "groups": tuple(groups), "teachers": tuple(teacher), "divergences": tuple(divergence),
+        "detach": tuple(detach),
+        "powers": tuple(int(t) if t in _POWERS else 0 for t in temperature),
+    }  # fmt: skip
 
     def run(config: ConsistencyConfig) -> None:
+        compiled_for = constants(
+            **of_groups, k=classes, heads=geometry.heads, gradient_heads=geometry.gradient_heads,
+            unit=geometry.unit, binary=binary, reduction=reduction, target=kind,
+            smooth=label_smoothing > 0, weighted=weight is not None,
+            shared=sample_weight is not None, keep=keep, samples=config.samples,
+            block=config.block, lowest=torch.finfo(dtype).min,
+            acc=tl.float64 if wide == torch.float64 else tl.float32,
+        )  # fmt: skip
+        partials = torch.empty(
+            (compiled_for.sums.value, config.programs), dtype=wide, device=device
+        )
         launch(
             consistency_kernel,
             config.programs,
             device,
-            tuple(logits),
-            geometry.sizes,
-            geometry.strides,
+            (tuple(logits), geometry.sizes, geometry.strides),
             labels,
-            sample_weight,
-            None if sample_weight is None else geometry.given[-1],
             ignore_index,
-            numbers,
-            rests,
-            tuple(gradients),
-            geometry.gradient_strides,
-            torch.empty((sums, config.programs), dtype=wide, device=device),
-            torch.zeros((), dtype=torch.int32, device=device),
-            loss,
-            terms,
+            (numbers, rests),
+            (tuple(gradients), geometry.sizes, geometry.gradient_strides),
+            (partials, torch.zeros((), dtype=torch.int32, device=device), loss, terms),
             batch,
-            HEADS=geometry.heads,
-            GRADIENT_HEADS=geometry.gradient_heads,
-            UNIT=geometry.unit,
-            BINARY=binary,
-            GROUPS=ranges,
-            # A mixture has no teacher: the head is all that is known of its softmaxes.
-            TEACHERS=tuple(
-                PAIRWISE if name == MIXTURE else kind
-                for kind, name in zip(teacher, divergence, strict=True)
-            ),
-            DIVERGENCES=tuple(divergence),
-            DETACH=tuple(detach),
-            POWERS=tuple(int(t) if t in _POWERS else 0 for t in temperature),
-            REDUCTION=reduction,
-            TARGET=kind,
-            SMOOTH=label_smoothing > 0,
-            WEIGHTED=weight is not None,
-            SHARED=sample_weight is not None,
-            MIXES=MIXTURE in divergence,
-            KEEP=keep,
-            K=classes,
-            SAMPLES=config.samples,
-            BLOCK=config.block,
-            COLUMNS=triton.next_power_of_2(sums),
-            LOWEST=torch.finfo(dtype).min,
-            ACC=tl.float64 if wide == torch.float64 else tl.float32,
+            C=compiled_for,
             num_warps=config.num_warps,
             maxnreg=config.registers,
         )
@@ -217,21 +196,20 @@ def _axes(
 
 
 def _labels(
-    target: Tensor | None, strides: tuple, weight: Tensor | None
+    target: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    given: tuple[tuple[int, ...], ...],
 ) -> tuple[tl.constexpr, tuple]:
-    """What kind of target it is; and it, its strides, the class weights and their stride."""
-    step = 0 if weight is None else weight.stride(0)
+    """What kind of target it is; and what the kernel calls labels: the target, its strides, class
+    weights and their stride, weights of the samples and theirs."""
+    of_weights = (weight, 0 if weight is None else weight.stride(0), sample_weight,
+                  None if sample_weight is None else given[-1])  # fmt: skip
     if target is None:
-        return NO_TARGET, (None, None, 0, None, 0)
+        return NO_TARGET, (None, None, 0, *of_weights)
     if target.is_floating_point():
-        return PROBABILITIES, (target, strides[0], target.stride(-1), weight, step)
-    return INDICES, (target, strides[0], 0, weight, step)
-
-
-def _ranges(groups: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """First head of each group, and the one after its last."""
-    ends = list(itertools.accumulate(groups))
-    return tuple(zip([0, *ends], ends, strict=False))
+        return PROBABILITIES, (target, given[0], target.stride(-1), *of_weights)
+    return INDICES, (target, given[0], 0, *of_weights)
 
 
 def _rests(numbers: Sequence[float]) -> tuple[float, ...]:

@@ -48,64 +48,62 @@ def _parts(log_q, q, log_p, p, beta, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def _log_mixture(z, soft, inside, inverse_t, states, beta, weights):
+def _log_mixture(tile, numbers, states):
     """log2 m, [S, K], of a label and heads in proportion to their weights."""
-    m = beta * soft
-    rest = (1 - beta) / sum_of(weights)
-    for i in tl.static_range(len(z)):
-        m += tl.exp2(log_p_of(z[i], inside, inverse_t, states[i])) * (weights[i] * rest)
+    m = numbers.beta * tile.soft
+    rest = (1 - numbers.beta) / sum_of(numbers.kl)
+    for i in tl.static_range(len(tile.z)):
+        log_p = log_p_of(tile.z[i], tile.inside, numbers.inverse_t, states[i])
+        m += tl.exp2(log_p) * (numbers.kl[i] * rest)
     return tl.log2(m)
 
 
 @triton.jit
-def _of_head(
-    z, soft, inside, inverse_t, states, beta, weights, H: tl.constexpr, TEACHER: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-):  # fmt: skip
+def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.constexpr):
     """value, head and teacher of head H, its p, and its teacher's q, all [S, K]; of pairwise
     teachers the mean over them, and what H gets as one, of all weights; then q is p."""
-    log_p = log_p_of(z[H], inside, inverse_t, states[H])
+    TEACHER: tl.constexpr = C.teachers[G]
+    DIVERGENCE: tl.constexpr = C.divergences[G]
+    N: tl.constexpr = len(tile.z)
+    log_p = log_p_of(tile.z[H], tile.inside, numbers.inverse_t, states[H])
     p = tl.exp2(log_p)
     if DIVERGENCE == MIXTURE:
-        log_m = _log_mixture(z, soft, inside, inverse_t, states, beta, weights)
+        log_m = _log_mixture(tile, numbers, states)
         head = times(p, log_p - log_m) * LN_2
         return head, head, tl.zeros_like(p), p, p
     elif TEACHER == PAIRWISE:
         value = tl.zeros_like(p)
         head = tl.zeros_like(p)
         teacher = tl.zeros_like(p)
-        for i in tl.static_range(len(z)):
+        for i in tl.static_range(N):
             if i != H:
-                log_q = log_p_of(z[i], inside, inverse_t, states[i])
+                log_q = log_p_of(tile.z[i], tile.inside, numbers.inverse_t, states[i])
                 q = tl.exp2(log_q)
-                of_h = _parts(log_q, q, log_p, p, beta, DIVERGENCE)
+                of_h = _parts(log_q, q, log_p, p, numbers.beta, DIVERGENCE)
                 value += of_h[0]
                 head += of_h[1]
-                teacher += times(weights[i], _parts(log_p, p, log_q, q, beta, DIVERGENCE)[2])
-        part: tl.constexpr = 1.0 / (len(z) - 1)  # a variable would be float32
+                as_one = _parts(log_p, p, log_q, q, numbers.beta, DIVERGENCE)
+                teacher += times(numbers.kl[i], as_one[2])
+        part: tl.constexpr = 1.0 / (N - 1)  # a variable would be float32
         return value * part, head * part, teacher * part, p, p
     else:
-        u = teacher_of(z, H, TEACHER)
-        share = teacher_share(inverse_t, len(z), TEACHER)
-        log_q = exponent(padded(u, inside), states[H][4], share) - tl.log2(states[H][5])[:, None]
+        u = padded(teacher_of(tile.z, H, TEACHER), tile.inside)
+        share = teacher_share(numbers.inverse_t, N, TEACHER)
+        log_q = exponent(u, states[H][4], share) - tl.log2(states[H][5])[:, None]
         q = tl.exp2(log_q)
-        value, head, teacher = _parts(log_q, q, log_p, p, beta, DIVERGENCE)
+        value, head, teacher = _parts(log_q, q, log_p, p, numbers.beta, DIVERGENCE)
         return value, head, teacher, p, q
 
 
 @triton.jit
-def add_divergences(
-    z, soft, inside, inverse_t, states, beta, weights, sums, TEACHER: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-):  # fmt: skip
+def add_divergences(tile, numbers, states, sums, C: tl.constexpr, G: tl.constexpr):
     """Every head's sums after these classes."""
+    N: tl.constexpr = len(tile.z)
     new = ()
-    for i in tl.static_range(len(z)):
+    for i in tl.static_range(N):
         of_head = sums[i]
-        if not (TEACHER == FINAL and i == len(z) - 1):
-            value, head, teacher, _, _ = _of_head(
-                z, soft, inside, inverse_t, states, beta, weights, i, TEACHER, DIVERGENCE
-            )
+        if not (C.teachers[G] == FINAL and i == N - 1):
+            value, head, teacher, _, _ = _of_head(tile, numbers, states, i, C, G)
             of_head = (
                 of_head[0] + tl.sum(value, 1), of_head[1] + tl.sum(head, 1),
                 of_head[2] + tl.sum(teacher, 1),
@@ -115,10 +113,10 @@ def add_divergences(
 
 
 @triton.jit
-def add_label(z, soft, inside, inverse_t, states, beta, weights, of_label):
+def add_label(tile, numbers, states, of_label):
     """Add KL(y || m) of these classes, to [S]."""
-    log_m = _log_mixture(z, soft, inside, inverse_t, states, beta, weights)
-    return of_label + tl.sum(times(soft, tl.log2(soft) - log_m), 1) * LN_2
+    log_m = _log_mixture(tile, numbers, states)
+    return of_label + tl.sum(times(tile.soft, tl.log2(tile.soft) - log_m), 1) * LN_2
 
 
 @triton.jit
@@ -128,42 +126,35 @@ def _pull(weight, part, p, total):
 
 
 @triton.jit
-def passed_on(
-    z, soft, inside, inverse_t, states, sums, beta, weights, scale, TEACHER: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-):  # fmt: skip
+def passed_on(tile, numbers, states, sums, scale, C: tl.constexpr, G: tl.constexpr):
     """What goes into the logits of all teachers together, scaled, [S, K]."""
-    total = tl.zeros_like(z[0])
-    if TEACHER != PAIRWISE:
-        for i in tl.static_range(len(z) - 1 if TEACHER == FINAL else len(z)):
-            _, _, teacher, _, q = _of_head(
-                z, soft, inside, inverse_t, states, beta, weights, i, TEACHER, DIVERGENCE
-            )
-            total += _pull(scale * weights[i], teacher, q, sums[i][2])
+    total = tl.zeros_like(tile.z[0])
+    if C.teachers[G] != PAIRWISE:
+        for i in tl.static_range(len(tile.z) - 1 if C.teachers[G] == FINAL else len(tile.z)):
+            _, _, teacher, _, q = _of_head(tile, numbers, states, i, C, G)
+            total += _pull(scale * numbers.kl[i], teacher, q, sums[i][2])
     return total
 
 
 @triton.jit
 def divergence_gradient(
-    z, soft, inside, inverse_t, states, sums, beta, weights, scale, into, H: tl.constexpr,
-    TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, DETACH: tl.constexpr,
+    tile, numbers, states, sums, scale, into, H: tl.constexpr, C: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """The gradient of z/T of head H, scaled; ``into`` is what ``passed_on`` says."""
-    N: tl.constexpr = len(z)
-    dz = tl.zeros_like(z[H])
+    TEACHER: tl.constexpr = C.teachers[G]
+    N: tl.constexpr = len(tile.z)
+    dz = tl.zeros_like(tile.z[H])
     if not (TEACHER == FINAL and H == N - 1):
-        _, head, teacher, p, q = _of_head(
-            z, soft, inside, inverse_t, states, beta, weights, H, TEACHER, DIVERGENCE
-        )
-        dz = _pull(scale * weights[H], head, p, sums[H][1])
-        if not DETACH:
+        _, head, teacher, p, q = _of_head(tile, numbers, states, H, C, G)
+        dz = _pull(scale * numbers.kl[H], head, p, sums[H][1])
+        if not C.detach[G]:
             if TEACHER == PAIRWISE:
                 dz += _pull(scale, teacher, p, sums[H][2])
             elif TEACHER == OTHERS:
-                mine = _pull(scale * weights[H], teacher, q, sums[H][2])
+                mine = _pull(scale * numbers.kl[H], teacher, q, sums[H][2])
                 dz += (into - mine) * (1.0 / (N - 1))
             elif TEACHER == MEAN:
                 dz += into * (1.0 / N)
-    elif not DETACH:
+    elif not C.detach[G]:
         dz = into
     return dz

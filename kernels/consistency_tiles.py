@@ -19,6 +19,7 @@ Both x and y are small where 2^y (y - x) weighs most: nothing large cancels.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -28,6 +29,37 @@ from ..algebra import consistency as algebra
 OTHERS, MEAN = tl.constexpr(algebra.OTHERS), tl.constexpr(algebra.MEAN)
 FINAL, PAIRWISE = tl.constexpr(algebra.FINAL), tl.constexpr(algebra.PAIRWISE)
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
+
+
+class Samples(NamedTuple):
+    """What a program knows of its samples, each [S]."""
+
+    index: Any
+    stored: Any  # whether there is such a sample
+    counted: Any  # whether it counts
+    label: Any  # class, -1 of an unknown one
+    size: Any  # of the label: the sum of soft labels, the class weight of an index
+
+
+class Numbers(NamedTuple):
+    """What a group weighs with."""
+
+    ce: Any  # of each head
+    kl: Any
+    temperature: Any
+    inverse_t: Any
+    beta: Any
+    smoothing: Any
+
+
+class Tile(NamedTuple):
+    """Some classes of a program's samples."""
+
+    z: Any  # the logits of each head of a group, [S, K]
+    soft: Any  # soft labels, [S, K]
+    k: Any  # [K]
+    inside: Any  # (1, K)
+    stored: Any  # where a gradient is stored, [S, K]
 
 
 @triton.jit
@@ -133,28 +165,26 @@ def teacher_of(z, H: tl.constexpr, TEACHER: tl.constexpr):
 
 
 @triton.jit
-def of_labels(z, soft, K: tl.constexpr, SOFT: tl.constexpr):
+def of_labels(z, soft, C: tl.constexpr):
     """What the state sums of the logits for labels that are more than one class, [S, K]."""
-    if SOFT:
+    if C.soft:
         return times(soft, z)
     else:
-        return z * (1.0 / K)
+        return z * (1.0 / C.k)
 
 
 @triton.jit
-def absorb_alone(
-    z, soft, inside, state, K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr,
-    SOFT: tl.constexpr,
-):  # fmt: skip
-    """The state of a head without KL after its next classes z."""
+def absorb_alone(tile, state, C: tl.constexpr, G: tl.constexpr):
+    """The state of a head without KL after its next classes."""
+    z = tile.z[0]
     top, plain, raw = state[0], state[1], state[3]
-    if PLAIN:
-        z_low = padded(z, inside)
+    if C.plain[G]:
+        z_low = padded(z, tile.inside)
         # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
         top = tl.maximum(top, tl.max(z_low, 1))
         e = _plain(z_low, z_low, top, 0)
-        if SMOOTH or SOFT:
-            more, more_raw = _sums((e, of_labels(z, soft, K, SOFT)))
+        if C.smooth or C.soft:
+            more, more_raw = _sums((e, of_labels(z, tile.soft, C)))
             raw += more_raw
         else:
             more = tl.sum(e, 1)
@@ -164,17 +194,20 @@ def absorb_alone(
 
 @triton.jit
 def absorb(
-    z, u, soft, inside, inverse_t, share, state, shared, risen, OWN: tl.constexpr,
-    TAUGHT: tl.constexpr, K: tl.constexpr, PLAIN: tl.constexpr, SMOOTH: tl.constexpr,
-    SOFT: tl.constexpr, POWER: tl.constexpr,
+    tile, inverse_t, state, shared, risen, H: tl.constexpr, C: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """The state of a head after its next classes z, taught u if TAUGHT.
+    """The state of head H after its next classes.
 
-    A teacher that is not its OWN was absorbed by a head before: ``shared`` is the state
+    A teacher that is not its own was absorbed by a head before: ``shared`` is the state
     of that head after it, ``risen`` what this function returned of it.
     """
-    z_low = padded(z, inside)
-    u_low = padded(u, inside)
+    TEACHER: tl.constexpr = C.teachers[G]
+    TAUGHT: tl.constexpr = TEACHER != PAIRWISE
+    OWN: tl.constexpr = TEACHER == OTHERS or H == 0
+    z = tile.z[H]
+    share = teacher_share(inverse_t, len(tile.z), TEACHER)
+    z_low = padded(z, tile.inside)
+    u_low = padded(teacher_of(tile.z, H, TEACHER), tile.inside)
     raw, teacher_top, teacher, gap = state[3], state[4], state[5], state[6]
     if TAUGHT and OWN:
         top, teacher_top = _maxima(z_low, u_low)
@@ -187,8 +220,8 @@ def absorb(
     x = exponent(z_low, top, inverse_t)
     root = tl.exp2(x)
     power = root
-    if PLAIN:
-        power = _plain(z_low, x, top, POWER)
+    if C.plain[G]:
+        power = _plain(z_low, x, top, C.powers[G])
     if TAUGHT:
         if OWN:
             risen = (_risen(state[4], teacher_top) * share, teacher)
@@ -204,21 +237,21 @@ def absorb(
         more, more_plain = _sums((root, power))
     tempered = state[2] * tl.exp2(drop * inverse_t) + more
     plain = state[1] * tl.exp2(drop * LOG2_E) + more_plain
-    if PLAIN and (SMOOTH or SOFT):
-        raw += tl.sum(of_labels(z, soft, K, SOFT), 1)
+    if C.plain[G] and (C.smooth or C.soft):
+        raw += tl.sum(of_labels(z, tile.soft, C), 1)
     return (top, plain, tempered, raw, teacher_top, teacher, gap), risen
 
 
 @triton.jit
-def cross_entropy(z_y, state, smoothing, label_size, SMOOTH: tl.constexpr, SOFT: tl.constexpr):
-    """CE [S]: of soft labels that sum to label_size [S]; else from the logit of the label [S],
-    smoothed with SMOOTH."""
+def cross_entropy(z_y, state, smoothing, samples, C: tl.constexpr):
+    """CE [S]: of soft labels from their sum; else from the logit of the label [S], smoothed if
+    asked."""
     log_sum = tl.log(state[1])
-    if SOFT:
-        ce = label_size * log_sum - (state[3] - label_size * state[0])
+    if C.soft:
+        ce = samples.size * log_sum - (state[3] - samples.size * state[0])
     else:
         ce = log_sum - (z_y - state[0])
-        if SMOOTH:
+        if C.smooth:
             uniform = log_sum - (state[3] - state[0])
             ce = (1 - smoothing) * ce + smoothing * uniform
     return ce
@@ -237,27 +270,29 @@ def divergence(state):
 
 @triton.jit
 def plain_gradient(
-    z, soft, k, inside, inverse_t, label, state, ce, label_size, smoothing, K: tl.constexpr,
-    SMOOTH: tl.constexpr, SOFT: tl.constexpr, POWER: tl.constexpr,
+    tile, samples, numbers, state, ce, H: tl.constexpr, C: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """ce (softmax(z) sum(y) - y), [S, K], of weights ce [S]."""
-    z_low = padded(z, inside)
-    x = exponent(z_low, state[0], inverse_t)
+    """ce (softmax(z) sum(y) - y) of head H, [S, K], of weights ce [S]."""
+    POWER: tl.constexpr = C.powers[G] if len(tile.z) > 1 else 0
+    z_low = padded(tile.z[H], tile.inside)
+    x = exponent(z_low, state[0], numbers.inverse_t)
     plain = _plain(z_low, x, state[0], POWER)
-    if SOFT:
-        return plain * _per(ce * label_size, state[1])[:, None] - ce[:, None] * soft
+    if C.soft:
+        return plain * _per(ce * samples.size, state[1])[:, None] - ce[:, None] * tile.soft
     else:
         dz = plain * _per(ce, state[1])[:, None]
-        if SMOOTH:
-            dz -= (ce * smoothing * (1.0 / K))[:, None]
-        return dz - tl.where(k[None, :] == label[:, None], (ce * (1 - smoothing))[:, None], 0.0)
+        if C.smooth:
+            dz -= (ce * numbers.smoothing * (1.0 / C.k))[:, None]
+        own = tile.k[None, :] == samples.label[:, None]
+        return dz - tl.where(own, (ce * (1 - numbers.smoothing))[:, None], 0.0)
 
 
 @triton.jit
-def taught_gradient(z, u, inside, inverse_t, share, state, kl):
-    """kl (p - q), [S, K], of weights kl [S]."""
-    p = tl.exp2(exponent(padded(z, inside), state[0], inverse_t))
-    q = tl.exp2(exponent(padded(u, inside), state[4], share))
+def taught_gradient(tile, inverse_t, state, kl, H: tl.constexpr, TEACHER: tl.constexpr):
+    """kl (p - q) of head H, [S, K], of weights kl [S]."""
+    u, share = teacher_of(tile.z, H, TEACHER), teacher_share(inverse_t, len(tile.z), TEACHER)
+    p = tl.exp2(exponent(padded(tile.z[H], tile.inside), state[0], inverse_t))
+    q = tl.exp2(exponent(padded(u, tile.inside), state[4], share))
     return p * _per(kl, state[2])[:, None] - q * _per(kl, state[5])[:, None]
 
 
@@ -267,22 +302,23 @@ def log_p_of(z, inside, inverse_t, state):
 
 
 @triton.jit
-def into_teacher(z, u, inside, inverse_t, share, state, kl):
-    """kl q (log q - log p - KL), [S, K]: the gradient of the teacher's logits."""
-    y = exponent(padded(u, inside), state[4], share)
+def into_teacher(tile, inverse_t, state, kl, H: tl.constexpr, TEACHER: tl.constexpr):
+    """kl q (log q - log p - KL) of head H, [S, K]: the gradient of its teacher's logits."""
+    u, share = teacher_of(tile.z, H, TEACHER), teacher_share(inverse_t, len(tile.z), TEACHER)
+    y = exponent(padded(u, tile.inside), state[4], share)
     gap = y - (tl.log2(state[5]) + _divergence(state))[:, None]
-    gap -= log_p_of(z, inside, inverse_t, state)
+    gap -= log_p_of(tile.z[H], tile.inside, inverse_t, state)
     return times(tl.exp2(y) * (_per(kl, state[5]) * LN_2)[:, None], gap)
 
 
 @triton.jit
-def _pairwise_sums(z, inside, inverse_t, states, weights):
+def _pairwise_sums(tile, inverse_t, states, weights):
     """sum_j p_j, sum_j p_j log p_j and sum_j w_j log p_j, each [S, K]."""
-    total = tl.zeros_like(z[0])
-    entropy = tl.zeros_like(z[0])
-    weighted = tl.zeros_like(z[0])
-    for i in tl.static_range(len(z)):
-        log_p = log_p_of(z[i], inside, inverse_t, states[i])
+    total = tl.zeros_like(tile.z[0])
+    entropy = tl.zeros_like(tile.z[0])
+    weighted = tl.zeros_like(tile.z[0])
+    for i in tl.static_range(len(tile.z)):
+        log_p = log_p_of(tile.z[i], tile.inside, inverse_t, states[i])
         p = tl.exp2(log_p)
         total += p
         entropy += times(p, log_p)
@@ -291,40 +327,42 @@ def _pairwise_sums(z, inside, inverse_t, states, weights):
 
 
 @triton.jit
-def add_toward(z, inside, inverse_t, states, weights, toward):
+def add_toward(tile, numbers, states, toward):
     """Add sum_k p_h (W log p_h - sum_j w_j log p_j), W = sum_j w_j, to every head's [S]."""
-    _, _, weighted = _pairwise_sums(z, inside, inverse_t, states, weights)
-    weight = sum_of(weights)
+    _, _, weighted = _pairwise_sums(tile, numbers.inverse_t, states, numbers.kl)
+    weight = sum_of(numbers.kl)
     new = ()
-    for i in tl.static_range(len(z)):
-        log_p = log_p_of(z[i], inside, inverse_t, states[i])
+    for i in tl.static_range(len(tile.z)):
+        log_p = log_p_of(tile.z[i], tile.inside, numbers.inverse_t, states[i])
         pull = times(tl.exp2(log_p), log_p * weight - weighted)
         new += (toward[i] + tl.sum(pull, 1),)
     return new
 
 
 @triton.jit
-def add_pairwise(z, inside, inverse_t, states, weights, divergences):
+def add_pairwise(tile, numbers, states, divergences):
     """Add sum_k (Q - P log p_h)/(n - 1) to every head's [S]."""
-    total, entropy, _ = _pairwise_sums(z, inside, inverse_t, states, weights)
+    total, entropy, _ = _pairwise_sums(tile, numbers.inverse_t, states, numbers.kl)
     new = ()
-    for i in tl.static_range(len(z)):
-        log_p = log_p_of(z[i], inside, inverse_t, states[i])
+    for i in tl.static_range(len(tile.z)):
+        log_p = log_p_of(tile.z[i], tile.inside, numbers.inverse_t, states[i])
         kl = entropy - times(total, log_p)
-        new += (divergences[i] + tl.sum(kl, 1) * (LN_2 / (len(z) - 1)),)
+        new += (divergences[i] + tl.sum(kl, 1) * (LN_2 / (len(tile.z) - 1)),)
     return new
 
 
 @triton.jit
 def pairwise_gradient(
-    z, inside, inverse_t, states, weights, toward, scale, H: tl.constexpr, DETACH: tl.constexpr
+    tile, numbers, states, toward, scale, H: tl.constexpr, DETACH: tl.constexpr
 ):  # fmt: skip
     """w (p_h - sum_{j != h} p_j/(n - 1)) of head H, and what it gets as a teacher, scaled."""
-    total, _, weighted = _pairwise_sums(z, inside, inverse_t, states, weights)
-    log_p = log_p_of(z[H], inside, inverse_t, states[H])
+    weights = numbers.kl
+    others: tl.constexpr = len(tile.z) - 1
+    total, _, weighted = _pairwise_sums(tile, numbers.inverse_t, states, weights)
+    log_p = log_p_of(tile.z[H], tile.inside, numbers.inverse_t, states[H])
     p = tl.exp2(log_p)
-    dz = times(weights[H], p - (total - p) * (1.0 / (len(z) - 1)))
+    dz = times(weights[H], p - (total - p) * (1.0 / others))
     if not DETACH:
         pull = log_p * sum_of(weights) - weighted - toward[H][:, None]
-        dz += times(p, pull) * (LN_2 / (len(z) - 1))
+        dz += times(p, pull) * (LN_2 / others)
     return dz * scale[:, None]

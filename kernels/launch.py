@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
 
 from .numerics import IEEE, TF32, TF32X3
+from .pairwise_constants import PairwiseConstants
 
 
 def launch(kernel, programs: int, device: torch.device, *args, **options) -> None:
@@ -33,7 +36,15 @@ def for_amd(options: dict[str, Any]) -> dict[str, Any]:
     cores multiply float32 as it is.
     """
     options = {name: value for name, value in options.items() if name != "maxnreg"}
-    for name in ("PRODUCT", "FORM_PRODUCT"):
-        if options.get(name) in (TF32, TF32X3):
-            options[name] = IEEE
+    if isinstance(options["C"], PairwiseConstants):
+        options["C"] = _without_tensor_float(options["C"])
     return options
+
+
+@functools.lru_cache(maxsize=256)
+def _without_tensor_float(constants: PairwiseConstants) -> PairwiseConstants:
+    products = {name: getattr(constants, name) for name in ("product", "form_product")}
+    return dataclasses.replace(
+        constants,
+        **{name: IEEE for name, value in products.items() if value in (TF32, TF32X3)},
+    )

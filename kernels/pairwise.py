@@ -5,6 +5,7 @@ The signatures are those of ``algebra.pairwise``; the formulas stand in the kern
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from .config import PairwiseConfig, pairwise_config
 from .kept import capturing, keep_for_graph, ticket
 from .launch import launch
 from .pairwise_backward import backward_kernel
+from .pairwise_constants import PairwiseConstants
 from .pairwise_forward import forward_kernel
 from .plan import BY_COLUMNS, BY_ROWS, Plan, layer_of, plan
 
@@ -30,6 +32,11 @@ class _Group(NamedTuple):
     xs: tuple[Tensor, ...]
     plan: Plan
     config: PairwiseConfig
+
+    @property
+    def of_plan(self) -> tuple[int, int, int, bool]:
+        """What kernels are compiled for of it."""
+        return len(self.xs), self.plan.forms, self.plan.paths, self.plan.rows_unit
 
 
 def forward(
@@ -66,27 +73,13 @@ def forward(
                 g.xs,
                 g.plan.table,
                 kept if keep else partials,
-                partials,
-                tickets,
-                loss,
+                (partials, tickets, loss),
                 eps,
                 first,
                 programs,
                 len(xs),
-                LAYERS=len(g.xs),
-                PADDED=triton.next_power_of_2(len(g.xs)),
-                FORMS=g.plan.forms,
-                PATHS=g.plan.paths,
-                PENALTY=penalty,
-                CENTER=center,
-                KEEP=keep,
-                FAST=BY_ROWS if g.plan.rows_unit else BY_COLUMNS,
-                VECTOR=16 // g.dtype.itemsize,
-                BLOCK=g.config.forward_block,
-                PRODUCT=_gram_product(g.dtype, center, precision),
-                FORM_PRODUCT=_form_product(g.dtype),
-                ACC=_TRITON[accumulation],
-                LOSS=_TRITON[loss_type],
+                C=_constants(g.of_plan, g.dtype, penalty, center, keep, g.config.forward_block, 0,
+                             _gram_product(g.dtype, center, precision), loss_type),
                 num_warps=g.config.num_warps,
                 num_stages=g.config.forward_stages,
                 maxnreg=g.config.registers,
@@ -120,19 +113,8 @@ def backward(
             kept,
             grad,
             len(xs),
-            LAYERS=len(g.xs),
-            PADDED=triton.next_power_of_2(len(g.xs)),
-            FORMS=g.plan.forms,
-            PATHS=g.plan.paths,
-            PENALTY=penalty,
-            CENTER=center,
-            FAST=BY_ROWS if g.plan.rows_unit else BY_COLUMNS,
-            VECTOR=16 // g.dtype.itemsize,
-            BLOCK=g.config.backward_block,
-            DEPTH=g.config.backward_depth,
-            PRODUCT=_gradient_product(g.dtype, precision),
-            FORM_PRODUCT=_form_product(g.dtype),
-            ACC=_TRITON[_accumulation(g.dtype)],
+            C=_constants(g.of_plan, g.dtype, penalty, center, True, g.config.backward_block,
+                         g.config.backward_depth, _gradient_product(g.dtype, precision), None),
             num_warps=g.config.num_warps,
             num_stages=g.config.backward_stages,
             maxnreg=g.config.registers,
@@ -141,6 +123,39 @@ def backward(
 
 
 _TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(
+    of_plan: tuple[int, int, int, bool],
+    dtype: torch.dtype,
+    penalty: int,
+    center: bool,
+    keep: bool,
+    block: int,
+    depth: int,
+    product: tl.constexpr,
+    loss: torch.dtype | None,
+) -> PairwiseConstants:
+    layers, forms, paths, rows_unit = of_plan
+    accumulation = _accumulation(dtype)
+    return PairwiseConstants.of(
+        layers=layers,
+        padded=triton.next_power_of_2(layers),
+        forms=forms,
+        paths=paths,
+        penalty=penalty,
+        center=center,
+        keep=keep,
+        fast=BY_ROWS if rows_unit else BY_COLUMNS,
+        vector=16 // dtype.itemsize,
+        block=block,
+        depth=depth,
+        product=product,
+        form_product=_form_product(dtype),
+        acc=_TRITON[accumulation],
+        loss=_TRITON[loss or accumulation],
+    )
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:

@@ -42,14 +42,12 @@ _STATE, _STATE_SIZE = tl.constexpr(plan.STATE), tl.constexpr(plan.STATE_SIZE)
 
 
 @triton.jit
-def _centred(
-    m, rows, columns, means, LAYOUT: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+def _centred(m, rows, columns, means, LAYOUT: tl.constexpr, C: tl.constexpr):
     """Elements [rows, columns] less their row's mean, 0 beyond the matrix."""
     block = read(m, rows, columns, LAYOUT)
-    if CENTER:
+    if C.center:
         mean = tl.load(means + rows, mask=rows < m.n, other=0.0)  # [rows]
-        block = tl.where((columns < m.d)[None, :], block.to(ACC) - mean[:, None], 0.0)
+        block = tl.where((columns < m.d)[None, :], block.to(C.acc) - mean[:, None], 0.0)
     return block
 
 
@@ -60,130 +58,108 @@ def _write(dm, value, rows, columns, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _primal(
-    m, dm, state, grad, tile, LAYOUT: tl.constexpr, CENTER: tl.constexpr, BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _primal(m, dm, state, grad, tile, LAYOUT: tl.constexpr, C: tl.constexpr):
     n = m.n
     # Gathered elements each have a pointer of their own.
-    STEP: tl.constexpr = 16 if LAYOUT == _GATHERED else DEPTH
+    STEP: tl.constexpr = 16 if LAYOUT == _GATHERED else C.depth
     tiles = (n + _TILE - 1) // _TILE
     i = tile % tiles  # the programs of one column block run together: they share X
     rows = i * _TILE + tl.arange(0, _TILE)
-    columns = tile // tiles * BLOCK + tl.arange(0, BLOCK)
+    columns = tile // tiles * C.block + tl.arange(0, C.block)
     length = padded(n)
     parts = state + n.to(tl.int64) * length
     means = parts + tiles * length
-    y = tl.zeros([_TILE, BLOCK], ACC)
+    y = tl.zeros([_TILE, C.block], C.acc)
     for first in range(0, n, STEP):
         others = first + tl.arange(0, STEP)
         mask = core_mask(rows, others, n, length)
         a = tl.load(core_pointers(state, rows, others, length), mask=mask, other=0.0)
-        block = _centred(m, others, columns, means, LAYOUT, CENTER, ACC)  # [STEP, BLOCK]
-        y = dot(a, block, y, PRODUCT)  # A's diagonal is 0 in the state
-    diagonal = tl.zeros([_TILE], ACC)
+        block = _centred(m, others, columns, means, LAYOUT, C)  # [STEP, BLOCK]
+        y = dot(a, block, y, C.product)  # A's diagonal is 0 in the state
+    diagonal = tl.zeros([_TILE], C.acc)
     for t in range(0, tiles):
         diagonal -= tl.load(parts + t * length + rows, mask=rows < n, other=0.0)  # [TILE]
-    y += diagonal[:, None] * _centred(m, rows, columns, means, LAYOUT, CENTER, ACC).to(ACC)
+    y += diagonal[:, None] * _centred(m, rows, columns, means, LAYOUT, C).to(C.acc)
     _write(dm, y * grad, rows, columns, LAYOUT)
 
 
 @triton.jit
-def _product(
-    m, state, rows, columns, inverse, means, LAYOUT: tl.constexpr, PENALTY: tl.constexpr,
-    CENTER: tl.constexpr, FORM_PRODUCT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _product(m, state, rows, columns, inverse, means, LAYOUT: tl.constexpr, C: tl.constexpr):
     """y = U M (dual) or s (signed), and U itself, [rows, columns]."""
     d = m.d
-    u = _centred(m, rows, columns, means, LAYOUT, CENTER, ACC).to(ACC) * inverse[:, None]
-    y = tl.zeros([_ROW_BLOCK, _TILE], ACC)
-    if PENALTY == _SIGNED:
+    u = _centred(m, rows, columns, means, LAYOUT, C).to(C.acc) * inverse[:, None]
+    y = tl.zeros([_ROW_BLOCK, _TILE], C.acc)
+    if C.penalty == _SIGNED:
         y += tl.load(state + columns, mask=columns < d, other=0.0)[None, :]
     else:
         for first in tl.range(0, d, _ROW_BLOCK, num_stages=1):
             others = first + tl.arange(0, _ROW_BLOCK)
-            v = _centred(m, rows, others, means, LAYOUT, CENTER, ACC)  # [ROW_BLOCK, ROW_BLOCK]
+            v = _centred(m, rows, others, means, LAYOUT, C)  # [ROW_BLOCK, ROW_BLOCK]
             length = padded(d)
             mask = core_mask(others, columns, d, length)
             form = tl.load(core_pointers(state, others, columns, length), mask=mask, other=0.0)
-            y = dot(v.to(ACC) * inverse[:, None], form, y, FORM_PRODUCT)
+            y = dot(v.to(C.acc) * inverse[:, None], form, y, C.form_product)
     return y, u
 
 
 @triton.jit
-def _over_rows(
-    m, dm, state, grad, k, tile, LAYOUT: tl.constexpr, PENALTY: tl.constexpr,
-    CENTER: tl.constexpr, FORM_PRODUCT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _over_rows(m, dm, state, grad, k, tile, LAYOUT: tl.constexpr, C: tl.constexpr):
     n, d = m.n, m.d
     rows = tile * _ROW_BLOCK + tl.arange(0, _ROW_BLOCK)
-    if PENALTY == _SIGNED:
+    if C.penalty == _SIGNED:
         inverses, factor = state + padded(d), 2.0 * k * grad
     else:
         inverses, factor = state + d.to(tl.int64) * padded(d), 4.0 * k * grad
     inverse = tl.load(inverses + rows, mask=rows < n, other=0.0)  # [ROW_BLOCK]
     means = inverses + padded(n)
     # Wide matrices make y twice, once for <y, u> and once to write it, and keep none of it.
-    along = tl.zeros([_ROW_BLOCK], ACC)
+    along = tl.zeros([_ROW_BLOCK], C.acc)
     for first in range(0, d, _TILE):
         columns = first + tl.arange(0, _TILE)
-        y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, PENALTY, CENTER,
-                        FORM_PRODUCT, ACC)  # fmt: skip
+        y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, C)
         along += tl.sum(y * u, 1)
     for first in range(0, d, _TILE):
         columns = first + tl.arange(0, _TILE)
-        y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, PENALTY, CENTER,
-                        FORM_PRODUCT, ACC)  # fmt: skip
+        y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, C)
         _write(dm, (factor * inverse)[:, None] * (y - along[:, None] * u), rows, columns, LAYOUT)
 
 
 @triton.jit
-def _block(
-    x, dx, table, record, number, state, grad, k, tile, over_rows, LAYOUT: tl.constexpr,
-    VECTOR: tl.constexpr, FORMS: tl.constexpr, PENALTY: tl.constexpr, CENTER: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRODUCT: tl.constexpr, FORM_PRODUCT: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    m = matrix_of(x, table, record, _X_BATCH, number, LAYOUT, VECTOR)
-    dm = matrix_of(dx, table, record, _DX_BATCH, number, LAYOUT, VECTOR)
-    if FORMS == _SOME:
+def _block(m, dm, state, grad, k, tile, over_rows, LAYOUT: tl.constexpr, C: tl.constexpr):
+    if C.forms == _SOME:
         if over_rows:
-            _over_rows(m, dm, state, grad, k, tile, LAYOUT, PENALTY, CENTER, FORM_PRODUCT, ACC)
+            _over_rows(m, dm, state, grad, k, tile, LAYOUT, C)
         else:
-            _primal(m, dm, state, grad, tile, LAYOUT, CENTER, BLOCK, DEPTH, PRODUCT, ACC)
-    elif FORMS == _EVERY:
-        _over_rows(m, dm, state, grad, k, tile, LAYOUT, PENALTY, CENTER, FORM_PRODUCT, ACC)
+            _primal(m, dm, state, grad, tile, LAYOUT, C)
+    elif C.forms == _EVERY:
+        _over_rows(m, dm, state, grad, k, tile, LAYOUT, C)
     else:
-        _primal(m, dm, state, grad, tile, LAYOUT, CENTER, BLOCK, DEPTH, PRODUCT, ACC)
+        _primal(m, dm, state, grad, tile, LAYOUT, C)
 
 
 @triton.jit(do_not_specialize=["layers"])
-def backward_kernel(
-    xs, dxs, table, state, grad, layers,
-    LAYERS: tl.constexpr, PADDED: tl.constexpr, FORMS: tl.constexpr, PATHS: tl.constexpr,
-    PENALTY: tl.constexpr, CENTER: tl.constexpr, FAST: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr, DEPTH: tl.constexpr, PRODUCT: tl.constexpr, FORM_PRODUCT: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def backward_kernel(xs, dxs, table, state, grad, layers, C: tl.constexpr):
     """One program for one block of rows (primal: and columns) of one matrix of one layer."""
-    layer, local = find_layer(table + LAYERS, tl.program_id(0), LAYERS, PADDED)
-    record = record_of(table, layer, LAYERS)
+    layer, local = find_layer(table + C.layers, tl.program_id(0), C.layers, C.padded)
+    record = record_of(table, layer, C.layers)
     batch, tiles = tl.load(record + _BATCH), tl.load(record + _BACKWARD).to(tl.int32)
     over_rows = tl.load(record + _OVER_ROWS) != 0
     number, tile = (local // tiles).to(tl.int64), local % tiles
-    x, dx = select(xs, layer, LAYERS), select(dxs, layer, LAYERS)
+    x, dx = select(xs, layer, C.layers), select(dxs, layer, C.layers)
     size = multiple(tl.load(record + _STATE_SIZE), 4)
     state += multiple(tl.load(record + _STATE), 4) + number * size
-    scale = tl.load(grad).to(ACC)
-    rows = tl.load(record + _ROWS).to(ACC)
-    k = 1.0 / (layers * batch.to(ACC)) / rows / (rows - 1.0)
-    if PATHS == _SOME:
+    scale = tl.load(grad).to(C.acc)
+    rows = tl.load(record + _ROWS).to(C.acc)
+    k = 1.0 / (layers * batch.to(C.acc)) / rows / (rows - 1.0)
+    if C.paths == _SOME:
         fast = tl.load(record + _FAST) != 0
     else:
-        fast = PATHS == _EVERY
+        fast = C.paths == _EVERY
     if fast:
-        _block(x, dx, table, record, number, state, scale, k, tile, over_rows, FAST, VECTOR, FORMS,
-               PENALTY, CENTER, BLOCK, DEPTH, PRODUCT, FORM_PRODUCT, ACC)  # fmt: skip
+        m = matrix_of(x, table, record, _X_BATCH, number, C.fast, C.vector)
+        dm = matrix_of(dx, table, record, _DX_BATCH, number, C.fast, C.vector)
+        _block(m, dm, state, scale, k, tile, over_rows, C.fast, C)
     else:
-        _block(x, dx, table, record, number, state, scale, k, tile, over_rows, _GATHERED, VECTOR,
-               FORMS, PENALTY, CENTER, BLOCK, DEPTH, PRODUCT, FORM_PRODUCT, ACC)  # fmt: skip
+        m = matrix_of(x, table, record, _X_BATCH, number, _GATHERED, C.vector)
+        dm = matrix_of(dx, table, record, _DX_BATCH, number, _GATHERED, C.vector)
+        _block(m, dm, state, scale, k, tile, over_rows, _GATHERED, C)

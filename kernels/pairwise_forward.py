@@ -65,10 +65,10 @@ def _triangle(tile):
 
 
 @triton.jit
-def _shifted(x, shift, columns, d, CENTER: tl.constexpr, ACC: tl.constexpr):
+def _shifted(x, shift, columns, d, C: tl.constexpr):
     """Elements less their row's shift, 0 beyond the last column."""
-    if CENTER:
-        return tl.where((columns < d)[None, :], x.to(ACC) - shift[:, None], 0.0)
+    if C.center:
+        return tl.where((columns < d)[None, :], x.to(C.acc) - shift[:, None], 0.0)
     else:
         return x
 
@@ -95,36 +95,36 @@ def _shares(x, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def _gram(
-    m, rows_i, rows_j, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, DIAGONAL: tl.constexpr,
-    BLOCK: tl.constexpr, CENTER: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr,
+    m, rows_i, rows_j, LAYOUT: tl.constexpr, DIAGONAL: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     """A tile of the Gram matrix of shifted rows; their squares, sums and shifts.
 
     Threads add up what they hold themselves, and each other's sums after the last column.
     """
-    gram = tl.zeros([_TILE, _TILE], ACC)
-    none = _shares(tl.zeros([_TILE, BLOCK], ACC), LAYOUT, VECTOR)  # [TILE, shares]
+    BLOCK: tl.constexpr = _GATHERED_BLOCK if LAYOUT == _GATHERED else C.block
+    gram = tl.zeros([_TILE, _TILE], C.acc)
+    none = _shares(tl.zeros([_TILE, BLOCK], C.acc), LAYOUT, C.vector)  # [TILE, shares]
     square_i, square_j, sum_i, sum_j = none, none, none, none
-    shift_i, shift_j = tl.zeros([_TILE], ACC), tl.zeros([_TILE], ACC)
-    if CENTER:
-        shift_i = _first_mean(m, rows_i, LAYOUT, BLOCK, ACC)
+    shift_i, shift_j = tl.zeros([_TILE], C.acc), tl.zeros([_TILE], C.acc)
+    if C.center:
+        shift_i = _first_mean(m, rows_i, LAYOUT, BLOCK, C.acc)
         if not DIAGONAL:
-            shift_j = _first_mean(m, rows_j, LAYOUT, BLOCK, ACC)
+            shift_j = _first_mean(m, rows_j, LAYOUT, BLOCK, C.acc)
     for k in range(0, m.d, BLOCK):
         columns = k + tl.arange(0, BLOCK)
-        a = _shifted(read(m, rows_i, columns, LAYOUT), shift_i, columns, m.d, CENTER, ACC)
-        exact = a.to(ACC)
-        square_i += _shares(exact * exact, LAYOUT, VECTOR)
-        if CENTER:
-            sum_i += _shares(exact, LAYOUT, VECTOR)
+        a = _shifted(read(m, rows_i, columns, LAYOUT), shift_i, columns, m.d, C)
+        exact = a.to(C.acc)
+        square_i += _shares(exact * exact, LAYOUT, C.vector)
+        if C.center:
+            sum_i += _shares(exact, LAYOUT, C.vector)
         b = a
         if not DIAGONAL:
-            b = _shifted(read(m, rows_j, columns, LAYOUT), shift_j, columns, m.d, CENTER, ACC)
-            exact = b.to(ACC)
-            square_j += _shares(exact * exact, LAYOUT, VECTOR)
-            if CENTER:
-                sum_j += _shares(exact, LAYOUT, VECTOR)
-        gram = dot(a, tl.trans(b), gram, PRODUCT)
+            b = _shifted(read(m, rows_j, columns, LAYOUT), shift_j, columns, m.d, C)
+            exact = b.to(C.acc)
+            square_j += _shares(exact * exact, LAYOUT, C.vector)
+            if C.center:
+                sum_j += _shares(exact, LAYOUT, C.vector)
+        gram = dot(a, tl.trans(b), gram, C.product)
     squares_i, sums_i = tl.sum(square_i, 1), tl.sum(sum_i, 1)  # [TILE]
     if DIAGONAL:
         return gram, squares_i, squares_i, sums_i, sums_i, shift_i, shift_i
@@ -133,11 +133,7 @@ def _gram(
 
 
 @triton.jit
-def _primal(
-    m, state, tile, k, eps, LAYOUT: tl.constexpr, VECTOR: tl.constexpr, PENALTY: tl.constexpr,
-    CENTER: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def _primal(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
     """The loss of one tile of the Gram matrix; leaves its part of A in the state."""
     n = m.n
     i, j = _triangle(tile)
@@ -145,35 +141,37 @@ def _primal(
     if LAYOUT != _GATHERED:
         if i == j:
             gram, square_i, square_j, sum_i, sum_j, shift_i, shift_j = _gram(
-                m, rows_i, rows_j, LAYOUT, VECTOR, True, BLOCK, CENTER, PRODUCT, ACC)  # fmt: skip
+                m, rows_i, rows_j, LAYOUT, True, C
+            )
         else:
             gram, square_i, square_j, sum_i, sum_j, shift_i, shift_j = _gram(
-                m, rows_i, rows_j, LAYOUT, VECTOR, False, BLOCK, CENTER, PRODUCT, ACC)  # fmt: skip
+                m, rows_i, rows_j, LAYOUT, False, C
+            )
     else:
         gram, square_i, square_j, sum_i, sum_j, shift_i, shift_j = _gram(
-            m, rows_i, rows_j, LAYOUT, VECTOR, False, _GATHERED_BLOCK, CENTER, PRODUCT,
-            ACC)  # fmt: skip
+            m, rows_i, rows_j, LAYOUT, False, C
+        )
 
-    width = m.d.to(ACC)
+    width = m.d.to(C.acc)
     mean_i, mean_j = shift_i, shift_j
-    if CENTER:
+    if C.center:
         sum_i, sum_j = sum_i / width, sum_j / width  # m - a
         square_i = tl.maximum(square_i - width * sum_i * sum_i, 0.0, propagate_nan=_ALL)
         square_j = tl.maximum(square_j - width * sum_j * sum_j, 0.0, propagate_nan=_ALL)
         gram -= width * sum_i[:, None] * sum_j[None, :]
         mean_i, mean_j = shift_i + sum_i, shift_j + sum_j
-    inverse_i = inverse_norm(square_i, mean_i, width, eps, CENTER, _RATIO)
-    inverse_j = inverse_norm(square_j, mean_j, width, eps, CENTER, _RATIO)
+    inverse_i = inverse_norm(square_i, mean_i, width, eps, C.center, _RATIO)
+    inverse_j = inverse_norm(square_j, mean_j, width, eps, C.center, _RATIO)
     scale = inverse_i[:, None] * inverse_j[None, :]
     c = tl.where(rows_i[:, None] == rows_j[None, :], 0.0, gram * scale)
-    if PENALTY == _SQUARE:
+    if C.penalty == _SQUARE:
         phi = c * c
         slope = 4.0 * k * c
     else:
         phi = tl.abs(c)
         # c itself where it is neither above nor below 0: 0 stays 0, NaN stays NaN.
         slope = 2.0 * k * tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, c))
-    if KEEP:
+    if C.keep:
         length = padded(n)
         a = slope * scale
         mask = core_mask(rows_i, rows_j, n, length)
@@ -183,7 +181,7 @@ def _primal(
         part_i = tl.sum(part, 1) * inverse_i * inverse_i
         tl.store(parts + j * length + rows_i, part_i, mask=rows_i < n)
         if i == j:
-            if CENTER:
+            if C.center:
                 means = parts + (n + _TILE - 1) // _TILE * length
                 tl.store(means + rows_i, mean_i, mask=rows_i < n)
         else:
@@ -191,144 +189,124 @@ def _primal(
             tl.store(core_pointers(state, rows_j, rows_i, length), tl.trans(a), mask=mask)
             part_j = tl.sum(part, 0) * inverse_j * inverse_j
             tl.store(parts + i * length + rows_j, part_j, mask=rows_j < n)
-    return k * tl.sum(phi) * tl.where(i == j, 1.0, 2.0).to(ACC)
+    return k * tl.sum(phi) * tl.where(i == j, 1.0, 2.0).to(C.acc)
 
 
 @triton.jit
-def _row_norms(m, rows, eps, LAYOUT: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr):
+def _row_norms(m, rows, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
     """Means (0 if not centred) and 1/n of whole rows."""
-    square, sums = tl.zeros([_ROW_BLOCK, _TILE], ACC), tl.zeros([_ROW_BLOCK, _TILE], ACC)
-    shift = tl.zeros([_ROW_BLOCK], ACC)
-    if CENTER:
-        shift = _first_mean(m, rows, LAYOUT, _TILE, ACC)
+    square, sums = tl.zeros([_ROW_BLOCK, _TILE], C.acc), tl.zeros([_ROW_BLOCK, _TILE], C.acc)
+    shift = tl.zeros([_ROW_BLOCK], C.acc)
+    if C.center:
+        shift = _first_mean(m, rows, LAYOUT, _TILE, C.acc)
     for k in range(0, m.d, _TILE):
         columns = k + tl.arange(0, _TILE)
-        block = _shifted(read(m, rows, columns, LAYOUT), shift, columns, m.d, CENTER, ACC)
-        block = block.to(ACC)  # [ROW_BLOCK, TILE]
+        block = _shifted(read(m, rows, columns, LAYOUT), shift, columns, m.d, C)
+        block = block.to(C.acc)  # [ROW_BLOCK, TILE]
         square += block * block
-        if CENTER:
+        if C.center:
             sums += block
-    width = m.d.to(ACC)
+    width = m.d.to(C.acc)
     squares = tl.sum(square, 1)
-    if CENTER:
+    if C.center:
         over = tl.sum(sums, 1) / width
         squares = tl.maximum(squares - width * over * over, 0.0, propagate_nan=_ALL)
         shift += over
-    return shift, inverse_norm(squares, shift, width, eps, CENTER, _RATIO)
+    return shift, inverse_norm(squares, shift, width, eps, C.center, _RATIO)
 
 
 @triton.jit
-def _over_rows(
-    m, state, tile, k, eps, LAYOUT: tl.constexpr, PENALTY: tl.constexpr, CENTER: tl.constexpr,
-    KEEP: tl.constexpr, FORM_PRODUCT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _over_rows(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
     """The loss of one tile of M (dual) or 64 columns of s (signed), summed over all rows."""
     n, d = m.n, m.d
     length = padded(d)
-    if PENALTY == _SIGNED:
+    if C.penalty == _SIGNED:
         p, q, inverses = tile, tile, state + length
     else:
         p, q = _triangle(tile)
         inverses = state + d.to(tl.int64) * length
     columns_p, columns_q = p * _TILE + tl.arange(0, _TILE), q * _TILE + tl.arange(0, _TILE)
-    form, s = tl.zeros([_TILE, _TILE], ACC), tl.zeros([_TILE], ACC)
-    live = tl.zeros([_ROW_BLOCK], ACC)
+    form, s = tl.zeros([_TILE, _TILE], C.acc), tl.zeros([_TILE], C.acc)
+    live = tl.zeros([_ROW_BLOCK], C.acc)
     for first in range(0, n, _ROW_BLOCK):
         rows = first + tl.arange(0, _ROW_BLOCK)
-        mean, inverse = _row_norms(m, rows, eps, LAYOUT, CENTER, ACC)
-        u = _shifted(read(m, rows, columns_p, LAYOUT), mean, columns_p, d, CENTER, ACC)
-        u = u.to(ACC) * inverse[:, None]  # [ROW_BLOCK, TILE]
-        if PENALTY == _SIGNED:
+        mean, inverse = _row_norms(m, rows, eps, LAYOUT, C)
+        u = _shifted(read(m, rows, columns_p, LAYOUT), mean, columns_p, d, C)
+        u = u.to(C.acc) * inverse[:, None]  # [ROW_BLOCK, TILE]
+        if C.penalty == _SIGNED:
             s += tl.sum(u, 0)
         else:
-            v = _shifted(read(m, rows, columns_q, LAYOUT), mean, columns_q, d, CENTER, ACC)
-            v = v.to(ACC) * inverse[:, None]  # [ROW_BLOCK, TILE]
-            form = dot(tl.trans(u), v, form, FORM_PRODUCT)
+            v = _shifted(read(m, rows, columns_q, LAYOUT), mean, columns_q, d, C)
+            v = v.to(C.acc) * inverse[:, None]  # [ROW_BLOCK, TILE]
+            form = dot(tl.trans(u), v, form, C.form_product)
         if tile == 0:
             live += tl.where(inverse != 0, 1.0, 0.0)
-            if KEEP:
+            if C.keep:
                 tl.store(inverses + rows, inverse, mask=rows < n)
-                if CENTER:
+                if C.center:
                     tl.store(inverses + padded(n) + rows, mean, mask=rows < n)
-    if PENALTY == _SIGNED:
-        if KEEP:
+    if C.penalty == _SIGNED:
+        if C.keep:
             tl.store(state + columns_p, s, mask=columns_p < d)
         return k * tl.sum(s * s) - k * tl.sum(live)
     else:
-        if KEEP:
+        if C.keep:
             mask = core_mask(columns_p, columns_q, d, length)
             tl.store(core_pointers(state, columns_p, columns_q, length), form, mask=mask)
             if p != q:
                 mask = core_mask(columns_q, columns_p, d, length)
                 mirrored = core_pointers(state, columns_q, columns_p, length)
                 tl.store(mirrored, tl.trans(form), mask=mask)
-        total_of_tile = tl.sum(form * form) * tl.where(p == q, 1.0, 2.0).to(ACC)
+        total_of_tile = tl.sum(form * form) * tl.where(p == q, 1.0, 2.0).to(C.acc)
         return k * total_of_tile - k * tl.sum(live)
 
 
 @triton.jit
-def _tile(
-    x, table, record, number, state, tile, over_rows, k, eps, LAYOUT: tl.constexpr,
-    VECTOR: tl.constexpr, FORMS: tl.constexpr, PENALTY: tl.constexpr, CENTER: tl.constexpr,
-    KEEP: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr, FORM_PRODUCT: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    m = matrix_of(x, table, record, _X_BATCH, number, LAYOUT, VECTOR)
-    if FORMS == _SOME:
+def _tile(m, state, tile, over_rows, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
+    if C.forms == _SOME:
         if over_rows:
-            part = _over_rows(m, state, tile, k, eps, LAYOUT, PENALTY, CENTER, KEEP,
-                              FORM_PRODUCT, ACC)  # fmt: skip
+            part = _over_rows(m, state, tile, k, eps, LAYOUT, C)
         else:
-            part = _primal(m, state, tile, k, eps, LAYOUT, VECTOR, PENALTY, CENTER, KEEP, BLOCK,
-                           PRODUCT, ACC)  # fmt: skip
-    elif FORMS == _EVERY:
-        part = _over_rows(m, state, tile, k, eps, LAYOUT, PENALTY, CENTER, KEEP, FORM_PRODUCT,
-                          ACC)  # fmt: skip
+            part = _primal(m, state, tile, k, eps, LAYOUT, C)
+    elif C.forms == _EVERY:
+        part = _over_rows(m, state, tile, k, eps, LAYOUT, C)
     else:
-        part = _primal(m, state, tile, k, eps, LAYOUT, VECTOR, PENALTY, CENTER, KEEP, BLOCK,
-                       PRODUCT, ACC)  # fmt: skip
+        part = _primal(m, state, tile, k, eps, LAYOUT, C)
     return part
 
 
 @triton.jit(do_not_specialize=["first_partial", "programs", "layers"])
 def forward_kernel(
-    xs, table, state, partials, tickets, loss, eps, first_partial, programs, layers,
-    LAYERS: tl.constexpr, PADDED: tl.constexpr, FORMS: tl.constexpr, PATHS: tl.constexpr,
-    PENALTY: tl.constexpr, CENTER: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr, PRODUCT: tl.constexpr, FORM_PRODUCT: tl.constexpr,
-    ACC: tl.constexpr, LOSS: tl.constexpr,
+    xs, table, state, results, eps, first_partial, programs, layers, C: tl.constexpr
 ):  # fmt: skip
-    """One program for one tile of one matrix of one layer.
-
-    FORMS and PATHS say which layers there are: none, some or all of them over whole rows,
-    none, some or all of them in the layout FAST. Code for others would cost registers.
-    """
+    """One program for one tile of one matrix of one layer. Results are the partials, a ticket and
+    the loss."""
     program = tl.program_id(0)
-    layer, local = find_layer(table, program, LAYERS, PADDED)
-    record = record_of(table, layer, LAYERS)
+    layer, local = find_layer(table, program, C.layers, C.padded)
+    record = record_of(table, layer, C.layers)
     batch, tiles = tl.load(record + _BATCH), tl.load(record + _FORWARD).to(tl.int32)
     over_rows = tl.load(record + _OVER_ROWS) != 0
     number, tile = (local // tiles).to(tl.int64), local % tiles
-    x = select(xs, layer, LAYERS)
+    x = select(xs, layer, C.layers)
     mine = state
-    if KEEP:
+    if C.keep:
         size = multiple(tl.load(record + _STATE_SIZE), 4)
         mine += multiple(tl.load(record + _STATE), 4) + number * size
-    rows = tl.load(record + _ROWS).to(ACC)
-    k = 1.0 / (layers * batch.to(ACC)) / rows / (rows - 1.0)
+    rows = tl.load(record + _ROWS).to(C.acc)
+    k = 1.0 / (layers * batch.to(C.acc)) / rows / (rows - 1.0)
 
-    if PATHS == _SOME:
+    if C.paths == _SOME:
         fast = tl.load(record + _FAST) != 0
     else:
-        fast = PATHS == _EVERY
+        fast = C.paths == _EVERY
     if fast:
-        part = _tile(x, table, record, number, mine, tile, over_rows, k, eps, FAST, VECTOR, FORMS,
-                     PENALTY, CENTER, KEEP, BLOCK, PRODUCT, FORM_PRODUCT, ACC)  # fmt: skip
+        m = matrix_of(x, table, record, _X_BATCH, number, C.fast, C.vector)
+        part = _tile(m, mine, tile, over_rows, k, eps, C.fast, C)
     else:
-        part = _tile(x, table, record, number, mine, tile, over_rows, k, eps, _GATHERED, VECTOR,
-                     FORMS, PENALTY, CENTER, KEEP, BLOCK, PRODUCT, FORM_PRODUCT,
-                     ACC)  # fmt: skip
+        m = matrix_of(x, table, record, _X_BATCH, number, _GATHERED, C.vector)
+        part = _tile(m, mine, tile, over_rows, k, eps, _GATHERED, C)
 
+    partials, tickets, loss = results
     tl.store(partials + first_partial + program, part)
     if draws_last_ticket(tickets, programs):
-        tl.store(loss, total(partials, programs, 1, LOSS, _REDUCE))
+        tl.store(loss, total(partials, programs, 1, C.loss, _REDUCE))

@@ -106,6 +106,19 @@ def test_no_import_goes_upwards() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # or there is a cycle, which it names
 
 
+def test_no_function_of_a_kernel_has_more_than_ten_parameters() -> None:
+    found = {
+        f"{path.name}: {node.name}": sum(map(len, (a.posonlyargs, a.args, a.kwonlyargs)))
+        for path in (ROOT / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for a in [node.args]
+    }
+    assert len(found) > 100
+    del found["consistency.py: forward"]  # which has those of the operator
+    assert not {name: count for name, count in found.items() if count > 10}
+
+
 def test_every_source_file_has_tests_and_every_test_a_source() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text().partition("## Which tests are for what")[2]
     rows = re.findall(r"^\| (`.*`) \| (.*) \|$", text, re.MULTILINE)
