@@ -21,6 +21,7 @@ from . import autotune
 from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
 from .consistency_constants import INDICES, NO_TARGET, PROBABILITIES, constants
 from .consistency_kernel import consistency_kernel
+from .constants import plain
 from .launch import launch
 
 _POWERS = (1.0, 2.0, 3.0, 4.0)  # temperatures T at which exp(x) is a power of exp(x/T)
@@ -91,9 +92,8 @@ def forward(
             block=config.block, lowest=torch.finfo(dtype).min,
             acc=tl.float64 if wide == torch.float64 else tl.float32,
         )  # fmt: skip
-        partials = torch.empty(
-            (compiled_for.sums.value, config.programs), dtype=wide, device=device
-        )
+        sums = plain(compiled_for.sums)
+        partials = torch.empty((sums, config.programs), dtype=wide, device=device)
         launch(
             consistency_kernel,
             config.programs,

@@ -8,19 +8,30 @@ from typing import Any, Self
 
 import triton.language as tl
 
+from .numerics import INTERPRETED
+
+
+def plain(value: Any) -> Any:
+    """A value, be it a ``tl.constexpr`` or not."""
+    return value.value if isinstance(value, tl.constexpr) else value
+
 
 @dataclass(frozen=True, eq=False)
 class Constants:
     """Base of what one kernel is compiled for. Every value is a ``tl.constexpr``, as the kernel
-    reads it. Launches hash and compare it: make one object for the same values."""
+    reads it, but plain under the interpreter, which is quicker. Launches hash and compare it: make
+    one object for the same values."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        return cls(**{name: tl.constexpr(value) for name, value in values.items()})
+        known = {name: plain(value) for name, value in values.items()}
+        if INTERPRETED:
+            return cls(**known)
+        return cls(**{name: tl.constexpr(value) for name, value in known.items()})
 
     @functools.cached_property
     def _values(self) -> tuple:
-        return tuple(getattr(self, field.name).value for field in fields(self))
+        return tuple(plain(getattr(self, field.name)) for field in fields(self))
 
     @functools.cached_property
     def _hash(self) -> int:
