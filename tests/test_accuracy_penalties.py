@@ -84,6 +84,7 @@ def test_a_look_changes_nothing_of_the_training(monkeypatch):
     assert [look["epoch"] for look in measured["seen"]] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_looks_follow_the_training():
     """What is trained with becomes smaller, and before the first step all methods are equal."""
     config = replace(CONFIG, epochs=10)

@@ -606,6 +606,7 @@ def test_the_list_says_what_is_done(small, runner, capsys) -> None:
     assert command.main([*arguments, "--only", "nothing"]) == 2
 
 
+@pytest.mark.slow
 def test_real_runs_of_a_seed_are_paired(small, tmp_path, capsys) -> None:
     # So small a learning rate leaves weights as they began, and statistics as the images give them.
     small.write_text(SMALL.replace("epochs = 2", "epochs = 1\nlr = 1e-12"))

@@ -167,6 +167,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, dict]
     return select(tmp_path_factory.mktemp("selected"), files, EVERY)
 
 
+@pytest.mark.slow
 def test_the_tests_selected_for_a_gpu_pass_as_far_as_set_up_goes(selected: tuple) -> None:
     found, log, kernels = selected
     # test_gpu.py alone finds nothing to run, for it asks torch itself.

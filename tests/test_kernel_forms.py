@@ -94,6 +94,7 @@ FLAGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_with_it(tmp_path):
     """The first step sees the form's value on the same weights, and the weight falls."""
     rows = {}
