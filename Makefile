@@ -27,8 +27,11 @@ ON_EVERY_DEVICE := tests/test_triton.py tests/test_pairwise.py tests/test_consis
     tests/test_targets.py tests/test_dense.py tests/test_divergences.py
 AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
 
-# What takes longest begins first, for a file is not shared out.
-LONGEST := tests/test_offline_compile.py tests/test_sanitizers.py tests/test_cuda_sanitizers.py
+# What takes longest begins first, for a file is not shared out; by itself pytest-xdist would begin
+# with those of many tests, and end with few processes that wait for others.
+LONGEST := $(addprefix tests/test_,offline_compile.py compiled_code.py sanitizers.py \
+    cuda_sanitizers.py cuda_build.py distribution.py gpu_bench.py accuracy_study.py compile.py \
+    divergences.py examples.py traps.py distributed.py training.py quality_runs.py)
 
 .PHONY: demo test test-slow test-all lint lint-if-installed bench bench-quick bench-check accuracy \
     mutants gpu docs wheels format clean
@@ -52,7 +55,7 @@ test-all: test test-slow
 
 define run-tests
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest $(LONGEST) tests $(SELECT) \
-	    $(AT_ONCE) $(if $(AT_ONCE),--dist loadfile)
+	    $(AT_ONCE) $(if $(AT_ONCE),--dist loadfile --no-loadscope-reorder)
 	@echo "the GPU kernels on the CPU: Triton's under its interpreter, then the CUDA kernels as C++"
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k triton $(SELECT) $(AT_ONCE)
 	CUDA_ON_CPU=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k cuda $(SELECT) $(AT_ONCE)
