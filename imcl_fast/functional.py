@@ -278,8 +278,8 @@ def collaborative_consistency(
             ``torch.nn.functional.cross_entropy`` takes them; None leaves out the cross entropy.
             No gradient flows into it. Of dense outputs (B, \*spatial) or (B, \*tokens), or
             probabilities shaped like them.
-        temperature: T > 0. The value of T^2 KL in float32, not its gradient, loses digits as T
-            grows: 1e-4 of it at 300, 3e-3 at 1000.
+        temperature: T > 0. The value of T^2 KL, far less its gradient, loses digits as T grows,
+            for the rounding of KL is multiplied by T^2: take float64 from hundreds on.
         ce_weight, kl_weight: one number, or one per head.
         teacher: q_h is ``"others"`` softmax(mean_{j != h} z_j/T) (Song & Chai,
             arXiv 1805.11761), ``"mean"`` softmax(mean_j z_j/T), ``"final"`` the last
