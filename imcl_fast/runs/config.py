@@ -425,7 +425,7 @@ class TrainConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON knows them: paths are strings, tuples lists."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return json.loads(json.dumps(vars(self), default=str))
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> TrainConfig:

@@ -22,21 +22,21 @@ def before(run: PlannedRun) -> set[str]:
     told = run.told
     if not told.get("weights", {}).get("kernel"):
         return set()
-    kernels = kernels_of(run)
+    now, kernels = hashed(told), kernels_of(run.config, told.pop("kernels"))
     if kernels is None:
         return set()
-    del told["kernels"]
     fingerprints = {hashed({**told, "kernels": kernels})}
     if kernels == found_before(run.config):
         fingerprints.add(hashed(told))
-    return fingerprints - {run.fingerprint}
+    return fingerprints - {now}
 
 
-def kernels_of(run: PlannedRun) -> list[str] | None:
-    """Those of way 4, named or found; None where they depend on whether images are grey."""
-    if run.config.kernels is not None:
-        return list(run.config.kernels)
-    grey, coloured = run.told["kernels"]
+def kernels_of(config: TrainConfig, told: list) -> list[str] | None:
+    """Those of way 4, named or found, as they are ``told``; None where they depend on whether
+    images are grey."""
+    if config.kernels is not None:
+        return list(config.kernels)
+    grey, coloured = told
     return grey if grey == coloured else None
 
 

@@ -18,9 +18,9 @@ def before(run: PlannedRun) -> set[str]:
         return set()
     weights = told.pop("weights")
     if weights.get("kernel") and run.config.kernels is None:
-        if found_kernels.kernels_of(run) != found_kernels.found_before(run.config):
+        kernels = found_kernels.kernels_of(run.config, told.pop("kernels"))
+        if kernels != found_kernels.found_before(run.config):
             return set()
-        del told["kernels"]
     given = {way: weight for way, weight in weights.items() if weight != DEFAULTS[way]}
     if given:
         told["weights"] = given
