@@ -34,6 +34,12 @@ from imcl_fast.imcl import IMCL
 TENSOR_FLOAT_32_UNIT = 2.0**-10 / 3**0.5
 
 GPU = ("triton", "cuda")
+# Those whose kernels run on the CPU in this process, hence slowly.
+INTERPRETED = tuple(
+    name
+    for name, variable in (("triton", "TRITON_INTERPRET"), ("cuda", "CUDA_ON_CPU"))
+    if os.environ.get(variable) == "1"
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 # The reference is the oracle: it is tested by itself, against plain loops.
@@ -52,7 +58,7 @@ hypothesis.settings.register_profile(
     deadline=None,
     database=None,
     # Triton's interpreter takes a millisecond where a kernel takes none.
-    max_examples=4 if os.environ.get("TRITON_INTERPRET") == "1" else 30,
+    max_examples=4 if "triton" in INTERPRETED else 30,
     phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink),
 )
 hypothesis.settings.load_profile("repeatable")
@@ -70,7 +76,7 @@ class Impl(NamedTuple):
         return self.name in ("triton", "cuda") and self.device == "cpu"
 
 
-if os.environ.get("CUDA_ON_CPU") == "1":
+if "cuda" in INTERPRETED:
     # impl="cuda" takes CPU tensors then: its kernels, compiled by g++.
     _emulated = cuda_emulation.load()
     implementations._PAIRWISE["cuda"] = _emulated.pairwise
@@ -136,13 +142,11 @@ MANY_CASES = 6
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
     of_test: dict[str, list[pytest.Item]] = {}
     for item in items:
-        of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for cases in of_test.values():
-        mine = [item for item in cases if "triton" in item.name]
+        if any(name in item.name for name in INTERPRETED):
+            of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for mine in of_test.values():
         for item in mine:
             # Of a test of many cases half are left, drawn by their names.
             spared = len(mine) >= MANY_CASES and zlib.crc32(item.name.encode()) % 2 == 1

@@ -22,7 +22,10 @@ import torch
 from imcl_fast import TrainConfig
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["imcl_fast.train", "sklearn.datasets", "sklearn.model_selection"])
+# The compiler, for torchvision imports it, and takes longest to.
+CONTEXT.set_forkserver_preload(
+    ["imcl_fast.train", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]
+)
 # Columns whose values depend on the machine's speed.
 TIMES = ("seconds", "images_per_second", "data_seconds")
 # Those of the four ways, as the columns of a table are called.
