@@ -137,7 +137,8 @@ SLOW_INTERPRETED = (
 )  # fmt: skip
 
 
-MANY_CASES = 6
+# Of a test of many cases half are left, of very many a quarter, drawn by their names.
+MANY_CASES, VERY_MANY_CASES = 6, 24
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -147,9 +148,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(name in item.name for name in INTERPRETED):
             of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for mine in of_test.values():
+        every = 4 if len(mine) >= VERY_MANY_CASES else 2 if len(mine) >= MANY_CASES else 1
         for item in mine:
-            # Of a test of many cases half are left, drawn by their names.
-            spared = len(mine) >= MANY_CASES and zlib.crc32(item.name.encode()) % 2 == 1
+            spared = zlib.crc32(item.name.encode()) % every != 0
             if spared or item.name.startswith(SLOW_INTERPRETED):
                 item.add_marker(pytest.mark.slow)
 

@@ -1,15 +1,14 @@
-"""What transforms the losses or runs around them: torch.compile, opcheck, autocast, scaling."""
+"""What transforms the losses or runs around them: torch.compile, autocast, scaling."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HALVES, Impl, assert_same_bits, dtype_name, leaf, matmul_precision, usable
-from strategies import TEACHERS, Matrices
+from conftest import HALVES, Impl, assert_same_bits, dtype_name, leaf, matmul_precision
+from strategies import Matrices
 from torch import Tensor
 
 from imcl_fast import functional as F
-from imcl_fast import operators, schemas
 
 # Inductor takes seconds for each graph, so that most graphs here are only traced
 # and run by the tracer's own backend, which is where a graph breaks if it does.
@@ -194,76 +193,6 @@ def test_a_target_out_of_range_makes_a_traced_loss_nan(impl: Impl) -> None:
     for wrong in (7, -1, 1 << 40):
         y = torch.tensor([0, wrong, 6, 3], device=impl.device)
         assert torch.isnan(compiled(z, y)).all()
-
-
-# --- opcheck: schema, fake kernels and dispatch of the registered operators
-
-
-def pairwise_samples() -> list[tuple]:
-    """Arguments of pairwise_forward."""
-    samples = []
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        for penalty in range(3):
-            for center in (False, True):
-                samples.append(
-                    (features(dtype), *schemas.PairwiseOptions(penalty, center, 1e-12, True, 0),
-                     True)
-                )
-    samples.append((weights(), *schemas.PairwiseOptions(0, False, 1e-12, False, 2), True))
-    samples.append((weights(), *schemas.PairwiseOptions(0, False, 1e-12, False, 0), False))
-    mixed = [features(torch.float64)[0], *features(torch.float16)[1:]]
-    samples.append((mixed, *schemas.PairwiseOptions(0, False, 1e-12, True, 0), True))
-    empty = [torch.zeros(0, 4, 3), torch.zeros(0, 9, 2)]
-    samples.append((empty, *schemas.PairwiseOptions(0, True, 1e-12, True, 0), True))
-    return samples
-
-
-def consistency_samples() -> list[tuple]:
-    """Arguments of consistency."""
-    samples = []
-    for dtype in (torch.float64, torch.float32, torch.float16):
-        for kind in range(len(TEACHERS)):
-            for reduction in range(3):
-                options = schemas.ConsistencyOptions(
-                    [1.0] * 4, [0.5] * 4, [1, 3], [1.0, 2.0], [0, kind], [True, False], [0, 0],
-                    [0.5, 0.5], 0.1, -100, False, reduction,
-                )
-                target = labels() if kind % 2 else None
-                samples.append((logits(dtype), target, None, None, *options, kind != 1))
-    options = schemas.ConsistencyOptions(
-        [1.0] * 2, [1.0] * 2, [2], [2.0], [0], [True], [0], [0.5], 0.0, -100, False, 0
-    )
-    for z in (torch.zeros(2, 0, 3), torch.randn(2, 7, 5).transpose(1, 2)):
-        samples.append(([z], None, None, None, *options, True))
-    return samples
-
-
-# Gradients come from the autograd Functions: the operators themselves have none.
-OPCHECKS = ("test_schema", "test_faketensor")
-
-
-@pytest.mark.parametrize("sample", range(len(pairwise_samples())))
-def test_opcheck_pairwise(sample: int) -> None:
-    usable(Impl("cpp", "cpu"))
-    arguments = pairwise_samples()[sample]
-    forward, backward = operators.pairwise
-    torch.library.opcheck(forward, arguments, test_utils=OPCHECKS)
-    loss, state = forward(*arguments)
-    if not arguments[-1]:
-        assert state == []
-        return
-    xs, options = arguments[0], arguments[1:-1]
-    grad = torch.ones_like(loss)
-    torch.library.opcheck(backward, (grad, xs, state, *options), test_utils=OPCHECKS)
-
-
-@pytest.mark.parametrize("sample", range(len(consistency_samples())))
-def test_opcheck_consistency(sample: int) -> None:
-    usable(Impl("cpp", "cpu"))
-    arguments = consistency_samples()[sample]
-    torch.library.opcheck(operators.consistency, arguments, test_utils=OPCHECKS)
-    *_, gradients = operators.consistency(*arguments)
-    assert bool(gradients) == arguments[-1]
 
 
 # --- autocast and gradient scaling

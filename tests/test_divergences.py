@@ -33,7 +33,6 @@ from torch import Tensor
 
 import imcl_fast
 from imcl_fast import functional as F
-from imcl_fast import operators, schemas
 
 OTHER = ("reverse_kl", "jsd")
 KINDS = tuple(product(("kl", *OTHER), ("softmax", "sigmoid")))[1:]  # all but the default
@@ -633,20 +632,6 @@ def test_compiled(impl: Impl) -> None:
         value = function(x, y)
         results.append([value.detach(), *torch.autograd.grad(value, x)])
     torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("name", range(1, 4))
-@pytest.mark.parametrize("binary", [False, True])
-def test_opcheck(name: int, binary: bool) -> None:
-    z = numbers(3, 4, 5, 1) if binary else numbers(3, 4, 5)
-    target = probabilities(4, 5, 2) if binary else torch.tensor([3, 1, 0, -100])
-    options = schemas.ConsistencyOptions(
-        [1.0] * 3, [0.5] * 3, [3], [1.0], [0], [name == 3], [name], [0.25], 0.1, -100, binary, 2
-    )
-    arguments = ([z], target, None, None, *options, True)
-    torch.library.opcheck(
-        operators.consistency, arguments, test_utils=("test_schema", "test_faketensor")
-    )
 
 
 @pytest.mark.parametrize("name,activation", KINDS)

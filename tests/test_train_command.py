@@ -206,6 +206,8 @@ def fails(capsys, *arguments):
         ("--epochs many", "argument --epochs: invalid int value: 'many'"),
         ("--lr -1", "argument --lr: expected more than 0, got -1.0"),
         ("--lr nan", "argument --lr: expected more than 0, got nan"),
+        ("--lr 1e39", r"argument --lr: expected a number that float32 can hold, up to 3.4e\+38"),
+        ("--weights output=1e39", "weights: expected a number that float32 can hold"),
         ("--label-noise 2", r"argument --label-noise: expected a number in \[0, 1\], got 2.0"),
         ("--ways output,foo", "argument --ways: expected one of output, .*, got 'foo'"),
         ("--ways kernel,kernel --weights kernel=1,kernel=2", "each way once"),

@@ -41,8 +41,12 @@ GROUPS = {
 }
 
 
+# What an optimizer multiplies float32 weights by must be one itself.
+LARGEST = 3.4028234663852886e38
+
+
 class Range(NamedTuple):
-    """Numbers from ``low`` to ``high``, finite ones only; open: without the bound itself."""
+    """Numbers from ``low`` to ``high`` that float32 can hold; open: without the bound itself."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -52,7 +56,13 @@ class Range(NamedTuple):
     def has(self, number: float) -> bool:
         above = self.low < number if self.open_low else self.low <= number
         below = number < self.high if self.open_high else number <= self.high
-        return above and below and math.isfinite(number)
+        return above and below and abs(number) <= LARGEST
+
+    def expected(self, number: float) -> str:
+        """What was expected in place of a number that isn't in it."""
+        if math.isfinite(number) and abs(number) > LARGEST:
+            return f"a number that float32 can hold, up to {LARGEST:.2g}"
+        return str(self)
 
     def __str__(self) -> str:
         low, high = f"{self.low:g}", f"{self.high:g}"
@@ -544,4 +554,4 @@ def _check_range(name: str, value: Any, setting: Setting) -> None:
     for number in value.values() if isinstance(value, dict) else [value]:
         counts = isinstance(number, (int, float)) and not isinstance(number, bool)
         if counts and not setting.within.has(number):
-            raise ValueError(f"{name}: expected {setting.within}, got {number}")
+            raise ValueError(f"{name}: expected {setting.within.expected(number)}, got {number}")

@@ -38,7 +38,7 @@ def in_range(kind: type[int] | type[float], within: Range) -> Callable[[str], fl
     def read(text: str) -> float:
         value = kind(text)
         if not within.has(value):
-            raise argparse.ArgumentTypeError(f"expected {within}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected {within.expected(value)}, got {text}")
         return value
 
     read.__name__ = kind.__name__  # what an error calls it

@@ -1,0 +1,120 @@
+"""The registered operators by themselves: schema, fake kernels and dispatch, on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Impl
+from strategies import TEACHERS
+from test_compile import features, labels, logits, weights
+
+from imcl_fast import implementations, operators, schemas
+from imcl_fast.functional import DIVERGENCES
+
+# Gradients come from the autograd Functions: the operators themselves have none.
+OPCHECKS = ("test_schema", "test_faketensor")
+MIXTURE = len(DIVERGENCES)
+
+
+@pytest.fixture
+def pairwise(impl: Impl) -> operators.Pairwise:
+    if impl.name == "triton":  # called as they are, but by a compiler
+        registered = torch.ops.imcl_fast
+        return operators.Pairwise(
+            registered.triton_pairwise.default, registered.triton_pairwise_backward.default
+        )
+    return implementations.pairwise(_with_operators(impl))
+
+
+@pytest.fixture
+def consistency(impl: Impl) -> Callable:
+    if impl.name == "triton":
+        return torch.ops.imcl_fast.triton_consistency.default
+    return implementations.consistency(_with_operators(impl))
+
+
+def _with_operators(impl: Impl) -> str:
+    if impl.name == "torch":
+        pytest.skip("torch: its algebra is no operator")
+    return impl.name
+
+
+def pairwise_samples(device: str = "cpu") -> list[tuple]:
+    """Arguments of pairwise_forward."""
+    samples = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for penalty in range(3):
+            for center in (False, True):
+                options = schemas.PairwiseOptions(penalty, center, 1e-12, True, 0)
+                samples.append((features(dtype, device), *options, True))
+    square = schemas.PairwiseOptions(0, False, 1e-12, True, 0)
+    of_weights = square._replace(batched=False)
+    samples.append((weights(device=device), *of_weights._replace(precision=2), True))
+    samples.append((weights(device=device), *of_weights, False))
+    mixed = [features(torch.float64, device)[0], *features(torch.float16, device)[1:]]
+    samples.append((mixed, *square, True))
+    empty = [torch.zeros(0, 4, 3, device=device), torch.zeros(0, 9, 2, device=device)]
+    samples.append((empty, *square._replace(center=True), True))
+    # Remainders of what a state is padded to, and more tiles than one.
+    sizes = ((67, 70), (131, 5), (9, 1))
+    tiles = [torch.randn(1, n, d, device=device) for n, d in sizes]
+    for penalty in range(3):
+        options = schemas.PairwiseOptions(penalty, penalty > 0, 1e-12, True, 0)
+        samples.append((tiles, *options, True))
+    return samples
+
+
+def consistency_samples(device: str = "cpu") -> list[tuple]:
+    """Arguments of consistency."""
+    samples = []
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        for kind in range(len(TEACHERS)):
+            for reduction in range(3):
+                options = schemas.ConsistencyOptions(
+                    [1.0] * 4, [0.5] * 4, [1, 3], [1.0, 2.0], [0, kind], [True, False], [0, 0],
+                    [0.5, 0.5], 0.1, -100, False, reduction,
+                )
+                target = labels(device) if kind % 2 else None
+                samples.append((logits(dtype, device), target, None, None, *options, kind != 1))
+    options = schemas.ConsistencyOptions(
+        [1.0] * 2, [1.0] * 2, [2], [2.0], [0], [True], [0], [0.5], 0.0, -100, False, 0
+    )
+    transposed = torch.randn(2, 7, 5, device=device).transpose(1, 2)
+    for z in (torch.zeros(2, 0, 3, device=device), transposed):
+        samples.append(([z], None, None, None, *options, True))
+    for divergence in range(1, MIXTURE + 1):
+        for binary in (False, True):
+            z = torch.randn(3, 4, 5, 1, device=device)
+            target = torch.rand(4, 5, 2, device=device)
+            if not binary:
+                z, target = z[..., 0], torch.tensor([3, 1, 0, -100], device=device)
+            options = schemas.ConsistencyOptions(
+                [1.0] * 3, [0.5] * 3, [3], [1.0], [0], [divergence == MIXTURE], [divergence],
+                [0.25], 0.1, -100, binary, 2,
+            )
+            samples.append(([z], target, None, None, *options, True))
+    return samples
+
+
+@pytest.mark.parametrize("sample", range(len(pairwise_samples())))
+def test_pairwise(impl: Impl, pairwise: operators.Pairwise, sample: int) -> None:
+    arguments = pairwise_samples(impl.device)[sample]
+    forward, backward = pairwise
+    torch.library.opcheck(forward, arguments, test_utils=OPCHECKS)
+    loss, state = forward(*arguments)
+    if not arguments[-1]:
+        assert state == []
+        return
+    xs, options = arguments[0], arguments[1:-1]
+    grad = torch.ones_like(loss)
+    torch.library.opcheck(backward, (grad, xs, state, *options), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("sample", range(len(consistency_samples())))
+def test_consistency(impl: Impl, consistency: Callable, sample: int) -> None:
+    arguments = consistency_samples(impl.device)[sample]
+    torch.library.opcheck(consistency, arguments, test_utils=OPCHECKS)
+    *_, gradients = consistency(*arguments)
+    assert bool(gradients) == arguments[-1]
