@@ -33,7 +33,7 @@ LONGEST := $(addprefix tests/test_,offline_compile.py compiled_code.py sanitizer
     cuda_sanitizers.py cuda_build.py distribution.py gpu_bench.py accuracy_study.py compile.py \
     divergences.py examples.py traps.py distributed.py training.py quality_runs.py)
 
-.PHONY: demo test test-slow test-all lint lint-if-installed bench bench-quick bench-check accuracy \
+.PHONY: demo test test-quick test-slow test-all lint lint-if-installed bench bench-quick bench-check accuracy \
     mutants gpu docs wheels format clean
 
 demo: $(READY)
@@ -41,14 +41,14 @@ demo: $(READY)
 
 # What is slow and rarely changes, or changes only together with what is quick to test, is left to
 # `make test-slow`.
-test: SELECT := -m "not slow"
+# The linters take one core half a minute, the tests the rest of two.
+test: $(READY)
+	@$(MAKE) --no-print-directory --jobs 2 lint-if-installed test-quick
+
+test-quick: SELECT := -m "not slow"
 test-slow: SELECT := -m slow
 test-slow: export IMCL_FAST_TEST_ALL := 1
-
-test: lint-if-installed
-	$(run-tests)
-
-test-slow: $(READY)
+test-quick test-slow: $(READY)
 	$(run-tests)
 
 test-all: test test-slow
