@@ -18,6 +18,12 @@ namespace imcl {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+// What the gradient of logits is kept in until its factor is known: their own type, but that of
+// float16 would underflow where a scaled loss is all that keeps it from doing so.
+IMCL_INLINE DType kept_type(DType logits) {
+  return logits == DType::kFloat16 ? DType::kFloat32 : logits;
+}
+
 // ---- the pairwise cosine penalty ----
 
 enum class Penalty { kSquare, kAbs, kSigned };
@@ -75,7 +81,7 @@ struct Head {
   const void* z;
   Strides z_sample;
   int64_t z_class;
-  void* dz;  // in the accumulation type
+  void* dz;  // in its kept_type
   Strides dz_sample;
   int64_t dz_class;
   double ce_weight, kl_weight;

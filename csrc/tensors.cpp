@@ -6,11 +6,16 @@
 namespace imcl {
 namespace {
 
-// Empty, shaped and strided like x, in the accumulation type.
+// As kept_type() has it.
+ScalarType kept_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Half ? ScalarType::Float : logits.scalar_type();
+}
+
+// Empty, shaped and strided like x, in its kept_type.
 Tensor empty_gradient(const Tensor& x) {
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{from(x),
-                                    from(std::optional<ScalarType>(accumulation_type(x))),
+                                    from(std::optional<ScalarType>(kept_type(x))),
                                     from(std::nullopt),
                                     from(std::nullopt),
                                     from(std::nullopt),
@@ -221,7 +226,7 @@ Gradients::Gradients(const std::vector<Tensor>& logits, int64_t heads) {
     for (int64_t d = first_sample(logits[0]); d < logits[0].dim(); ++d)
       sizes.push_back(logits[0].size(d));
     tensors.push_back(torch::stable::new_empty(logits[0], {sizes.data(), sizes.size()},
-                                               accumulation_type(logits[0])));
+                                               kept_type(logits[0])));
   } else {
     for (const Tensor& z : logits) tensors.push_back(empty_gradient(z));
   }

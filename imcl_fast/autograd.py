@@ -56,10 +56,9 @@ class CollaborativeConsistency(Function):
     """apply(implementation, options, target, weight, sample_weight, *logits)
     -> (loss () or (B,), terms (2, H)).
 
-    The forward already makes the gradient, in the accumulation dtype, while the
-    exponentials are at hand; the backward only scales it, in place unless the graph is
-    kept for another. So a float16 gradient is rounded after a GradScaler's factor, not
-    before.
+    The forward already makes the gradient, in the logits' dtype, while the exponentials are at
+    hand; the backward only scales it, in place unless the graph is kept for another. That of
+    float16 is kept in float32, and rounded after a GradScaler's factor, not before.
     """
 
     @staticmethod
@@ -78,7 +77,9 @@ class CollaborativeConsistency(Function):
     def backward(ctx, grad: Tensor, _terms):
         saved = ctx.saved_tensors
         logits, gradients = saved[: ctx.blocks], saved[ctx.blocks :]
-        scale = grad.unsqueeze(-1) if grad.dim() else grad  # (*samples, 1) or ()
+        # (*samples, 1), or one number: without a dimension a GPU would round it to bfloat16 first,
+        # and with one the CPU would make float32 of the gradient.
+        scale = grad if grad.dim() == 0 and grad.device.type == "cpu" else grad.unsqueeze(-1)
         overwrite = _is_last_use(grad)
         with _without_grad():
             scaled = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
@@ -130,9 +131,9 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, overwrite: bool) -> Tensor:
-    """gradient * scale, rounded once, in one pass; in the same memory where that is allowed."""
-    if gradient.dtype == dtype:
-        return gradient.mul_(scale) if overwrite else gradient * scale
+    """gradient * scale, in one pass; in the same memory where that is allowed."""
+    if gradient.dtype == dtype and overwrite:
+        return gradient.mul_(scale)
     return (gradient * scale).to(dtype)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import dense
-from .algebra.consistency import REDUCE_NONE
+from .algebra.consistency import REDUCE_NONE, kept_dtype
 from .algebra.pairwise import ABS, SIGNED, SQUARE, is_dual
 from .build_facts import BuildFacts
 from .kernels.plan import state_size
@@ -112,15 +112,15 @@ def _pairwise_backward(grad, xs, state, penalty, center, eps, batched, precision
 
 def _consistency(logits, target, weight, sample_weight, ce_weight, *options):
     *_, reduction, keep = options
-    dtype = _accumulation_dtype(logits)
+    dtype, kept = _accumulation_dtype(logits), kept_dtype(logits[0].dtype)
     size = dense.samples(logits[0]) if reduction == REDUCE_NONE else ()
     loss = logits[0].new_empty(size, dtype=dtype)
     terms = logits[0].new_empty((2, len(ce_weight)), dtype=dtype)
     if keep and all(block.is_contiguous() for block in logits):
         shape = (len(ce_weight), *dense.samples(logits[0]), logits[0].shape[-1])
-        gradients = [logits[0].new_empty(shape, dtype=dtype)]
+        gradients = [logits[0].new_empty(shape, dtype=kept)]
     else:
-        gradients = [torch.empty_like(block, dtype=dtype) for block in logits if keep]
+        gradients = [torch.empty_like(block, dtype=kept) for block in logits if keep]
     return loss, terms, gradients
 
 

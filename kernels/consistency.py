@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dense
-from ..algebra.consistency import PAIRWISE, REDUCE_NONE
+from ..algebra.consistency import PAIRWISE, REDUCE_NONE, kept_dtype
 from ..algebra.divergences import KL
 from . import autotune
 from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
@@ -47,8 +47,8 @@ def forward(
     reduction: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Loss () or (B,), terms (2, H), and with ``keep`` the gradients, scaled completely:
-    one (H, B, K) if all logits are contiguous, else one like each block of logits.
+    """Loss () or (B,), terms (2, H), and with ``keep`` the gradients, scaled completely, in the
+    ``kept_dtype``: one (H, B, K) if all logits are contiguous, else one like each block of logits.
     """
     device, dtype = logits[0].device, logits[0].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -61,9 +61,10 @@ def forward(
     geometry = _geometry(tuple((z.shape, z.stride()) for z in logits), tuple(given))
     gradients: list[Tensor] = []
     if keep and geometry.packed:
-        gradients = [torch.empty((heads, *samples, given_classes), dtype=wide, device=device)]
+        shape = (heads, *samples, given_classes)
+        gradients = [torch.empty(shape, dtype=kept_dtype(dtype), device=device)]
     elif keep:
-        gradients = [torch.empty_like(z, dtype=wide) for z in logits]
+        gradients = [torch.empty_like(z, dtype=kept_dtype(dtype)) for z in logits]
     per_sample = reduction == REDUCE_NONE
     if batch == 0:
         loss = torch.zeros(samples if per_sample else (), dtype=wide, device=device)

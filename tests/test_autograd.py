@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Impl, assert_same_bits, bits, leaf
+from conftest import Impl, assert_same_bits, bits, dtype_name, leaf
 from strategies import PENALTIES, TEACHERS, Matrices, lay_out
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -189,7 +189,10 @@ def test_only_the_gradients_needed(impl: Impl, kind: str, name: str) -> None:
         assert [x.grad is not None for x in xs] == [bool(needed >> i & 1) for i in range(3)]
 
 
-def test_a_gradient_is_scaled_where_it_lies_unless_the_graph_is_kept(impl: Impl) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_a_gradient_is_scaled_where_it_lies_unless_the_graph_is_kept(
+    impl: Impl, dtype: torch.dtype
+) -> None:
     """The one that the forward has made: a second would take as much memory as the logits."""
 
     class Scalings(TorchDispatchMode):
@@ -202,7 +205,7 @@ def test_a_gradient_is_scaled_where_it_lies_unless_the_graph_is_kept(impl: Impl)
                 self.seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    z = leaf(torch.randn(3, 5, 7, device=impl.device))
+    z = leaf(torch.randn(3, 5, 7, device=impl.device, dtype=dtype))
     loss = F.collaborative_consistency(z, None, impl=impl.name)
     for kept, expected in ((True, "aten.mul.Tensor"), (False, "aten.mul_.Tensor")):
         with Scalings() as scalings:
@@ -255,6 +258,22 @@ def test_each_sample_has_its_own_grad_output(impl: Impl) -> None:
     for g in torch.autograd.grad(loss, xs, picked):
         assert torch.count_nonzero(g[3]) > 0
         assert torch.count_nonzero(g) == torch.count_nonzero(g[3])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_only_products_are_rounded_to_bfloat16(impl: Impl, reduction: str) -> None:
+    """1/3 is not a number of bfloat16: a gradient times the next one would be off by 0.2 %, all of
+    it in the same direction."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 40, 70, generator=generator).to(impl.device, torch.bfloat16)
+
+    def gradient(z: Tensor, impl: str) -> Tensor:
+        z = leaf(z)
+        loss = F.collaborative_consistency(z, None, reduction=reduction, impl=impl)
+        return torch.autograd.grad(loss, z, torch.full_like(loss, 1 / 3))[0]
+
+    got, truth = gradient(z, impl.name).double(), gradient(z.double(), "reference")
+    assert float((got * truth).sum() / truth.square().sum()) == pytest.approx(1, abs=4e-4)
 
 
 def test_terms_are_detached(impl: Impl) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Impl
+from conftest import DTYPES, Impl, dtype_name
 from strategies import TEACHERS
 from test_compile import features, labels, logits, weights
 
@@ -110,6 +110,23 @@ def test_pairwise(impl: Impl, pairwise: operators.Pairwise, sample: int) -> None
     xs, options = arguments[0], arguments[1:-1]
     grad = torch.ones_like(loss)
     torch.library.opcheck(backward, (grad, xs, state, *options), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_gradients_are_kept_in_the_dtype_of_the_logits(
+    impl: Impl, dtype: torch.dtype, layout: str
+) -> None:
+    """But for float16, which a loss scale is there for."""
+    z = torch.randn(2, 5, 7, device=impl.device).to(dtype)
+    z = z if layout == "contiguous" else z.mT.contiguous().mT
+    options = schemas.ConsistencyOptions(
+        [1.0] * 2, [1.0] * 2, [2], [2.0], [0], [True], [0], [0.5], 0.0, -100, False, 0
+    )
+    call = implementations.consistency(impl.name)
+    loss, terms, gradients = call([z], None, None, None, *options, True)
+    assert {g.dtype for g in gradients} == {torch.float32 if dtype == torch.float16 else dtype}
+    assert loss.dtype == terms.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize("sample", range(len(consistency_samples())))

@@ -116,7 +116,8 @@ constexpr ConsistencyCase kConsistency[] = {
 
 void run(const ConsistencyCase& c) {
   Values z(c.dtype, c.heads * c.batch * c.classes);
-  Values dz(DType::kFloat32, c.heads * c.batch * c.classes);
+  const DType kept = imcl::kept_type(c.dtype);
+  Values dz(kept, c.heads * c.batch * c.classes);
   std::vector<int64_t> target(static_cast<std::size_t>(c.batch));
   for (int64_t b = 0; b < c.batch; ++b) target[static_cast<std::size_t>(b)] = b % c.classes;
   imcl::Consistency problem{};
@@ -136,7 +137,7 @@ void run(const ConsistencyCase& c) {
         pixels ? imcl::Strides{{pixels * c.classes, 1}} : imcl::Strides{{c.classes}};
     const int64_t step = pixels ? pixels : 1;
     problem.heads.push_back({z.data() + first * Values::size_of(c.dtype), strides, step,
-                             dz.data() + 4 * first, strides, step, 1, 1});
+                             dz.data() + first * Values::size_of(kept), strides, step, 1, 1});
   }
   std::vector<double> terms(static_cast<std::size_t>(2 * c.heads));
   const auto step = [&] {

@@ -76,17 +76,20 @@ Weights weights_of(const Consistency& problem, const Parallel& parallel) {
 
 double inverse(double total) { return total == 0 ? 0 : 1 / total; }
 
-template <class Acc>
+template <class Kept>
 void clear_row(const Head& head, const Walk& sample, int64_t classes) {
-  Acc* row = static_cast<Acc*>(head.dz) + sample.offset(head.dz_sample);
-  for (int64_t k = 0; k < classes; ++k) row[k * head.dz_class] = 0;
+  Kept* row = static_cast<Kept*>(head.dz) + sample.offset(head.dz_sample);
+  for (int64_t k = 0; k < classes; ++k) row[k * head.dz_class] = {};
 }
 
 void clear_gradient(const Consistency& problem, const Walk& sample) {
   for (const Head& head : problem.heads) {
     if (!head.dz) continue;
-    if (problem.dtype == DType::kFloat64) clear_row<double>(head, sample, problem.classes);
-    else clear_row<float>(head, sample, problem.classes);
+    switch (kept_type(problem.dtype)) {
+      case DType::kFloat64: clear_row<double>(head, sample, problem.classes); break;
+      case DType::kBFloat16: clear_row<BFloat16>(head, sample, problem.classes); break;
+      default: clear_row<float>(head, sample, problem.classes);
+    }
   }
 }
 

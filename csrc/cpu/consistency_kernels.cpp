@@ -165,6 +165,7 @@ template <class T>
 class Work {
  public:
   using Acc = AccOf<T>;
+  using Kept = KeptOf<T>;
   static constexpr int width = kLanes<Acc>;
 
   Work(const Consistency& problem, const Group& group, int64_t sample, bool wants_gradient)
@@ -305,10 +306,15 @@ class Work {
       if (sums) std::fill_n(sum, 2 * size, Acc(0));
       for (int64_t h = 0; h < n_; ++h) {
         const Head& out = head(h);
-        Acc* row = row_of(out) + from * out.dz_class;
-        const bool direct = !sums && out.dz_class == 1;
-        gradient_of_head(h, scale, direct ? row : dz + h * size, p + h * size, sum);
-        if (!direct && !sums) store_strided(row, out.dz_class, dz + h * size, chunk_.count);
+        Kept* row = row_of(out) + from * out.dz_class;
+        if constexpr (std::is_same_v<Kept, Acc>) {
+          if (!sums && out.dz_class == 1) {
+            gradient_of_head(h, scale, row, p + h * size, sum);
+            continue;
+          }
+        }
+        gradient_of_head(h, scale, dz + h * size, p + h * size, sum);
+        if (!sums) store_strided(row, out.dz_class, dz + h * size, chunk_.count);
       }
       if (other_)
         as_constant(group_.divergence,
@@ -342,8 +348,8 @@ class Work {
   const Head& head(int64_t h) const {
     return problem_.heads[static_cast<std::size_t>(group_.first + h)];
   }
-  Acc* row_of(const Head& out) const {
-    return static_cast<Acc*>(out.dz) + problem_.samples.offset(sample_, out.dz_sample);
+  Kept* row_of(const Head& out) const {
+    return static_cast<Kept*>(out.dz) + problem_.samples.offset(sample_, out.dz_sample);
   }
   int64_t target() const {
     const Labels& labels = problem_.labels;
@@ -927,7 +933,7 @@ void prefetch_rows(const Consistency& problem, int64_t sample) {
     if (head.z_class == 1 && sample + 1 < problem.batch)
       ask(head.z, problem.samples.offset(sample + 1, head.z_sample), sizeof(T), std::false_type{});
     if (head.dz && head.dz_class == 1)
-      ask(head.dz, problem.samples.offset(sample, head.dz_sample), sizeof(AccOf<T>),
+      ask(head.dz, problem.samples.offset(sample, head.dz_sample), sizeof(KeptOf<T>),
           std::true_type{});
   }
 }

@@ -61,12 +61,12 @@ struct Columns {
     }
   }
 
-  void write(const Acc* from, Acc* to) const {
+  void write(const Acc* from, KeptOf<T>* to) const {
     for (int64_t first = 0; first < count; first += width) {
       const auto lanes = static_cast<int>(std::min<int64_t>(width, count - first));
       if (adjacent(first)) {
         for (int64_t k = 0; k < classes; ++k)
-          store(to + offsets[first] + k * class_stride, load(from + k * pitch + first));
+          store_acc(to + offsets[first] + k * class_stride, load(from + k * pitch + first));
         continue;
       }
       int64_t k = 0;
@@ -76,12 +76,13 @@ struct Columns {
           for (int i = 0; i < width; ++i) rows[i] = load(from + (k + i) * pitch + first);
           transpose<Acc>(rows);
           for (int lane = 0; lane < width; ++lane)
-            store(to + offsets[first + lane] + k, rows[lane]);
+            store_acc(to + offsets[first + lane] + k, rows[lane]);
         }
       }
       for (; k < classes; ++k)
         for (int lane = 0; lane < lanes; ++lane)
-          to[offsets[first + lane] + k * class_stride] = from[k * pitch + first + lane];
+          to[offsets[first + lane] + k * class_stride] =
+              from_acc<KeptOf<T>>(from[k * pitch + first + lane]);
     }
   }
 };
@@ -169,7 +170,7 @@ class Lanes {
     for (int64_t h = 0; gradient_ && h < n_; ++h) {
       const Head& to = head(h);
       locate(to.dz_sample);
-      columns<T>(to.dz_class, given_).write(z_of(h, 0), static_cast<Acc*>(to.dz));
+      columns<T>(to.dz_class, given_).write(z_of(h, 0), static_cast<KeptOf<T>*>(to.dz));
     }
   }
 

@@ -197,6 +197,10 @@ inline Float16 from_acc<Float16, float>(float x) {
 template <class T>
 using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// As kept_type() has it.
+template <class T>
+using KeptOf = std::conditional_t<std::is_same_v<T, Float16>, float, T>;
+
 IMCL_INLINE Vec<float> load_acc(const float* p) { return load(p); }
 IMCL_INLINE Vec<double> load_acc(const double* p) { return load(p); }
 IMCL_INLINE void store_acc(float* p, Vec<float> v) { store(p, v); }

@@ -163,7 +163,7 @@ ConsistencyPlan plan_of(ConsistencyArguments& in, int processors) {
   for (int h = 0; h < in.head_count; ++h) {
     const Head& head = in.heads[h];
     in.packed = in.packed && on_16(head.z, head.z_sample, head.z_class, sizeof(T)) &&
-                (!in.gradient || on_16(head.dz, head.dz_sample, head.dz_class, sizeof(Acc<T>)));
+                (!in.gradient || on_16(head.dz, head.dz_sample, head.dz_class, sizeof(Kept<T>)));
   }
 
   const auto bytes = [&](int threads, int64_t chunks) {

@@ -887,13 +887,14 @@ class Work {
 
   __device__ __forceinline__ void write(int h, const Part& part, const Values& dz) const {
     const Head& to = head(h);
-    A* row = static_cast<A*>(to.dz) + offset(sample_, to.dz_sample);
+    Kept<T>* row = static_cast<Kept<T>*>(to.dz) + offset(sample_, to.dz_sample);
     if (binary() && part.column > 0) return;
     if (in_.packed) {
       store_pack(row + part.column, dz);  // [kPart]
     } else {
       each([&](int i) {
-        if (i < part.count) row[(part.column + int64_t{i} * part.step) * to.dz_class] = dz.at[i];
+        if (i < part.count)
+          row[(part.column + int64_t{i} * part.step) * to.dz_class] = from_acc<Kept<T>>(dz.at[i]);
       });
     }
   }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "launch.h"
 
@@ -19,10 +20,29 @@ struct Accumulated<double> {
 template <class T>
 using Acc = typename Accumulated<T>::Type;
 
+// As kept_type() has it.
+template <class T>
+struct KeptType {
+  using Type = T;
+};
+template <>
+struct KeptType<__half> {
+  using Type = float;
+};
+template <class T>
+using Kept = typename KeptType<T>::Type;
+
 __device__ __forceinline__ float to_acc(float x) { return x; }
 __device__ __forceinline__ double to_acc(double x) { return x; }
 __device__ __forceinline__ float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_acc(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_acc(Acc<T> x) {
+  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
+  else return x;
+}
 
 // A logit, -inf where it is the lowest number of its type.
 __device__ __forceinline__ float masked(float x) { return x <= -0x1.fffffep127f ? -INFINITY : x; }
@@ -69,6 +89,16 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack) {
   uint4 raw;
   memcpy(&raw, &pack, sizeof(raw));
   *reinterpret_cast<uint4*>(to) = raw;
+}
+
+// Rounded to bfloat16, 8 bytes of them; `to` is aligned to these.
+__device__ __forceinline__ void store_pack(__nv_bfloat16* to, const Pack<float>& pack) {
+  __nv_bfloat16 rounded[Pack<float>::kSize];
+#pragma unroll
+  for (int i = 0; i < Pack<float>::kSize; ++i) rounded[i] = __float2bfloat16_rn(pack.at[i]);
+  uint2 raw;
+  memcpy(&raw, rounded, sizeof(raw));
+  *reinterpret_cast<uint2*>(to) = raw;
 }
 
 }  // namespace imcl

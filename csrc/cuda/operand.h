@@ -20,13 +20,6 @@ IMCL_DEVICE To bits_of(const From& from) {
 }
 
 template <class T>
-IMCL_DEVICE T from_acc(Acc<T> x) {
-  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-  else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
-  else return x;
-}
-
-template <class T>
 struct Plain {  // of a dtype
   using Native = T;
   using Acc = imcl::Acc<T>;

@@ -54,7 +54,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss () or of the samples' sizes, terms (2, H), and with ``keep`` the gradient of every
-    block of logits.
+    block of logits, in their ``kept_dtype``.
 
     Binary logits have one class: that of a second is 0. Of a mixture, whose temperature is 1,
     ``beta`` is the label's part and the heads' are in proportion to their ``kl_weight``; the terms
@@ -267,9 +267,15 @@ def _stack(logits: Sequence[Tensor], binary: bool) -> Tensor:
     return torch.cat([z, torch.zeros_like(z)], -1) if binary else z
 
 
+def kept_dtype(logits: torch.dtype) -> torch.dtype:
+    """What a gradient of logits is kept in until its factor is known: their own, but that of
+    float16 would underflow where a scaled loss is all that keeps it from doing so."""
+    return torch.float32 if logits == torch.float16 else logits
+
+
 def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
     sizes = [len(block) if block.dim() > 2 else 1 for block in logits]
     return [
-        torch.empty_like(block, dtype=dz.dtype).copy_(part.reshape(block.shape))
+        torch.empty_like(block, dtype=kept_dtype(block.dtype)).copy_(part.reshape(block.shape))
         for part, block in zip(dz.split(sizes), logits, strict=True)
     ]

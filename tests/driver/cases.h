@@ -496,8 +496,9 @@ class ConsistencyCase {
       for (int64_t b = 0; valued() && b < spec_.batch; ++b)
         for (int64_t k = 0; k < spec_.classes; ++k) {
           const int64_t at = (h * spec_.batch + b) * spec_.classes + k;
-          compare(tally, "gradient", at, dz.get(dz_at(b, k)), dz_[static_cast<std::size_t>(at)],
-                  unit() * dz_bound_[static_cast<std::size_t>(at)]);
+          const double expected = dz_[static_cast<std::size_t>(at)];
+          compare(tally, "gradient", at, dz.get(dz_at(b, k)), expected,
+                  unit() * dz_bound_[static_cast<std::size_t>(at)] + kept_unit() * std::abs(expected));
         }
     }
     ++tally.cases;
@@ -517,6 +518,11 @@ class ConsistencyCase {
   }
 
   double unit() const { return 16 * unit_of(acc_of(spec_.dtype)); }
+  // What a gradient is off by that was rounded to be kept.
+  double kept_unit() const {
+    const DType kept = imcl::kept_type(spec_.dtype);
+    return kept == acc_of(spec_.dtype) ? 0 : epsilon_of(kept) / 2;
+  }
   int64_t z_at(int64_t b, int64_t k) const {
     return spec_.pixels ? dense_at(b, k) : b * z_row_ + k * spec_.z_class;
   }
@@ -559,7 +565,7 @@ class ConsistencyCase {
     };
     for (int64_t h = 0; h < heads_; ++h) {
       const auto head = static_cast<std::size_t>(h);
-      out.dz.emplace_back(acc_of(spec_.dtype), reach(dz_row_, spec_.dz_class));
+      out.dz.emplace_back(imcl::kept_type(spec_.dtype), reach(dz_row_, spec_.dz_class));
       const int64_t p = spec_.pixels, image = p * spec_.classes;
       problem.heads.push_back(
           {z_[head].data(), p ? imcl::Strides{{image, 1}} : imcl::Strides{{z_row_}},
