@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 _MOST_WARPS = 8  # of a program: more would leave a thread fewer than 255 registers
-_WARPS_PER_PROCESSOR = 16  # leaves each thread 128 registers
+_THREADS_REGISTERS = 2048  # of a processor: as many for a warp's every thread, if it is alone
+_CHUNK_WARPS = 4  # where a program takes the classes in chunks: of 8 fewer fit on a processor
 
 
 class PairwiseConfig(NamedTuple):
@@ -64,27 +65,38 @@ def consistency_config(
     """
     processors = processors_of(device)
     block = power_of_2(classes)
-    # What fits without spilling in test_offline_compile.py, whose device is the CPU; for a GPU
-    # the same formula may spill. Scalars of each head need registers too.
+    # What fits without spilling in test_offline_compile.py. Scalars of each head need registers
+    # too.
     room = 43 if heavy else 100 if rich else 120
     each = min(16, _power_of_2_below(room / heads - (3 if heavy else 5)))
     if block <= 32 * _MOST_WARPS * each:
         if block < 256:
             each = min(each, _power_of_2_below((12 if heavy else 24) / heads), 4)
         samples = max(32 // block, _power_of_2_below(batch / (2 * processors)))
-        samples = max(1, min(samples, 128 * each // block))
+        samples = max(1, min(samples, 64 * each // block))
         warps = max(1, samples * block // (32 * max(each, 1)))
     else:
         each = max(1, _power_of_2_below((14 if heavy else 24) / heads))
-        samples, warps, block = 1, _MOST_WARPS, 32 * _MOST_WARPS * each
-    programs = processors * max(1, _WARPS_PER_PROCESSOR // warps)
+        samples, warps, block = 1, _CHUNK_WARPS, 32 * _CHUNK_WARPS * each
+    of_thread = samples * block // (32 * warps)
+    at_once = _warps_at_once(heads, heavy or rich, of_thread, block < classes)
+    programs = processors * max(1, at_once // warps)
     if device.type == "cpu":  # interpreted: as few steps as show every loop turning
         samples = min(power_of_2((batch + 2) // 3), max(2**16 // block, 1))
         programs = 2
     programs = min(programs, (batch + samples - 1) // samples)
-    # Where that needs no spilling in the same test, twelve warps to a processor, not eight.
-    registers = 168 if heads <= 5 and not heavy and not rich else 255
+    registers = min(255, _THREADS_REGISTERS // at_once // 8 * 8)
     return ConsistencyConfig(samples, block, programs, warps, registers)
+
+
+def _warps_at_once(heads: int, many: bool, each: int, chunks: bool) -> int:
+    """Warps on a processor: as many as leave a thread so many registers that none is spilled in
+    the same test. It has ``each`` elements of every head."""
+    if heads > 5 or many:
+        return 8
+    if chunks and heads * each <= 20:
+        return 16
+    return 12 if heads * each <= 40 else 10
 
 
 def consistency_candidates(pinned: ConsistencyConfig, batch: int) -> list[ConsistencyConfig]:

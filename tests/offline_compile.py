@@ -1,9 +1,9 @@
 """Compiles every Triton kernel for GPUs that aren't there, and prints what became of it.
 
 Run by test_offline_compile.py and test_compiled_code.py in processes without TRITON_INTERPRET:
-the real launchers are called on CPU tensors, their launches are caught, and each kernel is
+the real launchers are called on CPU or meta tensors, their launches are caught, and each kernel is
 compiled with the very arguments and options it would have been launched with on a GPU of 132
-processors; but the consistency is planned as for CPU tensors. One JSON object per line.
+processors. One JSON object per line.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.rows import GPU_CONSISTENCIES
 from bench.shapes import R18_FEATURES, resnet18_weights
 from imcl_fast.algebra import divergences
 from imcl_fast.kernels import config, consistency, launch, pairwise
@@ -36,6 +37,12 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
+# One or several samples at a time, all classes or chunks of them; the first of `make gpu`, then
+# what many heads and few, small batches and large ones are planned to take.
+CONSISTENCIES = (
+    *GPU_CONSISTENCIES, (2, 4096, 10), (7, 128, 10), (7, 4096, 10), (2, 512, 1000), (3, 128, 100),
+    (7, 128, 1000), (5, 128, 4096), (3, 16, 50257), (8, 4096, 128256),
+)  # fmt: skip
 # Of one processor: bytes of shared memory, of which each block costs 1 KiB more than it has.
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
@@ -165,43 +172,51 @@ def cases():
             case = f"kernel {name} {('square', 'abs', 'signed')[penalty]}"
             yield case, lambda ws=ws, o=options: pairwise_both(ws, o, grad)
     for dtype in (torch.bfloat16, torch.float32):
-        for heads, classes in ((2, 10), (7, 10), (7, 1000), (5, 4096), (5, 50257)):
+        name = TYPES[dtype]
+        for heads, batch, classes in CONSISTENCIES:
             for teacher in (0, 3):
-                logits = [torch.empty(2, classes, dtype=dtype) for _ in range(heads)]
-                target = torch.zeros(2, dtype=torch.int64)
-                options = ([1.0] * heads, [1.0] * heads, [heads], [2.0], [teacher], [True], [0],
-                           [0.5], 0.0, -100, False, 0, True)  # fmt: skip
-                case = f"consistency {TYPES[dtype]} {heads} x {classes} teacher {teacher}"
-                yield case, lambda z=logits, t=target, o=options: consistency.forward(
-                    z, t, None, None, *o
+                case = f"consistency {name} {heads} x {batch} x {classes} teacher {teacher}"
+                yield case, lambda s=(heads, batch, classes), d=dtype, t=teacher: (
+                    consistency_of(*s, d, teacher=[t])
                 )
-
-
-        for kind in ("probabilities", "weights"):  # soft labels, weights of classes and samples
-            logits = [torch.empty(2, 1000, dtype=dtype) for _ in range(5)]
-            targets = (torch.empty(2, 1000), None, None)
-            if kind == "weights":
-                targets = (torch.zeros(2, dtype=torch.int64), torch.empty(1000), torch.empty(2))
-            options = (
-                [1.0] * 5, [1.0] * 5, [5], [2.0], [0], [True], [0], [0.5], 0.1, -100, False, 0, True
-            )  # fmt: skip
-            case = f"consistency {TYPES[dtype]} 5 x 1000 {kind}"
-            yield case, lambda z=logits, t=targets, o=options: consistency.forward(z, *t, *o)
-        for name, kind, binary in (
-            (divergences.REVERSE_KL, "reverse KL", False), (divergences.JSD, "JSD", False),
-            (divergences.MIXTURE, "mixture", False), (divergences.KL, "labels", True),
-        ):  # fmt: skip
-            shape = (1, 2, 8, 1) if binary else (2, 1000)
-            logits = [torch.empty(shape, dtype=dtype) for _ in range(5)]
-            target = torch.empty(2, 8, 2) if binary else torch.zeros(2, dtype=torch.int64)
-            t = 1.0 if name == divergences.MIXTURE else 2.0
-            options = (
-                [1.0] * 5, [1.0] * 5, [5], [t], [0], [True], [name], [0.5], 0.0, -100, binary, 0,
-                True,
-            )  # fmt: skip
-            yield f"consistency {TYPES[dtype]} 5 x {shape[-1 - binary]} {kind}", (
-                lambda z=logits, t=target, o=options: consistency.forward(z, t, None, None, *o)
+        # Soft labels, weights of classes and samples.
+        numbers = torch.empty(128, 1000, device="meta")
+        for kind, given in (
+            ("probabilities", {"target": numbers}),
+            ("weights", {"weight": numbers[0], "sample_weight": numbers[:, 0]}),
+        ):
+            yield f"consistency {name} 5 x 128 x 1000 {kind}", lambda d=dtype, g=given: (
+                consistency_of(5, 128, 1000, d, label_smoothing=0.1, **g)
             )
+        for kind, options in (
+            ("reverse KL", {"divergence": [divergences.REVERSE_KL]}),
+            ("JSD", {"divergence": [divergences.JSD]}),
+            ("mixture", {"divergence": [divergences.MIXTURE], "temperature": [1.0]}),
+        ):
+            yield f"consistency {name} 5 x 128 x 1000 {kind}", lambda d=dtype, o=options: (
+                consistency_of(5, 128, 1000, d, **o)
+            )
+        yield f"consistency {name} 5 x 128 x 8 labels", lambda d=dtype: (
+            consistency_of(5, 128 * 8, 1, d, target=torch.empty(128 * 8, 2, device="meta"),
+                           binary=True)
+        )  # fmt: skip
+
+
+def consistency_of(
+    heads: int, batch: int, classes: int, dtype: torch.dtype, *, target=None, weight=None,
+    sample_weight=None, **options,
+) -> None:
+    """A call on meta tensors, which have no memory and are planned as those of a GPU."""
+    logits = [torch.empty(batch, classes, dtype=dtype, device="meta") for _ in range(heads)]
+    if target is None:
+        target = torch.empty(batch, dtype=torch.int64, device="meta")
+    given = {
+        "ce_weight": [1.0] * heads, "kl_weight": [1.0] * heads, "groups": [heads],
+        "temperature": [2.0], "teacher": [0], "detach": [True], "divergence": [divergences.KL],
+        "beta": [0.5], "label_smoothing": 0.0, "ignore_index": -100, "binary": False,
+        "reduction": 0, "keep": True,
+    }  # fmt: skip
+    consistency.forward(logits, target, weight, sample_weight, **{**given, **options})
 
 
 def pairwise_both(xs, options, grad) -> None:

@@ -25,10 +25,17 @@ CASES = (
     "kernel fp16 abs",
     "kernel fp32 signed",
     "kernel fp32 square",
-    "consistency bf16 7 x 10 teacher 0",
-    "consistency fp32 7 x 1000 teacher 3",
-    "consistency bf16 5 x 1000 probabilities",
-    "consistency fp32 5 x 1000 weights",
+    "consistency bf16 5 x 128 x 10 teacher 0",
+    "consistency fp32 5 x 128 x 1000 teacher 0",
+    "consistency bf16 5 x 1024 x 1000 teacher 0",
+    "consistency fp32 5 x 256 x 50257 teacher 0",
+    "consistency bf16 7 x 4096 x 10 teacher 0",
+    "consistency fp32 7 x 128 x 1000 teacher 3",
+    "consistency fp32 3 x 16 x 50257 teacher 0",
+    "consistency bf16 8 x 4096 x 128256 teacher 0",
+    "consistency bf16 5 x 128 x 1000 probabilities",
+    "consistency fp32 5 x 128 x 1000 weights",
+    "consistency fp32 5 x 128 x 1000 JSD",
 )
 
 OLDEST = "3.6.0"  # which torch 2.11 comes with
