@@ -94,7 +94,7 @@ def _warps_at_once(heads: int, many: bool, each: int, chunks: bool) -> int:
     the same test. It has ``each`` elements of every head."""
     if heads > 5 or many:
         return 8
-    if chunks and heads * each <= 20:
+    if chunks and heads * each <= 16:
         return 16
     return 12 if heads * each <= 40 else 10
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -90,7 +90,7 @@ def forward(
             unit=geometry.unit, binary=binary, reduction=reduction, target=kind,
             smooth=label_smoothing > 0, weighted=weight is not None,
             shared=sample_weight is not None, keep=keep, samples=config.samples,
-            block=config.block, lowest=torch.finfo(dtype).min,
+            block=config.block, lowest=torch.finfo(dtype).min, **_parts(config, geometry, dtype),
             acc=tl.float64 if wide == torch.float64 else tl.float32,
         )  # fmt: skip
         sums = plain(compiled_for.sums)
@@ -123,6 +123,16 @@ def forward(
         config = autotune.best("consistency", bucket, dtype, device, candidates, run)
     run(config)
     return loss, terms, gradients
+
+
+def _parts(config: ConsistencyConfig, geometry: _Geometry, dtype: torch.dtype) -> dict[str, Any]:
+    """How the classes of a chunk are shared out to threads: as many side by side as one load takes,
+    or else, where rows don't begin on a multiple of them, one after the other."""
+    each = max(1, config.block // (32 * config.num_warps))
+    vector = min(each, 16 // dtype.itemsize)
+    side_by_side = geometry.unit % vector == 0 and all(step == 1 for *_, step in geometry.strides)
+    return {"parts": config.block // (vector if side_by_side else each),
+            "side_by_side": side_by_side}  # fmt: skip
 
 
 class _Geometry(NamedTuple):

@@ -38,6 +38,8 @@ class ConsistencyConstants(Constants):
         split: whether the mean of the cross entropies is by class weights.
         keep: whether gradients are asked for.
         samples, block: samples and classes at a time.
+        parts: of those classes where there are more; a thread sums over one.
+        side_by_side: whether the classes of a part are, else those of the same place in all parts.
         sums, columns: stored by each program, and that padded to a power of 2.
         lowest: number of the logits' dtype, which masks a class.
         acc: dtype of the sums.
@@ -68,6 +70,8 @@ class ConsistencyConstants(Constants):
     keep: Any
     samples: Any
     block: Any
+    parts: Any
+    side_by_side: Any
     sums: Any
     columns: Any
     lowest: Any

@@ -54,11 +54,13 @@ from .consistency_tiles import (
     divergence,
     initial,
     into_teacher,
+    merged,
     pairwise_gradient,
     plain_gradient,
     taught_gradient,
     times,
 )
+from .numerics import rounded
 from .reduction import draws_last_ticket, totals
 
 _REDUCE_MEAN = tl.constexpr(algebra.REDUCE_MEAN)
@@ -113,17 +115,27 @@ def _masked(z, C: tl.constexpr):
 
 
 @triton.jit
+def _across(k):
+    """Classes [K] or [S, K] as (1, K) or [S, K]."""
+    if len(k.shape) == 1:
+        return k[None, :]
+    else:
+        return k
+
+
+@triton.jit
 def _read(logits, index, k, mask, C: tl.constexpr, G: tl.constexpr):
     """The logits [S, K] of every head of a group."""
+    k = _across(k)
     FIRST: tl.constexpr = C.groups[G][0]
     N: tl.constexpr = C.groups[G][1]
     z = ()
     if C.binary:
-        mask = mask & (k < 1)[None, :]
+        mask = mask & (k < 1)
     for i in tl.static_range(N):
         row = _row(logits, index, C.heads, FIRST + i, C.unit)
         step = logits[2][C.heads[FIRST + i][0]][2]
-        pointers = row[:, None] + (k.to(tl.int64) * step)[None, :]
+        pointers = row[:, None] + k.to(tl.int64) * step
         z += (_masked(tl.load(pointers, mask=mask, other=0.0), C),)  # [S, K]
     return z
 
@@ -145,18 +157,17 @@ def _read_labels(logits, samples, C: tl.constexpr, G: tl.constexpr):
 def _soft(labels, sizes, samples, smoothing, k, mask, C: tl.constexpr):
     """Soft labels [S, K], 0 outside of the mask."""
     if C.soft:
+        k = _across(k)
         if C.target == PROBABILITIES:
             rows = labels[0] + _offsets(samples.index, sizes, labels[1])
-            soft = tl.load(
-                rows[:, None] + (k.to(tl.int64) * labels[2])[None, :], mask=mask, other=0.0
-            )  # [S, K]
-            soft = soft.to(C.acc) * (1 - smoothing)
+            soft = tl.load(rows[:, None] + k.to(tl.int64) * labels[2], mask=mask, other=0.0)
+            soft = soft.to(C.acc) * (1 - smoothing)  # [S, K]
         else:
-            soft = tl.where(k[None, :] == samples.label[:, None], 1 - smoothing, 0.0)
+            soft = tl.where(k == samples.label[:, None], 1 - smoothing, 0.0)
         soft += smoothing * (1.0 / C.k)
         if C.weighted:
-            weight = tl.load(labels[3] + k.to(tl.int64) * labels[4], mask=k < C.k, other=0.0)  # [K]
-            soft *= weight[None, :]
+            weight = tl.load(labels[3] + k.to(tl.int64) * labels[4], mask=k < C.k, other=0.0)
+            soft *= weight  # (1, K), or [S, K]
         return tl.where(mask, soft, 0.0)
     else:
         return 0.0
@@ -184,7 +195,8 @@ def _write(gradients, index, tile, dz, H: tl.constexpr, C: tl.constexpr):
         mask = mask & (tile.k < 1)[None, :]
     row = _row(gradients, index, C.gradient_heads, H, C.unit)
     step = gradients[2][C.gradient_heads[H][0]][2]
-    tl.store(row[:, None] + (tile.k.to(tl.int64) * step)[None, :], dz, mask=mask)
+    pointers = row[:, None] + (tile.k.to(tl.int64) * step)[None, :]
+    tl.store(pointers, rounded(dz, row.dtype.element_ty), mask=mask)  # [S, K]
 
 
 @triton.jit
@@ -196,6 +208,49 @@ def _tile(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.cons
     z = _read(logits, samples.index, k, mask, C, G)
     soft = _soft(labels, logits[1], samples, smoothing, k, mask, C)
     return Tile(z, soft, k, inside, samples.stored[:, None] & inside)
+
+
+@triton.jit
+def _repeated(x, C: tl.constexpr):
+    """What samples have, [S], for each of their parts, [S PARTS]."""
+    spread = tl.broadcast_to(x[:, None], [C.samples, C.parts])
+    return tl.reshape(spread, [C.samples * C.parts])
+
+
+@triton.jit
+def _strips(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.constexpr):
+    """The classes from the first on, of every head of a group, as a tile [S PARTS, K / PARTS]:
+    every part is a sample of its own, and has a thread of its own."""
+    EACH: tl.constexpr = C.block // C.parts
+    part = tl.arange(0, C.samples * C.parts)
+    if C.samples > 1:
+        part = part % C.parts
+    if C.side_by_side:
+        k = first + (part * EACH)[:, None] + tl.arange(0, EACH)[None, :]
+    else:
+        k = first + part[:, None] + (tl.arange(0, EACH) * C.parts)[None, :]
+    inside = k < C.k
+    mask = samples.counted[:, None] & inside
+    z = _read(logits, samples.index, k, mask, C, G)
+    soft = _soft(labels, logits[1], samples, smoothing, k, mask, C)
+    return Tile(z, soft, k, inside, mask)
+
+
+@triton.jit
+def _read_states(
+    logits, labels, samples, smoothing, inverse_t, C: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """The states of all heads of a group, after a pass over classes in chunks. Every thread sums
+    over its own, for threads that add up wait for one another: so they do once."""
+    rows = Samples(
+        _repeated(samples.index, C), _repeated(samples.stored, C), _repeated(samples.counted, C),
+        _repeated(samples.label, C), samples.size,
+    )  # fmt: skip
+    parts = initial(C.groups[G][1], C.samples * C.parts, C.acc)
+    for first in range(0, C.k, C.block):
+        tile = _strips(first, logits, labels, rows, smoothing, C, G)
+        parts = _absorb_heads(tile, inverse_t, parts, C, G)
+    return merged(parts, inverse_t, C.teachers[G], C.samples, C.parts)
 
 
 @triton.jit
@@ -368,9 +423,7 @@ def _group(
                 tile, samples, numbers, states, toward, divergences, gradients, scales, C, G
             )
     else:
-        for first in range(0, C.k, C.block):
-            tile = _tile(first, logits, labels, samples, smoothing, C, G)
-            states = _absorb_heads(tile, inverse_t, states, C, G)
+        states = _read_states(logits, labels, samples, smoothing, inverse_t, C, G)
         if OTHER:
             for first in range(0, C.k, C.block):
                 tile = _tile(first, logits, labels, samples, smoothing, C, G)

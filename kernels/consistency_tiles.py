@@ -57,8 +57,8 @@ class Tile(NamedTuple):
 
     z: Any  # the logits of each head of a group, [S, K]
     soft: Any  # soft labels, [S, K]
-    k: Any  # [K]
-    inside: Any  # (1, K)
+    k: Any  # [K], or [S, K]
+    inside: Any  # (1, K), or [S, K]
     stored: Any  # where a gradient is stored, [S, K]
 
 
@@ -240,6 +240,31 @@ def absorb(
     if C.plain[G] and (C.smooth or C.soft):
         raw += tl.sum(of_labels(z, tile.soft, C), 1)
     return (top, plain, tempered, raw, teacher_top, teacher, gap), risen
+
+
+@triton.jit
+def merged(parts, inverse_t, TEACHER: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr):
+    """The states [S] of all heads, from those [S PARTS] of parts of each sample's classes."""
+    TAUGHT: tl.constexpr = len(parts) > 1 and TEACHER != PAIRWISE
+    states = ()
+    for i in tl.static_range(len(parts)):
+        of = ()
+        for j in tl.static_range(7):
+            of += (tl.reshape(parts[i][j], [S, PARTS]),)
+        top, teacher_top = tl.max(of[0], 1), tl.max(of[4], 1)
+        drop = _risen(of[0], top[:, None])
+        plain, tempered = of[1] * tl.exp2(drop * LOG2_E), of[2] * tl.exp2(drop * inverse_t)
+        teacher, gap = of[5], of[6]
+        if TAUGHT:
+            share = teacher_share(inverse_t, len(parts), TEACHER)
+            rise = _risen(of[4], teacher_top[:, None]) * share
+            shrunk = tl.exp2(rise)
+            gap = times(shrunk, gap + (rise - drop * inverse_t) * teacher)
+            teacher = teacher * shrunk
+        plain, tempered, teacher, gap = _sums((plain, tempered, teacher, gap))
+        raw = tl.sum(of[3], 1)
+        states += ((top, plain, tempered, raw, teacher_top, teacher, gap),)
+    return states
 
 
 @triton.jit

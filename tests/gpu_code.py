@@ -1,4 +1,4 @@
-"""What the pairwise kernels' machine code is made of, for the model of bench/gpu/model.py.
+"""What the kernels' machine code is made of, for the model of bench/gpu/model.py.
 
     python tests/gpu_code.py
 
@@ -19,6 +19,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,10 @@ import offline_compile
 import sass
 import triton
 
+from bench.gpu import consistency_model
 from bench.gpu.model import CODE
-from imcl_fast.kernels import config, pairwise
+from imcl_fast.kernels import config, consistency, pairwise
+from imcl_fast.kernels.constants import plain
 
 KERNELS = Path(pairwise.__file__).parent
 CASES = [
@@ -40,6 +43,8 @@ FORMS = {
     "over_rows": {"_row_norms", "_over_rows", "_product"},
     "primal": {"_gram", "_primal", "_shares"},
 }
+# Functions of the consistency's loops over labels, over what programs leave, and over samples.
+OF_LABELS, OF_PARTIALS = {"_add_weights", "_samples", "_class_weight"}, {"totals", "_finish"}
 
 Line = tuple[str, int] | None  # file and number
 
@@ -139,7 +144,7 @@ def loops_of(blocks: list[Block]) -> list[set[int]]:
     return [loops[head] for head in sorted(loops)]
 
 
-def made_of(cubin: bytes) -> list[dict[str, Any]]:
+def made_of(cubin: bytes, forms: Mapping[str, set[str]]) -> list[dict[str, Any]]:
     """The loops, as the module's docstring has them."""
     code, labels = disassembled(cubin)
     blocks = blocks_of(code, labels)
@@ -151,7 +156,7 @@ def made_of(cubin: bytes) -> list[dict[str, Any]]:
     rows = []
     for loop in loops:
         votes = {form: sum(names[i][name] for i in loop for name in functions)
-                 for form, functions in FORMS.items()}  # fmt: skip
+                 for form, functions in forms.items()}  # fmt: skip
         form = max(votes, key=lambda each: votes[each])
         if not votes[form]:
             continue
@@ -218,8 +223,36 @@ def compiled() -> dict[str, dict[str, Any]]:
                                             build["num_warps"])
             found[f"{case}, {kernel.__name__}"] = {
                 "registers": registers, "blocks": blocks, "warps": build["num_warps"],
-                "loops": made_of(made.asm["cubin"]),
+                "loops": made_of(made.asm["cubin"], FORMS),
             }  # fmt: skip
+    return found | of_consistencies()
+
+
+def of_consistencies() -> dict[str, dict[str, Any]]:
+    """The same of the consistency, and how it is planned."""
+    every = {name for file in ("consistency_kernel.py", "consistency_tiles.py")
+             for _, _, name in functions(file)}  # fmt: skip
+    forms = {"weights": OF_LABELS, "finish": OF_PARTIALS,
+             "samples": every - OF_LABELS - OF_PARTIALS}  # fmt: skip
+    found = {}
+    for case in consistency_model.cases():
+        caught: list = []
+        consistency.launch = lambda kernel, programs, device, *args, caught=caught, **options: (
+            caught.append((kernel, programs, args, options)))
+        offline_compile.consistency_of(*case.sizes, case.row.dtype)
+        ((kernel, programs, args, options),) = caught
+        build = {k: options.pop(k) for k in ("num_warps", "maxnreg")}
+        made = triton.compile(offline_compile.source(kernel, args, options),
+                              target=offline_compile.TARGETS["sm_90"], options=build)
+        registers = offline_compile.resources(made.asm["ptx"])["registers"]
+        blocks = offline_compile.blocks("sm_90", registers, made.metadata.shared,
+                                        build["num_warps"])
+        planned = options["C"]
+        found[case.code] = {
+            "registers": registers, "blocks": blocks, "warps": build["num_warps"],
+            "programs": programs, "samples": plain(planned.samples), "block": plain(planned.block),
+            "loops": made_of(made.asm["cubin"], forms),
+        }  # fmt: skip
     return found
 
 

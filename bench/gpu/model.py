@@ -1,4 +1,4 @@
-"""How long the pairwise kernels should take on an H100, worked out from their machine code.
+"""How long the kernels should take on an H100, worked out from their machine code.
 
     python -m bench.gpu.model
 
@@ -8,7 +8,6 @@ measured: code.json has what the compiler made (tests/gpu_code.py), plan.py the 
 
 from __future__ import annotations
 
-import heapq
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -21,15 +20,12 @@ from imcl_fast.kernels import config, plan
 
 from .. import render
 from ..rows import gpu_rows
+from . import consistency_model, machine
+from .machine import BANDWIDTH, BFLOAT16, CLOCK, FLOAT32, SPLIT_TF32, Launch
 
 CODE = Path(__file__).with_name("code.json")
 PAGE = Path(__file__).parents[2] / "docs/gpu.md"
 
-# An H100: bytes and cycles a second, processors, schedulers of each, cycles from one instruction
-# of a warp to the next that needs its result; products a second of float32, and of bfloat16 and
-# TensorFloat-32 on tensor cores (multiplications and additions both).
-BANDWIDTH, CLOCK, PROCESSORS, SCHEDULERS, LATENCY = 3.0e12, 1.98e9, 132, 4, 4
-FLOAT32, BFLOAT16, SPLIT_TF32 = 67e12, 989e12, 495e12 / 3
 GATHERED = 16  # columns at a time, and in the backward rows: kernels/pairwise_forward.py
 
 
@@ -51,23 +47,8 @@ class Case(NamedTuple):
                          self.config.backward_block, torch.device("cpu"))  # fmt: skip
 
 
-class Launch(NamedTuple):
-    """One kernel, and what it takes."""
-
-    programs: int
-    warps: int  # on a processor at a time
-    waves: float
-    bytes: int
-    slots: int  # instructions that are issued, by all warps
-    cycles: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.bytes / BANDWIDTH, self.cycles / CLOCK)
-
-
 def cases() -> list[Case]:
-    """What of `make gpu` is predicted, in its order."""
+    """The similarities of `make gpu`, in its order."""
     found = []
     for row in gpu_rows():
         if row.operation == "consistency":
@@ -201,22 +182,9 @@ def launch(case: Case, forward: bool, kernels: dict[str, Any]) -> Launch:
     kernel, of = kernels[f"{case.code}, {way}_kernel"], case.plan
     code = codes(kernel["loops"], of, forward)
     counts = list((forward_programs if forward else backward_programs)(case, code))
-    slots, blocks = PROCESSORS * kernel["blocks"], kernel["blocks"]
-    warps = blocks * kernel["warps"]
-    # What a scheduler needs for an instruction of each of its warps.
-    round_of_warps = max(LATENCY, warps / SCHEDULERS)
     elements = sum(m.batch * m.n * m.d for m in matrices(case))
     moved = (1 if forward else 2) * elements * case.dtype.itemsize + 4 * of.state
-    return Launch(len(counts), warps, len(counts) / slots, moved, sum(counts) * kernel["warps"],
-                  makespan([c * round_of_warps for c in counts], slots))  # fmt: skip
-
-
-def makespan(durations: Sequence[float], slots: int) -> float:
-    """When the last is done, if each starts, in their order, where one has ended first."""
-    ends = [0.0] * slots
-    for duration in durations:
-        heapq.heapreplace(ends, ends[0] + duration)
-    return max(ends)
+    return machine.launch(counts, moved, kernel)
 
 
 def floor(case: Case) -> float:
@@ -231,20 +199,30 @@ def floor(case: Case) -> float:
     return max(moved / BANDWIDTH, products)
 
 
-def table() -> str:
+def predicted() -> list[tuple[str, Launch, Launch, float]]:
+    """Name, forward, backward and floor of every row of `make gpu`, and of one beyond."""
     kernels = json.loads(CODE.read_text())["kernels"]
+    found = [(c.row, launch(c, True, kernels), launch(c, False, kernels), floor(c))
+             for c in cases()]  # fmt: skip
+    return found + [
+        (c.name, c.forward(kernels[c.code]), c.backward, c.floor) for c in consistency_model.cases()
+    ]
+
+
+def table() -> str:
     lines = []
-    for case in cases():
-        ways = [launch(case, forward, kernels) for forward in (True, False)]
+    for row, *ways, least in predicted():
         total = sum(way.seconds for way in ways)
         for name, way in zip(("forward", "backward"), ways, strict=True):
             first = name == "forward"
+            made = [str(way.programs), f"{way.waves:.1f}", str(way.warps)]
             lines.append([
-                case.row if first else "", name, str(way.programs), f"{way.waves:.1f}",
-                str(way.warps), f"{way.bytes / 1e6:.1f}", f"{way.slots / 1e6:.1f} M",
-                f"{1e6 * way.bytes / BANDWIDTH:.0f}", f"{1e6 * way.cycles / CLOCK:.0f}",
+                row if first else "", name, *(made if way.programs else [""] * 3),
+                f"{way.bytes / 1e6:.1f}", f"{way.slots / 1e6:.1f} M" if way.programs else "",
+                f"{1e6 * way.bytes / BANDWIDTH:.0f}",
+                f"{1e6 * way.cycles / CLOCK:.0f}" if way.programs else "",
                 f"{1e6 * total:.0f}" if first else "",
-                f"{1e6 * floor(case):.0f}" if first else "",
+                f"{1e6 * least:.0f}" if first else "",
             ])  # fmt: skip
     head = ["row", "", "programs", "waves", "warps a processor", "MB", "instructions",
             "us by bytes", "us by instructions", "us", "floor"]  # fmt: skip
