@@ -76,10 +76,10 @@ def consistency_config(
         samples = max(1, min(samples, 64 * each // block))
         warps = max(1, samples * block // (32 * max(each, 1)))
     else:
-        each = max(1, _power_of_2_below((14 if heavy else 24) / heads))
+        each = max(1, _power_of_2_below((14 if heavy else 40) / heads))
         samples, warps, block = 1, _CHUNK_WARPS, 32 * _CHUNK_WARPS * each
     of_thread = samples * block // (32 * warps)
-    at_once = _warps_at_once(heads, heavy or rich, of_thread, block < classes)
+    at_once = _warps_at_once(heads, heavy or rich, of_thread)
     programs = processors * max(1, at_once // warps)
     if device.type == "cpu":  # interpreted: as few steps as show every loop turning
         samples = min(power_of_2((batch + 2) // 3), max(2**16 // block, 1))
@@ -89,13 +89,11 @@ def consistency_config(
     return ConsistencyConfig(samples, block, programs, warps, registers)
 
 
-def _warps_at_once(heads: int, many: bool, each: int, chunks: bool) -> int:
+def _warps_at_once(heads: int, many: bool, each: int) -> int:
     """Warps on a processor: as many as leave a thread so many registers that none is spilled in
     the same test. It has ``each`` elements of every head."""
     if heads > 5 or many:
         return 8
-    if chunks and heads * each <= 16:
-        return 16
     return 12 if heads * each <= 40 else 10
 
 

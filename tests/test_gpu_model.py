@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import model
+from bench.gpu import consistency_model, machine, model
 from bench.render import marked
-from bench.rows import gpu_rows
+from bench.rows import consistency, gpu_rows
 from imcl_fast.kernels import plan
 
 HERE = Path(__file__).parent
@@ -76,10 +76,47 @@ def test_other_loops_are_an_error() -> None:
             model.codes(loops, of, True)
 
 
+def of_consistency(*chunks: int) -> dict:
+    forms = ("weights", 0, 7), ("samples", 0, 100), *(("samples", 1, n) for n in chunks)
+    loops = [{"form": form, "depth": depth, "instructions": n, "outside": 50 * (form == "samples")}
+             for form, depth, n in (*forms, ("finish", 0, 9))]  # fmt: skip
+    return {"blocks": 2, "warps": 4, "programs": 4, "samples": 2, "loops": loops,
+            "block": 256 if chunks else 1024}  # fmt: skip
+
+
+def test_the_consistency_turns_as_often_as_its_kernel_does() -> None:
+    case = consistency_model.Case(consistency(3, 10, 1000, dtype=torch.bfloat16))
+    # 10 samples, 2 at a time: 4 programs take 8, the first the rest. 1,000 classes are 4 chunks.
+    for chunks, each in (((), 100), ((10, 20), 100 + 4 * 30)):
+        expected = [50 + 7 + 2 * each, *3 * [50 + 7 + each]]
+        expected[-1] += 9
+        found = case.forward(of_consistency(*chunks))
+        assert case.programs(of_consistency(*chunks)) == expected
+        assert (found.programs, found.warps, found.slots) == (4, 8, 4 * sum(expected))
+        assert found.bytes == 2 * 3 * 10 * 1000 * 2  # the second read is from the cache
+
+
+def test_what_the_cache_does_not_hold_is_read_twice() -> None:
+    case = consistency_model.Case(consistency(8, 40, 500_000, dtype=torch.bfloat16))
+    once = 8 * 40 * 500_000 * 2
+    for programs, reads in ((4, 1), (40, 2)):  # 8 MB a sample
+        kernel = {**of_consistency(10, 20), "programs": programs, "samples": 1}
+        assert case.forward(kernel).bytes == (reads + 1) * once
+    assert case.forward({**kernel, "block": 500_000}).bytes == 2 * once
+    assert case.backward.bytes == 2 * once and case.backward.programs == 0
+
+
+def test_other_loops_of_the_consistency_are_an_error() -> None:
+    loops = of_consistency(10, 20)["loops"]
+    for wrong in (loops[1:], loops[:-1], [*loops[:2], *loops[3:]]):
+        with pytest.raises(ValueError, match="other loops"):
+            consistency_model.loops_of(wrong)
+
+
 def test_makespan() -> None:
-    assert model.makespan([3, 1, 1, 1], 2) == 3
-    assert model.makespan([1, 1, 1, 3], 2) == 4  # the longest last
-    assert model.makespan([2] * 5, 2) == 6
+    assert machine.makespan([3, 1, 1, 1], 2) == 3
+    assert machine.makespan([1, 1, 1, 3], 2) == 4  # the longest last
+    assert machine.makespan([2] * 5, 2) == 6
 
 
 def _numbers(value: object, name: str = "") -> dict[str, float]:
