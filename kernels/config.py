@@ -76,7 +76,7 @@ def consistency_config(
         samples = max(1, min(samples, 64 * each // block))
         warps = max(1, samples * block // (32 * max(each, 1)))
     else:
-        each = max(1, _power_of_2_below((14 if heavy else 40) / heads))
+        each = max(1, _power_of_2_below((14 if heavy else 36) / heads))
         samples, warps, block = 1, _CHUNK_WARPS, 32 * _CHUNK_WARPS * each
     of_thread = samples * block // (32 * warps)
     at_once = _warps_at_once(heads, heavy or rich, of_thread)

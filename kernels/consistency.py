@@ -90,7 +90,8 @@ def forward(
             unit=geometry.unit, binary=binary, reduction=reduction, target=kind,
             smooth=label_smoothing > 0, weighted=weight is not None,
             shared=sample_weight is not None, keep=keep, samples=config.samples,
-            block=config.block, lowest=torch.finfo(dtype).min, **_parts(config, geometry, dtype),
+            block=config.block, **_parts(config, geometry, classes, dtype),
+            lowest=torch.finfo(dtype).min,
             acc=tl.float64 if wide == torch.float64 else tl.float32,
         )  # fmt: skip
         sums = plain(compiled_for.sums)
@@ -125,9 +126,13 @@ def forward(
     return loss, terms, gradients
 
 
-def _parts(config: ConsistencyConfig, geometry: _Geometry, dtype: torch.dtype) -> dict[str, Any]:
+def _parts(
+    config: ConsistencyConfig, geometry: _Geometry, classes: int, dtype: torch.dtype
+) -> dict[str, Any]:
     """How the classes of a chunk are shared out to threads: as many side by side as one load takes,
     or else, where rows don't begin on a multiple of them, one after the other."""
+    if classes <= config.block:  # there is one, and no kernel is made for how it might be shared
+        return {"parts": 1, "side_by_side": False}
     each = max(1, config.block // (32 * config.num_warps))
     vector = min(each, 16 // dtype.itemsize)
     side_by_side = geometry.unit % vector == 0 and all(step == 1 for *_, step in geometry.strides)

@@ -41,7 +41,7 @@ TYPES = {
 # what many heads and few, small batches and large ones are planned to take.
 CONSISTENCIES = (
     *GPU_CONSISTENCIES, (2, 4096, 10), (7, 128, 10), (7, 4096, 10), (2, 512, 1000), (3, 128, 100),
-    (7, 128, 1000), (5, 128, 4096), (3, 16, 50257), (8, 4096, 128256),
+    (7, 128, 1000), (5, 128, 4096), (3, 16, 50257), (4, 16, 50257), (8, 4096, 128256),
 )  # fmt: skip
 # Of one processor: bytes of shared memory, of which each block costs 1 KiB more than it has.
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
