@@ -384,10 +384,11 @@ def test_a_norm_whose_square_overflows_is_not_a_quiet_number(
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (0, 12, 2), (2, 4, 0), (2, 4, 3, 0)], ids=str)
-def test_empty_features(impl: Impl, shape, penalty: str) -> None:
+def test_empty_features(impl: Impl, shape, center: bool, penalty: str) -> None:
     x = torch.zeros(shape, requires_grad=True, device=impl.device)
-    loss = F.representation_similarity(x, penalty=penalty, impl=impl.name)
+    loss = F.representation_similarity(x, penalty=penalty, center=center, impl=impl.name)
     (g,) = torch.autograd.grad(loss, x)
     assert loss.item() == 0 and loss.dtype == torch.float32
     assert g.shape == x.shape

@@ -69,7 +69,9 @@ void sum_columns(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* out, Term t
 template <class T>
 void row_means(const Matrix<T>& x, AccOf<T>* mean) {
   sum_columns(x, nullptr, mean, [](auto v, auto) { return v; });
-  for (int64_t i = 0; i < x.rows; ++i) mean[i] /= static_cast<AccOf<T>>(x.columns);
+  // Of no columns it is 0: such a row is dead.
+  const auto count = static_cast<AccOf<T>>(std::max<int64_t>(x.columns, 1));
+  for (int64_t i = 0; i < x.rows; ++i) mean[i] /= count;
 }
 
 // 1/n of a row from n^2, or 0 where the row is dead, or NaN where a square was too large for its
