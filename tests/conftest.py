@@ -138,7 +138,7 @@ SLOW_INTERPRETED = (
 
 
 # Of a test of many cases half are left, of very many a quarter, drawn by their names.
-MANY_CASES, VERY_MANY_CASES = 6, 24
+MANY_CASES, VERY_MANY_CASES = 6, 12
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
