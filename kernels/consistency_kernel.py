@@ -18,8 +18,8 @@ the logit of the other is 0.
 
 A program takes some samples at a time, of each all heads, group by group. Classes that
 fit into registers are read once. More are taken in chunks, maxima and sums running along
-(online softmax), and read a second time for the gradient; a third time for pairwise
-teachers that are not detached.
+(online softmax), those of every thread until there are no more, and read a second time for
+the gradient; a third time for pairwise teachers that are not detached.
 """
 
 from __future__ import annotations
