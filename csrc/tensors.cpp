@@ -225,8 +225,8 @@ Gradients::Gradients(const std::vector<Tensor>& logits, int64_t heads) {
     std::vector<int64_t> sizes{heads};
     for (int64_t d = first_sample(logits[0]); d < logits[0].dim(); ++d)
       sizes.push_back(logits[0].size(d));
-    tensors.push_back(torch::stable::new_empty(logits[0], {sizes.data(), sizes.size()},
-                                               kept_type(logits[0])));
+    tensors.push_back(
+        torch::stable::new_empty(logits[0], {sizes.data(), sizes.size()}, kept_type(logits[0])));
   } else {
     for (const Tensor& z : logits) tensors.push_back(empty_gradient(z));
   }

@@ -497,8 +497,9 @@ class ConsistencyCase {
         for (int64_t k = 0; k < spec_.classes; ++k) {
           const int64_t at = (h * spec_.batch + b) * spec_.classes + k;
           const double expected = dz_[static_cast<std::size_t>(at)];
-          compare(tally, "gradient", at, dz.get(dz_at(b, k)), expected,
-                  unit() * dz_bound_[static_cast<std::size_t>(at)] + kept_unit() * std::abs(expected));
+          compare(
+              tally, "gradient", at, dz.get(dz_at(b, k)), expected,
+              unit() * dz_bound_[static_cast<std::size_t>(at)] + kept_unit() * std::abs(expected));
         }
     }
     ++tally.cases;
