@@ -33,8 +33,8 @@ LONGEST := $(addprefix tests/test_,offline_compile.py compiled_code.py sanitizer
     cuda_sanitizers.py cuda_build.py distribution.py gpu_bench.py accuracy_study.py compile.py \
     divergences.py examples.py traps.py distributed.py training.py quality_runs.py)
 
-.PHONY: demo test test-quick test-slow test-all lint lint-if-installed bench bench-quick bench-check accuracy \
-    mutants gpu docs wheels format clean
+.PHONY: demo test test-quick test-slow test-all lint lint-if-installed bench bench-quick \
+    bench-check accuracy mutants gpu docs wheels format clean
 
 demo: $(READY)
 	$(RUN) -m imcl_fast.demo

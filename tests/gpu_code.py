@@ -204,6 +204,18 @@ def ways_through(blocks: list[Block], loops: list[set[int]]) -> list[int]:
     return [own(h) + onward[h] + back[h] for h in head]
 
 
+def described(kernel, args, options, forms: Mapping[str, set[str]]) -> dict[str, Any]:
+    """What code.json has of a kernel that is launched so."""
+    wanted = dict(options)
+    build = {k: wanted.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in wanted}
+    made = triton.compile(offline_compile.source(kernel, args, wanted),
+                          target=offline_compile.TARGETS["sm_90"], options=build)
+    registers = offline_compile.resources(made.asm["ptx"])["registers"]
+    blocks = offline_compile.blocks("sm_90", registers, made.metadata.shared, build["num_warps"])
+    return {"registers": registers, "blocks": blocks, "warps": build["num_warps"],
+            "loops": made_of(made.asm["cubin"], forms)}  # fmt: skip
+
+
 def compiled() -> dict[str, dict[str, Any]]:
     config.processors_of = lambda device: 132
     found = {}
@@ -214,17 +226,7 @@ def compiled() -> dict[str, dict[str, Any]]:
             caught.append((kernel, args, options)))
         calls[case]()
         for kernel, args, options in caught:
-            wanted = dict(options)
-            build = {k: wanted.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
-            made = triton.compile(offline_compile.source(kernel, args, wanted),
-                                  target=offline_compile.TARGETS["sm_90"], options=build)
-            registers = offline_compile.resources(made.asm["ptx"])["registers"]
-            blocks = offline_compile.blocks("sm_90", registers, made.metadata.shared,
-                                            build["num_warps"])
-            found[f"{case}, {kernel.__name__}"] = {
-                "registers": registers, "blocks": blocks, "warps": build["num_warps"],
-                "loops": made_of(made.asm["cubin"], FORMS),
-            }  # fmt: skip
+            found[f"{case}, {kernel.__name__}"] = described(kernel, args, options, FORMS)
     return found | of_consistencies()
 
 
@@ -241,18 +243,9 @@ def of_consistencies() -> dict[str, dict[str, Any]]:
             caught.append((kernel, programs, args, options)))
         offline_compile.consistency_of(*case.sizes, case.row.dtype)
         ((kernel, programs, args, options),) = caught
-        build = {k: options.pop(k) for k in ("num_warps", "maxnreg")}
-        made = triton.compile(offline_compile.source(kernel, args, options),
-                              target=offline_compile.TARGETS["sm_90"], options=build)
-        registers = offline_compile.resources(made.asm["ptx"])["registers"]
-        blocks = offline_compile.blocks("sm_90", registers, made.metadata.shared,
-                                        build["num_warps"])
-        planned = options["C"]
-        found[case.code] = {
-            "registers": registers, "blocks": blocks, "warps": build["num_warps"],
-            "programs": programs, "samples": plain(planned.samples), "block": plain(planned.block),
-            "loops": made_of(made.asm["cubin"], forms),
-        }  # fmt: skip
+        planned = {"programs": programs, "samples": plain(options["C"].samples),
+                   "block": plain(options["C"].block)}  # fmt: skip
+        found[case.code] = planned | described(kernel, args, options, forms)
     return found
 
 

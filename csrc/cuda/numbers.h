@@ -22,15 +22,7 @@ using Acc = typename Accumulated<T>::Type;
 
 // As kept_type() has it.
 template <class T>
-struct KeptType {
-  using Type = T;
-};
-template <>
-struct KeptType<__half> {
-  using Type = float;
-};
-template <class T>
-using Kept = typename KeptType<T>::Type;
+using Kept = std::conditional_t<std::is_same_v<T, __half>, float, T>;
 
 __device__ __forceinline__ float to_acc(float x) { return x; }
 __device__ __forceinline__ double to_acc(double x) { return x; }
