@@ -7,22 +7,26 @@ from typing import NamedTuple
 
 import torch
 
+from .plan import EVERY, Plan
+
 _MOST_WARPS = 8  # of a program: more would leave a thread fewer than 255 registers
 _THREADS_REGISTERS = 2048  # of a processor: as many for a warp's every thread, if it is alone
 _CHUNK_WARPS = 4  # where a program takes the classes in chunks: of 8 fewer fit on a processor
 
 
-class PairwiseConfig(NamedTuple):
-    """Columns a program takes at a time, rows a product sums at a time, stages of loads, warps,
-    a thread's registers."""
+class PassConfig(NamedTuple):
+    """Columns (forward) or rows (backward) that a product sums at a time, stages of loads, warps, a
+    thread's registers."""
 
-    forward_block: int
-    forward_stages: int
-    backward_block: int
-    backward_depth: int
-    backward_stages: int
+    depth: int
+    stages: int
     num_warps: int
     registers: int
+
+
+class PairwiseConfig(NamedTuple):
+    forward: PassConfig
+    backward: PassConfig
 
 
 class ConsistencyConfig(NamedTuple):
@@ -35,21 +39,28 @@ class ConsistencyConfig(NamedTuple):
     registers: int
 
 
-def pairwise_config(dtype: torch.dtype, tensor_cores: bool) -> PairwiseConfig:
-    """What needs no register spilled (test_offline_compile.py, test_compiled_code.py).
+def pairwise_config(
+    dtype: torch.dtype, tensor_cores: bool, center: bool, of: Plan
+) -> PairwiseConfig:
+    """What needs no register spilled (test_offline_compile.py, test_compiled_code.py), and of that
+    what bench/gpu/model.py says is quickest.
 
-    At 128 registers a processor would hold two blocks, but ptxas spills to get there, of
-    centred layers hundreds of bytes; left alone it tries. So it is given them all.
-
-    Eight warps, so that a tile of 64 x 64 takes 16 registers of each thread: its epilogue
-    holds half a dozen of them. Products of float32 without tensor cores keep their
-    operands in registers too, and take them in thinner slices.
+    Four warps do what a tile of 64 x 64 takes besides its products with fewer instructions than
+    eight. Centred rows take registers, and so does code for layers that aren't fast. Products of
+    float32 without tensor cores keep their operands in registers, and take them in thinner slices.
     """
+    lean = of.paths == EVERY and not center
+    bfloat16 = dtype == torch.bfloat16
     if dtype.itemsize == 2:
-        return PairwiseConfig(64, 3, 64, 64, 3, 8, 255)
+        forward = PassConfig(64, 3, 4, 168 if lean else 255)
+        if bfloat16 and not (lean or center):
+            forward = PassConfig(64, 3, 8, 128)
+        return PairwiseConfig(forward, PassConfig(64, 3, 4, 128 if lean and bfloat16 else 168))
     if tensor_cores:
-        return PairwiseConfig(32, 3, 64, 32, 3, 8, 255)
-    return PairwiseConfig(16, 2, 64, 16, 3, 8, 255)
+        return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(32, 3, 4, 255))
+    return PairwiseConfig(
+        PassConfig(16, 2, 8, 128), PassConfig(16, 3, 8, 255 if of.rows_unit else 128)
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,8 +14,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 # How a product of two tiles is made. TF32 holds float16 exactly, with float32's exponents;
-# TF32X3 sums three products of it, and is nearly as good as float32.
-IEEE, TF32, TF32X3, BFLOAT16, FLOAT16 = (tl.constexpr(i) for i in range(5))
+# TF32X3 sums three products of it, and is nearly as good as float32. So are BFLOAT16X3 and TF32X2,
+# whose a is of half a float32's bytes and taken as it is, times the parts of a float32 b.
+IEEE, TF32, TF32X3, BFLOAT16, FLOAT16, BFLOAT16X3, TF32X2 = (tl.constexpr(i) for i in range(7))
 
 
 @triton.jit
@@ -31,6 +32,17 @@ def dot(a, b, sums, PRODUCT: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32")
     elif PRODUCT == TF32X3:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32x3")
+    elif PRODUCT == BFLOAT16X3:
+        first = b.to(tl.bfloat16)
+        b -= first.to(tl.float32)
+        second = b.to(tl.bfloat16)
+        third = (b - second.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(a, third, tl.dot(a, second, tl.dot(a, first, sums)))
+    elif PRODUCT == TF32X2:
+        a = a.to(tl.float32)
+        first = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        sums = tl.dot(a, first, sums, input_precision="tf32")
+        return tl.dot(a, b - first, sums, input_precision="tf32")
     else:
         return tl.dot(a.to(sums.dtype), b.to(sums.dtype), sums, input_precision="ieee")
 

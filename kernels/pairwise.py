@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import numerics
-from .config import PairwiseConfig, pairwise_config
+from .config import PairwiseConfig, PassConfig, pairwise_config
 from .kept import capturing, keep_for_graph, ticket
 from .launch import launch
 from .pairwise_backward import backward_kernel
@@ -34,9 +34,10 @@ class _Group(NamedTuple):
     config: PairwiseConfig
 
     @property
-    def of_plan(self) -> tuple[int, int, int, bool]:
+    def of_plan(self) -> tuple[int, int, int, bool, bool]:
         """What kernels are compiled for of it."""
-        return len(self.xs), self.plan.forms, self.plan.paths, self.plan.rows_unit
+        of = self.plan
+        return len(self.xs), of.forms, of.paths, of.narrow, of.rows_unit
 
 
 def forward(
@@ -78,11 +79,9 @@ def forward(
                 first,
                 programs,
                 len(xs),
-                C=_constants(g.of_plan, g.dtype, penalty, center, keep, g.config.forward_block, 0,
+                C=_constants(g.of_plan, g.dtype, penalty, center, keep, g.config.forward,
                              _gram_product(g.dtype, center, precision), loss_type),
-                num_warps=g.config.num_warps,
-                num_stages=g.config.forward_stages,
-                maxnreg=g.config.registers,
+                **_built(g.config.forward),
             )
         first += g.plan.forward
     return loss, state if keep else []
@@ -113,13 +112,20 @@ def backward(
             kept,
             grad,
             len(xs),
-            C=_constants(g.of_plan, g.dtype, penalty, center, True, g.config.backward_block,
-                         g.config.backward_depth, _gradient_product(g.dtype, precision), None),
-            num_warps=g.config.num_warps,
-            num_stages=g.config.backward_stages,
-            maxnreg=g.config.registers,
+            C=_constants(g.of_plan, g.dtype, penalty, center, True, g.config.backward,
+                         _gradient_product(g.dtype, precision), None),
+            **_built(g.config.backward),
         )
     return gradients
+
+
+def _built(config: PassConfig) -> dict[str, int]:
+    """The compiler's options."""
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.stages,
+        "maxnreg": config.registers,
+    }
 
 
 _TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -127,32 +133,31 @@ _TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 @functools.lru_cache(maxsize=256)
 def _constants(
-    of_plan: tuple[int, int, int, bool],
+    of_plan: tuple[int, int, int, bool, bool],
     dtype: torch.dtype,
     penalty: int,
     center: bool,
     keep: bool,
-    block: int,
-    depth: int,
+    config: PassConfig,
     product: tl.constexpr,
     loss: torch.dtype | None,
 ) -> PairwiseConstants:
-    layers, forms, paths, rows_unit = of_plan
+    layers, forms, paths, narrow, rows_unit = of_plan
     accumulation = _accumulation(dtype)
     return PairwiseConstants.of(
         layers=layers,
         padded=triton.next_power_of_2(layers),
         forms=forms,
         paths=paths,
+        narrow=narrow,
         penalty=penalty,
         center=center,
         keep=keep,
         fast=BY_ROWS if rows_unit else BY_COLUMNS,
         vector=16 // dtype.itemsize,
-        block=block,
-        depth=depth,
+        depth=config.depth,
         product=product,
-        form_product=_form_product(dtype),
+        form_product=_form_product(dtype, center),
         acc=_TRITON[accumulation],
         loss=_TRITON[loss or accumulation],
     )
@@ -171,12 +176,10 @@ def _groups(
     groups = []
     for dtype, members in indices.items():
         mine = tuple(xs[i] for i in members)
-        config = pairwise_config(dtype, _gradient_product(dtype, precision) != numerics.IEEE)
         layers = tuple(layer_of(x) for x in mine)
-        geometry = plan(
-            layers, dtype.itemsize, penalty, center, batched, config.backward_block,
-            mine[0].device,
-        )
+        geometry = plan(layers, dtype.itemsize, penalty, center, batched, mine[0].device)
+        on_tensor_cores = _gradient_product(dtype, precision) != numerics.IEEE
+        config = pairwise_config(dtype, on_tensor_cores, center, geometry)
         if capturing(mine[0].device):
             keep_for_graph(geometry.table)
         groups.append(_Group(dtype, members, mine, geometry, config))
@@ -202,6 +205,10 @@ def _gradient_product(dtype: torch.dtype, precision: int) -> tl.constexpr:
     return numerics.BFLOAT16 if dtype == torch.bfloat16 else numerics.IEEE
 
 
-def _form_product(dtype: torch.dtype) -> tl.constexpr:
+def _form_product(dtype: torch.dtype, center: bool) -> tl.constexpr:
     """Of the dual form, which subtracts nearly equal numbers: nothing much coarser than float32."""
-    return numerics.TF32X3 if dtype.itemsize == 2 else numerics.IEEE
+    if dtype.itemsize > 2:
+        return numerics.IEEE
+    if center:
+        return numerics.TF32X3
+    return numerics.BFLOAT16X3 if dtype == torch.bfloat16 else numerics.TF32X2

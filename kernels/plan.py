@@ -17,7 +17,7 @@ from ..algebra.pairwise import SIGNED, is_dual
 from .kept import on_device
 
 TILE = 64  # edge of a tile of the Gram matrix, in both GPU backends
-ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on whole rows
+ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on whole rows, unless narrow
 
 # The record of a layer in the geometry table, int64 each.
 (
@@ -87,6 +87,7 @@ class Plan(NamedTuple):
     rows_unit: bool  # whether the fast layers have unit stride in their rows (channels_last)
     forms: int  # NONE, SOME or EVERY of the layers work over rows
     paths: int  # the same of fast ones
+    narrow: bool  # whether all that do have rows of a single tile
     state: int  # elements of the state
     forward: int  # programs in all
     backward: int
@@ -103,7 +104,6 @@ def plan(
     penalty: int,
     center: bool,
     batched: bool,
-    block_columns: int,
     device: torch.device,
 ) -> Plan:
     """The plan of layers of one dtype; kept, so that a step uploads nothing after the first.
@@ -116,16 +116,21 @@ def plan(
     by_columns = sum(math.prod(v.layer.shape) for v in views if _is_fast(v, vector, False))
     rows_unit = by_rows > by_columns
 
+    over_rows = [penalty == SIGNED or is_dual(penalty, v.n, v.d) for v in views]
+    # Products of whole tiles need tensor cores: without, their operands would be spilled.
+    narrow = itemsize == 2 and all(
+        v.d <= TILE for v, over in zip(views, over_rows, strict=True) if over
+    )
+
     records: list[list[int]] = []
     offsets: list[int] = []
     first_offset = len(layers) * (2 + FIELDS)
     starts: tuple[list[int], list[int]] = ([], [])
     state = forward = backward = 0
-    for v in views:
+    for v, over in zip(views, over_rows, strict=True):
         record = [0] * FIELDS
-        dual = is_dual(penalty, v.n, v.d)
         record[BATCH], record[ROWS], record[COLUMNS] = v.batch, v.n, v.d
-        record[OVER_ROWS] = dual or penalty == SIGNED
+        record[OVER_ROWS] = over
         record[FAST] = _is_fast(v, vector, rows_unit)
         record[X_BATCH], record[X_ROW] = v.x_batch, v.x_row
         record[DX_BATCH], record[DX_ROW] = v.dx_batch, v.dx_row
@@ -138,15 +143,13 @@ def plan(
             offsets += _offsets([(c.size, c.dx) for c in v.columns])
         record[STATE], record[STATE_SIZE] = state, state_size(penalty, center, v.n, v.d)
         row_tiles, column_tiles = divide_up(v.n, TILE), divide_up(v.d, TILE)
-        row_blocks = divide_up(v.n, ROW_BLOCK)
-        if penalty == SIGNED:
-            record[FORWARD], record[BACKWARD] = column_tiles, row_blocks
-        elif dual:
-            record[FORWARD] = column_tiles * (column_tiles + 1) // 2
-            record[BACKWARD] = row_blocks
+        if over:
+            every = penalty != SIGNED  # pair of tiles of columns
+            record[FORWARD] = column_tiles * (column_tiles + 1) // 2 if every else column_tiles
+            record[BACKWARD] = row_tiles if narrow else divide_up(v.n, ROW_BLOCK)
         else:
             record[FORWARD] = row_tiles * (row_tiles + 1) // 2
-            record[BACKWARD] = row_tiles * divide_up(v.d, block_columns)
+            record[BACKWARD] = row_tiles * column_tiles
         if v.d == 0:
             record[FORWARD] = record[BACKWARD] = 0
         starts[0].append(forward)
@@ -159,7 +162,7 @@ def plan(
     table = on_device(torch.tensor(flat, dtype=torch.int64, device="cpu"), device)
     working = [record for record in records if record[FORWARD]]
     forms, paths = (_how_many(working, field) for field in (OVER_ROWS, FAST))
-    return Plan(table, rows_unit, forms, paths, state, forward, backward)
+    return Plan(table, rows_unit, forms, paths, narrow, state, forward, backward)
 
 
 def _how_many(records: Sequence[Sequence[int]], field: int) -> int:
