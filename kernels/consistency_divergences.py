@@ -84,8 +84,8 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
                 head += of_h[1]
                 as_one = _parts(log_p, p, log_q, q, numbers.beta, DIVERGENCE)
                 teacher += times(numbers.kl[i], as_one[2])
-        part: tl.constexpr = 1.0 / (N - 1)  # a variable would be float32
-        return value * part, head * part, teacher * part, p, p
+        average: tl.constexpr = 1.0 / (N - 1)  # a variable would be float32
+        return value * average, head * average, teacher * average, p, p
     else:
         u = padded(teacher_of(tile.z, H, TEACHER), tile.inside)
         share = teacher_share(numbers.inverse_t, N, TEACHER)

@@ -121,7 +121,7 @@ def pairwise_noise(
     limit = torch.full_like(raw, eps)
     if center:
         rows = rows - rows.mean(-1, keepdim=True)
-        limit = (reference.CENTERED_DEAD_RATIO * raw).clamp(min=eps)
+        limit = (reference.CENTRED_DEAD_RATIO * raw).clamp(min=eps)
     norm = rows.norm(dim=-1)
     live = norm > limit
     inverse = torch.where(live, 1 / norm, 0.0)

@@ -195,9 +195,9 @@ class Lanes {
   }
   Acc* z_of(int64_t h, int64_t k) const { return z_ + (h * classes_ + k) * pitch_; }
   IMCL_INLINE V z(int64_t h, int64_t k) const { return load(z_of(h, k) + at_); }
-  IMCL_INLINE V centred(int64_t h, int64_t k) const { return z(h, k) - heads_[h].shift; }
+  IMCL_INLINE V shifted(int64_t h, int64_t k) const { return z(h, k) - heads_[h].shift; }
   IMCL_INLINE V log_p(int64_t h, int64_t k) const {
-    return centred(h, k) * splat(inverse_t_) - heads_[h].log_tempered;
+    return shifted(h, k) * splat(inverse_t_) - heads_[h].log_tempered;
   }
   static V finite(V x) { return max_vector(splat(std::numeric_limits<Acc>::lowest()), x); }
 
@@ -315,9 +315,9 @@ class Lanes {
     state.tempered = tempered;
     state.log_tempered = kl_ ? log_of(tempered) : V{};
     state.kl = state.toward = state.label_logit = V{};
-    const V share = splat(static_cast<Acc>(1.0 / static_cast<double>(classes_)));
+    const V of_class = splat(static_cast<Acc>(1.0 / static_cast<double>(classes_)));
     for (int64_t k = 0; summed_ && k < classes_; ++k) {
-      const V y = soft_ ? load(y_ + k * pitch_ + at_) : share;
+      const V y = soft_ ? load(y_ + k * pitch_ + at_) : of_class;
       state.label_logit += unless_0(y, y * this->z(h, k));
     }
   }
@@ -326,12 +326,12 @@ class Lanes {
   void sum_teacher(int64_t h) {
     V *t = t_ + h * classes_, *q = teacher_ + h * classes_;
     const double averaged = static_cast<double>(own_teacher_ ? n_ - 1 : n_);
-    const V share = splat(static_cast<Acc>(1 / (group_.temperature * averaged)));
+    const V teacher_share = splat(static_cast<Acc>(1 / (group_.temperature * averaged)));
     V max = splat(kMasked<Acc>), sum = {};
     const int64_t classes = classes_, pitch = pitch_, head = classes * pitch, n = n_;
     const int64_t left_out = own_teacher_ ? h : -1;
     const bool final = group_.teacher == Teacher::kFinal;
-    const V factor = final ? splat(inverse_t_) : share;
+    const V factor = final ? splat(inverse_t_) : teacher_share;
     for (int64_t k = 0; k < classes; ++k) {
       const Acc* z = z_ + k * pitch + at_;
       V x = {};

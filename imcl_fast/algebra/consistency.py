@@ -54,7 +54,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss () or of the samples' sizes, terms (2, H), and with ``keep`` the gradient of every
-    block of logits, in their ``kept_dtype``.
+    stack of logits, in their ``kept_dtype``.
 
     Binary logits have one class: that of a second is 0. Of a mixture, whose temperature is 1,
     ``beta`` is the label's part and the heads' are in proportion to their ``kl_weight``; the terms
@@ -259,7 +259,7 @@ def _column(weights: Sequence[float], z: Tensor) -> Tensor:
 
 def _stack(logits: Sequence[Tensor], binary: bool) -> Tensor:
     """All heads as one [H, B, K] in the accumulation dtype, masked classes -inf."""
-    z = torch.cat([block if block.dim() > 2 else block.unsqueeze(0) for block in logits])
+    z = torch.cat([stack if stack.dim() > 2 else stack.unsqueeze(0) for stack in logits])
     z = z.flatten(1, -2)
     masked = z <= torch.finfo(z.dtype).min
     z = z if z.dtype == torch.float64 else z.float()
@@ -274,8 +274,8 @@ def kept_dtype(logits: torch.dtype) -> torch.dtype:
 
 
 def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
-    sizes = [len(block) if block.dim() > 2 else 1 for block in logits]
+    sizes = [len(stack) if stack.dim() > 2 else 1 for stack in logits]
     return [
-        torch.empty_like(block, dtype=kept_dtype(block.dtype)).copy_(part.reshape(block.shape))
-        for part, block in zip(dz.split(sizes), logits, strict=True)
+        torch.empty_like(stack, dtype=kept_dtype(stack.dtype)).copy_(part.reshape(stack.shape))
+        for part, stack in zip(dz.split(sizes), logits, strict=True)
     ]

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import CENTERED_DEAD_RATIO, as_matrices
+from ..reference import CENTRED_DEAD_RATIO, as_matrices
 
 SQUARE, ABS, SIGNED = range(3)
 
@@ -124,7 +124,7 @@ def _rows_and_inverse_norms(
     raw = norm = torch.linalg.vector_norm(rows, dim=-1)  # [B, N]
     if center:
         raw = torch.linalg.vector_norm(_rows(x, False, batched), dim=-1)
-        limit = torch.clamp(CENTERED_DEAD_RATIO * raw, min=eps)
+        limit = torch.clamp(CENTRED_DEAD_RATIO * raw, min=eps)
     inverse = torch.where(norm <= limit, torch.zeros_like(norm), 1 / norm)
     return rows, inverse.masked_fill(~raw.isfinite(), torch.nan)
 
