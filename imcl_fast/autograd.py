@@ -83,7 +83,7 @@ class CollaborativeConsistency(Function):
         overwrite = _is_last_use(grad)
         with _without_grad():
             scaled = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
-            dz = _as_blocks(scaled, logits)
+            dz = _as_stacks(scaled, logits)
         dz = _first_order_only(dz, [grad, *logits])
         return *[None] * 5, *_needed(dz, ctx.needs_input_grad[5:])
 
@@ -137,7 +137,7 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, overwrite: bool
     return (gradient * scale).to(dtype)
 
 
-def _as_blocks(gradients: list[Tensor], logits: Sequence[Tensor]) -> Sequence[Tensor]:
+def _as_stacks(gradients: list[Tensor], logits: Sequence[Tensor]) -> Sequence[Tensor]:
     """Gradients shaped like the logits, from one for each or one (H, B, K) of all heads."""
     if len(gradients) == len(logits) and gradients[0].shape == logits[0].shape:
         return gradients

@@ -1,7 +1,7 @@
 """Device functions of the consistency by other divergences than KL, on tiles of logits.
 
-Tiles, states and units are those of consistency_tiles.py; the formulas, of what ``value``, ``head``
-and ``teacher`` are, stand in algebra/divergences.py. Of them all but a teacher's -p are in units
+Tiles, states and units are those of consistency_tiles.py; what ``value``, ``head`` and ``teacher``
+are stands in docs/math.md, "Other divergences". Of them all but a teacher's -p are in units
 of log 2 until they are multiplied with it.
 
 ``sums`` of a head are those over the classes seen so far of its value, head and teacher, each [S].

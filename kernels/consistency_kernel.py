@@ -1,20 +1,13 @@
 """The collaborative consistency, value and gradient, of all heads in one launch.
 
-loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h/T), and
+loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h/T), q_h = softmax(t_h)
+dz_h = ce_h (softmax(z_h) sum(y) - y) + kl_h T (p_h - q_h)
 
-others    q_h = softmax(t_h), t_h = sum_{j != h} z_j/(T (n - 1))
-mean      q_h = softmax(t), t = sum_j z_j/(T n)
-final     q_h = p_n, and no KL for head n itself
-pairwise  the mean of KL(p_j || p_h) over j != h; with P = sum_j p_j and
-          Q = sum_j p_j log p_j it is sum_k (Q - P log p_h)/(n - 1)
-
-dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached,
-T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
-
-Labels y are an index, smoothed or not, or soft: a tile of any numbers, class weights included;
-then it is ce_h (softmax(z_h) sum(y) - y). Other divergences than KL, and mixtures of the label
-and the heads, are in consistency_divergences.py. Of BINARY logits there is one class in memory;
-the logit of the other is 0.
+with t_h, what teachers learn that aren't detached, and P and Q of pairwise ones as in docs/math.md,
+"Collaborative consistency". Labels y are an index, smoothed or not, or soft: a tile of any numbers,
+class weights included. Other divergences than KL, and mixtures of the label and the heads, are in
+consistency_divergences.py. Of BINARY logits there is one class in memory; the logit of the other
+is 0.
 
 A program takes some samples at a time, of each all heads, group by group. Classes that
 fit into registers are read once. More are taken in chunks, maxima and sums running along

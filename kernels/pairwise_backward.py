@@ -1,13 +1,13 @@
 """The pairwise cosine penalty, backward, of the matrices of all layers in one launch.
 
 primal  dX = A X, one program for 64 rows and BLOCK columns; A_ij lies in the state, and
-        A_ii is the sum of what the tiles of row i left there
+        A_ii is minus the sum of what the tiles of row i left there
 dual    dx_i = 4k/n_i (y_i - <y_i, u_i> u_i),  y_i = u_i M,  u_i = x_i/n_i
 signed  dx_i = 2k/n_i (s - <s, u_i> u_i)
         one program for 32 rows: <y_i, u_i> takes all columns
 
 all times the incoming gradient, which is read where it lies. Row means are subtracted
-while loading; nothing else comes of centring, because A 1 = 0 for centred rows as well.
+while loading; nothing else comes of centring (docs/math.md, "Centred rows").
 """
 
 from __future__ import annotations

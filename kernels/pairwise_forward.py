@@ -11,9 +11,8 @@ dual    M = U^T U, u_i = x_i/n_i, one program for each tile of M;
 signed  s = sum_i u_i, one program for each 64 columns; sum_{i != j} c = |s|^2 - N_live
 
 The norms come from the very values the products are made of, so X is read once per tile.
-Centred rows are shifted by the mean a of their first columns while loading, whatever it
-is, and what is left is corrected: G_c = G_a - D (m - a)(m - a)^T. The correction takes
-away D (m - a)^2 <= D/d |x_c|^2, d the number of those columns, so little cancels.
+Centred rows are shifted by the mean a of their first columns while loading, and what is left is
+corrected (docs/math.md, "Centred rows"): G_c = G_a - D (m - a)(m - a)^T.
 """
 
 from __future__ import annotations

@@ -1,18 +1,11 @@
 // Collaborative consistency of one sample, value and gradient, compiled once per ISA.
 //
-// loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h / T), and
+// loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h/T), q_h = softmax(t_h)
+// dz_h = ce_h (softmax(z_h) sum(y) - y) + kl_h T (p_h - q_h)
 //
-// others   q_h = softmax(t_h), t_h = sum_{j != h} z_j / (T (n - 1))
-// mean     q_h = softmax(t),   t = sum_j z_j / (T n)
-// final    q_h = p_n, and no KL for head n itself
-// pairwise KL is the mean of KL(p_j || p_h) over j != h; with P = sum_j p_j and
-//          Q = sum_j p_j log p_j it is sum_k (Q - P log p_h) / (n - 1): O(n K)
-//
-// dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
-// T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
-//
-// Labels y are an index, smoothed or not, or soft: any number for each class, class weights
-// included. Then it is ce_h (softmax(z_h) sum(y) - y).
+// with t_h, what teachers learn that aren't detached, and P, Q, V and W of pairwise ones as in
+// docs/math.md, "Collaborative consistency". Labels y are an index, smoothed or not, or soft: any
+// number for each class, class weights included.
 //
 // The classes are taken in chunks of all heads of a group together, maxima and sums running
 // along (online softmax). Up to some thousand classes that is one chunk: the logits are read
@@ -341,7 +334,7 @@ class Work {
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
     Acc log_teacher = 0, inverse_teacher = 0, inverse_tempered = 0;  // of another divergence
     double head_parts = 0, teacher_parts = 0;  // sums of those of another divergence
-    double toward = 0;  // pairwise: sum_k p_h (W log p_h - L), W = sum_j kl_j, L = sum kl_j log p_j
+    double toward = 0;  // pairwise: sum_k p_h (W log p_h - V), see docs/math.md
     Acc teacher_max = 0;
   };
 

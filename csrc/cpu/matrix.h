@@ -89,7 +89,7 @@ Acc inverse_norm(Acc square, Acc mean, int64_t columns, const PairwiseSettings& 
 }
 
 // Asks for x in the order it lies in, where it is dense and fits the second-level cache: the
-// packs that follow read it in strips that the hardware doesn't foresee.
+// packs that follow read it in pieces that the hardware doesn't foresee.
 template <class T>
 void prefetch(const Matrix<T>& x) {
   constexpr int64_t kLine = 64, kCache = 512 * 1024;

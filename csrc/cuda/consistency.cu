@@ -1,21 +1,14 @@
 // Collaborative consistency, value and gradient, in one launch.
 //
-// loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h / T), and
+// loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h/T), q_h = softmax(t_h)
+// dz_h = ce_h (softmax(z_h) sum(y) - y) + kl_h T (p_h - q_h)
 //
-// others   q_h = softmax(t_h), t_h = sum_{j != h} z_j / (T (n - 1))
-// mean     q_h = softmax(t),   t = sum_j z_j / (T n)
-// final    q_h = p_n, and no KL for head n itself
-// pairwise KL is the mean of KL(p_j || p_h) over j != h; with P = sum_j p_j and
-//          Q = sum_j p_j log p_j it is sum_k (Q - P log p_h) / (n - 1): O(n K)
-//
-// dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
-// T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
+// with t_h, what teachers learn that aren't detached, and P, Q, V and W of pairwise ones as in
+// docs/math.md, "Collaborative consistency". Labels y are an index, smoothed or not, or soft: any
+// number for each class, class weights included.
 //
 // Other divergences, of the same teachers, stand in consistency_divergences.h; a mixture has none:
 // it is ce_h KL(y || m) + kl_h KL(p_h || m), m = beta y + (1 - beta) sum_h kl_h p_h / sum_h kl_h.
-//
-// Labels y are an index, smoothed or not, or soft: any number for each class, class weights
-// included. Then it is ce_h (softmax(z_h) sum(y) - y).
 //
 // A team of threads, a warp or a block, takes a sample at a time, and the groups of heads in
 // turn. It takes the classes in chunks of all heads of the group together, read once into

@@ -8,7 +8,7 @@
 //         one block for some tiles of 64 rows, one after the other
 //
 // all times the incoming gradient, which is read where it lies. Row means are taken off while
-// loading; nothing else comes of centring, because A 1 = 0 for centred rows as well.
+// loading; nothing else comes of centring (docs/math.md, "Centred rows").
 //
 // Both products are Y^T = S Z for a symmetric S, of 64 p by 64 q: primal p are rows and q
 // columns, dual the other way round, and Z (k, q) is X with its axes named alike.

@@ -10,11 +10,10 @@
 // signed  s = sum_i x_i/n_i;             loss k (|s|^2 - N_live)
 //         one block for 64 elements of s
 //
-// A row is centred in the primal form by taking off, while loading, the mean a of its first
-// columns, whatever that is, and the rest later: for x less a, of sums s_i,
-// G_ij - s_i s_j/D is the Gram matrix of the centred rows. What is subtracted there is at most
-// D/16 times n_i n_j, and nothing for a constant row. The other forms, which need the norms
-// before the product, centre 64 rows at a time, in two passes.
+// The primal form centres a row by a guess at its mean, taken off while loading, and makes up for
+// the rest later (docs/math.md, "Centred rows"): for x less a, of sums s_i, G_ij - s_i s_j/D is the
+// Gram matrix of the centred rows. The other forms, which need the norms before the product,
+// centre 64 rows at a time, in two passes.
 #include "product.h"
 #include "reduction.h"
 

@@ -1,17 +1,9 @@
 """Collaborative consistency with its closed-form gradient, in plain PyTorch.
 
-``loss_h = ce_weight_h CE(z_h, y) + kl_weight_h T^2 KL(q_h || p_h)`` with
-p_h = softmax(z_h/T). For detached teachers
-
-``dz_h = ce_weight_h (softmax(z_h) - y)/B + kl_weight_h T (p_h - q_h)/B``.
-
-Of labels y of any sum, or times class weights, it is ``softmax(z_h) sum(y) - y``. The other
-divergences are in ``divergences``.
-
-Pairwise consistency is linear in the number of heads: with P = sum_j p_j and
-Q = sum_j p_j log p_j, ``sum_{j != h} KL(p_j || p_h) = sum_k Q - P log p_h``.
-A teacher that is not detached adds ``T q (log q - log p - KL)`` to its own
-logits, shared out the way they were averaged.
+``loss = sum_h ce_weight_h CE(z_h, y) + kl_weight_h T^2 KL(q_h || p_h)``, p_h = softmax(z_h/T), and
+``dz_h = ce_weight_h (softmax(z_h) sum(y) - y)/B + kl_weight_h T (p_h - q_h)/B`` for a mean over B
+samples: docs/math.md, "Collaborative consistency", has the teachers q_h, what those learn that
+aren't detached, and pairs in linear time. The other divergences are in ``divergences``.
 
 The logit of a masked class is -inf: what is multiplied with its probability of 0 is left
 out of sums of p log p.

@@ -5,15 +5,14 @@ and ``penalty = k sum_{i != j} phi(c_ij)``, k = 1/(L B N(N-1)) for one of B
 matrices of one of L layers:
 
 primal  G = X X^T;                      dX = A X,
-        A_ij = s k phi'(c_ij)/(n_i n_j), A_ii = -s k sum_j phi'(c_ij) c_ij/n_i^2, s = 2
-        (square: 4k c, abs: 2k sign c)
+        A_ij = 2k phi'(c_ij)/(n_i n_j), A_ii = -2k sum_j phi'(c_ij) c_ij/n_i^2
 dual    M = X^T diag(1/n^2) X;          sum_{i != j} c^2 = |M|^2 - N_live,
         dx_i = 4k/n_i^2 (x_i M - (x_i M x_i^T/n_i^2) x_i)
 signed  s = sum_i x_i/n_i;              sum_{i != j} c = |s|^2 - N_live,
         dx_i = 2k/n_i (s - <s, x_i/n_i> x_i/n_i)
 
-A centred matrix is X minus its row means; its gradient needs no correction,
-because A X_c and the other forms already have zero row sums.
+A centred matrix is X minus its row means; its gradient needs no correction (docs/math.md, "Centred
+rows").
 """
 
 from __future__ import annotations
