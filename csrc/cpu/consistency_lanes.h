@@ -20,9 +20,9 @@ namespace imcl {
 inline namespace IMCL_ISA {
 namespace {
 
-// Values of strided samples, to and from [class][sample] columns of `pitch` samples.
+// Values of strided samples, to and from [class][sample], `pitch` samples to a class.
 template <class T>
-struct Columns {
+struct ClassMajor {
   using Acc = AccOf<T>;
   static constexpr int width = kLanes<Acc>;
 
@@ -145,12 +145,12 @@ class Lanes {
     for (int64_t h = 0; h < n_; ++h) {
       const Head& from = head(h);
       locate(from.z_sample);
-      columns<T>(from.z_class, given_).read(static_cast<const T*>(from.z), z_of(h, 0));
+      class_major<T>(from.z_class, given_).read(static_cast<const T*>(from.z), z_of(h, 0));
       if (given_ < classes_) std::fill_n(z_of(h, given_), pitch_, Acc(0));
     }
     if (soft_ && labels_.probabilities) {
       locate(labels_.probability_sample);
-      columns<Acc>(labels_.probability_class, classes_)
+      class_major<Acc>(labels_.probability_class, classes_)
           .read(static_cast<const Acc*>(labels_.probabilities), y_);
     }
     if (labels_.target) {
@@ -170,7 +170,7 @@ class Lanes {
     for (int64_t h = 0; gradient_ && h < n_; ++h) {
       const Head& to = head(h);
       locate(to.dz_sample);
-      columns<T>(to.dz_class, given_).write(z_of(h, 0), static_cast<KeptOf<T>*>(to.dz));
+      class_major<T>(to.dz_class, given_).write(z_of(h, 0), static_cast<KeptOf<T>*>(to.dz));
     }
   }
 
@@ -209,7 +209,7 @@ class Lanes {
     }
   }
   template <class From>
-  Columns<From> columns(int64_t class_stride, int64_t classes) const {
+  ClassMajor<From> class_major(int64_t class_stride, int64_t classes) const {
     return {offsets_, count_, class_stride, classes, pitch_};
   }
 
