@@ -102,7 +102,7 @@ class Collapse {
   std::vector<bool> together_;
 };
 
-// The heads of all blocks (B, K) or (h, *samples, K), and of their gradients unless those are
+// The heads of all stacks (B, K) or (h, *samples, K), and of their gradients unless those are
 // null.
 std::vector<Head> heads_of(const std::vector<Tensor>& logits, const Gradients* gradients,
                            const Collapse& collapse, const std::vector<double>& ce_weight,

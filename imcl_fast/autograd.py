@@ -70,20 +70,20 @@ class CollaborativeConsistency(Function):
         )
         ctx.mark_non_differentiable(terms)
         ctx.save_for_backward(*logits, *gradients)
-        ctx.blocks = len(logits)
+        ctx.stacks = len(logits)
         return loss, terms
 
     @staticmethod
     def backward(ctx, grad: Tensor, _terms):
         saved = ctx.saved_tensors
-        logits, gradients = saved[: ctx.blocks], saved[ctx.blocks :]
+        logits, gradients = saved[: ctx.stacks], saved[ctx.stacks :]
         # (*samples, 1), or one number: without a dimension a GPU would round it to bfloat16 first,
         # and with one the CPU would make float32 of the gradient.
         scale = grad if grad.dim() == 0 and grad.device.type == "cpu" else grad.unsqueeze(-1)
         overwrite = _is_last_use(grad)
         with _without_grad():
             scaled = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
-            dz = _as_blocks(scaled, logits)
+            dz = _as_stacks(scaled, logits)
         dz = _first_order_only(dz, [grad, *logits])
         return *[None] * 5, *_needed(dz, ctx.needs_input_grad[5:])
 
@@ -137,21 +137,21 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, overwrite: bool
     return (gradient * scale).to(dtype)
 
 
-def _as_blocks(gradients: list[Tensor], logits: Sequence[Tensor]) -> Sequence[Tensor]:
+def _as_stacks(gradients: list[Tensor], logits: Sequence[Tensor]) -> Sequence[Tensor]:
     """Gradients shaped like the logits, from one for each or one (H, B, K) of all heads."""
     if len(gradients) == len(logits) and gradients[0].shape == logits[0].shape:
         return gradients
-    if all(block.dim() == 2 for block in logits):
+    if all(stack.dim() == 2 for stack in logits):
         return gradients[0].unbind()
-    stacked, first, blocks = gradients[0], 0, []
+    stacked, first, stacks = gradients[0], 0, []
     for z in logits:
         if z.dim() > 2:
-            blocks.append(stacked.narrow(0, first, len(z)))
+            stacks.append(stacked.narrow(0, first, len(z)))
             first += len(z)
         else:
-            blocks.append(stacked[first])
+            stacks.append(stacked[first])
             first += 1
-    return blocks
+    return stacks
 
 
 class _FirstOrderOnly(Function):

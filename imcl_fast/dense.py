@@ -15,13 +15,13 @@ from torch import Tensor
 RANKS = "(B, K), (h, B, K), or dense: (B, K, *spatial) or (B, *tokens, K)"
 
 
-def samples(block: Tensor) -> torch.Size:
+def samples(stack: Tensor) -> torch.Size:
     """The sizes of the samples of logits (B, K) or (h, *samples, K)."""
-    return block.shape[:-1] if block.dim() == 2 else block.shape[1:-1]
+    return stack.shape[:-1] if stack.dim() == 2 else stack.shape[1:-1]
 
 
 def classes_last(
-    blocks: list[Tensor], target: Any, class_dim: int | None
+    stacks: list[Tensor], target: Any, class_dim: int | None
 ) -> tuple[list[Tensor], Any]:
     """Logits, and probabilities, with the classes in their last dimension; no data is moved.
 
@@ -29,31 +29,31 @@ def classes_last(
     """
     if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
         raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
-    blocks, target = _classes_last(blocks, target, class_dim)
-    expected = (*samples(blocks[0]), blocks[0].shape[-1])
-    for i, block in enumerate(blocks):
-        if (*samples(block), block.shape[-1]) != expected:
+    stacks, target = _classes_last(stacks, target, class_dim)
+    expected = (*samples(stacks[0]), stacks[0].shape[-1])
+    for i, stack in enumerate(stacks):
+        if (*samples(stack), stack.shape[-1]) != expected:
             raise ValueError(
                 f"logits[{i}]: expected {expected} in its last dimensions, as logits[0], got shape "
-                f"{tuple(block.shape)}"
+                f"{tuple(stack.shape)}"
             )
-    return blocks, target
+    return stacks, target
 
 
 def _classes_last(
-    blocks: list[Tensor], target: Any, class_dim: int | None
+    stacks: list[Tensor], target: Any, class_dim: int | None
 ) -> tuple[list[Tensor], Any]:
     if not isinstance(target, Tensor):
         if class_dim is None:
-            _plain(blocks, "without a target; say where the classes are by class_dim")
-            return blocks, target
-        axes = blocks[0].dim() - 1
+            _plain(stacks, "without a target; say where the classes are by class_dim")
+            return stacks, target
+        axes = stacks[0].dim() - 1
     else:
         axes = target.dim() - target.is_floating_point()
-    if axes < 2 or any(block.dim() not in (axes + 1, axes + 2) for block in blocks):
-        _plain(blocks, "with such a target" if isinstance(target, Tensor) else "of several ranks")
-        return blocks, target
-    shapes = [block.shape[-axes - 1 :] for block in blocks]  # without heads
+    if axes < 2 or any(stack.dim() not in (axes + 1, axes + 2) for stack in stacks):
+        _plain(stacks, "with such a target" if isinstance(target, Tensor) else "of several ranks")
+        return stacks, target
+    shapes = [stack.shape[-axes - 1 :] for stack in stacks]  # without heads
     for i, shape in enumerate(shapes):
         if shape != shapes[0] and len(shape) > 3:
             raise ValueError(
@@ -62,14 +62,14 @@ def _classes_last(
     if isinstance(target, Tensor):
         class_dim = _told(shapes, target, class_dim)
         if class_dim is None:
-            _plain(blocks, f"with a target of shape {tuple(target.shape)}")
-            return blocks, target
-    blocks = [block if block.dim() == axes + 2 else block.unsqueeze(0) for block in blocks]
+            _plain(stacks, f"with a target of shape {tuple(target.shape)}")
+            return stacks, target
+    stacks = [stack if stack.dim() == axes + 2 else stack.unsqueeze(0) for stack in stacks]
     if class_dim == -1:
-        return blocks, target
+        return stacks, target
     if isinstance(target, Tensor) and target.is_floating_point():
         target = target.movedim(1, -1)
-    return [block.movedim(2, -1) for block in blocks], target
+    return [stack.movedim(2, -1) for stack in stacks], target
 
 
 def _told(shapes: Sequence[torch.Size], target: Tensor, class_dim: int | None) -> int | None:
@@ -97,11 +97,11 @@ def _told(shapes: Sequence[torch.Size], target: Tensor, class_dim: int | None) -
     return 1 if fits[1] else -1 if fits[-1] else None
 
 
-def _plain(blocks: Sequence[Tensor], why: str) -> None:
-    for i, block in enumerate(blocks):
-        if block.dim() > 3:
+def _plain(stacks: Sequence[Tensor], why: str) -> None:
+    for i, stack in enumerate(stacks):
+        if stack.dim() > 3:
             raise ValueError(
                 f"logits: expected (B, K) or (h, B, K) {why}; or (B, K, *spatial) with a target "
                 f"(B, *spatial), or (B, *tokens, K) with one of (B, *tokens); got shape "
-                f"{tuple(block.shape)}{f' at {i}' if i else ''}"
+                f"{tuple(stack.shape)}{f' at {i}' if i else ''}"
             )

@@ -269,7 +269,7 @@ def collaborative_consistency(
 
     Args:
         logits: a sequence of (B, K), or one (H, B, K); entries of a sequence may also
-            be (h, B, K) blocks of heads. float16, bfloat16, float32 or float64;
+            be (h, B, K) stacks of heads. float16, bfloat16, float32 or float64;
             mixed dtypes are promoted. Dense outputs may be (B, K, \*spatial), as PyTorch
             has them, or (B, \*tokens, K), and either with heads in front; every pixel, or
             token, is a sample then, and they are read as they lie.
@@ -337,10 +337,10 @@ def collaborative_consistency(
     """
     ignore_index = validation.integer("ignore_index", ignore_index)
     sigmoid = validation.choice("activation", activation, ACTIVATIONS) == 1
-    blocks, target, sample_weight, heads = _checked(
+    stacks, target, sample_weight, heads = _checked(
         logits, target, sample_weight, ignore_index, class_dim, sigmoid
     )
-    weight = validation.weights("weight", weight, blocks[0].shape[-1:], blocks)
+    weight = validation.weights("weight", weight, stacks[0].shape[-1:], stacks)
     options = _consistency_options(
         heads,
         temperature=temperature,
@@ -356,7 +356,7 @@ def collaborative_consistency(
         beta=beta,
         binary=sigmoid,
     )
-    loss, terms = _consistency(blocks, target, options, impl, weight, sample_weight)
+    loss, terms = _consistency(stacks, target, options, impl, weight, sample_weight)
     if not return_terms:
         return loss
     return loss, {"cross_entropy": terms[0], "kl": terms[1]}
@@ -414,7 +414,7 @@ def jensen_shannon(
     if target is None:
         raise TypeError("target: expected a Tensor, got NoneType; the loss is one to a label")
     ignore_index = validation.integer("ignore_index", ignore_index)
-    blocks, labels, sample_weight, heads = _checked(
+    stacks, labels, sample_weight, heads = _checked(
         logits, target, sample_weight, ignore_index, class_dim, False
     )
     options = _mixture_options(
@@ -425,7 +425,7 @@ def jensen_shannon(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    return _consistency(blocks, labels, options, impl, None, sample_weight)[0]
+    return _consistency(stacks, labels, options, impl, None, sample_weight)[0]
 
 
 def _checked(
@@ -437,24 +437,24 @@ def _checked(
     sigmoid: bool,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None, int]:
     """Logits of one dtype with their classes last, target, sample weights, the number of heads."""
-    blocks = validation.tensors("logits", logits, dense.RANKS, range(2, 8))
-    blocks, target = dense.classes_last(blocks, target, class_dim)
-    samples, classes = dense.samples(blocks[0]), blocks[0].shape[-1]
+    stacks = validation.tensors("logits", logits, dense.RANKS, range(2, 8))
+    stacks, target = dense.classes_last(stacks, target, class_dim)
+    samples, classes = dense.samples(stacks[0]), stacks[0].shape[-1]
     if classes < 1:
-        raise ValueError(f"logits: expected at least 1 class, got shape {tuple(blocks[0].shape)}")
-    heads = sum(block.shape[0] if block.dim() > 2 else 1 for block in blocks)
+        raise ValueError(f"logits: expected at least 1 class, got shape {tuple(stacks[0].shape)}")
+    heads = sum(stack.shape[0] if stack.dim() > 2 else 1 for stack in stacks)
     if heads < 1:
         raise ValueError("logits: expected at least 1 head, got none")
-    if len({block.dtype for block in blocks}) > 1:
-        widest = blocks[0].dtype
-        for block in blocks[1:]:
-            widest = torch.promote_types(widest, block.dtype)
-        blocks = [block.to(widest) for block in blocks]
-    target = validation.target(target, blocks, ignore_index, sigmoid)
+    if len({stack.dtype for stack in stacks}) > 1:
+        widest = stacks[0].dtype
+        for stack in stacks[1:]:
+            widest = torch.promote_types(widest, stack.dtype)
+        stacks = [stack.to(widest) for stack in stacks]
+    target = validation.target(target, stacks, ignore_index, sigmoid)
     if isinstance(sample_weight, Tensor) and sample_weight.shape == samples[:1]:
         sample_weight = sample_weight.view(-1, *[1] * (len(samples) - 1)).expand(samples)
-    sample_weight = validation.weights("sample_weight", sample_weight, samples, blocks)
-    return blocks, target, sample_weight, heads
+    sample_weight = validation.weights("sample_weight", sample_weight, samples, stacks)
+    return stacks, target, sample_weight, heads
 
 
 # What the functions above do once their arguments are known to be right: for callers that have
@@ -561,7 +561,7 @@ def _mixture_options(
 
 
 def _consistency(
-    blocks: list[Tensor],
+    stacks: list[Tensor],
     target: Tensor | None,
     options: ConsistencyOptions,
     impl: str,
@@ -569,27 +569,27 @@ def _consistency(
     sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the terms (2, H): cross entropies and KL."""
-    dtype = blocks[0].dtype
-    if any(block.dtype != dtype for block in blocks):
-        for block in blocks:
-            dtype = torch.promote_types(dtype, block.dtype)
-        blocks = [block.to(dtype) for block in blocks]
-    device = blocks[0].device
+    dtype = stacks[0].dtype
+    if any(stack.dtype != dtype for stack in stacks):
+        for stack in stacks:
+            dtype = torch.promote_types(dtype, stack.dtype)
+        stacks = [stack.to(dtype) for stack in stacks]
+    device = stacks[0].device
     impl = implementations.choose(impl, "consistency", device, [dtype])
     with without_autocast(device):
         if impl == "reference":
-            return _reference(blocks, target, options, weight, sample_weight)
+            return _reference(stacks, target, options, weight, sample_weight)
         if options.binary:
-            given = independent.as_samples(blocks, target, weight, sample_weight, options)
+            given = independent.as_samples(stacks, target, weight, sample_weight, options)
             loss, terms = CollaborativeConsistency.apply(implementations.consistency(impl), *given)
-            return independent.of_samples(loss, terms, blocks[0].shape[-1], options.reduction)
+            return independent.of_samples(loss, terms, stacks[0].shape[-1], options.reduction)
         return CollaborativeConsistency.apply(
-            implementations.consistency(impl), options, target, weight, sample_weight, *blocks
+            implementations.consistency(impl), options, target, weight, sample_weight, *stacks
         )
 
 
 def _reference(
-    blocks: list[Tensor],
+    stacks: list[Tensor],
     target: Tensor | None,
     options: ConsistencyOptions,
     weight: Tensor | None,
@@ -599,7 +599,7 @@ def _reference(
     if options.divergence == [MIXTURE]:
         assert target is not None
         loss = reference.jensen_shannon(
-            blocks,
+            stacks,
             target,
             sample_weight,
             label_weight=sum(options.ce_weight),
@@ -610,7 +610,7 @@ def _reference(
         )
         return loss, loss
     return reference.consistency(
-        blocks,
+        stacks,
         target,
         weight,
         sample_weight,

@@ -36,8 +36,8 @@ class IMCL(nn.Module):
 
     ``imcl(x)`` is exactly ``model(x)``; ``imcl(x, target)`` also gives the training loss
 
-    .. math:: CE + w_{out}\,(\overline{CE}_{views} + \overline{KL}_{views})
-        + w_{multi}\,(\overline{CE}_{aux} + T^2\,\overline{KL}_{heads})
+    .. math:: CE + w_{out}\,(\overline{CE}_{views} + T_{out}^2\,\overline{KL}_{views})
+        + w_{multi}\,(\overline{CE}_{aux} + T_{multi}^2\,\overline{KL}_{heads})
         + w_{repr}\,S_{features} + w_{kernel}\,S_{kernels},
 
     where CE is that of the network's own logits, views are dropout views of the last

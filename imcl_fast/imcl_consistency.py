@@ -62,16 +62,16 @@ def _call(
     masks: tuple[Any, Any],
     options: ConsistencyOptions,
 ) -> tuple[Tensor, Tensor]:
-    blocks = [*heads, logits] if views is None else [*heads, logits, views]
+    stacks = [*heads, logits] if views is None else [*heads, logits, views]
     weight = None
     if imcl.class_dim is not None:
         _check_target(logits, target, imcl.class_dim)
-        blocks = _classes_last(imcl, heads, logits, views)
-        weight = _weight(masks, blocks)
+        stacks = _classes_last(imcl, heads, logits, views)
+        weight = _weight(masks, stacks)
         if imcl.class_dim == 1 and isinstance(target, Tensor) and target.is_floating_point():
             target = target.movedim(1, -1)
-    checked = validation.target(target, blocks, options.ignore_index, options.binary)
-    return functional._consistency(blocks, checked, options, imcl.impl, sample_weight=weight)
+    checked = validation.target(target, stacks, options.ignore_index, options.binary)
+    return functional._consistency(stacks, checked, options, imcl.impl, sample_weight=weight)
 
 
 def _classes_last(
@@ -81,21 +81,21 @@ def _classes_last(
     dim = cast(int, imcl.class_dim)
     own = logits.movedim(dim, 1)
     size = own.shape[2:]
-    blocks = [imcl._resize(head, size).movedim(1, -1).unsqueeze(0) for head in heads]
-    blocks.append(own.movedim(1, -1).unsqueeze(0))
+    stacks = [imcl._resize(head, size).movedim(1, -1).unsqueeze(0) for head in heads]
+    stacks.append(own.movedim(1, -1).unsqueeze(0))
     if views is not None:
         maps = imcl._resize(views.flatten(0, 1).movedim(imcl._resize.class_dim, 1), size)
-        blocks.append(maps.movedim(1, -1).unflatten(0, views.shape[:2]))
-    return blocks
+        stacks.append(maps.movedim(1, -1).unflatten(0, views.shape[:2]))
+    return stacks
 
 
-def _weight(masks: tuple[Any, Any], blocks: list[Tensor]) -> Tensor | None:
+def _weight(masks: tuple[Any, Any], stacks: list[Tensor]) -> Tensor | None:
     """1 for the tokens, or pixels, that a mask of their shape says count, 0 for others; None:
     all do."""
-    samples = blocks[0].shape[1:-1]
+    samples = stacks[0].shape[1:-1]
     for mask in masks:
         if isinstance(mask, Tensor) and mask.shape == samples:
-            wide = any(block.dtype == torch.float64 for block in blocks)
+            wide = any(stack.dtype == torch.float64 for stack in stacks)
             return (mask != 0).to(torch.float64 if wide else torch.float32)
     return None
 

@@ -33,8 +33,8 @@ def as_samples(
     if sample_weight is not None:
         labels = logits[0].shape[-1]
         sample_weight = sample_weight.unsqueeze(-1).expand(*sample_weight.shape, labels)
-    blocks = [(z if z.dim() > 2 else z.unsqueeze(0)).unsqueeze(-1) for z in logits]
-    return options._replace(label_smoothing=0.0), target, None, sample_weight, *blocks
+    stacks = [(z if z.dim() > 2 else z.unsqueeze(0)).unsqueeze(-1) for z in logits]
+    return options._replace(label_smoothing=0.0), target, None, sample_weight, *stacks
 
 
 def of_samples(

@@ -116,11 +116,11 @@ def _consistency(logits, target, weight, sample_weight, ce_weight, *options):
     size = dense.samples(logits[0]) if reduction == REDUCE_NONE else ()
     loss = logits[0].new_empty(size, dtype=dtype)
     terms = logits[0].new_empty((2, len(ce_weight)), dtype=dtype)
-    if keep and all(block.is_contiguous() for block in logits):
+    if keep and all(stack.is_contiguous() for stack in logits):
         shape = (len(ce_weight), *dense.samples(logits[0]), logits[0].shape[-1])
         gradients = [logits[0].new_empty(shape, dtype=kept)]
     else:
-        gradients = [torch.empty_like(block, dtype=kept) for block in logits if keep]
+        gradients = [torch.empty_like(stack, dtype=kept) for stack in logits if keep]
     return loss, terms, gradients
 
 

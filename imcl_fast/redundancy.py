@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .autograd import without_autocast
 from .layers import PASSIVE, spatial_ranks
 from .modes import evaluating
+from .reference import CENTRED_DEAD_RATIO
 from .taps import observed
 
 BINS = 40
@@ -25,7 +26,6 @@ HEAT_MAP_SIZE = 64
 BLOCK = 1 << 22  # numbers held at once, beside the matrix itself
 FACTORISED = 4096  # rows or columns, whichever are fewer; beyond, a spectrum takes minutes
 EPS = 1e-12
-CENTRED_EPS = 1e-5  # of a row's norm; see functional.representation_similarity
 # Modules that finish what the layer before them began.
 FINISHING = (
     "torch.nn.modules.activation",
@@ -145,7 +145,7 @@ class _Layer:
             return
         live = norms > EPS
         if self.centred:
-            live &= norms > CENTRED_EPS * before
+            live &= norms > CENTRED_DEAD_RATIO * before
         self.dead += int((~live).sum())
         unit = torch.where(live.unsqueeze(2), x / norms.unsqueeze(2), 0)
         cells = _membership(self.rows, len(self.cells)).to(unit)

@@ -19,7 +19,7 @@ from . import dense
 
 # Relative norm under which a centred row counts as constant: float32 cannot
 # tell a smaller deviation from the rounding of the row's mean.
-CENTERED_DEAD_RATIO = 1e-5
+CENTRED_DEAD_RATIO = 1e-5
 
 
 def as_matrices(x: Tensor, batched: bool) -> Tensor:
@@ -45,7 +45,7 @@ def pairwise_penalty(
         limit = rows.new_full(rows.shape[:-1], eps)
         too_large = ~_norm(rows.detach()).isfinite().unsqueeze(-1)
         if center:
-            limit = torch.clamp(CENTERED_DEAD_RATIO * _norm(rows), min=eps)
+            limit = torch.clamp(CENTRED_DEAD_RATIO * _norm(rows), min=eps)
             rows = rows - rows.mean(dim=-1, keepdim=True)
         # The norm of a zero row has no gradient, so dead rows are masked before it.
         dead = (_norm(rows.detach()) <= limit).unsqueeze(-1)
@@ -110,8 +110,8 @@ def consistency(
     samples = dense.samples(logits[0])
     heads = [
         _masked(z).reshape(-1, z.shape[-1])
-        for block in logits
-        for z in (block.unbind(0) if block.dim() > 2 else [block])
+        for stack in logits
+        for z in (stack.unbind(0) if stack.dim() > 2 else [stack])
     ]
     if target is not None:
         target = target.flatten(0, len(samples) - 1)
@@ -188,8 +188,8 @@ def jensen_shannon(
     samples = dense.samples(logits[0])
     heads = [
         _masked(z).reshape(-1, z.shape[-1])
-        for block in logits
-        for z in (block.unbind(0) if block.dim() > 2 else [block])
+        for stack in logits
+        for z in (stack.unbind(0) if stack.dim() > 2 else [stack])
     ]
     target = target.flatten(0, len(samples) - 1)
     labels, _, known = _labels(

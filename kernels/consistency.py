@@ -48,7 +48,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss () or (B,), terms (2, H), and with ``keep`` the gradients, scaled completely, in the
-    ``kept_dtype``: one (H, B, K) if all logits are contiguous, else one like each block of logits.
+    ``kept_dtype``: one (H, B, K) if all logits are contiguous, else one like each stack of logits.
     """
     device, dtype = logits[0].device, logits[0].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -90,7 +90,7 @@ def forward(
             unit=geometry.unit, binary=binary, reduction=reduction, target=kind,
             smooth=label_smoothing > 0, weighted=weight is not None,
             shared=sample_weight is not None, keep=keep, samples=config.samples,
-            block=config.block, **_parts(config, geometry, classes, dtype),
+            block=config.block, **_slices(config, geometry, classes, dtype),
             lowest=torch.finfo(dtype).min,
             acc=tl.float64 if wide == torch.float64 else tl.float32,
         )  # fmt: skip
@@ -126,22 +126,22 @@ def forward(
     return loss, terms, gradients
 
 
-def _parts(
+def _slices(
     config: ConsistencyConfig, geometry: _Geometry, classes: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """How the classes of a chunk are shared out to threads: as many side by side as one load takes,
     or else, where rows don't begin on a multiple of them, one after the other."""
     if classes <= config.block:  # there is one, and no kernel is made for how it might be shared
-        return {"parts": 1, "side_by_side": False}
+        return {"slices": 1, "side_by_side": False}
     each = max(1, config.block // (32 * config.num_warps))
     vector = min(each, 16 // dtype.itemsize)
     side_by_side = geometry.unit % vector == 0 and all(step == 1 for *_, step in geometry.strides)
-    return {"parts": config.block // (vector if side_by_side else each),
+    return {"slices": config.block // (vector if side_by_side else each),
             "side_by_side": side_by_side}  # fmt: skip
 
 
 class _Geometry(NamedTuple):
-    """Where heads lie: of each its block and its index in that, and the blocks' strides.
+    """Where heads lie: of each its stack and its index in that, and the stacks' strides.
 
     Strides are (head, samples, class); those of heads and of samples, one for each axis of
     them, are in units of ``unit`` elements.
@@ -161,38 +161,38 @@ class _Geometry(NamedTuple):
 def _geometry(
     layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...], given: tuple[tuple[int, ...], ...]
 ) -> _Geometry:
-    """The geometry of blocks of logits of some shapes and strides, and of the strides of
+    """The geometry of stacks of logits of some shapes and strides, and of the strides of
     targets and weights."""
-    blocks = [torch.empty_strided(shape, stride, device="meta") for shape, stride in layouts]
+    stacks = [torch.empty_strided(shape, stride, device="meta") for shape, stride in layouts]
     heads = tuple(
-        (b, i) for b, z in enumerate(blocks) for i in range(len(z) if z.dim() > 2 else 1)
+        (s, i) for s, z in enumerate(stacks) for i in range(len(z) if z.dim() > 2 else 1)
     )
-    packed = all(z.is_contiguous() for z in blocks)
-    samples = dense.samples(blocks[0])
-    gradient_heads, gradients = heads, [torch.empty_like(z) for z in blocks]
+    packed = all(z.is_contiguous() for z in stacks)
+    samples = dense.samples(stacks[0])
+    gradient_heads, gradients = heads, [torch.empty_like(z) for z in stacks]
     if packed:
-        whole = (len(heads), *samples, blocks[0].shape[-1])
+        whole = (len(heads), *samples, stacks[0].shape[-1])
         gradient_heads = tuple((0, h) for h in range(len(heads)))
         gradients = [torch.empty(whole, device="meta")]
-    of_samples = [z.stride()[-len(samples) - 1 : -1] for z in (*blocks, *gradients)]
+    of_samples = [z.stride()[-len(samples) - 1 : -1] for z in (*stacks, *gradients)]
     sizes, axes = _axes(samples, (*of_samples, *given))
-    count = len(blocks) + len(gradients)
-    of_heads = [z.stride(0) if z.dim() > 2 else 0 for z in (*blocks, *gradients)]
+    count = len(stacks) + len(gradients)
+    of_heads = [z.stride(0) if z.dim() > 2 else 0 for z in (*stacks, *gradients)]
     unit = math.gcd(_UNIT, *of_heads, *(n for strides in axes[:count] for n in strides))
     strides = tuple(
         (head // unit, tuple(n // unit for n in own), z.stride(-1))
-        for head, own, z in zip(of_heads, axes, (*blocks, *gradients), strict=False)
+        for head, own, z in zip(of_heads, axes, (*stacks, *gradients), strict=False)
     )
     return _Geometry(
-        sizes if len(sizes) > 1 else (), heads, strides[: len(blocks)], gradient_heads,
-        strides[len(blocks) :], axes[count:], unit, packed,
+        sizes if len(sizes) > 1 else (), heads, strides[: len(stacks)], gradient_heads,
+        strides[len(stacks) :], axes[count:], unit, packed,
     )  # fmt: skip
 
 
 def _axes(
     sizes: Sequence[int], strides: Sequence[Sequence[int]]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """As few axes as the strides of all tensors let these dimensions become, and their strides."""
+    """As few axes as the strides of all stacks let these dimensions become, and their strides."""
     kept: list[int] = []
     axes: list[list[int]] = [[] for _ in strides]
     for d, size in enumerate(sizes):

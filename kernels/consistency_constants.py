@@ -21,7 +21,7 @@ class ConsistencyConstants(Constants):
     Attributes:
         k: classes.
         head_count, group_count: how many there are.
-        heads, gradient_heads: of each head its block, and its index in that.
+        heads, gradient_heads: of each head its stack, and its index in that.
         unit: of the strides of heads and samples, a power of 2: so Triton knows, of any batch,
             that 16 bytes can be read at a time.
         binary: there is one class in memory; the logit of the other is 0.
@@ -38,9 +38,10 @@ class ConsistencyConstants(Constants):
         split: whether the mean of the cross entropies is by class weights.
         keep: whether gradients are asked for.
         samples, block: samples and classes at a time.
-        parts: of those classes where there are more; a thread sums over one.
-        side_by_side: whether the classes of a part are, else those of the same place in all parts.
-        sums, columns: stored by each program, and that padded to a power of 2.
+        slices: of those classes where there are more; a thread sums over one.
+        side_by_side: whether the classes of a slice are, else those of the same place in all of
+            them.
+        sums, padded: stored by each program, and that padded to a power of 2.
         lowest: number of the logits' dtype, which masks a class.
         acc: dtype of the sums.
     """
@@ -70,10 +71,10 @@ class ConsistencyConstants(Constants):
     keep: Any
     samples: Any
     block: Any
-    parts: Any
+    slices: Any
     side_by_side: Any
     sums: Any
-    columns: Any
+    padded: Any
     lowest: Any
     acc: Any
 
@@ -115,6 +116,6 @@ def constants(
         soft=soft,
         split=split,
         sums=sums,
-        columns=1 << (sums - 1).bit_length(),
+        padded=1 << (sums - 1).bit_length(),
         **others,
     )

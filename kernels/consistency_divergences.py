@@ -1,7 +1,7 @@
 """Device functions of the consistency by other divergences than KL, on tiles of logits.
 
-Tiles, states and units are those of consistency_tiles.py; the formulas, of what ``value``, ``head``
-and ``teacher`` are, stand in algebra/divergences.py. Of them all but a teacher's -p are in units
+Tiles, states and units are those of consistency_tiles.py; what ``value``, ``head`` and ``teacher``
+are stands in docs/math.md, "Other divergences". Of them all but a teacher's -p are in units
 of log 2 until they are multiplied with it.
 
 ``sums`` of a head are those over the classes seen so far of its value, head and teacher, each [S].
@@ -84,8 +84,8 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
                 head += of_h[1]
                 as_one = _parts(log_p, p, log_q, q, numbers.beta, DIVERGENCE)
                 teacher += times(numbers.kl[i], as_one[2])
-        part: tl.constexpr = 1.0 / (N - 1)  # a variable would be float32
-        return value * part, head * part, teacher * part, p, p
+        average: tl.constexpr = 1.0 / (N - 1)  # a variable would be float32
+        return value * average, head * average, teacher * average, p, p
     else:
         u = padded(teacher_of(tile.z, H, TEACHER), tile.inside)
         share = teacher_share(numbers.inverse_t, N, TEACHER)

@@ -1,20 +1,13 @@
 """The collaborative consistency, value and gradient, of all heads in one launch.
 
-loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h/T), and
+loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h/T), q_h = softmax(t_h)
+dz_h = ce_h (softmax(z_h) sum(y) - y) + kl_h T (p_h - q_h)
 
-others    q_h = softmax(t_h), t_h = sum_{j != h} z_j/(T (n - 1))
-mean      q_h = softmax(t), t = sum_j z_j/(T n)
-final     q_h = p_n, and no KL for head n itself
-pairwise  the mean of KL(p_j || p_h) over j != h; with P = sum_j p_j and
-          Q = sum_j p_j log p_j it is sum_k (Q - P log p_h)/(n - 1)
-
-dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached,
-T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
-
-Labels y are an index, smoothed or not, or soft: a tile of any numbers, class weights included;
-then it is ce_h (softmax(z_h) sum(y) - y). Other divergences than KL, and mixtures of the label
-and the heads, are in consistency_divergences.py. Of BINARY logits there is one class in memory;
-the logit of the other is 0.
+with t_h, what teachers learn that aren't detached, and P and Q of pairwise ones as in docs/math.md,
+"Collaborative consistency". Labels y are an index, smoothed or not, or soft: a tile of any numbers,
+class weights included. Other divergences than KL, and mixtures of the label and the heads, are in
+consistency_divergences.py. Of BINARY logits there is one class in memory; the logit of the other
+is 0.
 
 A program takes some samples at a time, of each all heads, group by group. Classes that
 fit into registers are read once. More are taken in chunks, maxima and sums running along
@@ -69,8 +62,8 @@ _REDUCE_NONE = tl.constexpr(algebra.REDUCE_NONE)
 _TARGETS = tl.constexpr(1024)  # counted at a time
 _PARTIALS = tl.constexpr(128)  # of each sum, added at a time
 
-# Tuples that every function takes as the kernel got them: ``logits`` and ``gradients`` are blocks,
-# the sizes of the axes of the samples, and the blocks' strides, of heads and samples in units;
+# Tuples that every function takes as the kernel got them: ``logits`` and ``gradients`` are stacks,
+# the sizes of the axes of the samples, and the stacks' strides, of heads and samples in units;
 # ``labels`` a target, its strides of samples, its stride of classes, class weights, their stride,
 # weights of the samples, their strides.
 
@@ -212,23 +205,23 @@ def _tile(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.cons
 
 @triton.jit
 def _repeated(x, C: tl.constexpr):
-    """What samples have, [S], for each of their parts, [S PARTS]."""
-    spread = tl.broadcast_to(x[:, None], [C.samples, C.parts])
-    return tl.reshape(spread, [C.samples * C.parts])
+    """What samples have, [S], for each of their slices, [S SLICES]."""
+    spread = tl.broadcast_to(x[:, None], [C.samples, C.slices])
+    return tl.reshape(spread, [C.samples * C.slices])
 
 
 @triton.jit
-def _strips(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.constexpr):
-    """The classes from the first on, of every head of a group, as a tile [S PARTS, K / PARTS]:
-    every part is a sample of its own, and has a thread of its own."""
-    EACH: tl.constexpr = C.block // C.parts
-    part = tl.arange(0, C.samples * C.parts)
+def _sliced(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.constexpr):
+    """The classes from the first on, of every head of a group, as a tile [S SLICES, K / SLICES]:
+    every slice is a sample of its own, and has a thread of its own."""
+    EACH: tl.constexpr = C.block // C.slices
+    slice_ = tl.arange(0, C.samples * C.slices)
     if C.samples > 1:
-        part = part % C.parts
+        slice_ = slice_ % C.slices
     if C.side_by_side:
-        k = first + (part * EACH)[:, None] + tl.arange(0, EACH)[None, :]
+        k = first + (slice_ * EACH)[:, None] + tl.arange(0, EACH)[None, :]
     else:
-        k = first + part[:, None] + (tl.arange(0, EACH) * C.parts)[None, :]
+        k = first + slice_[:, None] + (tl.arange(0, EACH) * C.slices)[None, :]
     inside = k < C.k
     mask = samples.counted[:, None] & inside
     z = _read(logits, samples.index, k, mask, C, G)
@@ -246,11 +239,11 @@ def _read_states(
         _repeated(samples.index, C), _repeated(samples.stored, C), _repeated(samples.counted, C),
         _repeated(samples.label, C), samples.size,
     )  # fmt: skip
-    parts = initial(C.groups[G][1], C.samples * C.parts, C.acc)
+    states = initial(C.groups[G][1], C.samples * C.slices, C.acc)
     for first in range(0, C.k, C.block):
-        tile = _strips(first, logits, labels, rows, smoothing, C, G)
-        parts = _absorb_heads(tile, inverse_t, parts, C, G)
-    return merged(parts, inverse_t, C.teachers[G], C.samples, C.parts)
+        tile = _sliced(first, logits, labels, rows, smoothing, C, G)
+        states = _absorb_heads(tile, inverse_t, states, C, G)
+    return merged(states, inverse_t, C.teachers[G], C.samples, C.slices)
 
 
 @triton.jit
@@ -501,29 +494,29 @@ def _add_weights(labels, sizes, batch, ignore_index, C: tl.constexpr):
 def _finish(partials, programs, loss, terms, C: tl.constexpr):
     """Add up what all programs have stored, and write the loss and the terms."""
     H: tl.constexpr = C.head_count
-    column = tl.arange(0, C.columns)
-    sums = totals(partials, programs, C.sums, C.columns, _PARTIALS, C.acc)
-    by = _column(sums, column, 2 * H + 1)
+    which = tl.arange(0, C.padded)
+    sums = totals(partials, programs, C.sums, C.padded, _PARTIALS, C.acc)
+    by = _one_of(sums, which, 2 * H + 1)
     if C.reduction != _REDUCE_NONE:
-        whole = _column(sums, column, 2 * H)
+        whole = _one_of(sums, which, 2 * H)
         if C.reduction == _REDUCE_MEAN:
             whole = _averaged(whole, by)
         if C.split:
-            part = _column(sums, column, 2 * H + 3)
+            ce = _one_of(sums, which, 2 * H + 3)
             if C.reduction == _REDUCE_MEAN:
-                part = _averaged(part, _column(sums, column, 2 * H + 2))
-            whole += part
+                ce = _averaged(ce, _one_of(sums, which, 2 * H + 2))
+            whole += ce
         tl.store(loss, whole)
     if C.reduction != _REDUCE_SUM:
         if C.split:
-            by = tl.where(column < H, _column(sums, column, 2 * H + 2), by)
+            by = tl.where(which < H, _one_of(sums, which, 2 * H + 2), by)
         sums = _averaged(sums, by)
-    tl.store(terms + column, sums, mask=column < 2 * H)  # [2H]
+    tl.store(terms + which, sums, mask=which < 2 * H)  # [2H]
 
 
 @triton.jit
-def _column(sums, column, WANTED: tl.constexpr):
-    return tl.sum(tl.where(column == WANTED, sums, 0.0))
+def _one_of(sums, which, WANTED: tl.constexpr):
+    return tl.sum(tl.where(which == WANTED, sums, 0.0))
 
 
 @triton.jit

@@ -243,20 +243,20 @@ def absorb(
 
 
 @triton.jit
-def merged(parts, inverse_t, TEACHER: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr):
-    """The states [S] of all heads, from those [S PARTS] of parts of each sample's classes."""
-    TAUGHT: tl.constexpr = len(parts) > 1 and TEACHER != PAIRWISE
+def merged(sliced, inverse_t, TEACHER: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr):
+    """The states [S] of all heads, from those [S SLICES] of slices of each sample's classes."""
+    TAUGHT: tl.constexpr = len(sliced) > 1 and TEACHER != PAIRWISE
     states = ()
-    for i in tl.static_range(len(parts)):
+    for i in tl.static_range(len(sliced)):
         of = ()
         for j in tl.static_range(7):
-            of += (tl.reshape(parts[i][j], [S, PARTS]),)
+            of += (tl.reshape(sliced[i][j], [S, SLICES]),)
         top, teacher_top = tl.max(of[0], 1), tl.max(of[4], 1)
         drop = _risen(of[0], top[:, None])
         plain, tempered = of[1] * tl.exp2(drop * LOG2_E), of[2] * tl.exp2(drop * inverse_t)
         teacher, gap = of[5], of[6]
         if TAUGHT:
-            share = teacher_share(inverse_t, len(parts), TEACHER)
+            share = teacher_share(inverse_t, len(sliced), TEACHER)
             rise = _risen(of[4], teacher_top[:, None]) * share
             shrunk = tl.exp2(rise)
             gap = times(shrunk, gap + (rise - drop * inverse_t) * teacher)

@@ -42,9 +42,9 @@ def record_of(table, layer, LAYERS: tl.constexpr):
 
 @triton.jit
 def matrix_of(
-    x, table, record, geometry, number, LAYOUT: tl.constexpr, VECTOR: tl.constexpr
+    x, table, record, geometry, index, LAYOUT: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    """Matrix ``number`` of the layer at ``x``; ``geometry`` is the field of x's or dx's.
+    """Matrix ``index`` of the layer at ``x``; ``geometry`` is the field of x's or dx's.
 
     Made where its layout is known, for what a compiler knows of the alignment of a pointer
     it forgets where two of them join: every load would then be of a single element.
@@ -57,7 +57,7 @@ def matrix_of(
     elif LAYOUT == _BY_COLUMNS:
         batch, d, row = multiple(batch, VECTOR), multiple(d, VECTOR), multiple(row, VECTOR)
     offsets = table + tl.load(record + geometry + 3)
-    return Matrix(x + number * batch, n, d, row, column, offsets)
+    return Matrix(x + index * batch, n, d, row, column, offsets)
 
 
 @triton.jit

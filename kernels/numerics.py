@@ -33,16 +33,13 @@ def dot(a, b, sums, PRODUCT: tl.constexpr):
     elif PRODUCT == TF32X3:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32x3")
     elif PRODUCT == BFLOAT16X3:
-        first = b.to(tl.bfloat16)
-        b -= first.to(tl.float32)
-        second = b.to(tl.bfloat16)
-        third = (b - second.to(tl.float32)).to(tl.bfloat16)
+        first, second, third = bfloat16_parts(b)
         return tl.dot(a, third, tl.dot(a, second, tl.dot(a, first, sums)))
     elif PRODUCT == TF32X2:
         a = a.to(tl.float32)
-        first = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        first, second = tf32_parts(b)
         sums = tl.dot(a, first, sums, input_precision="tf32")
-        return tl.dot(a, b - first, sums, input_precision="tf32")
+        return tl.dot(a, second, sums, input_precision="tf32")
     else:
         return tl.dot(a.to(sums.dtype), b.to(sums.dtype), sums, input_precision="ieee")
 
@@ -55,3 +52,19 @@ def rounded(x, DTYPE: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
+
+
+@triton.jit
+def bfloat16_parts(x):
+    """Three bfloat16 that add up to a float32 x, but for its last bit."""
+    first = rounded(x, tl.bfloat16)
+    x -= first.to(tl.float32)
+    second = rounded(x, tl.bfloat16)
+    return first, second, rounded(x - second.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def tf32_parts(x):
+    """What TF32 holds of a float32 x, and what is left, of which it holds all but two bits."""
+    first = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return first, x - first

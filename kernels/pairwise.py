@@ -24,7 +24,7 @@ from .pairwise_forward import forward_kernel
 from .plan import BY_COLUMNS, BY_ROWS, Plan, layer_of, plan
 
 
-class _Group(NamedTuple):
+class _TypedLayers(NamedTuple):
     """The layers of one dtype, which share a launch."""
 
     dtype: torch.dtype
@@ -50,11 +50,11 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The penalty (), and per dtype of the layers what the backward needs."""
-    groups = _groups(xs, penalty, center, batched, precision)
-    wide = any(g.dtype == torch.float64 for g in groups)
+    types = _by_dtype(xs, penalty, center, batched, precision)
+    wide = any(typed.dtype == torch.float64 for typed in types)
     loss_type = torch.float64 if wide else torch.float32
     device = xs[0].device
-    programs = sum(g.plan.forward for g in groups)
+    programs = sum(typed.plan.forward for typed in types)
     if programs == 0:
         loss = torch.zeros((), dtype=loss_type, device=device)
     else:
@@ -62,28 +62,29 @@ def forward(
     partials = torch.empty(programs, dtype=loss_type, device=device)
     tickets = ticket(device) if programs else partials
     state, first = [], 0
-    for g in groups:
-        accumulation = _accumulation(g.dtype)
-        kept = torch.empty(g.plan.state if keep else 0, dtype=accumulation, device=device)
+    for typed in types:
+        accumulation = _accumulation(typed.dtype)
+        kept = torch.empty(typed.plan.state if keep else 0, dtype=accumulation, device=device)
         state.append(kept)
-        if g.plan.forward:
+        if typed.plan.forward:
             launch(
                 forward_kernel,
-                g.plan.forward,
+                typed.plan.forward,
                 device,
-                g.xs,
-                g.plan.table,
+                typed.xs,
+                typed.plan.table,
                 kept if keep else partials,
                 (partials, tickets, loss),
                 eps,
                 first,
                 programs,
                 len(xs),
-                C=_constants(g.of_plan, g.dtype, penalty, center, keep, g.config.forward,
-                             _gram_product(g.dtype, center, precision), loss_type),
-                **_built(g.config.forward),
+                C=_constants(typed.of_plan, typed.dtype, penalty, center, keep,
+                             typed.config.forward, _gram_product(typed.dtype, center, precision),
+                             loss_type),
+                **_built(typed.config.forward),
             )
-        first += g.plan.forward
+        first += typed.plan.forward
     return loss, state if keep else []
 
 
@@ -99,22 +100,22 @@ def backward(
 ) -> list[Tensor]:
     """The gradient of every layer, scaled by ``grad`` () on its device."""
     gradients = [torch.empty_like(x) for x in xs]
-    for g, kept in zip(_groups(xs, penalty, center, batched, precision), state, strict=True):
-        if not g.plan.backward:
+    for typed, kept in zip(_by_dtype(xs, penalty, center, batched, precision), state, strict=True):
+        if not typed.plan.backward:
             continue
         launch(
             backward_kernel,
-            g.plan.backward,
+            typed.plan.backward,
             xs[0].device,
-            g.xs,
-            tuple(gradients[i] for i in g.indices),
-            g.plan.table,
+            typed.xs,
+            tuple(gradients[i] for i in typed.indices),
+            typed.plan.table,
             kept,
             grad,
             len(xs),
-            C=_constants(g.of_plan, g.dtype, penalty, center, True, g.config.backward,
-                         _gradient_product(g.dtype, precision), None),
-            **_built(g.config.backward),
+            C=_constants(typed.of_plan, typed.dtype, penalty, center, True,
+                         typed.config.backward, _gradient_product(typed.dtype, precision), None),
+            **_built(typed.config.backward),
         )
     return gradients
 
@@ -167,13 +168,13 @@ def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _groups(
+def _by_dtype(
     xs: Sequence[Tensor], penalty: int, center: bool, batched: bool, precision: int
-) -> list[_Group]:
+) -> list[_TypedLayers]:
     indices: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(xs):
         indices.setdefault(x.dtype, []).append(i)
-    groups = []
+    types = []
     for dtype, members in indices.items():
         mine = tuple(xs[i] for i in members)
         layers = tuple(layer_of(x) for x in mine)
@@ -182,8 +183,8 @@ def _groups(
         config = pairwise_config(dtype, on_tensor_cores, center, geometry)
         if capturing(mine[0].device):
             keep_for_graph(geometry.table)
-        groups.append(_Group(dtype, members, mine, geometry, config))
-    return groups
+        types.append(_TypedLayers(dtype, members, mine, geometry, config))
+    return types
 
 
 # The primal products follow the dtype and, for float32, torch's precision switch.

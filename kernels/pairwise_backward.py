@@ -1,13 +1,13 @@
 """The pairwise cosine penalty, backward, of the matrices of all layers in one launch.
 
 primal  dX = A X, one program for 64 rows and 64 columns; A_ij lies in the state, and
-        A_ii is the sum of what the tiles of row i left there
+        A_ii is minus the sum of what the tiles of row i left there
 dual    dx_i = 4k/n_i (y_i - <y_i, u_i> u_i),  y_i = u_i M,  u_i = x_i/n_i
 signed  dx_i = 2k/n_i (s - <s, u_i> u_i)
         one program for 32 rows, or 64 narrow ones: <y_i, u_i> takes all columns
 
 all times the incoming gradient, which is read where it lies. Row means are subtracted
-while loading; nothing else comes of centring, because A 1 = 0 for centred rows as well.
+while loading; nothing else comes of centring (docs/math.md, "Centred rows").
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ def _primal(m, dm, state, grad, tile, LAYOUT: tl.constexpr, C: tl.constexpr):
     rows = i * _TILE + tl.arange(0, _TILE)
     columns = tile // tiles * _TILE + tl.arange(0, _TILE)
     length = padded(n)
-    parts = state + n.to(tl.int64) * length
-    means = parts + tiles * length
+    diagonals = state + n.to(tl.int64) * length
+    means = diagonals + tiles * length
     y = tl.zeros([_TILE, _TILE], C.acc)
     for first in range(0, n, STEP):
         others = first + tl.arange(0, STEP)
         mask = core_mask(rows, others, n, length)
         a = tl.load(core_pointers(state, rows, others, length), mask=mask, other=0.0)
-        block = _centred(m, others, columns, means, LAYOUT, C)  # [STEP, BLOCK]
+        block = _centred(m, others, columns, means, LAYOUT, C)  # [STEP, TILE]
         y = dot(a, block, y, C.product)  # A's diagonal is 0 in the state
     diagonal = tl.zeros([_TILE], C.acc)
     for t in range(0, tiles):
-        diagonal -= tl.load(parts + t * length + rows, mask=rows < n, other=0.0)  # [TILE]
+        diagonal -= tl.load(diagonals + t * length + rows, mask=rows < n, other=0.0)  # [TILE]
     y += diagonal[:, None] * _centred(m, rows, columns, means, LAYOUT, C).to(C.acc)
     _write(dm, y * grad, rows, columns, LAYOUT)
 
@@ -163,10 +163,10 @@ def backward_kernel(xs, dxs, table, state, grad, layers, C: tl.constexpr):
     record = record_of(table, layer, C.layers)
     batch, tiles = tl.load(record + _BATCH), tl.load(record + _BACKWARD).to(tl.int32)
     over_rows = tl.load(record + _OVER_ROWS) != 0
-    number, tile = (local // tiles).to(tl.int64), local % tiles
+    index, tile = (local // tiles).to(tl.int64), local % tiles
     x, dx = select(xs, layer, C.layers), select(dxs, layer, C.layers)
     size = multiple(tl.load(record + _STATE_SIZE), 4)
-    state += multiple(tl.load(record + _STATE), 4) + number * size
+    state += multiple(tl.load(record + _STATE), 4) + index * size
     scale = tl.load(grad).to(C.acc)
     rows = tl.load(record + _ROWS).to(C.acc)
     k = 1.0 / (layers * batch.to(C.acc)) / rows / (rows - 1.0)
@@ -175,10 +175,10 @@ def backward_kernel(xs, dxs, table, state, grad, layers, C: tl.constexpr):
     else:
         fast = C.paths == _EVERY
     if fast:
-        m = matrix_of(x, table, record, _X_BATCH, number, C.fast, C.vector)
-        dm = matrix_of(dx, table, record, _DX_BATCH, number, C.fast, C.vector)
+        m = matrix_of(x, table, record, _X_BATCH, index, C.fast, C.vector)
+        dm = matrix_of(dx, table, record, _DX_BATCH, index, C.fast, C.vector)
         _block(m, dm, state, scale, k, tile, over_rows, C.fast, C)
     else:
-        m = matrix_of(x, table, record, _X_BATCH, number, _GATHERED, C.vector)
-        dm = matrix_of(dx, table, record, _DX_BATCH, number, _GATHERED, C.vector)
+        m = matrix_of(x, table, record, _X_BATCH, index, _GATHERED, C.vector)
+        dm = matrix_of(dx, table, record, _DX_BATCH, index, _GATHERED, C.vector)
         _block(m, dm, state, scale, k, tile, over_rows, _GATHERED, C)

@@ -11,9 +11,8 @@ dual    M = U^T U, u_i = x_i/n_i, one program for each tile of M;
 signed  s = sum_i u_i, one program for each 64 columns; sum_{i != j} c = |s|^2 - N_live
 
 The norms come from the very values the products are made of, so X is read once per tile.
-Centred rows are shifted by the mean a of their first columns while loading, whatever it
-is, and what is left is corrected: G_c = G_a - D (m - a)(m - a)^T. The correction takes
-away D (m - a)^2 <= D/d |x_c|^2, d the number of those columns, so little cancels.
+Centred rows are shifted by the mean a of their first columns while loading, and what is left is
+corrected (docs/math.md, "Centred rows"): G_c = G_a - D (m - a)(m - a)^T.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..algebra import pairwise as algebra
-from ..reference import CENTERED_DEAD_RATIO
+from ..reference import CENTRED_DEAD_RATIO
 from . import plan
 from .matrices import (
     core_mask,
@@ -42,7 +41,7 @@ from .reduction import draws_last_ticket, total
 
 _TILE, _ROW_BLOCK = tl.constexpr(plan.TILE), tl.constexpr(plan.ROW_BLOCK)
 _REDUCE = tl.constexpr(_REDUCTION)
-_RATIO = tl.constexpr(CENTERED_DEAD_RATIO)
+_RATIO = tl.constexpr(CENTRED_DEAD_RATIO)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 _SQUARE, _SIGNED = tl.constexpr(algebra.SQUARE), tl.constexpr(algebra.SIGNED)
 _BATCH, _ROWS, _FORWARD = (tl.constexpr(f) for f in (plan.BATCH, plan.ROWS, plan.FORWARD))
@@ -176,19 +175,19 @@ def _primal(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
         a = slope * scale
         mask = core_mask(rows_i, rows_j, n, length)
         tl.store(core_pointers(state, rows_i, rows_j, length), a, mask=mask)
-        part = slope * c
-        parts = state + n.to(tl.int64) * length
-        part_i = tl.sum(part, 1) * inverse_i * inverse_i
-        tl.store(parts + j * length + rows_i, part_i, mask=rows_i < n)
+        diagonal = slope * c
+        diagonals = state + n.to(tl.int64) * length
+        diagonal_i = tl.sum(diagonal, 1) * inverse_i * inverse_i
+        tl.store(diagonals + j * length + rows_i, diagonal_i, mask=rows_i < n)
         if i == j:
             if C.center:
-                means = parts + (n + _TILE - 1) // _TILE * length
+                means = diagonals + (n + _TILE - 1) // _TILE * length
                 tl.store(means + rows_i, mean_i, mask=rows_i < n)
         else:
             mask = core_mask(rows_j, rows_i, n, length)
             tl.store(core_pointers(state, rows_j, rows_i, length), tl.trans(a), mask=mask)
-            part_j = tl.sum(part, 0) * inverse_j * inverse_j
-            tl.store(parts + i * length + rows_j, part_j, mask=rows_j < n)
+            diagonal_j = tl.sum(diagonal, 0) * inverse_j * inverse_j
+            tl.store(diagonals + i * length + rows_j, diagonal_j, mask=rows_j < n)
     return k * tl.sum(phi) * tl.where(i == j, 1.0, 2.0).to(C.acc)
 
 
@@ -282,14 +281,14 @@ def _over_rows(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
 def _tile(m, state, tile, over_rows, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
     if C.forms == _SOME:
         if over_rows:
-            part = _over_rows(m, state, tile, k, eps, LAYOUT, C)
+            partial = _over_rows(m, state, tile, k, eps, LAYOUT, C)
         else:
-            part = _primal(m, state, tile, k, eps, LAYOUT, C)
+            partial = _primal(m, state, tile, k, eps, LAYOUT, C)
     elif C.forms == _EVERY:
-        part = _over_rows(m, state, tile, k, eps, LAYOUT, C)
+        partial = _over_rows(m, state, tile, k, eps, LAYOUT, C)
     else:
-        part = _primal(m, state, tile, k, eps, LAYOUT, C)
-    return part
+        partial = _primal(m, state, tile, k, eps, LAYOUT, C)
+    return partial
 
 
 @triton.jit(do_not_specialize=["first_partial", "programs", "layers"])
@@ -303,12 +302,12 @@ def forward_kernel(
     record = record_of(table, layer, C.layers)
     batch, tiles = tl.load(record + _BATCH), tl.load(record + _FORWARD).to(tl.int32)
     over_rows = tl.load(record + _OVER_ROWS) != 0
-    number, tile = (local // tiles).to(tl.int64), local % tiles
+    index, tile = (local // tiles).to(tl.int64), local % tiles
     x = select(xs, layer, C.layers)
     mine = state
     if C.keep:
         size = multiple(tl.load(record + _STATE_SIZE), 4)
-        mine += multiple(tl.load(record + _STATE), 4) + number * size
+        mine += multiple(tl.load(record + _STATE), 4) + index * size
     rows = tl.load(record + _ROWS).to(C.acc)
     k = 1.0 / (layers * batch.to(C.acc)) / rows / (rows - 1.0)
 
@@ -317,13 +316,13 @@ def forward_kernel(
     else:
         fast = C.paths == _EVERY
     if fast:
-        m = matrix_of(x, table, record, _X_BATCH, number, C.fast, C.vector)
-        part = _tile(m, mine, tile, over_rows, k, eps, C.fast, C)
+        m = matrix_of(x, table, record, _X_BATCH, index, C.fast, C.vector)
+        partial = _tile(m, mine, tile, over_rows, k, eps, C.fast, C)
     else:
-        m = matrix_of(x, table, record, _X_BATCH, number, _GATHERED, C.vector)
-        part = _tile(m, mine, tile, over_rows, k, eps, _GATHERED, C)
+        m = matrix_of(x, table, record, _X_BATCH, index, _GATHERED, C.vector)
+        partial = _tile(m, mine, tile, over_rows, k, eps, _GATHERED, C)
 
     partials, tickets, loss = results
-    tl.store(partials + first_partial + program, part)
+    tl.store(partials + first_partial + program, partial)
     if draws_last_ticket(tickets, programs):
         tl.store(loss, total(partials, programs, 1, C.loss, _REDUCE))

@@ -17,7 +17,7 @@ from ..algebra.pairwise import SIGNED, is_dual
 from .kept import on_device
 
 TILE = 64  # edge of a tile of the Gram matrix, in both GPU backends
-ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on whole rows, unless narrow
+ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on whole rows
 
 # The record of a layer in the geometry table, int64 each.
 (

@@ -39,16 +39,16 @@ def total(partials, count, stride, ACC: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def totals(
-    partials, count, COLUMNS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    partials, count, SUMS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums [PADDED] over i < count of partials (COLUMNS, count), in an order as above."""
-    column = tl.arange(0, PADDED)[:, None]
+    """Sums [PADDED] over i < count of partials (SUMS, count), in an order as above."""
+    which = tl.arange(0, PADDED)[:, None]
     sums = tl.zeros([PADDED, BLOCK], ACC)
     for first in range(0, count, BLOCK):
         i = first + tl.arange(0, BLOCK)[None, :]
-        mask = (column < COLUMNS) & (i < count)
+        mask = (which < SUMS) & (i < count)
         sums += tl.load(
-            partials + column * count + i, mask=mask, other=0.0, cache_modifier=".cg"
-        )  # [COLUMNS, count]
+            partials + which * count + i, mask=mask, other=0.0, cache_modifier=".cg"
+        )  # [SUMS, count]
     return tl.sum(sums, 1)

@@ -121,7 +121,7 @@ def pairwise_noise(
     limit = torch.full_like(raw, eps)
     if center:
         rows = rows - rows.mean(-1, keepdim=True)
-        limit = (reference.CENTERED_DEAD_RATIO * raw).clamp(min=eps)
+        limit = (reference.CENTRED_DEAD_RATIO * raw).clamp(min=eps)
     norm = rows.norm(dim=-1)
     live = norm > limit
     inverse = torch.where(live, 1 / norm, 0.0)
@@ -183,8 +183,8 @@ def consistency_noise(
     Independent labels are as many samples of two classes.
     """
 
-    def stacked(blocks) -> Tensor:
-        return torch.cat([z.cpu().reshape(-1, *z.shape[-2:]) for z in blocks])
+    def stacked(stacks) -> Tensor:
+        return torch.cat([z.cpu().reshape(-1, *z.shape[-2:]) for z in stacks])
 
     sums = SUM * min(unit(loss_dtype(z.dtype)) for z in logits)  # the dtype all promote to
     masked = stacked(z <= torch.finfo(z.dtype).min for z in logits)

@@ -131,11 +131,11 @@ def layers(one: st.SearchStrategy[Matrices]) -> st.SearchStrategy[list[Matrices]
 
 
 class Heads(NamedTuple):
-    """Logits as blocks of heads, labels, and every option of the consistency."""
+    """Logits as stacks of heads, labels, and every option of the consistency."""
 
     batch: int
     classes: int
-    blocks: tuple[int, ...]  # heads of each block: 0 is (B, K), h > 0 is (h, B, K)
+    stacks: tuple[int, ...]  # heads of each stack: 0 is (B, K), h > 0 is (h, B, K)
     layouts: tuple[str, ...]
     groups: tuple[int, ...]
     temperature: tuple[float, ...]
@@ -153,7 +153,7 @@ class Heads(NamedTuple):
         """The logits and the target."""
         generator = torch.Generator().manual_seed(self.seed)
         logits = []
-        for heads, layout in zip(self.blocks, self.layouts, strict=True):
+        for heads, layout in zip(self.stacks, self.layouts, strict=True):
             shape = (heads, self.batch, self.classes) if heads else (self.batch, self.classes)
             z = self.size * torch.randn(shape, generator=generator, dtype=torch.float64)
             logits.append(lay_out(z.to(dtype).to(device), layout))
@@ -178,11 +178,11 @@ class Heads(NamedTuple):
 
 @st.composite
 def heads(draw: st.DrawFn) -> Heads:
-    """One to eight heads in one to four groups and any mixture of blocks."""
-    blocks = tuple(draw(st.lists(st.integers(0, 3), min_size=1, max_size=4)))
-    while sum(max(b, 1) for b in blocks) > 8:
-        blocks = blocks[1:]
-    count = sum(max(b, 1) for b in blocks)
+    """One to eight heads in one to four groups and any mixture of stacks."""
+    stacks = tuple(draw(st.lists(st.integers(0, 3), min_size=1, max_size=4)))
+    while sum(max(b, 1) for b in stacks) > 8:
+        stacks = stacks[1:]
+    count = sum(max(b, 1) for b in stacks)
     groups: list[int] = []
     while sum(groups) < count:
         groups.append(draw(st.integers(1, count - sum(groups))))
@@ -196,8 +196,8 @@ def heads(draw: st.DrawFn) -> Heads:
     return Heads(
         batch=draw(st.integers(1, 9)),
         classes=draw(st.sampled_from((*SIZES, 100))),
-        blocks=blocks,
-        layouts=each(st.sampled_from(layouts), len(blocks)),
+        stacks=stacks,
+        layouts=each(st.sampled_from(layouts), len(stacks)),
         groups=tuple(groups),
         temperature=each(st.sampled_from([0.5, 1.0, 2.0, 4.0]), len(groups)),
         teacher=each(st.sampled_from(TEACHERS), len(groups)),

@@ -34,9 +34,9 @@ def spec(
     layout: str = "contiguous", size: float = 2.0, ignored: float | None = 0.0,
 ) -> Heads:
     """One group of heads with the default options, which the tests below override."""
-    blocks = (heads,) if stacked else (0,) * heads
+    stacks = (heads,) if stacked else (0,) * heads
     return Heads(
-        batch, classes, blocks, (layout,) * len(blocks), (heads,), (2.0,), ("others",), (True,),
+        batch, classes, stacks, (layout,) * len(stacks), (heads,), (2.0,), ("others",), (True,),
         (1.0,) * heads, (1.0,) * heads, size=size, ignored=ignored, seed=seed,
     )
 
@@ -195,13 +195,13 @@ def test_groups(impl: Impl) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_layouts(impl: Impl, dtype: torch.dtype) -> None:
-    """The heads one tensor, separate, in blocks, and with a stride between classes."""
+    """The heads one tensor, separate, in stacks, and with a stride between classes."""
     layouts = ("contiguous", "transposed", "reversed", "sliced", "misaligned",
                "expanded_first", "expanded_last")  # fmt: skip
     shared = ((0, 0, 0, 0), (4,), (1, 3), (0, 2, 0), (2, 0, 1))
     for i, layout in enumerate(layouts):
-        for blocks in cases(impl, shared, DTYPES.index(dtype) + i):
-            drawn = spec(4, 10, 23)._replace(blocks=blocks, layouts=(layout,) * len(blocks))
+        for stacks in cases(impl, shared, DTYPES.index(dtype) + i):
+            drawn = spec(4, 10, 23)._replace(stacks=stacks, layouts=(layout,) * len(stacks))
             logits, target = drawn.build(dtype, impl.device)
             check_consistency(impl, logits, target)
 

@@ -262,7 +262,7 @@ def test_products_of_halves_use_the_tensor_cores(built: None) -> None:
     for name in operators.build_info.cuda_architectures().split(";"):
         code = output_of(tool, "-sass", "-arch", f"sm_{name}", operators.LIBRARY)
         kernels = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", code, re.DOTALL))
-        pairwise = {k: v for k, v in kernels.items() if "Problem" in k}
+        pairwise = {k: v for k, v in kernels.items() if "PairwiseArguments" in k}
         halves = [v for k, v in pairwise.items() if "I13__nv_bfloat16" in k]
         full = [v for k, v in pairwise.items() if "IfNS_4SimtIfE" in k]
         assert len(halves) == 4 and len(full) == 2, list(pairwise)  # "medium" rounds to it

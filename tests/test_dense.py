@@ -31,7 +31,7 @@ class Dense(NamedTuple):
     classes: int
     spatial: tuple[int, ...]
     class_dim: int = 1
-    blocks: tuple[int, ...] = (0, 0)  # 0: without heads; h > 0: with h of them in front
+    stacks: tuple[int, ...] = (0, 0)  # 0: without heads; h > 0: with h of them in front
     layouts: tuple[str, ...] = ("contiguous", "contiguous")
     kind: str = "indices"
     weighted: bool = False
@@ -55,7 +55,7 @@ class Dense(NamedTuple):
 
         samples = (self.batch, *self.spatial)
         logits = []
-        for heads, layout in zip(self.blocks, self.layouts, strict=True):
+        for heads, layout in zip(self.stacks, self.layouts, strict=True):
             shape = (heads, *samples) if heads else samples
             z = spread(2 * normal(*shape, self.classes), 2 if heads else 1)
             logits.append(lay_out(z.to(dtype).to(device), layout))
@@ -121,14 +121,14 @@ def check(impl: Impl, drawn: Dense, dtype: torch.dtype) -> None:
     weights = {name: flat(x, name) for name, x in weights.items()}
     flattened = [
         rows(z.detach(), heads > 0, drawn.class_dim)
-        for z, heads in zip(logits, drawn.blocks, strict=True)
+        for z, heads in zip(logits, drawn.stacks, strict=True)
     ]
     wide = [leaf(z.cpu(), torch.float64) for z in flattened]
     true_loss, true_terms = F.collaborative_consistency(
         wide, y, impl="reference", return_terms=True, **options, **weights
     )
     truth = torch.autograd.grad(true_loss, wide, grad.reshape(true_loss.shape))
-    heads = sum(max(h, 1) for h in drawn.blocks)
+    heads = sum(max(h, 1) for h in drawn.stacks)
     loss_noise, terms_noise, dz_noise = consistency_noise(
         flattened, y, temperature=[drawn.temperature], teacher=[drawn.teacher], groups=[heads],
         detach_teacher=[drawn.detach], ce_weight=[1.0] * heads, kl_weight=[1.0] * heads,
@@ -138,26 +138,26 @@ def check(impl: Impl, drawn: Dense, dtype: torch.dtype) -> None:
     assert_accurate("loss", loss.reshape(true_loss.shape), true_loss, loss_noise, of_loss)
     assert_accurate("terms", torch.stack([*terms.values()]), torch.stack([*true_terms.values()]),
                     terms_noise, of_loss)  # fmt: skip
-    noises = (dz_noise * grad.flatten()).split([max(h, 1) for h in drawn.blocks])
+    noises = (dz_noise * grad.flatten()).split([max(h, 1) for h in drawn.stacks])
     for i, (z, g) in enumerate(zip(logits, gradients, strict=True)):
         if torch.ops.aten.is_non_overlapping_and_dense(z):
             assert_layout(g, z)
         assert g.shape == z.shape and g.dtype == z.dtype
-        got = rows(g, drawn.blocks[i] > 0, drawn.class_dim)
+        got = rows(g, drawn.stacks[i] > 0, drawn.class_dim)
         assert_accurate(f"gradient {i}", got, truth[i], noises[i], dtype)
 
 
 @st.composite
 def dense(draw: st.DrawFn) -> Dense:
-    blocks = tuple(draw(st.lists(st.integers(0, 2), min_size=1, max_size=3)))
+    stacks = tuple(draw(st.lists(st.integers(0, 2), min_size=1, max_size=3)))
     return Dense(
         batch=draw(st.integers(1, 3)),
         classes=draw(st.sampled_from([1, 2, 3, 8, 9, 21, 40])),
         spatial=tuple(draw(st.lists(st.sampled_from([1, 2, 3, 5, 8, 16, 19]), min_size=1,
                                     max_size=2))),
         class_dim=draw(st.sampled_from([1, -1])),
-        blocks=blocks,
-        layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in blocks),
+        stacks=stacks,
+        layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in stacks),
         kind=draw(st.sampled_from(["indices", "indices", "probabilities", "none"])),
         weighted=draw(st.booleans()),
         shares=draw(st.sampled_from(["none", "batch", "all"])),
@@ -173,7 +173,7 @@ def dense(draw: st.DrawFn) -> Dense:
 
 @given(drawn=dense(), dtype=st.sampled_from(DTYPES))
 def test_drawn(impl: Impl, drawn: Dense, dtype: torch.dtype) -> None:
-    if drawn.kind == "none" and any(drawn.blocks):  # heads in front are told by a target alone
+    if drawn.kind == "none" and any(drawn.stacks):  # heads in front are told by a target alone
         drawn = drawn._replace(kind="indices")
     check(impl, drawn, dtype)
 
@@ -186,7 +186,7 @@ def test_images(impl: Impl, classes: int, layout: str) -> None:
     for i, (teacher, detach) in enumerate(cases(impl, among, classes)):
         size = (2, 3) if impl.interpreted else (9, 13)
         drawn = Dense(
-            2, classes, size, layouts=(layout,) * 3, blocks=(0,) * 3, teacher=teacher,
+            2, classes, size, layouts=(layout,) * 3, stacks=(0,) * 3, teacher=teacher,
             detach=detach, smoothing=0.1 * (i % 2), reduction=REDUCTIONS[i % 3],
         )  # fmt: skip
         check(impl, drawn, DTYPES[1 + i % 3])

@@ -332,10 +332,10 @@ def test_head_counts(impl: Impl, count: int) -> None:
 
 @pytest.mark.parametrize("layout", ["transposed", "reversed", "sliced", "expanded_last"])
 def test_layouts(impl: Impl, layout: str) -> None:
-    for blocks, (name, activation) in cases(
+    for stacks, (name, activation) in cases(
         impl, product(((0, 0, 0, 0), (1, 3)), KINDS), len(layout)
     ):
-        drawn = spec(4, 10, 23)._replace(blocks=blocks, layouts=(layout,) * len(blocks))
+        drawn = spec(4, 10, 23)._replace(stacks=stacks, layouts=(layout,) * len(stacks))
         logits, target = drawn.build(torch.float32, impl.device)
         if activation == "sigmoid":
             target = lay_out(probabilities(10, 23), layout).to(impl.device)

@@ -116,6 +116,18 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     assert "<math" in (site / "math.html").read_text()  # shown by the browser itself
 
 
+def test_code_quotes_formulas_by_names_that_there_are() -> None:
+    names = re.findall(r"^##+ (.*?)(?: \(.*\))?$", PAGES["docs/math.md"], re.MULTILINE)
+    quoted = set()
+    for folder in ("csrc", "imcl_fast", "kernels"):
+        for path in (ROOT / folder).rglob("*.[chp]*"):
+            if path.suffix in (".h", ".cpp", ".cu", ".py"):
+                lines = re.sub(r"\n\s*(?://|#)?\s*", " ", path.read_text())
+                quoted.update(re.findall(r'docs/math\.md, "(.*?)"', lines))
+    assert len(quoted) >= 4
+    assert quoted <= set(names)
+
+
 def test_the_site_has_what_is_public(site: Path) -> None:
     import imcl_fast
     from imcl_fast import functional

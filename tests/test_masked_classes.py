@@ -60,14 +60,14 @@ def widened(z: Tensor) -> Tensor:
 def scale_of(logits: Sequence[Tensor], options: dict) -> float:
     """Magnitude of what the loss and its gradients sum: a logarithm of a probability carries
     a rounding error relative to the largest logit."""
-    z = torch.cat([widened(block).reshape(-1) for block in logits])
+    z = torch.cat([widened(stack).reshape(-1) for stack in logits])
     largest = z.masked_fill(z.isinf(), 0).abs().max().item()
     classes = logits[0].shape[-1]
     temperature = options.get("temperature", 2.0)
     temperature = temperature if isinstance(temperature, list) else [temperature]
     spread = 1 + largest / min(1, *temperature) + math.log(classes)
     weights = [options.get(name, 1.0) for name in ("ce_weight", "kl_weight")]
-    count = sum(len(block) if block.dim() == 3 else 1 for block in logits)
+    count = sum(len(stack) if stack.dim() == 3 else 1 for stack in logits)
     total = sum(sum(map(abs, w)) if isinstance(w, list) else count * w for w in weights)
     return spread**2 * max(1, *temperature) ** 2 * max(total, 1) * logits[0].shape[-2]
 
@@ -123,8 +123,8 @@ class Masked(NamedTuple):
 
     def build(self, dtype: torch.dtype, impl: Impl) -> tuple[list[Tensor], Tensor | None, Tensor]:
         """Logits, target, and the classes that every head masks in every sample, [K]."""
-        plain = self.heads._replace(layouts=("contiguous",) * len(self.heads.blocks))
-        blocks, target = plain.build(torch.float64)
+        plain = self.heads._replace(layouts=("contiguous",) * len(self.heads.stacks))
+        stacks, target = plain.build(torch.float64)
         generator = torch.Generator().manual_seed(self.seed)
         classes = self.heads.classes
         shared = torch.rand(classes, generator=generator) < self.fraction
@@ -133,7 +133,7 @@ class Masked(NamedTuple):
         open_ = torch.randint(0, classes, (), generator=generator)
         shared[open_] = False
         logits = []
-        for z, layout in zip(blocks, self.heads.layouts, strict=True):
+        for z, layout in zip(stacks, self.heads.layouts, strict=True):
             mask = shared.expand_as(z)
             if self.kind != "shared":
                 mask = mask | (torch.rand(z.shape, generator=generator) < self.fraction / 4)

@@ -86,15 +86,15 @@ void run(const PairwiseCase& c, bool backward) {
   const imcl::Axis row{c.channels_last ? 1 : c.columns, nullptr};
   const imcl::Axis column{c.channels_last ? c.rows : 1, nullptr};
   const double pairs = static_cast<double>(c.batch * c.rows * (c.rows - 1));
-  const std::vector<imcl::Matrices> tensors{{c.dtype, c.batch, c.rows, c.columns, x.data(), batch,
-                                             row, column, dx.data(), batch, row, column,
-                                             state.data(), 1 / pairs}};
+  const std::vector<imcl::Matrices> layers{{c.dtype, c.batch, c.rows, c.columns, x.data(), batch,
+                                            row, column, dx.data(), batch, row, column,
+                                            state.data(), 1 / pairs}};
   const auto forward = [&] {
-    imcl::pairwise_forward(imcl::pairwise_kernels, tensors, settings, kSerial);
+    imcl::pairwise_forward(imcl::pairwise_kernels, layers, settings, kSerial);
   };
   forward();  // what is kept from call to call is made now
   if (!backward) return count(forward);
-  count([&] { imcl::pairwise_backward(imcl::pairwise_kernels, tensors, settings, 1, kSerial); });
+  count([&] { imcl::pairwise_backward(imcl::pairwise_kernels, layers, settings, 1, kSerial); });
 }
 
 struct ConsistencyCase {

@@ -52,7 +52,7 @@ Weights weights_of(const Consistency& problem, const Parallel& parallel) {
   const auto all = static_cast<double>(problem.batch);
   if (!labels.target && !labels.sample_weight) return {all, all};
   const int64_t tasks = (problem.batch + kCounted - 1) / kCounted;
-  std::vector<Weights> parts(static_cast<std::size_t>(tasks));
+  std::vector<Weights> partials(static_cast<std::size_t>(tasks));
   each(tasks, parallel, [&](int64_t i) {
     Weights sum;
     Walk sample(problem.samples, i * kCounted);
@@ -64,12 +64,12 @@ Weights weights_of(const Consistency& problem, const Parallel& parallel) {
       }
       sample.next();
     }
-    parts[static_cast<std::size_t>(i)] = sum;
+    partials[static_cast<std::size_t>(i)] = sum;
   });
   Weights sum;
-  for (const Weights& part : parts) {
-    sum.cross_entropy += part.cross_entropy;
-    sum.kl += part.kl;
+  for (const Weights& partial : partials) {
+    sum.cross_entropy += partial.cross_entropy;
+    sum.kl += partial.kl;
   }
   return sum;
 }

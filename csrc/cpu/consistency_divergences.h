@@ -1,8 +1,6 @@
-// The divergences D(q || p) of the consistency but for KL, class by class.
-//
-// D is the sum of `value`. Of logits z/T of p it has the gradient head - p sum(head), of those of
-// q teacher - q sum(teacher): head is p times the derivative of value by p, teacher q times that
-// by q.
+// The divergences D(q || p) of the consistency but for KL, class by class: `value`, `head` and
+// `teacher` of docs/math.md, "Other divergences". The gradient of logits z/T of p is
+// head - p sum(head), that of those of q teacher - q sum(teacher).
 #pragma once
 
 #include "../problem.h"

@@ -1,18 +1,11 @@
 // Collaborative consistency of one sample, value and gradient, compiled once per ISA.
 //
-// loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h / T), and
+// loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h/T), q_h = softmax(t_h)
+// dz_h = ce_h (softmax(z_h) sum(y) - y) + kl_h T (p_h - q_h)
 //
-// others   q_h = softmax(t_h), t_h = sum_{j != h} z_j / (T (n - 1))
-// mean     q_h = softmax(t),   t = sum_j z_j / (T n)
-// final    q_h = p_n, and no KL for head n itself
-// pairwise KL is the mean of KL(p_j || p_h) over j != h; with P = sum_j p_j and
-//          Q = sum_j p_j log p_j it is sum_k (Q - P log p_h) / (n - 1): O(n K)
-//
-// dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
-// T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
-//
-// Labels y are an index, smoothed or not, or soft: any number for each class, class weights
-// included. Then it is ce_h (softmax(z_h) sum(y) - y).
+// with t_h, what teachers learn that aren't detached, and P, Q, V and W of pairwise ones as in
+// docs/math.md, "Collaborative consistency". Labels y are an index, smoothed or not, or soft: any
+// number for each class, class weights included.
 //
 // The classes are taken in chunks of all heads of a group together, maxima and sums running
 // along (online softmax). Up to some thousand classes that is one chunk: the logits are read
@@ -182,7 +175,7 @@ class Work {
         labelled_(problem.labels.any() && !mixture_),
         summed_(labelled_ && (problem.labels.smoothing > 0 || problem.labels.soft())),
         inverse_t_(static_cast<Acc>(1 / group.temperature)),
-        share_(static_cast<Acc>(
+        teacher_share_(static_cast<Acc>(
             1 / (group.temperature * static_cast<double>(own_teacher_ ? n_ - 1 : n_)))),
         chunk_(scratch_, n_, problem.classes),
         running_(scratch_.get<Running>(n_)),
@@ -341,7 +334,7 @@ class Work {
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
     Acc log_teacher = 0, inverse_teacher = 0, inverse_tempered = 0;  // of another divergence
     double head_parts = 0, teacher_parts = 0;  // sums of those of another divergence
-    double toward = 0;  // pairwise: sum_k p_h (W log p_h - L), W = sum_j kl_j, L = sum kl_j log p_j
+    double toward = 0;  // pairwise: sum_k p_h (W log p_h - V), see docs/math.md
     Acc teacher_max = 0;
   };
 
@@ -372,11 +365,11 @@ class Work {
   bool squared() const { return kl_ && group_.temperature == 2; }
   bool has_plain() const { return labelled_ && !squared(); }
 
-  IMCL_INLINE Vec<Acc> centred(int64_t h, int64_t i) const {
+  IMCL_INLINE Vec<Acc> shifted(int64_t h, int64_t i) const {
     return load(chunk_.z[h] + i) - splat(running_[h].shift);
   }
   IMCL_INLINE Vec<Acc> log_p(int64_t h, int64_t i) const {
-    return centred(h, i) * splat(inverse_t_) - splat(static_cast<Acc>(running_[h].log_tempered));
+    return shifted(h, i) * splat(inverse_t_) - splat(static_cast<Acc>(running_[h].log_tempered));
   }
   // 0 times it is 0.
   IMCL_INLINE static Vec<Acc> finite(Vec<Acc> log_p) {
@@ -384,11 +377,11 @@ class Work {
   }
   // exp(z - max) and its T-th root; kept by sum_head() if the chunk is the only one.
   IMCL_INLINE Vec<Acc> plain(int64_t h, int64_t i) const {
-    return kept_ ? load(plain_ + h * chunk_.size + i) : exp_of(centred(h, i));
+    return kept_ ? load(plain_ + h * chunk_.size + i) : exp_of(shifted(h, i));
   }
   IMCL_INLINE Vec<Acc> tempered(int64_t h, int64_t i) const {
     return kept_ ? load(tempered_ + h * chunk_.size + i)
-                 : exp_of(centred(h, i) * splat(inverse_t_));
+                 : exp_of(shifted(h, i) * splat(inverse_t_));
   }
 
   // A vector of the chunk that may be the last one, to memory that has no padding.
@@ -428,11 +421,11 @@ class Work {
       Vec<Acc> t = {};
       if (extreme_ && group_.teacher != Teacher::kFinal) {
         for (int64_t j = 0; j < n_; ++j)
-          if (j != h || !own_teacher_) t += load(chunk_.z[j] + i) * splat(share_);
+          if (j != h || !own_teacher_) t += load(chunk_.z[j] + i) * splat(teacher_share_);
       } else if (own_teacher_) {
-        t = (load(total_ + i) - load(chunk_.z[h] + i)) * splat(share_);
+        t = (load(total_ + i) - load(chunk_.z[h] + i)) * splat(teacher_share_);
       } else if (group_.teacher == Teacher::kMean) {
-        t = load(total_ + i) * splat(share_);
+        t = load(total_ + i) * splat(teacher_share_);
       } else {
         t = load(chunk_.z[n_ - 1] + i) * splat(inverse_t_);
       }
@@ -476,14 +469,14 @@ class Work {
   }
 
   void sum_logits(int64_t h) {
-    const Vec<Acc> share = splat(static_cast<Acc>(1.0 / static_cast<double>(problem_.classes)));
+    const Vec<Acc> of_class = splat(static_cast<Acc>(1.0 / static_cast<double>(problem_.classes)));
     const Acc* z = chunk_.z[h];
     Vec<Acc> sum = {};
     if (soft_) {
       for (int64_t i = 0; i < chunk_.padded(); i += width)
         sum += unless_0(load(soft_ + i), load(soft_ + i) * load(z + i));
     } else {
-      chunk_.each([&](int64_t i, Vec<Acc> keep) { sum += unless_0(keep, load(z + i)) * share; });
+      chunk_.each([&](int64_t i, Vec<Acc> keep) { sum += unless_0(keep, load(z + i)) * of_class; });
     }
     running_[h].label_logit += static_cast<double>(sum_lanes<Acc>(sum));
   }
@@ -526,15 +519,15 @@ class Work {
       max[h] = splat(running_[h].chunk_max);
       all_maxima += running_[h].chunk_max;
     }
-    const Vec<Acc> share = splat(share_), both_shares = splat(share_ + inverse_t_);
+    const Vec<Acc> share = splat(teacher_share_), both_shares = splat(teacher_share_ + inverse_t_);
     const int64_t size = chunk_.size;
     chunk_.each([&](int64_t i, Vec<Acc> keep) {
-      Vec<Acc> centred[kMostProducts], u[kMostProducts], before[kMostProducts];
+      Vec<Acc> shifted[kMostProducts], u[kMostProducts], before[kMostProducts];
       Vec<Acc> total = {}, product = keep;
       for (int64_t h = 0; h < n; ++h) {
-        centred[h] = load(chunk_.z[h] + i) - max[h];
-        total += centred[h];
-        u[h] = exp_of(centred[h] * share);
+        shifted[h] = load(chunk_.z[h] + i) - max[h];
+        total += shifted[h];
+        u[h] = exp_of(shifted[h] * share);
         before[h] = product;
         product *= u[h];
         Vec<Acc> e = u[h];
@@ -550,7 +543,7 @@ class Work {
         after *= u[h];
         store(teacher_ + h * size + i, q);
         teacher_sum[h] += q;
-        gap[h] += q * (total - centred[h] * both_shares);
+        gap[h] += q * (total - shifted[h] * both_shares);
       }
     });
     for (int64_t h = 0; h < n; ++h) {
@@ -560,7 +553,7 @@ class Work {
     for (int64_t h = 0; h < n; ++h) {
       Running& run = running_[h];
       run.plain.max = run.shift = run.chunk_max;
-      run.teacher.max = (all_maxima - run.chunk_max) * share_;
+      run.teacher.max = (all_maxima - run.chunk_max) * teacher_share_;
       run.teacher.sum = static_cast<double>(sum_lanes<Acc>(teacher_sum[h]));
       run.gap = static_cast<double>(sum_lanes<Acc>(gap[h]));
       run.tempered = static_cast<double>(sum_lanes<Acc>(tempered_sum[h]));
@@ -597,7 +590,7 @@ class Work {
     Vec<Acc> gap = {};
     for (int64_t i = 0; i < chunk_.padded(); i += width) {
       const Vec<Acc> e = load(teacher_ + i);
-      gap += unless_0(e, e * ((load(t_ + i) - teacher_max) - centred(h, i) * splat(inverse_t_)));
+      gap += unless_0(e, e * ((load(t_ + i) - teacher_max) - shifted(h, i) * splat(inverse_t_)));
     }
     running_[h].gap += static_cast<double>(sum_lanes<Acc>(gap));
   }
@@ -904,8 +897,8 @@ class Work {
   const Group& group_;
   const int64_t sample_, n_;
   const bool mixture_, kl_, pairwise_, taught_, own_teacher_, other_, labelled_;
-  const bool summed_;            // labels are of more than one class
-  const Acc inverse_t_, share_;  // t_h = (S - z_h) share, or S share
+  const bool summed_;                    // labels are of more than one class
+  const Acc inverse_t_, teacher_share_;  // t_h = (S - z_h) teacher_share, or S times it
   Chunk<T> chunk_;
   Running* running_;
   Acc *total_, *t_;                             // (size) sum of the heads; the teacher's logits

@@ -20,9 +20,9 @@ namespace imcl {
 inline namespace IMCL_ISA {
 namespace {
 
-// Values of strided samples, to and from [class][sample] columns of `pitch` samples.
+// Values of strided samples, to and from [class][sample], `pitch` samples to a class.
 template <class T>
-struct Columns {
+struct ClassMajor {
   using Acc = AccOf<T>;
   static constexpr int width = kLanes<Acc>;
 
@@ -145,12 +145,12 @@ class Lanes {
     for (int64_t h = 0; h < n_; ++h) {
       const Head& from = head(h);
       locate(from.z_sample);
-      columns<T>(from.z_class, given_).read(static_cast<const T*>(from.z), z_of(h, 0));
+      class_major<T>(from.z_class, given_).read(static_cast<const T*>(from.z), z_of(h, 0));
       if (given_ < classes_) std::fill_n(z_of(h, given_), pitch_, Acc(0));
     }
     if (soft_ && labels_.probabilities) {
       locate(labels_.probability_sample);
-      columns<Acc>(labels_.probability_class, classes_)
+      class_major<Acc>(labels_.probability_class, classes_)
           .read(static_cast<const Acc*>(labels_.probabilities), y_);
     }
     if (labels_.target) {
@@ -170,7 +170,7 @@ class Lanes {
     for (int64_t h = 0; gradient_ && h < n_; ++h) {
       const Head& to = head(h);
       locate(to.dz_sample);
-      columns<T>(to.dz_class, given_).write(z_of(h, 0), static_cast<KeptOf<T>*>(to.dz));
+      class_major<T>(to.dz_class, given_).write(z_of(h, 0), static_cast<KeptOf<T>*>(to.dz));
     }
   }
 
@@ -195,9 +195,9 @@ class Lanes {
   }
   Acc* z_of(int64_t h, int64_t k) const { return z_ + (h * classes_ + k) * pitch_; }
   IMCL_INLINE V z(int64_t h, int64_t k) const { return load(z_of(h, k) + at_); }
-  IMCL_INLINE V centred(int64_t h, int64_t k) const { return z(h, k) - heads_[h].shift; }
+  IMCL_INLINE V shifted(int64_t h, int64_t k) const { return z(h, k) - heads_[h].shift; }
   IMCL_INLINE V log_p(int64_t h, int64_t k) const {
-    return centred(h, k) * splat(inverse_t_) - heads_[h].log_tempered;
+    return shifted(h, k) * splat(inverse_t_) - heads_[h].log_tempered;
   }
   static V finite(V x) { return max_vector(splat(std::numeric_limits<Acc>::lowest()), x); }
 
@@ -209,7 +209,7 @@ class Lanes {
     }
   }
   template <class From>
-  Columns<From> columns(int64_t class_stride, int64_t classes) const {
+  ClassMajor<From> class_major(int64_t class_stride, int64_t classes) const {
     return {offsets_, count_, class_stride, classes, pitch_};
   }
 
@@ -315,9 +315,9 @@ class Lanes {
     state.tempered = tempered;
     state.log_tempered = kl_ ? log_of(tempered) : V{};
     state.kl = state.toward = state.label_logit = V{};
-    const V share = splat(static_cast<Acc>(1.0 / static_cast<double>(classes_)));
+    const V of_class = splat(static_cast<Acc>(1.0 / static_cast<double>(classes_)));
     for (int64_t k = 0; summed_ && k < classes_; ++k) {
-      const V y = soft_ ? load(y_ + k * pitch_ + at_) : share;
+      const V y = soft_ ? load(y_ + k * pitch_ + at_) : of_class;
       state.label_logit += unless_0(y, y * this->z(h, k));
     }
   }
@@ -326,12 +326,12 @@ class Lanes {
   void sum_teacher(int64_t h) {
     V *t = t_ + h * classes_, *q = teacher_ + h * classes_;
     const double averaged = static_cast<double>(own_teacher_ ? n_ - 1 : n_);
-    const V share = splat(static_cast<Acc>(1 / (group_.temperature * averaged)));
+    const V teacher_share = splat(static_cast<Acc>(1 / (group_.temperature * averaged)));
     V max = splat(kMasked<Acc>), sum = {};
     const int64_t classes = classes_, pitch = pitch_, head = classes * pitch, n = n_;
     const int64_t left_out = own_teacher_ ? h : -1;
     const bool final = group_.teacher == Teacher::kFinal;
-    const V factor = final ? splat(inverse_t_) : share;
+    const V factor = final ? splat(inverse_t_) : teacher_share;
     for (int64_t k = 0; k < classes; ++k) {
       const Acc* z = z_ + k * pitch + at_;
       V x = {};

@@ -1,5 +1,5 @@
 // Shares the columns of all representations out to the threads, in one go: a sample has so many
-// features that a Gram is made of parts. Parts are added in order, whoever made them.
+// features that a Gram is a sum of partials. They are added in order, whoever made them.
 #include "dependence.h"
 
 #include <algorithm>
@@ -9,14 +9,14 @@
 namespace imcl {
 namespace {
 
-// Columns of a task: with their rows they stay in the second-level cache, and all parts together
+// Columns of a task: with their rows they stay in the second-level cache, and all partials together
 // are smaller than the representation.
 int64_t columns_of_task(const Representation& s) { return std::max<int64_t>(1024, 4 * s.x.rows); }
 
 struct Task {
-  const Representation* samples;
+  const Representation* representation;
   int64_t first, count;
-  char* part;
+  char* partial;
 };
 
 std::vector<Task> tasks_of(const std::vector<Representation>& all) {
@@ -35,26 +35,26 @@ void gram_forward(const DependenceKernels& kernels, const std::vector<Representa
                   const Parallel& parallel) {
   std::vector<Task> tasks = tasks_of(all);
   int64_t bytes = 0;
-  for (const Task& task : tasks) bytes += kernels.part_size(*task.samples);
+  for (const Task& task : tasks) bytes += kernels.partial_size(*task.representation);
   Scratch scratch;
   char* next = scratch.get<char>(bytes);
   for (Task& task : tasks) {
-    task.part = next;
-    next += kernels.part_size(*task.samples);
+    task.partial = next;
+    next += kernels.partial_size(*task.representation);
   }
   parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[static_cast<std::size_t>(i)];
-    kernels.part(*task.samples, task.first, task.count, task.part);
+    kernels.partial(*task.representation, task.first, task.count, task.partial);
   });
   std::vector<const Task*> first(all.size(), nullptr);
   std::vector<int64_t> count(all.size(), 0);
   for (const Task& task : tasks) {
-    const auto i = static_cast<std::size_t>(task.samples - all.data());
+    const auto i = static_cast<std::size_t>(task.representation - all.data());
     if (count[i]++ == 0) first[i] = &task;
   }
   parallel(static_cast<int64_t>(all.size()), [&](int64_t i) {
     const auto index = static_cast<std::size_t>(i);
-    kernels.finish(all[index], first[index] ? first[index]->part : nullptr, count[index]);
+    kernels.finish(all[index], first[index] ? first[index]->partial : nullptr, count[index]);
   });
 }
 
@@ -63,7 +63,7 @@ void gram_backward(const DependenceKernels& kernels, const std::vector<Represent
   const std::vector<Task> tasks = tasks_of(all);
   parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const Task& task = tasks[static_cast<std::size_t>(i)];
-    kernels.product(*task.samples, task.first, task.count);
+    kernels.product(*task.representation, task.first, task.count);
   });
 }
 

@@ -21,11 +21,11 @@ struct Representation {
 // The per-ISA kernels; each call is for columns [first, first + count) and serial.
 struct DependenceKernels {
   // Bytes of the Gram of some of the columns, in whole panels.
-  int64_t (*part_size)(const Representation&);
-  // part = X_c X_c^T of these columns, their upper panels; fills their means.
-  void (*part)(const Representation&, int64_t first, int64_t count, void* part);
-  // gram = scale * the sum of so many parts, one after the other.
-  void (*finish)(const Representation&, const void* parts, int64_t count);
+  int64_t (*partial_size)(const Representation&);
+  // partial = X_c X_c^T of these columns, their upper panels; fills their means.
+  void (*partial)(const Representation&, int64_t first, int64_t count, void* partial);
+  // gram = scale * the sum of so many partials, one after the other.
+  void (*finish)(const Representation&, const void* partials, int64_t count);
   // dx = S X_c in these columns, for the symmetric S that lies in gram.
   void (*product)(const Representation&, int64_t first, int64_t count);
 };

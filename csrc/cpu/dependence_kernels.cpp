@@ -58,17 +58,17 @@ int64_t padded_rows(const Representation& s) {
 }
 
 template <class T>
-void part_of(const Representation& s, int64_t first, int64_t count, void* part) {
+void partial_of(const Representation& s, int64_t first, int64_t count, void* partial) {
   using Acc = AccOf<T>;
   const Matrix<T> x = columns_of<T>(s, first, count);
   Acc* mean = static_cast<Acc*>(s.mean) + first;
   column_means(x, mean);
   const Source<T> source{x.x, x.row, x.column, nullptr, mean};
-  gram<Acc>(source, x.rows, count, static_cast<Acc*>(part), padded_rows<Acc>(s), kSerial);
+  gram<Acc>(source, x.rows, count, static_cast<Acc*>(partial), padded_rows<Acc>(s), kSerial);
 }
 
 template <class Acc>
-void finish_gram(const Representation& s, const Acc* parts, int64_t count) {
+void finish_gram(const Representation& s, const Acc* partials, int64_t count) {
   constexpr int64_t width = kLanes<Acc>;
   const int64_t n = s.x.rows, padded = padded_rows<Acc>(s);
   const Vec<Acc> scale = splat(static_cast<Acc>(s.scale));
@@ -76,7 +76,7 @@ void finish_gram(const Representation& s, const Acc* parts, int64_t count) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = i / width * width; j < n; j += width) {
       Vec<Acc> sum = {};
-      for (int64_t p = 0; p < count; ++p) sum += load(parts + (p * padded + i) * padded + j);
+      for (int64_t p = 0; p < count; ++p) sum += load(partials + (p * padded + i) * padded + j);
       sum *= scale;
       for (int64_t v = std::max<int64_t>(0, i - j); v < std::min(width, n - j); ++v)
         g[i * n + j + v] = g[(j + v) * n + i] = sum[v];
@@ -123,22 +123,22 @@ auto with_type(DType dtype, const Run& run) {
   }
 }
 
-int64_t part_size(const Representation& s) {
+int64_t partial_size(const Representation& s) {
   return with_type(s.x.dtype, [&](auto* x) {
     using Acc = AccOf<std::remove_pointer_t<decltype(x)>>;
     return padded_rows<Acc>(s) * padded_rows<Acc>(s) * static_cast<int64_t>(sizeof(Acc));
   });
 }
 
-void part(const Representation& s, int64_t first, int64_t count, void* out) {
+void partial(const Representation& s, int64_t first, int64_t count, void* out) {
   with_type(s.x.dtype,
-            [&](auto* x) { part_of<std::remove_pointer_t<decltype(x)>>(s, first, count, out); });
+            [&](auto* x) { partial_of<std::remove_pointer_t<decltype(x)>>(s, first, count, out); });
 }
 
-void finish(const Representation& s, const void* parts, int64_t count) {
+void finish(const Representation& s, const void* partials, int64_t count) {
   with_type(s.x.dtype, [&](auto* x) {
     using Acc = AccOf<std::remove_pointer_t<decltype(x)>>;
-    finish_gram(s, static_cast<const Acc*>(parts), count);
+    finish_gram(s, static_cast<const Acc*>(partials), count);
   });
 }
 
@@ -150,7 +150,7 @@ void product(const Representation& s, int64_t first, int64_t count) {
 }  // namespace
 
 extern const DependenceKernels dependence_kernels;
-const DependenceKernels dependence_kernels = {part_size, part, finish, product};
+const DependenceKernels dependence_kernels = {partial_size, partial, finish, product};
 
 }  // namespace IMCL_ISA
 }  // namespace imcl

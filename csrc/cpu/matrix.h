@@ -12,7 +12,7 @@
 namespace imcl {
 inline namespace IMCL_ISA {
 
-inline constexpr double kCenteredDeadRatio = 1e-5;  // imcl_fast/reference.py
+inline constexpr double kCentredDeadRatio = 1e-5;  // imcl_fast/reference.py
 
 template <class T>
 struct Matrix {
@@ -46,22 +46,22 @@ void sum_columns(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* out, Term t
   if (x.row.is_unit()) {
     for (; i + width <= x.rows; i += width) {
       Vec<Acc> sum = {};
-      const Vec<Acc> centre = mean ? load(mean + i) : Vec<Acc>{};
-      for (int64_t j = 0; j < x.columns; ++j) sum += term(load_acc(x.x + i + x.column[j]), centre);
+      const Vec<Acc> shift = mean ? load(mean + i) : Vec<Acc>{};
+      for (int64_t j = 0; j < x.columns; ++j) sum += term(load_acc(x.x + i + x.column[j]), shift);
       store(out + i, sum);
     }
   }
   for (; i < x.rows; ++i) {
     const T* row = x.x + x.row[i];
-    const Acc centre = mean ? mean[i] : Acc(0);
+    const Acc shift = mean ? mean[i] : Acc(0);
     Vec<Acc> sum[4] = {};
     Acc tail = 0;
     int64_t j = 0;
     if (x.column.is_unit()) {
       for (; j + 4 * width <= x.columns; j += 4 * width)
-        for (int u = 0; u < 4; ++u) sum[u] += term(load_acc(row + j + u * width), splat(centre));
+        for (int u = 0; u < 4; ++u) sum[u] += term(load_acc(row + j + u * width), splat(shift));
     }
-    for (; j < x.columns; ++j) tail += term(to_acc(row[x.column[j]]), centre);
+    for (; j < x.columns; ++j) tail += term(to_acc(row[x.column[j]]), shift);
     out[i] = sum_lanes<Acc>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
   }
 }
@@ -82,14 +82,14 @@ Acc inverse_norm(Acc square, Acc mean, int64_t columns, const PairwiseSettings& 
   Acc limit = static_cast<Acc>(settings.eps), raw = norm;
   if (settings.center) {
     raw = std::sqrt(square + static_cast<Acc>(columns) * mean * mean);
-    limit = std::max(limit, static_cast<Acc>(kCenteredDeadRatio) * raw);
+    limit = std::max(limit, static_cast<Acc>(kCentredDeadRatio) * raw);
   }
   if (!std::isfinite(raw)) return std::numeric_limits<Acc>::quiet_NaN();
   return norm <= limit ? Acc(0) : 1 / norm;
 }
 
 // Asks for x in the order it lies in, where it is dense and fits the second-level cache: the
-// packs that follow read it in strips that the hardware doesn't foresee.
+// packs that follow read it in pieces that the hardware doesn't foresee.
 template <class T>
 void prefetch(const Matrix<T>& x) {
   constexpr int64_t kLine = 64, kCache = 512 * 1024;
@@ -108,7 +108,7 @@ int64_t row_norms(const Matrix<T>& x, const PairwiseSettings& settings, AccOf<T>
   using Acc = AccOf<T>;
   if (settings.center) row_means(x, mean);
   sum_columns(x, settings.center ? mean : nullptr, inverse,
-              [](auto v, auto centre) { return (v - centre) * (v - centre); });
+              [](auto v, auto shift) { return (v - shift) * (v - shift); });
   int64_t live = 0;
   for (int64_t i = 0; i < x.rows; ++i) {
     inverse[i] = inverse_norm(inverse[i], settings.center ? mean[i] : Acc(0), x.columns, settings);

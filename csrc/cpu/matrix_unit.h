@@ -77,7 +77,7 @@ static_assert(kPanel<float> == 2 * kTile);
 #if defined(IMCL_MATRIX_UNIT_STAND_IN)
 
 // The eight tiles, and what the instructions do to them.
-class Tiles {
+class TileRegisters {
  public:
   template <int To>
   void zero() {
@@ -128,9 +128,9 @@ class Tiles {
 #else
 
 // The compiler's intrinsics take the number of a tile as text only, which no template can give.
-class Tiles {
+class TileRegisters {
  public:
-  Tiles() {
+  TileRegisters() {
     // Tiles of 16 rows of 64 bytes, all of them.
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -139,9 +139,9 @@ class Tiles {
     } const configuration;
     asm volatile("ldtilecfg %0" ::"m"(configuration));
   }
-  ~Tiles() { asm volatile("tilerelease" ::); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+  ~TileRegisters() { asm volatile("tilerelease" ::); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
 
   template <int To>
   IMCL_INLINE void zero() {
@@ -208,7 +208,7 @@ class Multiplier<BFloat16Pair, true> {
   }
 
  private:
-  Tiles tiles_;
+  TileRegisters tiles_;
 };
 
 #endif

@@ -147,55 +147,55 @@ class States {
 
   void add(const Matrices& m) {
     constexpr int64_t kLine = 16;  // elements
-    const auto same = [&](const Part& part) { return part.wide == wide(m); };
-    auto part = std::find_if(parts_.begin(), parts_.end(), same);
-    if (part == parts_.end()) part = parts_.insert(part, Part{wide(m), 0});
+    const auto same = [&](const Store& store) { return store.wide == wide(m); };
+    auto store = std::find_if(stores_.begin(), stores_.end(), same);
+    if (store == stores_.end()) store = stores_.insert(store, Store{wide(m), 0});
     const int64_t size = m.batch * state_size(settings_, m.rows, m.columns);
-    places_.push_back({part - parts_.begin(), part->size});
-    part->size += (size + kLine - 1) / kLine * kLine;
+    places_.push_back({store - stores_.begin(), store->size});
+    store->size += (size + kLine - 1) / kLine * kLine;
   }
 
   std::vector<Tensor> allocated(const Tensor& like) const {
     std::vector<Tensor> tensors;
-    for (const Part& part : parts_) {
+    for (const Store& store : stores_) {
       tensors.push_back(
-          allocate({part.size}, part.wide ? ScalarType::Double : ScalarType::Float, like));
+          allocate({store.size}, store.wide ? ScalarType::Double : ScalarType::Float, like));
       advised(tensors.back());
     }
     return tensors;
   }
 
   void check(const std::vector<Tensor>& tensors) const {
-    bool same = tensors.size() == parts_.size();
-    for (std::size_t i = 0; same && i < parts_.size(); ++i) {
-      same = tensors[i].numel() == parts_[i].size &&
-             (tensors[i].scalar_type() == ScalarType::Double) == parts_[i].wide;
+    bool same = tensors.size() == stores_.size();
+    for (std::size_t i = 0; same && i < stores_.size(); ++i) {
+      same = tensors[i].numel() == stores_[i].size &&
+             (tensors[i].scalar_type() == ScalarType::Double) == stores_[i].wide;
     }
     STD_TORCH_CHECK(same, "state: expected the state that pairwise_forward returned");
   }
 
-  void point(std::vector<Matrices>& problems, const std::vector<Tensor>& tensors) const {
-    for (std::size_t i = 0; i < problems.size(); ++i) {
-      const Tensor& tensor = tensors[static_cast<std::size_t>(places_[i].part)];
+  void point(std::vector<Matrices>& layers, const std::vector<Tensor>& tensors) const {
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      const Tensor& tensor = tensors[static_cast<std::size_t>(places_[i].store)];
       const auto offset = places_[i].begin * static_cast<int64_t>(tensor.element_size());
-      problems[i].state = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + offset;
+      layers[i].state = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())) + offset;
     }
   }
 
  private:
-  struct Part {
+  struct Store {
     bool wide;
     int64_t size;
   };
   struct Place {
-    std::ptrdiff_t part;
+    std::ptrdiff_t store;
     int64_t begin;
   };
 
   static bool wide(const Matrices& m) { return m.dtype == DType::kFloat64; }
 
   PairwiseSettings settings_;
-  std::vector<Part> parts_;
+  std::vector<Store> stores_;
   std::vector<Place> places_;
 };
 
@@ -208,23 +208,22 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
   STD_TORCH_CHECK(!xs.empty(), "xs: expected at least one tensor");
   const PairwiseSettings settings = settings_of(penalty, center, eps, precision);
   Axes axes;
-  std::vector<Matrices> problems;
-  problems.reserve(xs.size());
+  std::vector<Matrices> layers;
+  layers.reserve(xs.size());
   States states(settings);
   ScalarType loss_type = ScalarType::Float;
   for (const Tensor& x : xs) {
-    problems.push_back(matrices_of(x, batched, xs.size(), axes));
-    states.add(problems.back());
-    if (problems.back().dtype == DType::kFloat64) loss_type = ScalarType::Double;
+    layers.push_back(matrices_of(x, batched, xs.size(), axes));
+    states.add(layers.back());
+    if (layers.back().dtype == DType::kFloat64) loss_type = ScalarType::Double;
   }
   std::vector<Tensor> state;
   if (keep) {
     state = states.allocated(xs[0]);
-    states.point(problems, state);
+    states.point(layers, state);
   }
   const Tensor loss = allocate({}, loss_type, xs[0]);
-  write(loss, 0,
-        imcl::pairwise_forward(*chosen_kernels().pairwise, problems, settings, parallel()));
+  write(loss, 0, imcl::pairwise_forward(*chosen_kernels().pairwise, layers, settings, parallel()));
   return {loss, state};
 }
 
@@ -233,13 +232,13 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
                                       bool center, double eps, bool batched, int64_t precision) {
   const PairwiseSettings settings = settings_of(penalty, center, eps, precision);
   Axes axes;
-  std::vector<Matrices> problems;
-  problems.reserve(xs.size());
+  std::vector<Matrices> layers;
+  layers.reserve(xs.size());
   States states(settings);
   std::vector<Tensor> gradients;
   gradients.reserve(xs.size());
   for (const Tensor& x : xs) {
-    Matrices& m = problems.emplace_back(matrices_of(x, batched, xs.size(), axes));
+    Matrices& m = layers.emplace_back(matrices_of(x, batched, xs.size(), axes));
     states.add(m);
     const Tensor& dx = gradients.emplace_back(allocate_like(x));
     m.dx = advised(dx);
@@ -254,8 +253,8 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
     m.dx_column_axis = axes.of(dx, columns_of(x, batched));
   }
   states.check(state);
-  states.point(problems, state);
-  imcl::pairwise_backward(*chosen_kernels().pairwise, problems, settings, read(grad), parallel());
+  states.point(layers, state);
+  imcl::pairwise_backward(*chosen_kernels().pairwise, layers, settings, read(grad), parallel());
   return gradients;
 }
 

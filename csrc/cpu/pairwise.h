@@ -1,4 +1,4 @@
-// The pairwise cosine penalty on the CPU: its problem, its state and its two functions.
+// The pairwise cosine penalty on the CPU: its layers, its state and its two functions.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace imcl {
 
-// The matrices (batch, rows, columns) of one tensor, its gradient and its state.
+// The matrices (batch, rows, columns) of one layer, a tensor; its gradient and its state.
 struct Matrices {
   DType dtype;
   int64_t batch, rows, columns;
@@ -39,7 +39,7 @@ IMCL_INLINE int64_t state_size(const PairwiseSettings& settings, int64_t rows, i
   }
 }
 
-// The per-ISA kernels, each for one matrix of a tensor; `parallel` shares the work of
+// The per-ISA kernels, each for one matrix of a layer; `parallel` shares the work of
 // that one matrix among threads.
 struct PairwiseKernels {
   double (*forward)(const Matrices&, int64_t index, const PairwiseSettings&, const Parallel&);
@@ -47,7 +47,7 @@ struct PairwiseKernels {
                    const Parallel&);
 };
 
-// The penalty of all tensors; fills their state where it is not null.
+// The penalty of all layers; fills their state where it is not null.
 double pairwise_forward(const PairwiseKernels&, const std::vector<Matrices>&,
                         const PairwiseSettings&, const Parallel&);
 

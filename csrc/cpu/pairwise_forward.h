@@ -51,10 +51,10 @@ double finish_lanes(const Acc* g, int64_t stride, int64_t n, int64_t first, cons
   const int64_t direct = std::min(n, first + width);
   for (int64_t j = 0; j < direct; ++j) visit(j, load(g + j * stride + first));
   for (int64_t j = direct; j < n; j += width) {
-    Vec<Acc> block[width];
-    for (int64_t i = 0; i < width; ++i) block[i] = load(g + (first + i) * stride + j);
-    transpose<Acc>(block);
-    for (int64_t i = 0; i < std::min(width, n - j); ++i) visit(j + i, block[i]);
+    Vec<Acc> tile[width];
+    for (int64_t i = 0; i < width; ++i) tile[i] = load(g + (first + i) * stride + j);
+    transpose<Acc>(tile);
+    for (int64_t i = 0; i < std::min(width, n - j); ++i) visit(j + i, tile[i]);
   }
   for (int64_t i = 0; a && i < lanes; ++i)
     a[(first + i) * n + first + i] = -diagonal[i] * inverse_i[i] * inverse_i[i];

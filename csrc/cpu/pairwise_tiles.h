@@ -4,7 +4,7 @@
 //
 //   G_ji = <x_j, x_i>, c_ji = G_ji/(n_i n_j), A_ji = a sgn(c_ji)/(n_i n_j)   (panel, panel)
 //   Y_i += X_j^T A_ji                                                        (D, panel)
-//   dx_i = Y_i - a sum_j |c_ji|/n_i^2 x_i
+//   dx_i = Y_i - a sum_j |c_ji|/n_i^2 x_i, a = 2 scale
 #pragma once
 
 #include "pairwise_backward.h"

@@ -8,23 +8,23 @@ namespace imcl {
 namespace {
 
 constexpr std::size_t kLine = 64;
-constexpr std::size_t kChunk = std::size_t{1} << 20;
-constexpr std::size_t kKeep = 8 * kChunk;  // bytes a thread holds between calls at most
+constexpr std::size_t kSlab = std::size_t{1} << 20;
+constexpr std::size_t kKeep = 8 * kSlab;  // bytes a thread holds between calls at most
 
-struct Chunk {
+struct Slab {
   char* data;
   std::size_t size;
 };
 
 struct Arena {
-  std::vector<Chunk> chunks;
-  std::size_t chunk = 0, used = 0, bytes = 0;
+  std::vector<Slab> slabs;
+  std::size_t slab = 0, used = 0, bytes = 0;
   int depth = 0;
 
   void release() {
-    for (const Chunk& c : chunks) std::free(c.data);
-    chunks.clear();
-    chunk = used = bytes = 0;
+    for (const Slab& c : slabs) std::free(c.data);
+    slabs.clear();
+    slab = used = bytes = 0;
   }
 
   ~Arena() { release(); }
@@ -37,11 +37,11 @@ Arena& arena() {
 
 }  // namespace
 
-Scratch::Scratch() : chunk_(arena().chunk), used_(arena().used) { ++arena().depth; }
+Scratch::Scratch() : slab_(arena().slab), used_(arena().used) { ++arena().depth; }
 
 Scratch::~Scratch() {
   Arena& a = arena();
-  a.chunk = chunk_;
+  a.slab = slab_;
   a.used = used_;
   if (--a.depth == 0 && a.bytes > kKeep) a.release();
 }
@@ -49,18 +49,18 @@ Scratch::~Scratch() {
 void* Scratch::take(std::size_t bytes) {
   Arena& a = arena();
   bytes = (bytes + kLine) / kLine * kLine;  // at least one line: never a null pointer
-  while (a.chunk < a.chunks.size() && a.used + bytes > a.chunks[a.chunk].size) {
-    ++a.chunk;
+  while (a.slab < a.slabs.size() && a.used + bytes > a.slabs[a.slab].size) {
+    ++a.slab;
     a.used = 0;
   }
-  if (a.chunk == a.chunks.size()) {
-    const std::size_t size = (bytes > kChunk ? bytes : kChunk);
+  if (a.slab == a.slabs.size()) {
+    const std::size_t size = (bytes > kSlab ? bytes : kSlab);
     void* data = std::aligned_alloc(kLine, size);
     if (!data) throw std::bad_alloc();
-    a.chunks.push_back({static_cast<char*>(data), size});
+    a.slabs.push_back({static_cast<char*>(data), size});
     a.bytes += size;
   }
-  void* result = a.chunks[a.chunk].data + a.used;
+  void* result = a.slabs[a.slab].data + a.used;
   a.used += bytes;
   return result;
 }

@@ -1,5 +1,5 @@
 // Working memory that outlives a call, so that a training step doesn't fault the same
-// pages in again and again: a stack of chunks per thread, released by scope.
+// pages in again and again: a stack of slabs per thread, released by scope.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,7 @@ class Scratch {
  private:
   void* take(std::size_t bytes);
 
-  std::size_t chunk_, used_;  // top of this thread's stack when the scope began
+  std::size_t slab_, used_;  // top of this thread's stack when the scope began
 };
 
 }  // namespace imcl

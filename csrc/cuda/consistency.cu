@@ -1,28 +1,21 @@
 // Collaborative consistency, value and gradient, in one launch.
 //
-// loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h / T), and
+// loss = sum_h ce_h CE(z_h, y) + kl_h T^2 KL(q_h || p_h), p_h = softmax(z_h/T), q_h = softmax(t_h)
+// dz_h = ce_h (softmax(z_h) sum(y) - y) + kl_h T (p_h - q_h)
 //
-// others   q_h = softmax(t_h), t_h = sum_{j != h} z_j / (T (n - 1))
-// mean     q_h = softmax(t),   t = sum_j z_j / (T n)
-// final    q_h = p_n, and no KL for head n itself
-// pairwise KL is the mean of KL(p_j || p_h) over j != h; with P = sum_j p_j and
-//          Q = sum_j p_j log p_j it is sum_k (Q - P log p_h) / (n - 1): O(n K)
-//
-// dz_h = ce_h (softmax(z_h) - y) + kl_h T (p_h - q_h), and where a teacher is not detached
-// T kl_h q_h (log q_h - log p_h - KL_h) goes into t_h and on to the logits t_h averages.
+// with t_h, what teachers learn that aren't detached, and P, Q, V and W of pairwise ones as in
+// docs/math.md, "Collaborative consistency". Labels y are an index, smoothed or not, or soft: any
+// number for each class, class weights included.
 //
 // Other divergences, of the same teachers, stand in consistency_divergences.h; a mixture has none:
 // it is ce_h KL(y || m) + kl_h KL(p_h || m), m = beta y + (1 - beta) sum_h kl_h p_h / sum_h kl_h.
 //
-// Labels y are an index, smoothed or not, or soft: any number for each class, class weights
-// included. Then it is ce_h (softmax(z_h) sum(y) - y).
-//
 // A team of threads, a warp or a block, takes a sample at a time, and the groups of heads in
-// turn. It takes the classes in tiles of all heads of the group together, read once into
+// turn. It takes the classes in chunks of all heads of the group together, read once into
 // shared memory, where every thread sees only what it has read itself: no barrier stands
-// between reading and using them. Maxima and sums run along from tile to tile (online softmax).
-// Up to some thousand classes that is one tile, still there when the gradient is made of it;
-// beyond that a second pass reads the tiles again (a third with "pairwise" teachers).
+// between reading and using them. Maxima and sums run along from chunk to chunk (online softmax).
+// Up to some thousand classes that is one chunk, still there when the gradient is made of it;
+// beyond that a second pass reads the chunks again (a third with "pairwise" teachers).
 #include <algorithm>
 
 #include "consistency.h"
@@ -35,7 +28,7 @@ namespace {
 
 // Bytes of shared memory: what a block may take at most, which every GPU from sm_80 on has;
 // what it takes where the classes don't fit into that; and what a launch has for the asking.
-constexpr std::size_t kOneTile = std::size_t{96} << 10, kManyTiles = std::size_t{32} << 10;
+constexpr std::size_t kOneChunk = std::size_t{96} << 10, kManyChunks = std::size_t{32} << 10;
 constexpr std::size_t kGranted = std::size_t{47} << 10;
 constexpr int kMostThreads = 256;
 
@@ -98,7 +91,7 @@ __global__ void __launch_bounds__(kMostThreads, (kBlocks<T, kGeneral>))
   __syncthreads();
 
   const int terms = 2 * in.head_count;
-  const Layout<T> layout(in.head_count, in.largest_group, team.size, in.chunks);
+  const Layout<T> layout(in.head_count, in.largest_group, team.size, in.packs);
   for (int i = static_cast<int>(threadIdx.x); i < terms; i += static_cast<int>(blockDim.x)) {
     double sum = 0;
     for (int t = 0; t < team.count; ++t)
@@ -153,10 +146,10 @@ cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan&
 template <class T>
 ConsistencyPlan plan_of(ConsistencyArguments& in, int processors) {
   constexpr int kPack = Pack<T>::kSize;
-  const auto on_16 = [&](const void* base, const Strides& rows, int64_t column, std::size_t size) {
-    bool all = column == 1 && reinterpret_cast<std::uintptr_t>(base) % 16 == 0;
+  const auto on_16 = [&](const void* base, const Strides& strides, int64_t step, std::size_t size) {
+    bool all = step == 1 && reinterpret_cast<std::uintptr_t>(base) % 16 == 0;
     for (int axis = 0; axis < in.samples.axes; ++axis)
-      all = all && rows.of[axis] * static_cast<int64_t>(size) % 16 == 0;
+      all = all && strides.of[axis] * static_cast<int64_t>(size) % 16 == 0;
     return all;
   };
   in.packed = in.classes % kPack == 0 && !in.binary;
@@ -166,32 +159,32 @@ ConsistencyPlan plan_of(ConsistencyArguments& in, int processors) {
                 (!in.gradient || on_16(head.dz, head.dz_sample, head.dz_class, sizeof(Kept<T>)));
   }
 
-  const auto bytes = [&](int threads, int64_t chunks) {
-    return Layout<T>(in.head_count, in.largest_group, threads, static_cast<int>(chunks)).bytes();
+  const auto bytes = [&](int threads, int64_t packs) {
+    return Layout<T>(in.head_count, in.largest_group, threads, static_cast<int>(packs)).bytes();
   };
-  const auto chunks_of = [&](int threads) {
+  const auto packs_of = [&](int threads) {
     return std::max<int64_t>(1, (in.classes + threads * kPack - 1) / (threads * kPack));
   };
   // One pack for each thread, as far as that goes.
   int threads = 32;
-  while (threads < kMostThreads && chunks_of(threads) > 1) threads *= 2;
-  while (threads > 32 && bytes(threads, 1) > kOneTile) threads /= 2;  // there are many heads
-  int64_t chunks = chunks_of(threads);
-  if (bytes(threads, chunks) > kOneTile)
-    for (chunks = 1; bytes(threads, chunks + 1) <= kManyTiles;) ++chunks;
-  in.chunks = static_cast<int>(chunks);
-  in.tiles =
-      static_cast<int>((in.classes + threads * kPack * chunks - 1) / (threads * kPack * chunks));
+  while (threads < kMostThreads && packs_of(threads) > 1) threads *= 2;
+  while (threads > 32 && bytes(threads, 1) > kOneChunk) threads /= 2;  // there are many heads
+  int64_t packs = packs_of(threads);
+  if (bytes(threads, packs) > kOneChunk)
+    for (packs = 1; bytes(threads, packs + 1) <= kManyChunks;) ++packs;
+  in.packs = static_cast<int>(packs);
+  in.chunks =
+      static_cast<int>((in.classes + threads * kPack * packs - 1) / (threads * kPack * packs));
 
   ConsistencyPlan plan{};
   plan.warps = threads == 32;
   int teams = 1;
   if (plan.warps)  // several to a block, but not when that leaves processors idle
     while (teams < 8 && in.batch > teams * int64_t{processors} &&
-           bytes(32, chunks) * static_cast<std::size_t>(2 * teams) <= kManyTiles)
+           bytes(32, packs) * static_cast<std::size_t>(2 * teams) <= kManyChunks)
       teams *= 2;
   plan.threads = threads * teams;
-  plan.shared_bytes = bytes(threads, chunks) * static_cast<std::size_t>(teams);
+  plan.shared_bytes = bytes(threads, packs) * static_cast<std::size_t>(teams);
   // As many blocks as run at once, each with its share of the samples.
   const auto fit = static_cast<int64_t>(
       std::min<std::size_t>((std::size_t{200} << 10) / (plan.shared_bytes + 1024),

@@ -24,7 +24,7 @@ struct ConsistencyArguments {
   bool general;       // what only the general kernel takes
   bool gradient;      // every head's dz is to be written
   bool packed;        // every row of z and dz starts on 16 bytes, and takes a multiple of them
-  int chunks, tiles;  // packs of a thread in a tile of the classes; tiles
+  int packs, chunks;  // packs of a thread in a chunk of the classes; chunks
   void* loss;         // () or (batch,), in the accumulation type
   void* terms;        // (2, head_count)
   double* partials;   // (2, head_count, blocks)
@@ -42,7 +42,7 @@ struct ConsistencyPlan {
 // pointers of what is returned.
 ConsistencyArguments consistency_arguments(const Consistency& problem, Reduction reduction);
 
-// Also fills in `packed`, `chunks` and `tiles`.
+// Also fills in `packed`, `packs` and `chunks`.
 ConsistencyPlan consistency_plan(DType dtype, ConsistencyArguments& arguments, int processors);
 
 }  // namespace imcl

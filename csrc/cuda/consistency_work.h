@@ -51,7 +51,7 @@ __device__ __forceinline__ A label_weight(const ConsistencyArguments& in, int64_
 // What is known of one head, in shared memory.
 template <class A>
 struct HeadState {
-  A max, max_shift;              // of z; and by how much the last tile raised it, as old - new
+  A max, max_shift;              // of z; and by how much the last chunk raised it, as old - new
   A teacher_max, teacher_shift;  // of t
   A plain, tempered;             // sums of exp(z - max) and exp((z - max) / T)
   A label_logit;                 // sum of z / K, or of y z of soft labels; KL(y || m) of a mixture
@@ -71,16 +71,16 @@ template <class T>
 struct Layout {
   std::size_t terms, states, buffer, sums, logits;
 
-  __host__ __device__ Layout(int heads, int largest, int threads, int chunks) {
+  __host__ __device__ Layout(int heads, int largest, int threads, int packs) {
     const auto round = [](std::size_t bytes) { return (bytes + 15) / 16 * 16; };
     const std::size_t warps = static_cast<std::size_t>(threads) / 32;
-    const std::size_t packs = static_cast<std::size_t>(threads) * static_cast<std::size_t>(chunks);
+    const std::size_t all = static_cast<std::size_t>(threads) * static_cast<std::size_t>(packs);
     const auto n = static_cast<std::size_t>(largest);
     terms = round(sizeof(double) * 2 * static_cast<std::size_t>(heads));
     states = round(sizeof(HeadState<Acc<T>>) * n);
     buffer = round(sizeof(Acc<T>) * kValues * n * warps);
-    sums = sizeof(Acc<T>) * Pack<T>::kSize * packs * (n > 1 ? 3 : 0);
-    logits = sizeof(Pack<T>) * packs * n;
+    sums = sizeof(Acc<T>) * Pack<T>::kSize * all * (n > 1 ? 3 : 0);
+    logits = sizeof(Pack<T>) * all * n;
   }
   __host__ __device__ std::size_t bytes() const { return terms + states + buffer + sums + logits; }
 };
@@ -108,14 +108,14 @@ struct Team {
 template <class T, bool kGeneral>
 class Work {
   using A = Acc<T>;
-  // A pack is read at once, and worked on in parts: of half types two.
+  // A pack is read at once, and worked on in slices: of half types two.
   using Values = Pack<A>;
-  static constexpr int kPack = Pack<T>::kSize, kPart = Values::kSize, kParts = kPack / kPart;
+  static constexpr int kPack = Pack<T>::kSize, kSlice = Values::kSize, kSlices = kPack / kSlice;
 
  public:
   __device__ Work(const ConsistencyArguments& arguments, const Team& team, unsigned char* memory)
       : in_(arguments), team_(team), size_(team.size), rank_(team.rank) {
-    const Layout<T> layout(in_.head_count, in_.largest_group, size_, in_.chunks);
+    const Layout<T> layout(in_.head_count, in_.largest_group, size_, in_.packs);
     memory += layout.bytes() * static_cast<std::size_t>(team.index);
     terms_ = reinterpret_cast<double*>(memory);
     states_ = reinterpret_cast<HeadState<A>*>(memory += layout.terms);
@@ -152,8 +152,8 @@ class Work {
       if (in_.reduction == Reduction::kNone && rank_ == 0)
         for (int h = 0; h < n_; ++h) value += states_[h].value;
       if (in_.gradient) {
-        for (int tile = 0; tile < in_.tiles; ++tile) {
-          if (in_.tiles > 1) read(tile);
+        for (int chunk = 0; chunk < in_.chunks; ++chunk) {
+          if (in_.chunks > 1) read(chunk);
           if (other()) gradient_of_other();
           else gradient();
         }
@@ -179,7 +179,7 @@ class Work {
     const bool without_own = teacher_ == Teacher::kOthers || teacher_ == Teacher::kPairwise;
     const int averaged = teacher_ == Teacher::kFinal ? 1 : without_own ? n_ - 1 : n_;
     average_ = static_cast<A>(1.0 / averaged);
-    part_ = static_cast<A>(1 / (group.temperature * averaged));
+    teacher_share_ = static_cast<A>(1 / (group.temperature * averaged));
     kl_weights_ = 0;
     for (int h = 0; h < n_; ++h) kl_weights_ += static_cast<A>(head(h).kl_weight);
   }
@@ -213,25 +213,25 @@ class Work {
            (teacher_ != Teacher::kFinal || h < n_ - 1);
   }
 
-  // Part of a pack of this thread: its columns are column + i * step, i < count.
-  struct Part {
-    int index, column, step, count;
+  // Slice of a pack of this thread: its classes are k + i * step, i < count.
+  struct Slice {
+    int index, k, step, count;
   };
 
   // t_h from z_h and teacher_sum().
-  __device__ Values teacher_logits(int h, const Part& part, const Values& z,
+  __device__ Values teacher_logits(int h, const Slice& slice, const Values& z,
                                    const Values& sum) const {
     Values t{};
     if (extreme_ && averages()) {
 #pragma unroll 1
       for (int j = 0; j < n_; ++j) {
         if (j == h && teacher_ == Teacher::kOthers) continue;
-        const Values other = z_of(j, part);
-        each([&](int i) { t.at[i] += other.at[i] * part_; });
+        const Values other = z_of(j, slice);
+        each([&](int i) { t.at[i] += other.at[i] * teacher_share_; });
       }
     } else if (teacher_ == Teacher::kOthers)
-      each([&](int i) { t.at[i] = (sum.at[i] - z.at[i]) * part_; });
-    else each([&](int i) { t.at[i] = sum.at[i] * part_; });
+      each([&](int i) { t.at[i] = (sum.at[i] - z.at[i]) * teacher_share_; });
+    else each([&](int i) { t.at[i] = sum.at[i] * teacher_share_; });
     return t;
   }
   __device__ A teacher_max(int h) const {
@@ -245,69 +245,69 @@ class Work {
                                       : states_[n_ - 1].max_shift * inverse_t_;
   }
 
-  // ---- tiles ----
+  // ---- chunks ----
 
-  // Calls body(part) for every part of the tile that isn't empty.
+  // Calls body(slice) for every slice of the chunk that isn't empty.
   template <class Body>
-  __device__ __forceinline__ void each_part(const Body& body) const {
+  __device__ __forceinline__ void each_slice(const Body& body) const {
     const int classes = static_cast<int>(in_.classes), step = in_.packed ? 1 : size_;
-    for (int index = 0; index < in_.chunks * kParts; ++index) {
-      const int column = first_column(index / kParts) + index % kParts * kPart * step;
-      if (column >= classes) return;
-      const int left = in_.packed ? kPart : (classes - column + size_ - 1) / size_;
-      body(Part{index, column, step, left < kPart ? left : kPart});
+    for (int index = 0; index < in_.packs * kSlices; ++index) {
+      const int k = first_class(index / kSlices) + index % kSlices * kSlice * step;
+      if (k >= classes) return;
+      const int left = in_.packed ? kSlice : (classes - k + size_ - 1) / size_;
+      body(Slice{index, k, step, left < kSlice ? left : kSlice});
     }
   }
 
-  __device__ int first_column(int chunk) const {
-    return tile_ + chunk * size_ * kPack + rank_ * (in_.packed ? kPack : 1);
+  __device__ int first_class(int nth) const {
+    return chunk_ + nth * size_ * kPack + rank_ * (in_.packed ? kPack : 1);
   }
 
   template <class Body>
   __device__ static __forceinline__ void each(const Body& body) {
 #pragma unroll
-    for (int i = 0; i < kPart; ++i) body(i);
+    for (int i = 0; i < kSlice; ++i) body(i);
   }
 
-  __device__ Pack<T>& logits(int h, int chunk) const {
-    return logits_[(h * in_.chunks + chunk) * size_ + rank_];
+  __device__ Pack<T>& logits(int h, int nth) const {
+    return logits_[(h * in_.packs + nth) * size_ + rank_];
   }
-  __device__ Values& sums(int which, const Part& part) const {
-    return sums_[(which * in_.chunks * kParts + part.index) * size_ + rank_];
+  __device__ Values& sums(int which, const Slice& slice) const {
+    return sums_[(which * in_.packs * kSlices + slice.index) * size_ + rank_];
   }
 
-  __device__ void read(int tile) {
+  __device__ void read(int chunk) {
     const int classes = static_cast<int>(in_.classes);
-    tile_ = tile * in_.chunks * size_ * kPack;
+    chunk_ = chunk * in_.packs * size_ * kPack;
     extreme_ = false;
-    for (int chunk = 0; chunk < in_.chunks && first_column(chunk) < classes; ++chunk) {
-      const int column = first_column(chunk);
+    for (int nth = 0; nth < in_.packs && first_class(nth) < classes; ++nth) {
+      const int k = first_class(nth);
 #pragma unroll 4
       for (int h = 0; h < n_; ++h) {
         const Head& from = head(h);
         const T* row = static_cast<const T*>(from.z) + offset(sample_, from.z_sample);
         Pack<T> pack;
         if (in_.packed) {
-          pack = load_pack(row + column);  // [kPack]
-        } else if (binary() && column > 0) {
+          pack = load_pack(row + k);  // [kPack]
+        } else if (binary() && k > 0) {
           memset(&pack, 0, sizeof(pack));
         } else {
           // Filled up with copies, which are harmless to maxima.
 #pragma unroll
           for (int i = 0; i < kPack; ++i) {
-            const int each = column + i * size_;
-            pack.at[i] = row[int64_t{each < classes ? each : column} * from.z_class];
+            const int each = k + i * size_;
+            pack.at[i] = row[int64_t{each < classes ? each : k} * from.z_class];
           }
         }
         A largest = 0;
 #pragma unroll
         for (int i = 0; i < kPack; ++i) largest = larger(largest, A(fabs(to_acc(pack.at[i]))));
-        logits(h, chunk) = pack;
+        logits(h, nth) = pack;
         if (largest > kModerate) {
           extreme_ = true;
 #pragma unroll 1  // it is rare, and shall need no registers
           for (int i = 0; i < kPack; ++i) {
-            T& each = logits(h, chunk).at[i];
+            T& each = logits(h, nth).at[i];
             each = masked(each);
           }
         }
@@ -315,22 +315,22 @@ class Work {
     }
   }
 
-  __device__ Values z_of(int h, const Part& part) const {
-    struct alignas(sizeof(T) * kPart) Raw {
-      T at[kPart];
+  __device__ Values z_of(int h, const Slice& slice) const {
+    struct alignas(sizeof(T) * kSlice) Raw {
+      T at[kSlice];
     };
     const Raw raw =
-        reinterpret_cast<const Raw*>(&logits(h, part.index / kParts))[part.index % kParts];
+        reinterpret_cast<const Raw*>(&logits(h, slice.index / kSlices))[slice.index % kSlices];
     Values z;
     each([&](int i) { z.at[i] = to_acc(raw.at[i]); });
     return z;
   }
 
   // What the teachers' logits are made of: the sum of the group's heads, or the last one.
-  __device__ Values teacher_sum(const Part& part) const {
+  __device__ Values teacher_sum(const Slice& slice) const {
     Values sum{};
     for (int h = teacher_ == Teacher::kFinal ? n_ - 1 : 0; h < n_; ++h) {
-      const Values z = z_of(h, part);
+      const Values z = z_of(h, slice);
       each([&](int i) { sum.at[i] += z.at[i]; });
     }
     return sum;
@@ -353,9 +353,9 @@ class Work {
     return e;
   }
 
-  __device__ static __forceinline__ void add(A& sum, const Values& values, const Part& part) {
-    if (part.count == kPart) each([&](int i) { sum += values.at[i]; });
-    else each([&](int i) { sum += i < part.count ? values.at[i] : A(0); });
+  __device__ static __forceinline__ void add(A& sum, const Values& values, const Slice& slice) {
+    if (slice.count == kSlice) each([&](int i) { sum += values.at[i]; });
+    else each([&](int i) { sum += i < slice.count ? values.at[i] : A(0); });
   }
 
   // ---- reductions over the team: put() by all, sync, get() by one thread, sync ----
@@ -381,8 +381,8 @@ class Work {
       states_[h] = HeadState<A>{};
       states_[h].max = states_[h].teacher_max = -INFINITY;
     }
-    for (int tile = 0; tile < in_.tiles; ++tile) {
-      read(tile);
+    for (int chunk = 0; chunk < in_.chunks; ++chunk) {
+      read(chunk);
       maxima();
       exponentials();
     }
@@ -413,18 +413,18 @@ class Work {
   __device__ void maxima() {
     for (int h = 0; h < n_; ++h) {
       A max = -INFINITY;
-      each_part([&](const Part& part) {
-        const Values z = z_of(h, part);
+      each_slice([&](const Slice& slice) {
+        const Values z = z_of(h, slice);
         each([&](int i) { max = larger(max, z.at[i]); });
       });
       put(h, warp_max(max));
     }
     const int teachers = !averages() ? 0 : teacher_ == Teacher::kOthers ? n_ : 1;
-    if (teachers) each_part([&](const Part& part) { sums(0, part) = teacher_sum(part); });
+    if (teachers) each_slice([&](const Slice& slice) { sums(0, slice) = teacher_sum(slice); });
     for (int h = 0; h < teachers; ++h) {
       A max = -INFINITY;
-      each_part([&](const Part& part) {
-        const Values t = teacher_logits(h, part, z_of(h, part), sums(0, part));
+      each_slice([&](const Slice& slice) {
+        const Values t = teacher_logits(h, slice, z_of(h, slice), sums(0, slice));
         each([&](int i) { max = larger(max, t.at[i]); });
       });
       put(n_ + h, warp_max(max));
@@ -445,19 +445,19 @@ class Work {
     for (int h = 0; h < n_; ++h) {
       const A max = shift_of(states_[h].max);
       A tempered_sum = 0, plain_sum = 0, label_logit = 0;
-      each_part([&](const Part& part) {
-        Values z = z_of(h, part);
+      each_slice([&](const Slice& slice) {
+        Values z = z_of(h, slice);
         const Values e = tempered(z, max);
-        add(tempered_sum, e, part);
-        if (labelled) add(plain_sum, plain(e, z, max), part);
+        add(tempered_sum, e, slice);
+        if (labelled) add(plain_sum, plain(e, z, max), slice);
         if (!smoothed) return;
         if (soft()) {
-          const Values y = soft_labels(part);
+          const Values y = soft_labels(slice);
           each([&](int i) { z.at[i] = times(y.at[i], z.at[i]); });
         } else {
           each([&](int i) { z.at[i] *= of_class; });
         }
-        add(label_logit, z, part);
+        add(label_logit, z, slice);
       });
       if (kl_) put(h * kValues, warp_sum(tempered_sum));
       if (labelled) put(h * kValues + 1, warp_sum(plain_sum));
@@ -465,18 +465,18 @@ class Work {
       if (!taught(h)) continue;
       const A t_max = teacher_max(h);
       A teacher = 0, cross = 0;
-      each_part([&](const Part& part) {
-        const Values z = z_of(h, part);
-        Values t = teacher_logits(h, part, z,
-                                  teacher_ == Teacher::kFinal ? z_of(n_ - 1, part) : sums(0, part));
+      each_slice([&](const Slice& slice) {
+        const Values z = z_of(h, slice);
+        Values t = teacher_logits(
+            h, slice, z, teacher_ == Teacher::kFinal ? z_of(n_ - 1, slice) : sums(0, slice));
         Values q;
         each([&](int i) {
           t.at[i] -= t_max;
           q.at[i] = fast_exp(t.at[i]);
           t.at[i] = times(q.at[i], t.at[i] - (z.at[i] - max) * inverse_t_);
         });
-        add(teacher, q, part);
-        if (!other()) add(cross, t, part);
+        add(teacher, q, slice);
+        if (!other()) add(cross, t, slice);
       });
       put(h * kValues + 3, warp_sum(teacher));
       put(h * kValues + 4, warp_sum(cross));
@@ -518,37 +518,37 @@ class Work {
   // KL of pairwise teachers, and what their gradient needs; V = sum_j kl_j log p_j and W the
   // sum of all kl_j.
   __device__ void divergences() {
-    for (int tile = 0; tile < in_.tiles; ++tile) {
-      if (in_.tiles > 1) read(tile);
-      each_part([&](const Part& part) {
+    for (int chunk = 0; chunk < in_.chunks; ++chunk) {
+      if (in_.chunks > 1) read(chunk);
+      each_slice([&](const Slice& slice) {
         Values p_sum{}, p_log_p{}, weighted{};
         for (int h = 0; h < n_; ++h) {
           const A weight = static_cast<A>(head(h).kl_weight);
-          const Values z = z_of(h, part), p = p_of(h, z), log_p = log_p_of(h, z);
+          const Values z = z_of(h, slice), p = p_of(h, z), log_p = log_p_of(h, z);
           each([&](int i) {
             p_sum.at[i] += p.at[i];
             p_log_p.at[i] += times(p.at[i], log_p.at[i]);
             weighted.at[i] += times(weight, log_p.at[i]);
           });
         }
-        sums(0, part) = p_sum;
-        sums(1, part) = p_log_p;
-        sums(2, part) = weighted;
+        sums(0, slice) = p_sum;
+        sums(1, slice) = p_log_p;
+        sums(2, slice) = weighted;
       });
       for (int h = 0; h < n_; ++h) {
         A kl = 0, toward = 0;
-        each_part([&](const Part& part) {
-          const Values z = z_of(h, part), log_p = log_p_of(h, z);
-          Values of = sums(1, part);
-          const Values p_sum = sums(0, part);
+        each_slice([&](const Slice& slice) {
+          const Values z = z_of(h, slice), log_p = log_p_of(h, z);
+          Values of = sums(1, slice);
+          const Values p_sum = sums(0, slice);
           each([&](int i) { of.at[i] -= times(p_sum.at[i], log_p.at[i]); });
-          add(kl, of, part);
+          add(kl, of, slice);
           if (detach_) return;
-          const Values p = p_of(h, z), weighted = sums(2, part);
+          const Values p = p_of(h, z), weighted = sums(2, slice);
           each([&](int i) {
             of.at[i] = times(p.at[i], kl_weights_ * log_p.at[i] - weighted.at[i]);
           });
-          add(toward, of, part);
+          add(toward, of, slice);
         });
         put(h * kValues, warp_sum(kl));
         if (!detach_) put(h * kValues + 1, warp_sum(toward));
@@ -594,44 +594,44 @@ class Work {
   // ---- the gradient ----
 
   __device__ void gradient() const {
-    each_part([&](const Part& part) {
+    each_slice([&](const Slice& slice) {
       // What t is made of, and what all teachers pass on to it together; of pairwise teachers
       // the sum of p, and V.
       Values sum{}, passed{};
       if (pairwise()) {
         for (int h = 0; h < n_; ++h) {
           const A weight = static_cast<A>(head(h).kl_weight);
-          const Values z = z_of(h, part), p = p_of(h, z), log_p = log_p_of(h, z);
+          const Values z = z_of(h, slice), p = p_of(h, z), log_p = log_p_of(h, z);
           each([&](int i) {
             sum.at[i] += p.at[i];
             passed.at[i] += times(weight, log_p.at[i]);
           });
         }
       } else if (kl_) {
-        sum = teacher_sum(part);
+        sum = teacher_sum(slice);
         for (int h = 0; !detach_ && h < n_; ++h) {
           if (!taught(h)) continue;
-          const Values own = taught_gradient(h, part, z_of(h, part), sum).passed;
+          const Values own = taught_gradient(h, slice, z_of(h, slice), sum).passed;
           each([&](int i) { passed.at[i] += own.at[i]; });
         }
       }
       for (int h = 0; h < n_; ++h) {
-        const Values z = z_of(h, part), e = tempered(z, states_[h].max);
+        const Values z = z_of(h, slice), e = tempered(z, states_[h].max);
         Values dz{};
-        if (in_.labels.any()) add_labels(h, part, z, e, dz);
+        if (in_.labels.any()) add_labels(h, slice, z, e, dz);
         if (kl_) {
           const A factor = times(t_ * kl_scale_ * kl_weight(h), states_[h].inverse_tempered);
           each([&](int i) { dz.at[i] += factor * e.at[i]; });
         }
         if (pairwise()) add_pairwise(h, z, e, sum, passed, dz);
-        else if (kl_) add_teacher(h, part, z, sum, passed, dz);
-        write(h, part, dz);
+        else if (kl_) add_teacher(h, slice, z, sum, passed, dz);
+        write(h, slice, dz);
       }
     });
   }
 
   // ce_h (softmax(z_h) sum(y) - y)
-  __device__ void add_labels(int h, const Part& part, const Values& z, const Values& e,
+  __device__ void add_labels(int h, const Slice& slice, const Values& z, const Values& e,
                              Values& dz) const {
     const HeadState<A>& state = states_[h];
     const Labels& labels = in_.labels;
@@ -640,7 +640,7 @@ class Work {
     const A factor = times(weight * label_size_, state.inverse_plain);
     const Values p = plain(e, z, state.max);
     if (soft()) {
-      const Values y = soft_labels(part);
+      const Values y = soft_labels(slice);
       each([&](int i) { dz.at[i] = factor * p.at[i] - valid * (weight * y.at[i]); });
       return;
     }
@@ -649,14 +649,14 @@ class Work {
         valid * of_label * static_cast<A>(labels.smoothing / static_cast<double>(in_.classes));
     const A sharp = smooth + of_label * static_cast<A>(1 - labels.smoothing);
     each([&](int i) {
-      const A y = part.column + i * part.step == label_ ? sharp : smooth;
+      const A y = slice.k + i * slice.step == label_ ? sharp : smooth;
       dz.at[i] = factor * p.at[i] - y;
     });
   }
 
   // ---- other divergences than KL ----
 
-  // Of one part: what Parts say, p, and of a teacher that isn't a head, q.
+  // Of one slice: what Parts say, p, and of a teacher that isn't a head, q.
   struct Other {
     Values value, head, teacher, p, q;
   };
@@ -665,17 +665,17 @@ class Work {
   __device__ bool learns(int h) const { return mixture() || pairwise() || taught(h); }
 
   // log m of a mixture, or what the teachers' logits are made of.
-  __device__ Values common(const Part& part) const {
+  __device__ Values common(const Slice& slice) const {
     Values log_m{};
     if (pairwise()) return log_m;
-    if (!mixture()) return teacher_sum(part);
-    const Values y = soft_labels(part);
+    if (!mixture()) return teacher_sum(slice);
+    const Values y = soft_labels(slice);
     each([&](int i) { log_m.at[i] = beta_ * y.at[i]; });
     const A rest = (1 - beta_) / kl_weights_;
 #pragma unroll 1
     for (int h = 0; h < n_; ++h) {
       const A share = kl_weight(h) * rest;
-      const Values log_p = log_p_of(h, z_of(h, part));
+      const Values log_p = log_p_of(h, z_of(h, slice));
       each([&](int i) { log_m.at[i] += share * exp_of(log_p.at[i]); });
     }
     each([&](int i) { log_m.at[i] = log_of(log_m.at[i]); });
@@ -684,9 +684,9 @@ class Work {
 
   // Of head h, which learns. Of pairwise teachers the mean over them, and what h gets as one, of
   // all weights.
-  __device__ Other of_head(int h, const Part& part, const Values& common) const {
+  __device__ Other of_head(int h, const Slice& slice, const Values& common) const {
     Other of{};
-    const Values z = z_of(h, part), log_p = log_p_of(h, z);
+    const Values z = z_of(h, slice), log_p = log_p_of(h, z);
     each([&](int i) { of.p.at[i] = exp_of(log_p.at[i]); });
     if (mixture()) {
       each([&](int i) { of.head.at[i] = times(of.p.at[i], log_p.at[i] - common.at[i]); });
@@ -695,7 +695,7 @@ class Work {
 #pragma unroll 1
       for (int j = 0; j < n_; ++j) {
         if (j == h) continue;
-        const Values log_q = log_p_of(j, z_of(j, part));
+        const Values log_q = log_p_of(j, z_of(j, slice));
         const A weight = kl_weight(j) * average_;
         each([&](int i) {
           const A p = of.p.at[i], q = exp_of(log_q.at[i]);
@@ -708,7 +708,7 @@ class Work {
       }
     } else {
       const A t_max = teacher_max(h), log_teacher = states_[h].log_teacher;
-      const Values t = teacher_logits(h, part, z, common);
+      const Values t = teacher_logits(h, slice, z, common);
       each([&](int i) {
         const A log_q = t.at[i] - t_max - log_teacher;
         of.q.at[i] = exp_of(log_q);
@@ -723,25 +723,25 @@ class Work {
   }
 
   __device__ void other_divergences() {
-    for (int tile = 0; tile < in_.tiles; ++tile) {
-      if (in_.tiles > 1) read(tile);
+    for (int chunk = 0; chunk < in_.chunks; ++chunk) {
+      if (in_.chunks > 1) read(chunk);
       A label = 0;
-      each_part([&](const Part& part) {
-        const Values log_m = sums(0, part) = common(part);
+      each_slice([&](const Slice& slice) {
+        const Values log_m = sums(0, slice) = common(slice);
         if (!mixture()) return;
-        Values y = soft_labels(part);
+        Values y = soft_labels(slice);
         each([&](int i) { y.at[i] = times(y.at[i], log_of(y.at[i]) - log_m.at[i]); });
-        add(label, y, part);
+        add(label, y, slice);
       });
       if (mixture()) put(kValues - 1, warp_sum(label));
       for (int h = 0; h < n_; ++h) {
         if (!learns(h)) continue;
         A value = 0, head = 0, teacher = 0;
-        each_part([&](const Part& part) {
-          const Other of = of_head(h, part, sums(0, part));
-          add(value, of.value, part);
-          add(head, of.head, part);
-          add(teacher, of.teacher, part);
+        each_slice([&](const Slice& slice) {
+          const Other of = of_head(h, slice, sums(0, slice));
+          add(value, of.value, slice);
+          add(head, of.head, slice);
+          add(teacher, of.teacher, slice);
         });
         put(h * kValues, warp_sum(value));
         put(h * kValues + 1, warp_sum(head));
@@ -764,8 +764,8 @@ class Work {
     const bool passes = !detach_ && !mixture();
     const A valid = mixture() && in_.labels.target && label_ < 0 ? A(NAN) : A(1);
     const A scale = t_ * kl_scale_ * valid;
-    each_part([&](const Part& part) {
-      const Values common = this->common(part);
+    each_slice([&](const Slice& slice) {
+      const Values common = this->common(slice);
       Values passed{};  // into the logits of all teachers together
       const auto into_teacher = [&](int h, const Other& of, int i) {
         return pull(scale * kl_weight(h), of.teacher.at[i], of.q.at[i], states_[h].toward);
@@ -774,7 +774,7 @@ class Work {
 #pragma unroll 1
         for (int h = 0; h < n_; ++h) {
           if (!taught(h)) continue;
-          const Other of = of_head(h, part, common);
+          const Other of = of_head(h, slice, common);
           each([&](int i) { passed.at[i] += into_teacher(h, of, i); });
         }
       }
@@ -783,11 +783,11 @@ class Work {
         const HeadState<A>& state = states_[h];
         Values dz{};
         if (labelled()) {
-          const Values z = z_of(h, part);
-          add_labels(h, part, z, tempered(z, state.max), dz);
+          const Values z = z_of(h, slice);
+          add_labels(h, slice, z, tempered(z, state.max), dz);
         }
         if (learns(h)) {
-          const Other of = of_head(h, part, common);
+          const Other of = of_head(h, slice, common);
           const A weight = scale * kl_weight(h);
           each([&](int i) {
             dz.at[i] += pull(weight, of.head.at[i], of.p.at[i], state.cross);
@@ -800,13 +800,13 @@ class Work {
         } else if (passes) {
           each([&](int i) { dz.at[i] += passed.at[i]; });
         }
-        write(h, part, dz);
+        write(h, slice, dz);
       }
     });
   }
 
-  // The soft labels of a part, 0 beyond the classes.
-  __device__ Values soft_labels(const Part& part) const {
+  // The soft labels of a slice, 0 beyond the classes.
+  __device__ Values soft_labels(const Slice& slice) const {
     const Labels& labels = in_.labels;
     const auto uniform = static_cast<A>(labels.smoothing / static_cast<double>(in_.classes));
     const auto sharp = static_cast<A>(1 - labels.smoothing);
@@ -814,8 +814,8 @@ class Work {
     if (row) row += offset(sample_, labels.probability_sample);
     Values y{};
     each([&](int i) {
-      const int k = part.column + i * part.step;
-      if (i >= part.count) return;
+      const int k = slice.k + i * slice.step;
+      if (i >= slice.count) return;
       const A own = row ? row[k * labels.probability_class] : A(k == label_);
       y.at[i] = (own * sharp + uniform) * class_weight<A>(labels, k);
     });
@@ -825,10 +825,10 @@ class Work {
   // The sum of the soft labels, for every thread of the team.
   __device__ void measure_labels() {
     A sum = 0;
-    for (int tile = 0; tile < in_.tiles; ++tile) {
-      tile_ = tile * in_.chunks * size_ * kPack;
-      each_part([&](const Part& part) {
-        const Values y = soft_labels(part);
+    for (int chunk = 0; chunk < in_.chunks; ++chunk) {
+      chunk_ = chunk * in_.packs * size_ * kPack;
+      each_slice([&](const Slice& slice) {
+        const Values y = soft_labels(slice);
         each([&](int i) { sum += y.at[i]; });
       });
     }
@@ -843,13 +843,13 @@ class Work {
     Values passed;    // T kl_h q_h (log q_h - log p_h - KL_h)
   };
 
-  __device__ Taught taught_gradient(int h, const Part& part, const Values& z,
+  __device__ Taught taught_gradient(int h, const Slice& slice, const Values& z,
                                     const Values& sum) const {
     const HeadState<A>& state = states_[h];
     const A t_max = teacher_max(h);
     const A factor = times(t_ * kl_scale_ * kl_weight(h), state.inverse_teacher);
     const A rest = state.log_tempered - state.log_teacher - state.kl;
-    const Values t = teacher_logits(h, part, z, sum);
+    const Values t = teacher_logits(h, slice, z, sum);
     Taught result;
     each([&](int i) {
       const A q = factor * fast_exp(t.at[i] - t_max);
@@ -859,10 +859,10 @@ class Work {
     return result;
   }
 
-  __device__ void add_teacher(int h, const Part& part, const Values& z, const Values& sum,
+  __device__ void add_teacher(int h, const Slice& slice, const Values& z, const Values& sum,
                               const Values& passed, Values& dz) const {
     if (taught(h)) {
-      const Taught by = taught_gradient(h, part, z, sum);
+      const Taught by = taught_gradient(h, slice, z, sum);
       const A own = !detach_ && teacher_ == Teacher::kOthers ? average_ : A(0);
       each([&](int i) { dz.at[i] += by.gradient.at[i]; });
       if (own != 0) each([&](int i) { dz.at[i] -= own * by.passed.at[i]; });
@@ -885,16 +885,16 @@ class Work {
     });
   }
 
-  __device__ __forceinline__ void write(int h, const Part& part, const Values& dz) const {
+  __device__ __forceinline__ void write(int h, const Slice& slice, const Values& dz) const {
     const Head& to = head(h);
     Kept<T>* row = static_cast<Kept<T>*>(to.dz) + offset(sample_, to.dz_sample);
-    if (binary() && part.column > 0) return;
+    if (binary() && slice.k > 0) return;
     if (in_.packed) {
-      store_pack(row + part.column, dz);  // [kPart]
+      store_pack(row + slice.k, dz);  // [kSlice]
     } else {
       each([&](int i) {
-        if (i < part.count)
-          row[(part.column + int64_t{i} * part.step) * to.dz_class] = from_acc<Kept<T>>(dz.at[i]);
+        if (i < slice.count)
+          row[(slice.k + int64_t{i} * slice.step) * to.dz_class] = from_acc<Kept<T>>(dz.at[i]);
       });
     }
   }
@@ -902,10 +902,10 @@ class Work {
   // The gradient of a sample that doesn't count.
   __device__ void clear() {
     if (!in_.gradient) return;
-    for (int tile = 0; tile < in_.tiles; ++tile) {
-      tile_ = tile * in_.chunks * size_ * kPack;
-      each_part([&](const Part& part) {
-        for (int h = 0; h < n_; ++h) write(h, part, Values{});
+    for (int chunk = 0; chunk < in_.chunks; ++chunk) {
+      chunk_ = chunk * in_.packs * size_ * kPack;
+      each_slice([&](const Slice& slice) {
+        for (int h = 0; h < n_; ++h) write(h, slice, Values{});
       });
     }
   }
@@ -916,8 +916,8 @@ class Work {
   double* terms_;         // (2, heads) sums over the samples so far
   HeadState<A>* states_;  // (n)
   A* buffer_;             // (values, warps)
-  Values* sums_;          // (3, chunks, threads)
-  Pack<T>* logits_;       // (n, chunks, threads)
+  Values* sums_;          // (3, packs, threads)
+  Pack<T>* logits_;       // (n, packs, threads)
 
   int64_t sample_ = 0;
   int label_ = 0;  // -1: out of range
@@ -928,8 +928,8 @@ class Work {
   int first_ = 0, n_ = 0;
   Teacher teacher_ = Teacher::kOthers;
   bool detach_ = true, kl_ = false, squares_ = false;  // squares_: T is 2
-  A t_ = 1, inverse_t_ = 1, average_ = 1, part_ = 1, kl_weights_ = 0;
-  int tile_ = 0;          // its first column
+  A t_ = 1, inverse_t_ = 1, average_ = 1, teacher_share_ = 1, kl_weights_ = 0;
+  int chunk_ = 0;         // its first class
   bool extreme_ = false;  // some logit that this thread has read of it is
 
   Divergence divergence_ = Divergence::kKl;

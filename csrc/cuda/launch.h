@@ -21,7 +21,7 @@ using Same = T;
   kernel<<<grid, block, shared_bytes, stream>>>
 
 // A parameter passed by value, at most 32764 bytes of them, and read where it lies:
-// __global__ void kernel(IMCL_PARAMETER(Problem) problem).
+// __global__ void kernel(IMCL_PARAMETER(Arguments) in).
 #define IMCL_PARAMETER(...) const __grid_constant__ __VA_ARGS__
 
 // Shared memory of a fixed type, and the launch's own: IMCL_SHARED(tile, float[64][65]);

@@ -14,7 +14,7 @@
 namespace imcl {
 
 // The layers of one dtype, in the order of the tensors.
-struct LayerGroup {
+struct TypedLayers {
   ScalarType dtype;
   const Tensor* first;  // of its tensors
   std::vector<Layer> layers;
@@ -75,32 +75,32 @@ inline Layer layer_of(const Tensor& x, const Tensor* dx, bool batched,
 }
 
 // All layers by dtype, in the order in which the dtypes first appear; dxs may be null.
-inline std::vector<LayerGroup> layer_groups(const std::vector<Tensor>& xs,
-                                            const std::vector<Tensor>* dxs,
-                                            const PairwiseSettings& settings, bool batched) {
-  std::vector<LayerGroup> groups;
+inline std::vector<TypedLayers> layers_by_dtype(const std::vector<Tensor>& xs,
+                                                const std::vector<Tensor>* dxs,
+                                                const PairwiseSettings& settings, bool batched) {
+  std::vector<TypedLayers> types;
   for (std::size_t i = 0; i < xs.size(); ++i) {
     const Tensor& x = xs[i];
-    auto group = std::find_if(groups.begin(), groups.end(), [&](const LayerGroup& each) {
+    auto type = std::find_if(types.begin(), types.end(), [&](const TypedLayers& each) {
       return each.dtype == x.scalar_type();
     });
-    if (group == groups.end()) {
-      groups.push_back({});
-      group = groups.end() - 1;
-      group->dtype = x.scalar_type();
-      group->first = &x;
+    if (type == types.end()) {
+      types.push_back({});
+      type = types.end() - 1;
+      type->dtype = x.scalar_type();
+      type->first = &x;
     }
-    Layer layer = layer_of(x, dxs ? &(*dxs)[i] : nullptr, batched, group->dimensions);
+    Layer layer = layer_of(x, dxs ? &(*dxs)[i] : nullptr, batched, type->dimensions);
     layer.x = x.const_data_ptr();
     if (dxs) layer.dx = (*dxs)[i].mutable_data_ptr();
     layer.form = form_of(settings.penalty, layer.rows, layer.columns);
-    layer.state = group->state_size;
-    group->state_size +=
+    layer.state = type->state_size;
+    type->state_size +=
         layer.batch * state_size(layer.form, settings.center, layer.rows, layer.columns);
-    group->forward_programs += layer.batch * forward_programs(layer);
-    group->layers.push_back(layer);
+    type->forward_programs += layer.batch * forward_programs(layer);
+    type->layers.push_back(layer);
   }
-  return groups;
+  return types;
 }
 
 }  // namespace imcl

@@ -1,4 +1,4 @@
-// How a kernel finds and addresses its matrices: the layers of a launch, passed by value.
+// How a kernel finds and addresses its matrices: the layers of a launch.
 #pragma once
 
 #include "operand.h"
@@ -14,7 +14,8 @@ constexpr int kThreads = 128;  // of a block
 
 enum Side { kInput, kGradient };  // which of a layer's two tensors
 
-struct Problem {
+// Passed to the kernels by value.
+struct PairwiseArguments {
   static constexpr int kDimensions = 64;
   static constexpr int kLayers = (IMCL_PARAMETER_BYTES - static_cast<int>(sizeof(PairwiseCall)) -
                                   8 - kDimensions * static_cast<int>(sizeof(Dimension))) /
@@ -25,37 +26,39 @@ struct Problem {
   Dimension dimensions[kDimensions];
   Layer layers[kLayers];
 };
-static_assert(sizeof(Problem) <= IMCL_PARAMETER_BYTES);
+static_assert(sizeof(PairwiseArguments) <= IMCL_PARAMETER_BYTES);
 
-// Fills launches with layers and calls launch(problem, programs) for each.
+// Fills launches with layers and calls launch(arguments, programs) for each.
 template <class Programs, class Launch>
 cudaError_t for_launches(const PairwiseCall& call, const Layer* layers, int64_t count,
                          const Dimension* dimensions, const Programs& programs_of,
                          const Launch& launch) {
-  Problem problem;
-  problem.call = call;
+  PairwiseArguments arguments;
+  arguments.call = call;
   for (int64_t i = 0; i < count;) {
     int64_t programs = 0;
     int used = 0;
-    for (problem.count = 0; i < count && problem.count < Problem::kLayers; ++i) {
+    for (arguments.count = 0; i < count && arguments.count < PairwiseArguments::kLayers; ++i) {
       Layer layer = layers[i];
       const int64_t more = layer.batch * programs_of(layer);
       if (more == 0) continue;
-      if (more > INT32_MAX || layer.dimensions > Problem::kDimensions) return cudaErrorInvalidValue;
-      if (programs + more > INT32_MAX || used + layer.dimensions > Problem::kDimensions) break;
+      if (more > INT32_MAX || layer.dimensions > PairwiseArguments::kDimensions)
+        return cudaErrorInvalidValue;
+      if (programs + more > INT32_MAX || used + layer.dimensions > PairwiseArguments::kDimensions)
+        break;
       for (int d = 0; d < layer.dimensions; ++d)
-        problem.dimensions[used + d] = dimensions[layer.first_dimension + d];
+        arguments.dimensions[used + d] = dimensions[layer.first_dimension + d];
       layer.first_dimension = used;
       layer.first_program = static_cast<int32_t>(programs);
       used += layer.dimensions;
       programs += more;
-      problem.layers[problem.count++] = layer;
+      arguments.layers[arguments.count++] = layer;
     }
     if (programs == 0) continue;
-    launch(problem, static_cast<unsigned>(programs));
+    launch(arguments, static_cast<unsigned>(programs));
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
-    problem.call.first_program += programs;
+    arguments.call.first_program += programs;
   }
   return cudaSuccess;
 }
@@ -68,27 +71,28 @@ inline Precision precision_of(const PairwiseSettings& settings) {
 }
 
 // The layer whose program this is.
-IMCL_DEVICE const Layer& layer_of(const Problem& problem, int program) {
-  int low = 0, high = problem.count - 1;
+IMCL_DEVICE const Layer& layer_of(const PairwiseArguments& in, int program) {
+  int low = 0, high = in.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (problem.layers[middle].first_program <= program) low = middle;
+    if (in.layers[middle].first_program <= program) low = middle;
     else high = middle - 1;
   }
-  return problem.layers[low];
+  return in.layers[low];
 }
 
 // One matrix, of x or of dx. What describes it is read where it lies, in constant memory, and
 // takes no registers.
 template <class T>
 struct Matrix {
-  const Problem& problem;
+  const PairwiseArguments& in;
   const Layer& layer;
   Side side;
   T* data;
 
-  IMCL_DEVICE Matrix(const Problem& problem, const Layer& layer, Side side, T* base, int64_t index)
-      : problem(problem), layer(layer), side(side), data(base + index * layer.batch_stride[side]) {}
+  IMCL_DEVICE Matrix(const PairwiseArguments& in, const Layer& layer, Side side, T* base,
+                     int64_t index)
+      : in(in), layer(layer), side(side), data(base + index * layer.batch_stride[side]) {}
 
   IMCL_DEVICE int rows() const { return layer.rows; }
   IMCL_DEVICE int columns() const { return layer.columns; }
@@ -107,7 +111,7 @@ struct Matrix {
     int64_t offset = 0;
 #pragma unroll 1
     for (int d = layer.dimensions - 1; d >= 0; --d) {
-      const Dimension& dimension = problem.dimensions[layer.first_dimension + d];
+      const Dimension& dimension = in.dimensions[layer.first_dimension + d];
       offset += j % dimension.size * dimension.stride[side];
       j /= dimension.size;
     }
@@ -119,23 +123,23 @@ struct Matrix {
 // What is kept of one matrix; see state_size.
 template <class Acc>
 struct State {
-  Acc *core, *sums, *inverse, *means;  // sums: primal only; inverse: the other forms only
-  int64_t stride;                      // of the rows of core and of sums
+  Acc *core, *diagonals, *inverse, *means;  // diagonals: primal only; inverse: the others
+  int64_t stride;                           // of the rows of core and of diagonals
 
-  IMCL_DEVICE State(const Problem& problem, const Layer& layer, int64_t index) {
+  IMCL_DEVICE State(const PairwiseArguments& in, const Layer& layer, int64_t index) {
     const bool primal = layer.form == Form::kPrimal;
     const int64_t rows = padded(layer.rows);
     stride = primal ? rows : padded(layer.columns);
-    core = static_cast<Acc*>(problem.call.state);
+    core = static_cast<Acc*>(in.call.state);
     if (!core) {
-      sums = inverse = means = nullptr;
+      diagonals = inverse = means = nullptr;
       return;
     }
     core += layer.state +
-            index * state_size(layer.form, problem.call.settings.center, layer.rows, layer.columns);
-    inverse = sums = core + (primal                      ? layer.rows * stride
-                             : layer.form == Form::kDual ? layer.columns * stride
-                                                         : stride);
+            index * state_size(layer.form, in.call.settings.center, layer.rows, layer.columns);
+    inverse = diagonals = core + (primal                      ? layer.rows * stride
+                                  : layer.form == Form::kDual ? layer.columns * stride
+                                                              : stride);
     means = inverse + (primal ? divide_up(layer.rows, kTile) * stride : rows);
   }
 };
@@ -144,9 +148,9 @@ struct State {
 IMCL_DEVICE int thread() { return static_cast<int>(threadIdx.x % kThreads); }
 
 // The penalty's factor 1/(layers * batch * rows * (rows - 1)).
-IMCL_DEVICE double scale_of(const Problem& problem, const Layer& layer) {
+IMCL_DEVICE double scale_of(const PairwiseArguments& in, const Layer& layer) {
   const double n = layer.rows;
-  return 1.0 / (static_cast<double>(problem.call.layers) * layer.batch * n * (n - 1));
+  return 1.0 / (static_cast<double>(in.call.layers) * layer.batch * n * (n - 1));
 }
 
 }  // namespace imcl

@@ -96,8 +96,8 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
   }
   call.settings = settings_of(penalty, center, eps, precision);
   call.layers = static_cast<int64_t>(xs.size());
-  const std::vector<LayerGroup> groups = layer_groups(xs, nullptr, call.settings, batched);
-  for (const LayerGroup& group : groups) call.programs += group.forward_programs;
+  const std::vector<TypedLayers> types = layers_by_dtype(xs, nullptr, call.settings, batched);
+  for (const TypedLayers& type : types) call.programs += type.forward_programs;
 
   const Tensor loss = allocate({}, call.is_double ? ScalarType::Double : ScalarType::Float, xs[0]);
   call.loss = loss.mutable_data_ptr();
@@ -107,16 +107,16 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
   call.partials = workspace.doubles();
   call.ticket = workspace.ticket();
   std::vector<Tensor> state;
-  for (const LayerGroup& group : groups) {
-    const Tensor& first = *group.first;
+  for (const TypedLayers& type : types) {
+    const Tensor& first = *type.first;
     call.dtype = dtype_of(first, "xs");
     if (keep)
-      call.state = state.emplace_back(allocate({group.state_size}, accumulation_type(first), first))
+      call.state = state.emplace_back(allocate({type.state_size}, accumulation_type(first), first))
                        .mutable_data_ptr();
-    Device::throw_if(imcl_cuda_pairwise_forward(&call, group.layers.data(),
-                                                static_cast<int64_t>(group.layers.size()),
-                                                group.dimensions.data(), device.stream()));
-    call.first_program += group.forward_programs;
+    Device::throw_if(imcl_cuda_pairwise_forward(&call, type.layers.data(),
+                                                static_cast<int64_t>(type.layers.size()),
+                                                type.dimensions.data(), device.stream()));
+    call.first_program += type.forward_programs;
   }
   return {loss, state};
 }
@@ -140,20 +140,20 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
   call.layers = static_cast<int64_t>(xs.size());
   call.is_double = grad.scalar_type() == ScalarType::Double;
   call.grad = grad.const_data_ptr();
-  const std::vector<LayerGroup> groups = layer_groups(xs, &gradients, call.settings, batched);
-  STD_TORCH_CHECK(state.size() == groups.size(), "state: expected one tensor per dtype of xs");
-  for (std::size_t g = 0; g < groups.size(); ++g) {
-    const LayerGroup& group = groups[g];
-    const Tensor& first = *group.first;
-    device.check(state[g], "state");
+  const std::vector<TypedLayers> types = layers_by_dtype(xs, &gradients, call.settings, batched);
+  STD_TORCH_CHECK(state.size() == types.size(), "state: expected one tensor per dtype of xs");
+  for (std::size_t i = 0; i < types.size(); ++i) {
+    const TypedLayers& type = types[i];
+    const Tensor& first = *type.first;
+    device.check(state[i], "state");
     STD_TORCH_CHECK(
-        state[g].numel() == group.state_size && state[g].scalar_type() == accumulation_type(first),
+        state[i].numel() == type.state_size && state[i].scalar_type() == accumulation_type(first),
         "state: expected the state that pairwise_forward returned");
     call.dtype = dtype_of(first, "xs");
-    call.state = const_cast<void*>(state[g].const_data_ptr());  // read only
-    Device::throw_if(imcl_cuda_pairwise_backward(&call, group.layers.data(),
-                                                 static_cast<int64_t>(group.layers.size()),
-                                                 group.dimensions.data(), device.stream()));
+    call.state = const_cast<void*>(state[i].const_data_ptr());  // read only
+    Device::throw_if(imcl_cuda_pairwise_backward(&call, type.layers.data(),
+                                                 static_cast<int64_t>(type.layers.size()),
+                                                 type.dimensions.data(), device.stream()));
   }
   return gradients;
 }

@@ -8,7 +8,7 @@
 //         one block for some tiles of 64 rows, one after the other
 //
 // all times the incoming gradient, which is read where it lies. Row means are taken off while
-// loading; nothing else comes of centring, because A 1 = 0 for centred rows as well.
+// loading; nothing else comes of centring (docs/math.md, "Centred rows").
 //
 // Both products are Y^T = S Z for a symmetric S, of 64 p by 64 q: primal p are rows and q
 // columns, dual the other way round, and Z (k, q) is X with its axes named alike.
@@ -21,14 +21,14 @@ namespace {
 template <class T>
 struct Shared {
   union {
-    uint4 block[2][2][kBlockUnits];         // two rounds of a block of S and one of Z
+    uint4 panel[2][2][kPanelUnits];         // two rounds of a panel of S and one of Z
     T tile[kTile][kTile + 16 / sizeof(T)];  // of dx, rows of 16 more bytes
   };
   Acc<T> diagonal[kTile];
   Acc<T> along[2][kTile];  // <y, x> of the rows q, from the upper and the lower half of the p
 };
 
-// Carries blocks of S (rows of `stride` elements, a multiple of 4) like a BlockReader; what
+// Carries panels of S (rows of `stride` elements, a multiple of 4) like a PanelReader; what
 // it finds on S's diagonal is replaced.
 template <class Acc, class Operand>
 class SymmetricReader {
@@ -46,7 +46,7 @@ class SymmetricReader {
     }
   }
 
-  IMCL_DEVICE void store(int first_p, int first_k, const Acc* diagonal, uint4* block) const {
+  IMCL_DEVICE void store(int first_p, int first_k, const Acc* diagonal, uint4* panel) const {
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
       struct Elements {
@@ -62,7 +62,7 @@ class SymmetricReader {
         const bool replaced = diagonal && first_p + row(j) == first_k + k + e;
         piece.bits[e] = Operand::encode(replaced ? diagonal[row(j)] : elements.element[e]);
       }
-      auto* place = &number<Operand>(block, row(j), k);
+      auto* place = &number<Operand>(panel, row(j), k);
       if constexpr (sizeof(piece) == 8) *reinterpret_cast<uint2*>(place) = bits_of<uint2>(piece);
       else *reinterpret_cast<uint4*>(place) = bits_of<uint4>(piece);
     }
@@ -73,7 +73,7 @@ class SymmetricReader {
   static constexpr int kPacks = kTile * kDepth<Operand> / kVector / kThreads;
   static constexpr int kHalf = kDepth<Operand> / kVector / 2;  // packs of half a row
   static constexpr int kRowStep = kThreads / (2 * kHalf);
-  // As in BlockReader.
+  // As in PanelReader.
   static IMCL_DEVICE int row(int j) {
     return thread() / (4 * kHalf) * 2 + thread() / kHalf % 2 + j * kRowStep;
   }
@@ -126,31 +126,31 @@ struct Position {
   int q, pass, p, k;
 };
 
-// A block's work on one matrix, but for the loop over its products.
+// A block's backward of one matrix, but for the loop over its products.
 template <class T, class Product, bool kPrimal>
-struct Work {
+struct Backward {
   using Acc = imcl::Acc<T>;
   static constexpr int kRows = Product::kRows, kColumns = Product::kColumns;
 
-  const Problem& problem;
+  const PairwiseArguments& in;
   const Layer& layer;
-  int matrix;
+  int index;
   Acc grad;
   Shared<T>& shared;
 
-  IMCL_DEVICE State<Acc> state() const { return {problem, layer, matrix}; }
+  IMCL_DEVICE State<Acc> state() const { return {in, layer, index}; }
   // Z has the q for lanes.
   IMCL_DEVICE View<T> z() const {
     const auto x = static_cast<const T*>(layer.x);
-    return {Matrix<const T>(problem, layer, kInput, x, matrix), !kPrimal};
+    return {Matrix<const T>(in, layer, kInput, x, index), !kPrimal};
   }
 
   // Leaves dx of the tile where it belongs.
   template <class Value>
   IMCL_DEVICE void write(int p0, int q0, const Value& value) const {
-    const Matrix<T> dx(problem, layer, kGradient, static_cast<T*>(layer.dx), matrix);
+    const Matrix<T> dx(in, layer, kGradient, static_cast<T*>(layer.dx), index);
     const bool p_is_minor = dx.along_rows() == kPrimal;
-    __syncthreads();  // the blocks under the tile have been read
+    __syncthreads();  // the panels under the tile have been read
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -180,7 +180,7 @@ struct Work {
       const int q = q0 + Product::column(j);
       const bool inside = q < layer.rows;
       inverse[j] = inside ? own.inverse[q] : Acc(0);
-      const Acc mean = inside && problem.call.settings.center ? own.means[q] : Acc(0);
+      const Acc mean = inside && in.call.settings.center ? own.means[q] : Acc(0);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int p = p0 + Product::row(i);
@@ -205,7 +205,7 @@ struct Work {
       }
     }
     if (at.pass + 1 < passes) return;
-    const Acc factor = static_cast<Acc>((is_signed ? 2 : 4) * scale_of(problem, layer)) * grad;
+    const Acc factor = static_cast<Acc>((is_signed ? 2 : 4) * scale_of(in, layer)) * grad;
     write(p0, q0, [&](int i, int j) {
       const int q = Product::column(j);
       const Acc over_square = inverse[j] * inverse[j];
@@ -216,13 +216,13 @@ struct Work {
 };
 
 template <class T, class Product, bool kPrimal>
-IMCL_DEVICE void run(const Work<T, Product, kPrimal>& work, int local) {
+IMCL_DEVICE void run(const Backward<T, Product, kPrimal>& work, int local) {
   using Acc = imcl::Acc<T>;
   using Operand = typename Product::Operand;
   constexpr int depth = kDepth<Operand>;
   const Layer& layer = work.layer;
   const bool is_signed = !kPrimal && layer.form == Form::kSigned;
-  const bool center = work.problem.call.settings.center;
+  const bool center = work.in.call.settings.center;
   const View<T> z = work.z();
   const int edge = z.depth();  // of S
   const int tiles_p = static_cast<int>(divide_up(edge, kTile));
@@ -239,13 +239,13 @@ IMCL_DEVICE void run(const Work<T, Product, kPrimal>& work, int local) {
     const int row = first_p * kTile + thread();
     Acc sum = 0;
 #pragma unroll 4
-    for (int t = 0; t < tiles_p && row < edge; ++t) sum -= state.sums[t * state.stride + row];
+    for (int t = 0; t < tiles_p && row < edge; ++t) sum -= state.diagonals[t * state.stride + row];
     work.shared.diagonal[thread()] = sum;
   }
   __syncthreads();  // the diagonal is there for whoever stores S
 
   SymmetricReader<Acc, Operand> reader_s;
-  BlockReader<T, Operand> reader_z;
+  PanelReader<T, Operand> reader_z;
   Product product;
   Acc along[Product::kColumns] = {};
   Position next{first_q, 0, first_p, 0};
@@ -254,7 +254,7 @@ IMCL_DEVICE void run(const Work<T, Product, kPrimal>& work, int local) {
     const Position at = next;
     if (at.q == end_q) break;
     const int p0 = at.p * kTile, q0 = at.q * kTile;
-    uint4(&block)[2][kBlockUnits] = work.shared.block[round & 1];
+    uint4(&panel)[2][kPanelUnits] = work.shared.panel[round & 1];
     if (round >= 0) {
       next.k += depth;
       if (is_signed || next.k >= edge) {
@@ -268,8 +268,8 @@ IMCL_DEVICE void run(const Work<T, Product, kPrimal>& work, int local) {
         }
       }
       if (!is_signed) {
-        reader_s.store(p0, at.k, kPrimal ? work.shared.diagonal : nullptr, block[0]);
-        reader_z.store(z, q0, at.k, center, block[1]);
+        reader_s.store(p0, at.k, kPrimal ? work.shared.diagonal : nullptr, panel[0]);
+        reader_z.store(z, q0, at.k, center, panel[1]);
         __syncthreads();
       }
     }
@@ -282,14 +282,14 @@ IMCL_DEVICE void run(const Work<T, Product, kPrimal>& work, int local) {
     if (!is_signed) {
       if (center) {
         const Acc* means = work.state().means;
-        change_block<Operand, Operand>(block[1], [&](Acc x, int lane, int k) {
+        change_panel<Operand, Operand>(panel[1], [&](Acc x, int lane, int k) {
           const int row = kPrimal ? at.k + k : q0 + lane;
           return row < layer.rows ? x - means[row] : x;
         });
         __syncthreads();
       }
       if (at.k == 0) clear(product);
-      product.add(block[0], block[1]);
+      product.add(panel[0], panel[1]);
       if (at.k + depth < edge) continue;
     }
     if constexpr (kPrimal)
@@ -300,28 +300,27 @@ IMCL_DEVICE void run(const Work<T, Product, kPrimal>& work, int local) {
 
 template <class T, class Product, class FormProduct>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, Product>)
-    backward(IMCL_PARAMETER(Problem) problem) {
+    backward(IMCL_PARAMETER(PairwiseArguments) in) {
   using Acc = imcl::Acc<T>;
   IMCL_SHARED(shared, Shared<T>);
   const int program = static_cast<int>(blockIdx.x);
-  const Layer& layer = layer_of(problem, program);
+  const Layer& layer = layer_of(in, program);
   const int each = static_cast<int>(backward_programs(layer));
-  const int local = program - layer.first_program, matrix = local / each;
-  const Acc grad =
-      static_cast<Acc>(problem.call.is_double ? *static_cast<const double*>(problem.call.grad)
-                                              : *static_cast<const float*>(problem.call.grad));
+  const int local = program - layer.first_program, index = local / each;
+  const Acc grad = static_cast<Acc>(in.call.is_double ? *static_cast<const double*>(in.call.grad)
+                                                      : *static_cast<const float*>(in.call.grad));
   if (layer.form == Form::kPrimal)
-    run(Work<T, Product, true>{problem, layer, matrix, grad, shared}, local % each);
-  else run(Work<T, FormProduct, false>{problem, layer, matrix, grad, shared}, local % each);
+    run(Backward<T, Product, true>{in, layer, index, grad, shared}, local % each);
+  else run(Backward<T, FormProduct, false>{in, layer, index, grad, shared}, local % each);
 }
 
 template <class T, class Product, class FormProduct>
 cudaError_t launch(const PairwiseCall& call, const Layer* layers, int64_t count,
                    const Dimension* dimensions, cudaStream_t stream) {
   return for_launches(call, layers, count, dimensions, backward_programs,
-                      [stream](const Problem& problem, unsigned programs) {
+                      [stream](const PairwiseArguments& arguments, unsigned programs) {
                         const auto kernel = backward<T, Product, FormProduct>;
-                        IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(problem);
+                        IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(arguments);
                       });
 }
 

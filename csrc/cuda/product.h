@@ -1,4 +1,4 @@
-// Products of blocks in shared memory: sum (64, 64) += a (64, depth) b (64, depth)^T, shared
+// Products of panels in shared memory: sum (64, 64) += a (64, depth) b (64, depth)^T, shared
 // out to the four warps of a block, a quarter of 32 by 32 for each.
 //
 // Every product names what a thread holds: kRows x kColumns sums, of the rows row(i) and the
@@ -6,7 +6,7 @@
 #pragma once
 
 #include "mma.h"
-#include "tile.h"
+#include "panel.h"
 
 namespace imcl {
 

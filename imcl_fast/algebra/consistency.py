@@ -1,17 +1,9 @@
 """Collaborative consistency with its closed-form gradient, in plain PyTorch.
 
-``loss_h = ce_weight_h CE(z_h, y) + kl_weight_h T^2 KL(q_h || p_h)`` with
-p_h = softmax(z_h/T). For detached teachers
-
-``dz_h = ce_weight_h (softmax(z_h) - y)/B + kl_weight_h T (p_h - q_h)/B``.
-
-Of labels y of any sum, or times class weights, it is ``softmax(z_h) sum(y) - y``. The other
-divergences are in ``divergences``.
-
-Pairwise consistency is linear in the number of heads: with P = sum_j p_j and
-Q = sum_j p_j log p_j, ``sum_{j != h} KL(p_j || p_h) = sum_k Q - P log p_h``.
-A teacher that is not detached adds ``T q (log q - log p - KL)`` to its own
-logits, shared out the way they were averaged.
+``loss = sum_h ce_weight_h CE(z_h, y) + kl_weight_h T^2 KL(q_h || p_h)``, p_h = softmax(z_h/T), and
+``dz_h = ce_weight_h (softmax(z_h) sum(y) - y)/B + kl_weight_h T (p_h - q_h)/B`` for a mean over B
+samples: docs/math.md, "Collaborative consistency", has the teachers q_h, what those learn that
+aren't detached, and pairs in linear time. The other divergences are in ``divergences``.
 
 The logit of a masked class is -inf: what is multiplied with its probability of 0 is left
 out of sums of p log p.
@@ -54,7 +46,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss () or of the samples' sizes, terms (2, H), and with ``keep`` the gradient of every
-    block of logits, in their ``kept_dtype``.
+    stack of logits, in their ``kept_dtype``.
 
     Binary logits have one class: that of a second is 0. Of a mixture, whose temperature is 1,
     ``beta`` is the label's part and the heads' are in proportion to their ``kl_weight``; the terms
@@ -259,7 +251,7 @@ def _column(weights: Sequence[float], z: Tensor) -> Tensor:
 
 def _stack(logits: Sequence[Tensor], binary: bool) -> Tensor:
     """All heads as one [H, B, K] in the accumulation dtype, masked classes -inf."""
-    z = torch.cat([block if block.dim() > 2 else block.unsqueeze(0) for block in logits])
+    z = torch.cat([stack if stack.dim() > 2 else stack.unsqueeze(0) for stack in logits])
     z = z.flatten(1, -2)
     masked = z <= torch.finfo(z.dtype).min
     z = z if z.dtype == torch.float64 else z.float()
@@ -274,8 +266,8 @@ def kept_dtype(logits: torch.dtype) -> torch.dtype:
 
 
 def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
-    sizes = [len(block) if block.dim() > 2 else 1 for block in logits]
+    sizes = [len(stack) if stack.dim() > 2 else 1 for stack in logits]
     return [
-        torch.empty_like(block, dtype=kept_dtype(block.dtype)).copy_(part.reshape(block.shape))
-        for part, block in zip(dz.split(sizes), logits, strict=True)
+        torch.empty_like(stack, dtype=kept_dtype(stack.dtype)).copy_(part.reshape(stack.shape))
+        for part, stack in zip(dz.split(sizes), logits, strict=True)
     ]

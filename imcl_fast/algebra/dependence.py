@@ -9,8 +9,8 @@ unbiased  K_ii := 0, k = K 1, S = 1^T K 1;  HSIC(K, L) = <K~, L~>/(B(B - 3)),
           K~_ij = K_ij - (k_i + k_j)/(B - 2) + S/((B - 1)(B - 2)) for i != j, K~_ii = 0
 
 (Gretton et al. 2005; Song et al. 2012, JMLR 13:1393; in this form 1310.6101). So the HSIC of all
-pairs of V views is one product of V flattened matrices, and its gradient with respect to X is
-dX = S X_c for S = H (dG + dG^T) H: what is as large as X is read twice and written once.
+pairs of V views is one product of V flattened matrices, and what is as large as X is read twice
+and written once (docs/math.md, "The gradient of dependence").
 """
 
 from __future__ import annotations

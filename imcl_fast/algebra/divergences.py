@@ -1,10 +1,7 @@
 """The divergences of the consistency but for KL(q || p), with their closed-form gradients.
 
-Each is a sum over the classes of ``value``, with logits z/T of p and t of q
-
-``d/d(z/T) = head - p sum(head)``, ``d/dt = teacher - q sum(teacher)``
-
-where head is p times the derivative of value by p, and teacher q times that by q:
+Each is a sum over the classes of ``value``; its gradient of the logits z/T of p is ``head - p
+sum(head)``, of those of q ``teacher - q sum(teacher)`` (docs/math.md, "Other divergences"):
 
 reverse_kl  value = head = p log(p/q), teacher = -p
 jsd         head = (1 - beta) p log(p/m), teacher = beta q log(q/m), value = head + teacher,

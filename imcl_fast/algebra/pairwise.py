@@ -5,15 +5,14 @@ and ``penalty = k sum_{i != j} phi(c_ij)``, k = 1/(L B N(N-1)) for one of B
 matrices of one of L layers:
 
 primal  G = X X^T;                      dX = A X,
-        A_ij = s k phi'(c_ij)/(n_i n_j), A_ii = -s k sum_j phi'(c_ij) c_ij/n_i^2, s = 2
-        (square: 4k c, abs: 2k sign c)
+        A_ij = 2k phi'(c_ij)/(n_i n_j), A_ii = -2k sum_j phi'(c_ij) c_ij/n_i^2
 dual    M = X^T diag(1/n^2) X;          sum_{i != j} c^2 = |M|^2 - N_live,
         dx_i = 4k/n_i^2 (x_i M - (x_i M x_i^T/n_i^2) x_i)
 signed  s = sum_i x_i/n_i;              sum_{i != j} c = |s|^2 - N_live,
         dx_i = 2k/n_i (s - <s, x_i/n_i> x_i/n_i)
 
-A centred matrix is X minus its row means; its gradient needs no correction,
-because A X_c and the other forms already have zero row sums.
+A centred matrix is X minus its row means; its gradient needs no correction (docs/math.md, "Centred
+rows").
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import CENTERED_DEAD_RATIO, as_matrices
+from ..reference import CENTRED_DEAD_RATIO, as_matrices
 
 SQUARE, ABS, SIGNED = range(3)
 
@@ -124,7 +123,7 @@ def _rows_and_inverse_norms(
     raw = norm = torch.linalg.vector_norm(rows, dim=-1)  # [B, N]
     if center:
         raw = torch.linalg.vector_norm(_rows(x, False, batched), dim=-1)
-        limit = torch.clamp(CENTERED_DEAD_RATIO * raw, min=eps)
+        limit = torch.clamp(CENTRED_DEAD_RATIO * raw, min=eps)
     inverse = torch.where(norm <= limit, torch.zeros_like(norm), 1 / norm)
     return rows, inverse.masked_fill(~raw.isfinite(), torch.nan)
 

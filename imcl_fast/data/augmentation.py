@@ -113,7 +113,7 @@ class ResizedCrop(_BySeed):
         with seeded(int(draw)):
             return _crops(self.size)[0](image)
 
-    def center(self, image: Any) -> Tensor:
+    def central(self, image: Any) -> Tensor:
         """The image without augmentation: its central 7/8, as (3, size, size) uint8."""
         return _crops(self.size)[1](image)
 
@@ -130,7 +130,7 @@ class OwnTransforms(_BySeed):
         with seeded(int(draw)):
             return image()
 
-    def center(self, image: Any) -> Tensor:
+    def central(self, image: Any) -> Tensor:
         """The image as the Dataset has it; what is random in that, always the same."""
         return self(image, torch.zeros(1, dtype=torch.int64))
 

@@ -206,7 +206,7 @@ class _Source:
                 self._images = self._images.to(self._device)
             self._labels = self._labels.to(self._images.device)
         own = data_set.augmentation
-        self._center = own if isinstance(own, OwnTransforms) else ResizedCrop(data_set.shape[-1])
+        self._central = own if isinstance(own, OwnTransforms) else ResizedCrop(data_set.shape[-1])
         mean, std = (torch.tensor(x, dtype=torch.float64) for x in (data_set.mean, data_set.std))
         self._scale, self._shift = (
             x.float().to(self._device).view(-1, 1, 1) for x in (1 / (255 * std), -mean / std)
@@ -241,7 +241,7 @@ class _Source:
         """Images and their places, decoded and augmented by worker processes."""
         assert not isinstance(self._images, Tensor)
         loader: DataLoader = DataLoader(
-            _Samples(self._images, augment or self._center, qualities),
+            _Samples(self._images, augment or self._central, qualities),
             batch_sampler=_samplewise(orders),
             num_workers=self._workers,
             collate_fn=_collate,
@@ -276,7 +276,7 @@ class _Samples(Dataset):
         augment = self._augmentation
         try:
             image = self._images[place]
-            image = augment.center(image) if draw is None else augment(image, draw)
+            image = augment.central(image) if draw is None else augment(image, draw)
             if seeds is not None:
                 image = _seen(image[None], self._qualities, seeds[None])[:, 0]
         except DataError as error:

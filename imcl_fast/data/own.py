@@ -112,7 +112,7 @@ def _measured(train: Any) -> tuple[tuple[float, ...], tuple[float, ...], tuple[i
     """Mean, deviation and shape of training images; 0 and 1 of those that are floating."""
     some = range(0, len(train), max(len(train) // MEASURED, 1))
     read = OwnTransforms()
-    images = [read.center(partial(_image, train, index)) for index in some]
+    images = [read.central(partial(_image, train, index)) for index in some]
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1 or images[0].dim() != 3:
         raise DataError(

@@ -1,7 +1,7 @@
-// Blocks of a matrix in shared memory, as the products read them: 64 lanes (rows or columns
+// Panels of a matrix in shared memory, as the products read them: 64 lanes (rows or columns
 // of the matrix) by 128 bytes of depth, the axis that the product adds up along.
 //
-// Such a block is two segments of (64 lanes, 64 bytes), and a lane's 64 bytes are four units
+// Such a panel is two segments of (64 lanes, 64 bytes), and a lane's 64 bytes are four units
 // of 16, which lie permuted by the lane's number. So whatever reads a unit of eight
 // consecutive lanes, or the four units of each of two, finds them in 32 different banks, and
 // a thread that writes one k of eight lanes disturbs one other at most.
@@ -12,7 +12,7 @@
 namespace imcl {
 
 constexpr int kUnits = 8;  // of a lane
-constexpr int kBlockUnits = kTile * kUnits;
+constexpr int kPanelUnits = kTile * kUnits;
 
 template <class Operand>
 constexpr int kDepth = 128 / static_cast<int>(sizeof(typename Operand::Bits));
@@ -32,12 +32,12 @@ struct Unit {
   IMCL_DEVICE typename Operand::Acc operator[](int i) const { return Operand::decode(bits[i]); }
 };
 
-// One number of a block, for reading or writing.
+// One number of a panel, for reading or writing.
 template <class Operand>
-IMCL_DEVICE typename Operand::Bits& number(uint4* block, int lane, int k) {
+IMCL_DEVICE typename Operand::Bits& number(uint4* panel, int lane, int k) {
   using Bits = typename Operand::Bits;
   constexpr int per_unit = kPerUnit<Operand>;
-  return reinterpret_cast<Bits*>(block + unit_index(lane, k / per_unit))[k % per_unit];
+  return reinterpret_cast<Bits*>(panel + unit_index(lane, k / per_unit))[k % per_unit];
 }
 
 // A matrix seen as lanes by depth.
@@ -54,12 +54,12 @@ struct View {
   }
 };
 
-// Carries blocks from global to shared memory in two steps, so that a block is under way
+// Carries panels from global to shared memory in two steps, so that a panel is under way
 // while the products of the one before are worked out: load() into registers, store() from
 // there. Elements beyond the matrix come out 0. A matrix that can't be read 16 bytes at a
 // time is read by store() alone.
 template <class T, class Operand>
-class BlockReader {
+class PanelReader {
  public:
   using Bits = typename Operand::Bits;
 
@@ -89,9 +89,9 @@ class BlockReader {
 
   // `exact` leaves float32 as it is where the operand is Tf32: it is to be rounded later.
   IMCL_DEVICE void store(const View<T>& view, int first_lane, int first_k, bool exact,
-                         uint4* block) const {
+                         uint4* panel) const {
     if (!view.matrix.vectors()) {
-      store_elements(view, first_lane, first_k, exact, block);
+      store_elements(view, first_lane, first_k, exact, panel);
     } else if (view.along_lanes()) {
 #pragma unroll
       for (int j = 0; j < kPacks; j += kPair) {
@@ -101,10 +101,10 @@ class BlockReader {
 #pragma unroll
         for (int e = 0; e < kVector; ++e) {
           if constexpr (kPair == 2) {
-            reinterpret_cast<uint32_t&>(number<Operand>(block, lane + e, k)) =
+            reinterpret_cast<uint32_t&>(number<Operand>(panel, lane + e, k)) =
                 piece.bits[e] | static_cast<uint32_t>(next.bits[e]) << 16;
           } else {
-            number<Operand>(block, lane + e, k) = piece.bits[e];
+            number<Operand>(panel, lane + e, k) = piece.bits[e];
           }
         }
       }
@@ -114,12 +114,12 @@ class BlockReader {
         const int lane = lane_across(j), k = k_across();
         const Piece piece = encoded(packs_[j], exact);
         if constexpr (sizeof(Piece) == 8) {
-          reinterpret_cast<uint2&>(number<Operand>(block, lane, k)) = bits_of<uint2>(piece);
+          reinterpret_cast<uint2&>(number<Operand>(panel, lane, k)) = bits_of<uint2>(piece);
         } else {
           const auto units = bits_of<Units>(piece);
 #pragma unroll
           for (int u = 0; u < kPackUnits; ++u)
-            block[unit_index(lane, k / kPerUnit<Operand> + u)] = units.unit[u];
+            panel[unit_index(lane, k / kPerUnit<Operand> + u)] = units.unit[u];
         }
       }
     }
@@ -131,7 +131,7 @@ class BlockReader {
   static constexpr int kPackUnits = kVector * static_cast<int>(sizeof(Bits)) / 16;
   // Along lanes two consecutive k of 2 bytes are written together.
   static constexpr int kPair = sizeof(Bits) == 2 ? 2 : 1;
-  static constexpr int kGroups = kTile / kVector / 8;          // of 8 packs of lanes
+  static constexpr int kEights = kTile / kVector / 8;          // of 8 packs of lanes
   static constexpr int kHalf = kDepth<Operand> / kVector / 2;  // packs of half a lane
 
   struct Piece {
@@ -142,12 +142,12 @@ class BlockReader {
   };
 
   // Along lanes a warp takes 8 packs of them at 4 k (or pairs of k): 128 consecutive bytes each.
-  static constexpr int kKStep = kThreads / (8 * kGroups) * kPair;
+  static constexpr int kKStep = kThreads / (8 * kEights) * kPair;
   static IMCL_DEVICE int lane_along() {
-    return (thread() % 8 + thread() / 32 % kGroups * 8) * kVector;
+    return (thread() % 8 + thread() / 32 % kEights * 8) * kVector;
   }
   static IMCL_DEVICE int k_along(int j) {
-    const int first = (thread() / 8 % 4 + thread() / (32 * kGroups) * 4) * kPair;
+    const int first = (thread() / 8 % 4 + thread() / (32 * kEights) * 4) * kPair;
     return first + j / kPair * kKStep + j % kPair;
   }
   // Otherwise it takes whole lanes, two of them in eight threads that write together.
@@ -181,14 +181,14 @@ class BlockReader {
   }
 
   static IMCL_DEVICE void store_elements(const View<T>& view, int first_lane, int first_k,
-                                         bool exact, uint4* block) {
+                                         bool exact, uint4* panel) {
     const bool along = view.along_lanes();
 #pragma unroll 4
     for (int i = thread(); i < kTile * kDepth<Operand>; i += kThreads) {
       const int lane = along ? i % kTile : i / kDepth<Operand>;
       const int k = along ? i / kTile : i % kDepth<Operand>;
       const bool inside = first_lane + lane < view.lanes() && first_k + k < view.depth();
-      number<Operand>(block, lane, k) =
+      number<Operand>(panel, lane, k) =
           inside ? encoded(view.at(first_lane + lane, first_k + k), exact) : Bits(0);
     }
   }
@@ -196,20 +196,20 @@ class BlockReader {
   uint4 packs_[kPacks];
 };
 
-// Replaces every number of a block by change(number, lane, k).
+// Replaces every number of a panel by change(number, lane, k).
 template <class From, class To, class Change>
-IMCL_DEVICE void change_block(uint4* block, const Change& change) {
+IMCL_DEVICE void change_panel(uint4* panel, const Change& change) {
   static_assert(sizeof(typename From::Bits) == sizeof(typename To::Bits));
 #pragma unroll 2
-  for (int i = thread(); i < kBlockUnits; i += kThreads) {
+  for (int i = thread(); i < kPanelUnits; i += kThreads) {
     const int lane = i / 4 % kTile;
     const int unit = unit_index(lane, i % 4) % 4 + i / (4 * kTile) * 4;  // undoes its permutation
-    const auto old = Unit<From>::of(block[i]);
+    const auto old = Unit<From>::of(panel[i]);
     Unit<To> changed;
 #pragma unroll
     for (int e = 0; e < kPerUnit<To>; ++e)
       changed.bits[e] = To::encode(change(old[e], lane, unit * kPerUnit<To> + e));
-    block[i] = changed.words();
+    panel[i] = changed.words();
   }
 }
 
