@@ -52,6 +52,32 @@ def pairwise_config(dtype: torch.dtype, tensor_cores: bool) -> PairwiseConfig:
     return PairwiseConfig(16, 2, 64, 16, 3, 8, 255)
 
 
+class DependenceConfig(NamedTuple):
+    """Columns a program takes at a time and stages of loads, of a Gram and of a product; programs
+    that run at a time, tiles that one adds up at a time, warps, a thread's registers."""
+
+    gram_block: int
+    gram_stages: int
+    product_block: int
+    product_stages: int
+    programs: int
+    fan: int
+    num_warps: int
+    registers: int
+
+
+@functools.lru_cache(maxsize=256)
+def dependence_config(dtype: torch.dtype, device: torch.device) -> DependenceConfig:
+    """What needs no register spilled in test_offline_compile.py: two blocks of four warps on a
+    processor, of up to 255 registers."""
+    if device.type == "cpu":  # interpreted: as few steps as show every loop turning
+        return DependenceConfig(64, 1, 64, 1, 24, 2, 1, 255)
+    programs, fan = 2 * processors_of(device), 8
+    if dtype.itemsize == 2:
+        return DependenceConfig(64, 3, 64, 3, programs, fan, 4, 255)
+    return DependenceConfig(16, 3, 32, 2, programs, fan, 4, 255)
+
+
 @functools.lru_cache(maxsize=256)
 def consistency_config(
     heads: int, heavy: bool, rich: bool, batch: int, classes: int, device: torch.device
