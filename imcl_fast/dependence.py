@@ -55,7 +55,9 @@ def dependence(
             :math:`HSIC(K, L)/\sqrt{HSIC(K, K)\,HSIC(L, L)}`; 0, with a gradient of 0, where one of
             these two is not positive, as it is for constant features and may be for unbiased
             estimates.
-        impl: see the module. There are no kernels for GPUs: ``"torch"`` there.
+        impl: see the module. There are no CUDA kernels. That ``"auto"`` is ``"triton"`` on a GPU is
+            a prediction, which no GPU has measured: of 3 views of a ResNet-18's layers ``"torch"``
+            moves 5 to 11 times the bytes forward, 2 to 7 times backward, in about 50 launches each.
 
     Returns:
         A scalar; float64 if x or y is, float32 otherwise. To be maximised: subtract it from a

@@ -32,9 +32,12 @@ class _Group(NamedTuple):
     plan: DependencePlan
     config: DependenceConfig
 
-    def constants(self, block: int) -> DependenceConstants:
-        of_plan = len(self.xs), self.plan.paths, self.plan.rows_unit, self.plan.single
-        return _constants(of_plan, self.dtype, block, self.config.fan)
+    def constants(self, block: int, depth: int) -> DependenceConstants:
+        batch = self.xs[0].shape[0]
+        of_plan = len(self.xs), self.plan.paths, self.plan.rows_unit
+        of_batch = batch <= TILE, batch % 4 == 0
+        sizes = block, self.config.gathered, depth, self.config.fan
+        return _constants(of_plan, of_batch, self.dtype, sizes)
 
 
 def forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
@@ -62,8 +65,8 @@ def forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[
             torch.empty(summands, TILE, TILE, dtype=accumulation, device=device),
             tickets(device, summands),
             span,
-            C=g.constants(g.config.gram_block),
-            num_warps=g.config.num_warps,
+            C=g.constants(g.config.gram_block, 0),
+            num_warps=g.config.gram_warps,
             num_stages=g.config.gram_stages,
             maxnreg=g.config.registers,
         )
@@ -90,8 +93,8 @@ def backward(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[T
             s,
             shifts,
             span,
-            C=g.constants(g.config.product_block),
-            num_warps=g.config.num_warps,
+            C=g.constants(g.config.product_block, g.config.product_depth),
+            num_warps=g.config.product_warps,
             num_stages=g.config.product_stages,
             maxnreg=g.config.registers,
         )
@@ -100,9 +103,14 @@ def backward(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[T
 
 @functools.lru_cache(maxsize=256)
 def _constants(
-    of_plan: tuple[int, int, bool, bool], dtype: torch.dtype, block: int, fan: int
+    of_plan: tuple[int, int, bool],
+    of_batch: tuple[bool, bool],
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
 ) -> DependenceConstants:
-    layers, paths, rows_unit, single = of_plan
+    layers, paths, rows_unit = of_plan
+    single, aligned = of_batch
+    block, gathered, depth, fan = sizes
     return DependenceConstants.of(
         layers=layers,
         padded=triton.next_power_of_2(layers),
@@ -111,6 +119,9 @@ def _constants(
         vector=16 // dtype.itemsize,
         single=single,
         block=block,
+        gathered=gathered,
+        depth=depth,
+        aligned=aligned,
         fan=fan,
         product=numerics.careful_product(dtype),
         acc=numerics.TRITON[numerics.accumulation(dtype)],
@@ -124,7 +135,7 @@ def _groups(xs: Sequence[Tensor]) -> list[_Group]:
     groups = []
     for dtype, members in indices.items():
         mine, device = tuple(xs[i] for i in members), xs[0].device
-        config = dependence_config(dtype, device)
+        config = dependence_config(dtype, xs[0].shape[0], device)
         made = dependence_plan(
             tuple(layer_of(x) for x in mine), tuple(members), dtype.itemsize, config.gram_block,
             config.product_block, config.programs, device,

@@ -17,7 +17,9 @@ class DependenceConstants(Constants):
         fast: layout of the fast ones.
         vector: elements of 16 bytes.
         single: whether all samples are in one tile.
-        block: columns a program takes at a time.
+        block, gathered, depth: columns a program takes at a time, or where they are gathered, and
+            rows that a product sums at a time.
+        aligned: whether the rows of S begin at multiples of 16 bytes.
         fan: tiles that one program adds up at a time.
         product: how products are made, see numerics.py.
         acc: dtype of the sums.
@@ -32,6 +34,9 @@ class DependenceConstants(Constants):
     vector: Any
     single: Any
     block: Any
+    gathered: Any
+    depth: Any
+    aligned: Any
     fan: Any
     product: Any
     acc: Any

@@ -38,20 +38,13 @@ _ROWS, _PLACE, _STATE = (tl.constexpr(f) for f in (plan.ROWS, plan.PLACE, plan.S
 _FORWARD, _FAST = tl.constexpr(plan.FORWARD), tl.constexpr(plan.FAST)
 _X_BATCH, _DX_BATCH = tl.constexpr(plan.X_BATCH), tl.constexpr(plan.DX_BATCH)
 _SOME, _EVERY, _GATHERED = (tl.constexpr(f) for f in (plan.SOME, plan.EVERY, plan.GATHERED))
-_GATHERED_BLOCK = tl.constexpr(16)  # columns: each element has a pointer of its own
-
-
-@triton.jit
-def _shifted(x, rows, n, shift):
-    """Samples less the shift of their columns, 0 beyond the last."""
-    return tl.where((rows < n)[:, None], x - shift[None, :], 0.0)
 
 
 @triton.jit
 def _gram(m, means, tile, first, span, LAYOUT: tl.constexpr, C: tl.constexpr):
-    """A tile of the Gram matrix of some columns."""
-    BLOCK: tl.constexpr = _GATHERED_BLOCK if LAYOUT == _GATHERED else C.block
-    n = m.n
+    """A tile of the Gram matrix of some columns; what it has of samples beyond the last is for
+    nobody to read."""
+    BLOCK: tl.constexpr = C.gathered if LAYOUT == _GATHERED else C.block
     i, j = triangle(tile)
     begin = tl.arange(0, _TILE)
     rows_i, rows_j = i * _TILE + begin, j * _TILE + begin
@@ -59,14 +52,14 @@ def _gram(m, means, tile, first, span, LAYOUT: tl.constexpr, C: tl.constexpr):
     for k in range(first, tl.minimum(first + span, m.d), BLOCK):
         columns = k + tl.arange(0, BLOCK)
         x = read(m, begin, columns, LAYOUT).to(C.acc)  # [TILE, BLOCK]
-        shift = tl.sum(x, 0) / tl.minimum(n, _TILE).to(C.acc)
+        shift = tl.sum(x, 0) / tl.minimum(m.n, _TILE).to(C.acc)
         tl.store(means + columns, shift, mask=(columns < m.d) & (tile == 0))
         if C.single:
-            a = _shifted(x, begin, n, shift)
+            a = x - shift[None, :]
             b = a
         else:
-            a = _shifted(read(m, rows_i, columns, LAYOUT).to(C.acc), rows_i, n, shift)
-            b = _shifted(read(m, rows_j, columns, LAYOUT).to(C.acc), rows_j, n, shift)
+            a = read(m, rows_i, columns, LAYOUT).to(C.acc) - shift[None, :]
+            b = read(m, rows_j, columns, LAYOUT).to(C.acc) - shift[None, :]
         gram = dot(a, tl.trans(b), gram, C.product)
     return gram
 
@@ -112,8 +105,10 @@ def gram_kernel(xs, table, grams, means, parts, tickets, span, C: tl.constexpr):
 
 
 @triton.jit
-def _symmetric(s, rows, others, n):
+def _symmetric(s, rows, others, n, C: tl.constexpr):
     """S [rows, others], 0 beyond it."""
+    if C.aligned:
+        n = multiple(n, 4)
     where = s + (rows.to(tl.int64) * n)[:, None] + others[None, :]
     return tl.load(where, mask=(rows < n)[:, None] & (others < n)[None, :], other=0.0)
 
@@ -121,24 +116,17 @@ def _symmetric(s, rows, others, n):
 @triton.jit
 def _product(m, dm, s, means, i, first, span, LAYOUT: tl.constexpr, C: tl.constexpr):
     """64 rows of some columns of the gradient."""
-    BLOCK: tl.constexpr = _GATHERED_BLOCK if LAYOUT == _GATHERED else C.block
-    n = m.n
-    begin = tl.arange(0, _TILE)
-    rows = i * _TILE + begin
-    if C.single:
-        of_all = _symmetric(s, rows, begin, n)
+    BLOCK: tl.constexpr = C.gathered if LAYOUT == _GATHERED else C.block
+    rows = i * _TILE + tl.arange(0, _TILE)
     for k in range(first, tl.minimum(first + span, m.d), BLOCK):
         columns = k + tl.arange(0, BLOCK)
         shift = tl.load(means + columns, mask=columns < m.d, other=0.0)  # [BLOCK]
         y = tl.zeros([_TILE, BLOCK], C.acc)
-        if C.single:
-            x = read(m, begin, columns, LAYOUT).to(C.acc) - shift[None, :]
-            y = dot(of_all, x, y, C.product)
-        else:
-            for r in range(0, n, _TILE):
-                others = r + begin  # beyond the last: a finite number times S's 0
-                x = read(m, others, columns, LAYOUT).to(C.acc) - shift[None, :]
-                y = dot(_symmetric(s, rows, others, n), x, y, C.product)
+        for r in range(0, m.n, C.depth):
+            others = r + tl.arange(0, C.depth)
+            x = read(m, others, columns, LAYOUT).to(C.acc) - shift[None, :]  # [DEPTH, BLOCK]
+            # Beyond the last sample S is 0, and x is finite.
+            y = dot(_symmetric(s, rows, others, m.n, C), x, y, C.product)
         write(dm, y, rows, columns, LAYOUT)
 
 
@@ -150,6 +138,8 @@ def product_kernel(xs, dxs, table, s, means, span, C: tl.constexpr):
     x, dx = select(xs, layer, C.layers), select(dxs, layer, C.layers)
     means += multiple(tl.load(record + _STATE), 4)
     rows = tl.load(record + _ROWS)
+    if C.aligned:
+        rows = multiple(rows, 4)
     s += tl.load(record + _PLACE) * rows * rows
     row_tiles = (rows.to(tl.int32) + _TILE - 1) // _TILE
     i, first = local % row_tiles, local // row_tiles * span

@@ -47,7 +47,6 @@ class DependencePlan(NamedTuple):
     table: Tensor  # as plan.Plan.table
     rows_unit: bool  # as there, and
     paths: int
-    single: bool  # whether all samples are in one tile
     means: int  # elements
     gram: Part
     product: Part
@@ -89,7 +88,6 @@ def dependence_plan(
         lie.table(starts, device),
         lie.rows_unit,
         how_many(lie.records, FAST),
-        row_tiles == 1,
         means,
         Part(gram_span, gram),
         Part(product_span, product),
