@@ -78,7 +78,7 @@ def dependence_config(
     dtype: torch.dtype, samples: int, device: torch.device
 ) -> DependenceConfig:
     """What needs no register spilled in test_offline_compile.py: two blocks of four warps on a
-    processor, of up to 255 registers, or one of eight, where two tiles of float32 are multiplied."""
+    processor, of up to 255 registers, or one of eight where float32 has several tiles."""
     if device.type == "cpu":  # interpreted: as few steps as show every loop turning
         return DependenceConfig(64, 1, 64, 32, 1, 64, 6, 2, 1, 1, 255)
     programs, fan = 2 * processors_of(device), 8

@@ -86,7 +86,7 @@ def test_what_counts_the_parts_of_a_gram() -> None:
     from imcl_fast.kernels import kept
 
     device = torch.empty(0, device=DEVICE).device
-    x, y = torch.randn(2, 5, 3000, device=DEVICE)
+    x, y = torch.randn(2, 5, 600, device=DEVICE)
     grams = [F.dependence(x, y, impl="triton")]
     counters = kept.tickets(device, 1)
     assert kept.tickets(device, len(counters)) is counters and not counters.any()
