@@ -41,7 +41,10 @@ class _Group(NamedTuple):
 
 
 def forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
-    """scale X_a X_a^T of every x (B, *) as (n, B, B), and per dtype of the xs the shifts a."""
+    """scale X_a X_a^T of every x (B, *) as (n, B, B), and per dtype of the xs the shifts a.
+
+    One launch for each dtype; another where a scale isn't 1.
+    """
     batch, device = xs[0].shape[0], xs[0].device
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in xs) else torch.float32
     grams = torch.empty(len(xs), batch, batch, dtype=dtype, device=device)

@@ -498,7 +498,8 @@ def test_every_column_is_in_one_part_and_parts_run_at_once(batch: int) -> None:
         parts = records[:, field]
         columns = records[:, plan.COLUMNS]
         before = (parts - 1) * part.span  # columns, of the last part
-        assert (before + part.span >= columns).all() and (before <= (columns - 1).clamp(min=0)).all()
+        assert (before + part.span >= columns).all()
+        assert (before <= (columns - 1).clamp(min=0)).all()
         assert torch.equal(start, tiles * (parts.cumsum(0) - parts))
         assert part.programs == tiles * parts.sum()
         assert part.programs <= max(at_once, tiles * count + at_once)
