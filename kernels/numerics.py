@@ -1,4 +1,4 @@
-"""Device functions for dtypes: products on the right units, and rounding.
+"""Dtypes: what sums are made in, products on the right units, and rounding.
 
 Triton's interpreter computes bfloat16 wrongly and truncates to it, hence ``INTERPRETED``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -16,6 +17,17 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 # How a product of two tiles is made. TF32 holds float16 exactly, with float32's exponents;
 # TF32X3 sums three products of it, and is nearly as good as float32.
 IEEE, TF32, TF32X3, BFLOAT16, FLOAT16 = (tl.constexpr(i) for i in range(5))
+
+TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def careful_product(dtype: torch.dtype) -> tl.constexpr:
+    """Of what nearly equal numbers are subtracted from: nothing much coarser than float32."""
+    return TF32X3 if dtype.itemsize == 2 else IEEE
 
 
 @triton.jit

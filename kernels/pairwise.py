@@ -62,7 +62,7 @@ def forward(
     tickets = ticket(device) if programs else partials
     state, first = [], 0
     for typed in types:
-        accumulation = _accumulation(typed.dtype)
+        accumulation = numerics.accumulation(typed.dtype)
         kept = torch.empty(typed.plan.state if keep else 0, dtype=accumulation, device=device)
         state.append(kept)
         if typed.plan.forward:
@@ -124,9 +124,6 @@ def backward(
     return gradients
 
 
-_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
 @functools.lru_cache(maxsize=256)
 def _constants(
     of_plan: tuple[int, int, int, bool],
@@ -140,7 +137,7 @@ def _constants(
     loss: torch.dtype | None,
 ) -> PairwiseConstants:
     layers, forms, paths, rows_unit = of_plan
-    accumulation = _accumulation(dtype)
+    accumulation = numerics.accumulation(dtype)
     return PairwiseConstants.of(
         layers=layers,
         padded=triton.next_power_of_2(layers),
@@ -154,14 +151,10 @@ def _constants(
         block=block,
         depth=depth,
         product=product,
-        form_product=_form_product(dtype),
-        acc=_TRITON[accumulation],
-        loss=_TRITON[loss or accumulation],
+        form_product=numerics.careful_product(dtype),
+        acc=numerics.TRITON[accumulation],
+        loss=numerics.TRITON[loss or accumulation],
     )
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _by_dtype(
@@ -202,8 +195,3 @@ def _gradient_product(dtype: torch.dtype, precision: int) -> tl.constexpr:
     if dtype == torch.float16:
         return numerics.TF32  # A would underflow in float16
     return numerics.BFLOAT16 if dtype == torch.bfloat16 else numerics.IEEE
-
-
-def _form_product(dtype: torch.dtype) -> tl.constexpr:
-    """Of the dual form, which subtracts nearly equal numbers: nothing much coarser than float32."""
-    return numerics.TF32X3 if dtype.itemsize == 2 else numerics.IEEE

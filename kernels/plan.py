@@ -1,4 +1,5 @@
-"""How the GPU kernels of the pairwise penalty see their matrices: tiles, state, geometry.
+"""How the GPU kernels see their matrices, and those of the pairwise penalty plan their work: tiles,
+state, geometry.
 
 Needs no Triton: the fake kernels of both GPU backends ask here for the size of the state.
 """
@@ -38,8 +39,9 @@ ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on who
     STATE_SIZE,
     FORWARD,  # programs of a matrix
     BACKWARD,
+    PLACE,  # of a dependence: which of its Grams
     FIELDS,
-) = range(18)
+) = range(19)
 
 # How many layers are something: over rows, or fast.
 NONE, SOME, EVERY = range(3)
@@ -110,22 +112,63 @@ def plan(
 
     It knows no addresses: the tensors themselves are arguments of the kernels.
     """
+    lie = geometry(layers, itemsize, batched)
+    starts: tuple[list[int], list[int]] = ([], [])
+    state = forward = backward = 0
+    for record in lie.records:
+        n, d = record[ROWS], record[COLUMNS]
+        dual = is_dual(penalty, n, d)
+        record[OVER_ROWS] = dual or penalty == SIGNED
+        record[STATE], record[STATE_SIZE] = state, state_size(penalty, center, n, d)
+        row_tiles, column_tiles = divide_up(n, TILE), divide_up(d, TILE)
+        row_blocks = divide_up(n, ROW_BLOCK)
+        if penalty == SIGNED:
+            record[FORWARD], record[BACKWARD] = column_tiles, row_blocks
+        elif dual:
+            record[FORWARD] = column_tiles * (column_tiles + 1) // 2
+            record[BACKWARD] = row_blocks
+        else:
+            record[FORWARD] = row_tiles * (row_tiles + 1) // 2
+            record[BACKWARD] = row_tiles * divide_up(d, block_columns)
+        if d == 0:
+            record[FORWARD] = record[BACKWARD] = 0
+        starts[0].append(forward)
+        starts[1].append(backward)
+        state += record[BATCH] * record[STATE_SIZE]
+        forward += record[BATCH] * record[FORWARD]
+        backward += record[BATCH] * record[BACKWARD]
+    working = [record for record in lie.records if record[FORWARD]]
+    forms, paths = (how_many(working, field) for field in (OVER_ROWS, FAST))
+    table = lie.table(starts, device)
+    return Plan(table, lie.rows_unit, forms, paths, state, forward, backward)
+
+
+class Geometry(NamedTuple):
+    """How the layers of one dtype lie."""
+
+    records: list[list[int]]  # what plans have yet to fill in is 0
+    offsets: list[int]
+    rows_unit: bool  # as in a Plan
+
+    def table(self, starts: tuple[list[int], list[int]], device: torch.device) -> Tensor:
+        """On the device: the first programs of each layer, forward and backward, and the rest."""
+        records = (field for record in self.records for field in record)
+        flat = [*starts[0], *starts[1], *records, *self.offsets]
+        return on_device(torch.tensor(flat, dtype=torch.int64, device="cpu"), device)
+
+
+def geometry(layers: tuple[Layer, ...], itemsize: int, batched: bool) -> Geometry:
     vector = 16 // itemsize
     views = [_view(layer, batched) for layer in layers]
     by_rows = sum(math.prod(v.layer.shape) for v in views if _is_fast(v, vector, True))
     by_columns = sum(math.prod(v.layer.shape) for v in views if _is_fast(v, vector, False))
     rows_unit = by_rows > by_columns
-
     records: list[list[int]] = []
     offsets: list[int] = []
     first_offset = len(layers) * (2 + FIELDS)
-    starts: tuple[list[int], list[int]] = ([], [])
-    state = forward = backward = 0
     for v in views:
         record = [0] * FIELDS
-        dual = is_dual(penalty, v.n, v.d)
         record[BATCH], record[ROWS], record[COLUMNS] = v.batch, v.n, v.d
-        record[OVER_ROWS] = dual or penalty == SIGNED
         record[FAST] = _is_fast(v, vector, rows_unit)
         record[X_BATCH], record[X_ROW] = v.x_batch, v.x_row
         record[DX_BATCH], record[DX_ROW] = v.dx_batch, v.dx_row
@@ -136,33 +179,11 @@ def plan(
             offsets += _offsets([(c.size, c.x) for c in v.columns])
             record[DX_OFFSETS] = first_offset + len(offsets)
             offsets += _offsets([(c.size, c.dx) for c in v.columns])
-        record[STATE], record[STATE_SIZE] = state, state_size(penalty, center, v.n, v.d)
-        row_tiles, column_tiles = divide_up(v.n, TILE), divide_up(v.d, TILE)
-        row_blocks = divide_up(v.n, ROW_BLOCK)
-        if penalty == SIGNED:
-            record[FORWARD], record[BACKWARD] = column_tiles, row_blocks
-        elif dual:
-            record[FORWARD] = column_tiles * (column_tiles + 1) // 2
-            record[BACKWARD] = row_blocks
-        else:
-            record[FORWARD] = row_tiles * (row_tiles + 1) // 2
-            record[BACKWARD] = row_tiles * divide_up(v.d, block_columns)
-        if v.d == 0:
-            record[FORWARD] = record[BACKWARD] = 0
-        starts[0].append(forward)
-        starts[1].append(backward)
-        state += v.batch * record[STATE_SIZE]
-        forward += v.batch * record[FORWARD]
-        backward += v.batch * record[BACKWARD]
         records.append(record)
-    flat = [*starts[0], *starts[1], *(f for record in records for f in record), *offsets]
-    table = on_device(torch.tensor(flat, dtype=torch.int64, device="cpu"), device)
-    working = [record for record in records if record[FORWARD]]
-    forms, paths = (_how_many(working, field) for field in (OVER_ROWS, FAST))
-    return Plan(table, rows_unit, forms, paths, state, forward, backward)
+    return Geometry(records, offsets, rows_unit)
 
 
-def _how_many(records: Sequence[Sequence[int]], field: int) -> int:
+def how_many(records: Sequence[Sequence[int]], field: int) -> int:
     having = {record[field] for record in records}
     return SOME if len(having) > 1 else EVERY if having == {1} else NONE
 
