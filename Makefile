@@ -24,7 +24,8 @@ CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()
 # files are kept whole in the first run, and shared out in those of the GPU kernels.
 ON_EVERY_DEVICE := tests/test_triton.py tests/test_pairwise.py tests/test_consistency.py \
     tests/test_masked_classes.py tests/test_autograd.py tests/test_exactness.py \
-    tests/test_targets.py tests/test_dense.py tests/test_divergences.py tests/test_operators.py
+    tests/test_targets.py tests/test_dense.py tests/test_divergences.py tests/test_operators.py \
+    tests/test_dependence.py
 AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2")' 2>/dev/null)
 
 # What takes longest begins first, for a file is not shared out; by itself pytest-xdist would begin

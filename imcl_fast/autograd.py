@@ -89,7 +89,8 @@ class CollaborativeConsistency(Function):
 
 
 class SampleGrams(Function):
-    """apply(implementation, scale, *xs) -> Grams (n, B, B) of the samples, centred over them.
+    """apply(implementation, scale, *xs) -> Grams (n, B, B) of the samples, centred over them but
+    for a shift of all, which nothing made of them sees.
 
     They come out in float64 where there is one, and so does their gradient come in: what is made
     of them subtracts nearly equal numbers, and they are small.

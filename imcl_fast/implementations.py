@@ -22,7 +22,7 @@ IMPLEMENTATIONS = ("auto", "cpp", "triton", "cuda", "torch", "reference")
 GPU_PREFERENCE = {
     "pairwise": ("triton", "cuda"),
     "consistency": ("triton", "cuda"),
-    "dependence": (),  # its products are the library's, its kernels are for CPUs
+    "dependence": ("triton",),
 }
 TRITON_VERSION = (3, 6)  # the oldest that takes tuples of tensors as the kernels pass them
 
@@ -41,6 +41,7 @@ _CONSISTENCY = {
 
 _DEPENDENCE = {
     "cpp": operators.gram,
+    "triton": operators.triton_gram,
     "torch": operators.Gram(algebra_dependence.gram_forward, algebra_dependence.gram_backward),
 }
 
@@ -56,8 +57,8 @@ def why_not(
 
     ``index`` is that of the device among those of its type; None is the current one.
     """
-    if operation == "dependence" and impl in ("triton", "cuda"):
-        return 'the dependence has no kernels for GPUs; impl="torch" is what is quick there'
+    if operation == "dependence" and impl == "cuda":
+        return 'the dependence has no CUDA kernels; impl="triton" is what is quick there'
     if impl in ("torch", "reference"):
         return None
     if impl == "cpp":
@@ -184,8 +185,6 @@ def _fastest(
     operation: str, device: str, dtypes: Sequence[torch.dtype], index: int | None
 ) -> str:
     candidates = ("cpp",) if device == "cpu" else GPU_PREFERENCE[operation]
-    if not candidates:
-        return "torch"
     reasons = []
     for name in candidates:
         reason = why_not(name, device, dtypes, index)

@@ -22,6 +22,7 @@ from . import dense
 from .algebra.consistency import REDUCE_NONE, kept_dtype
 from .algebra.pairwise import ABS, SIGNED, SQUARE, is_dual
 from .build_facts import BuildFacts
+from .kernels.dependence_plan import means_size
 from .kernels.plan import state_size
 from .schemas import SCHEMAS
 
@@ -130,6 +131,18 @@ def _gram_forward(xs, scale):
     return xs[0].new_empty((len(xs), batch, batch), dtype=dtype), means
 
 
+def _gpu_gram_forward(xs, scale):
+    sizes: dict[torch.dtype, int] = {}  # the means for each dtype, in order of appearance
+    for x in xs:
+        sizes[x.dtype] = sizes.get(x.dtype, 0) + means_size(math.prod(x.shape[1:]))
+    means = [
+        xs[0].new_empty(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for dtype, size in sizes.items()
+    ]
+    batch = xs[0].shape[0]
+    return xs[0].new_empty((len(xs), batch, batch), dtype=_accumulation_dtype(xs)), means
+
+
 def _gram_backward(s, xs, means):
     return [torch.empty_like(x) for x in xs]
 
@@ -169,6 +182,18 @@ def _triton_consistency(*args):
     return consistency.forward(*args)
 
 
+def _triton_gram_forward(*args):
+    from .kernels import dependence
+
+    return dependence.forward(*args)
+
+
+def _triton_gram_backward(*args):
+    from .kernels import dependence
+
+    return dependence.backward(*args)
+
+
 _triton = torch.library.Library("imcl_fast", "FRAGMENT")
 
 
@@ -191,3 +216,7 @@ triton_pairwise = Pairwise(
     _as_operator("pairwise_backward", _triton_pairwise_backward, _pairwise_backward),
 )
 triton_consistency = _as_operator("consistency", _triton_consistency, _consistency)
+triton_gram = Gram(
+    _as_operator("gram_forward", _triton_gram_forward, _gpu_gram_forward),
+    _as_operator("gram_backward", _triton_gram_backward, _gram_backward),
+)

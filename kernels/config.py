@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import EVERY, Plan
+from .plan import EVERY, TILE, Plan
 
 _MOST_WARPS = 8  # of a program: more would leave a thread fewer than 255 registers
 _THREADS_REGISTERS = 2048  # of a processor: as many for a warp's every thread, if it is alone
@@ -61,6 +61,40 @@ def pairwise_config(
     return PairwiseConfig(
         PassConfig(16, 2, 8, 128), PassConfig(16, 3, 8, 255 if of.rows_unit else 128)
     )
+
+
+class DependenceConfig(NamedTuple):
+    """Columns a program takes at a time and stages of loads, of a Gram and of a product, and rows
+    that a product sums at a time; columns where they are gathered, each element with a pointer of
+    its own; programs that run at a time, tiles that one adds up at a time, warps, of a Gram and of
+    a product, a thread's registers."""
+
+    gram_block: int
+    gram_stages: int
+    product_block: int
+    product_depth: int
+    product_stages: int
+    gathered: int
+    programs: int
+    fan: int
+    gram_warps: int
+    product_warps: int
+    registers: int
+
+
+@functools.lru_cache(maxsize=256)
+def dependence_config(
+    dtype: torch.dtype, samples: int, device: torch.device
+) -> DependenceConfig:
+    """What needs no register spilled in test_offline_compile.py: two blocks of four warps on a
+    processor, of up to 255 registers, or one of eight where float32 has several tiles."""
+    if device.type == "cpu":  # interpreted: as few steps as show every loop turning
+        return DependenceConfig(64, 1, 64, 32, 1, 64, 6, 2, 1, 1, 255)
+    programs, fan = 2 * processors_of(device), 8
+    if dtype.itemsize == 2:
+        return DependenceConfig(32, 4, 64, 32, 3, 16, programs, fan, 4, 4, 255)
+    gram_warps = 4 if samples <= TILE else 8
+    return DependenceConfig(16, 2, 32, 16, 3, 16, programs, fan, gram_warps, 4, 255)
 
 
 @functools.lru_cache(maxsize=256)

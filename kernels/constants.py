@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import triton.language as tl
 
@@ -21,6 +21,8 @@ class Constants:
     """Base of what one kernel is compiled for. Every value is a ``tl.constexpr``, as the kernel
     reads it, but plain under the interpreter, which is quicker. Launches hash and compare it: make
     one object for the same values."""
+
+    PRODUCTS: ClassVar[tuple[str, ...]] = ()  # which of them say how products are made
 
     @classmethod
     def of(cls, **values: Any) -> Self:

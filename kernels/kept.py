@@ -17,6 +17,8 @@ from torch import Tensor
 _TICKETS = 4096  # of a device; one for every stream, and one for every launch in a graph
 _APART = 4  # int32: every ticket starts at a multiple of 16 bytes, as every tensor does
 
+_FEWEST = 1024  # of the counters that a stream has for its launches
+
 _of_graphs: dict[int, Tensor] = {}  # by address; a graph may read them as long as it lives
 
 
@@ -79,6 +81,21 @@ def ticket(device: torch.device) -> Tensor:
             return torch.zeros((), dtype=torch.int32, device=device)
         mine.of_stream[stream] = mine.free.pop()
     return mine.of_stream[stream]
+
+
+_counters: dict[tuple[torch.device, int], list[Tensor]] = {}
+
+
+def tickets(device: torch.device, count: int) -> Tensor:
+    """At least ``count`` counters, int32, that are 0, for one launch, which leaves them at 0."""
+    if capturing(device):  # the graph sets them to 0 itself
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    # Those that were too few are kept: launches on their way may still use them.
+    mine = _counters.setdefault((device, _stream(device)), [])
+    if not mine or len(mine[-1]) < count:
+        size = max(_FEWEST, 1 << (count - 1).bit_length())
+        mine.append(on_device(torch.zeros(size, dtype=torch.int32), device))
+    return mine[-1]
 
 
 def _stream(device: torch.device) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .numerics import IEEE, TF32, TF32X3
-from .pairwise_constants import PairwiseConstants
+from .constants import Constants
+from .numerics import IEEE, TF32, TF32X2, TF32X3
 
 
 def launch(kernel, programs: int, device: torch.device, *args, **options) -> None:
@@ -36,15 +36,13 @@ def for_amd(options: dict[str, Any]) -> dict[str, Any]:
     cores multiply float32 as it is.
     """
     options = {name: value for name, value in options.items() if name != "maxnreg"}
-    if isinstance(options["C"], PairwiseConstants):
-        options["C"] = _without_tensor_float(options["C"])
-    return options
+    return {**options, "C": _without_tensor_float(options["C"])}
 
 
 @functools.lru_cache(maxsize=256)
-def _without_tensor_float(constants: PairwiseConstants) -> PairwiseConstants:
-    products = {name: getattr(constants, name) for name in ("product", "form_product")}
+def _without_tensor_float(constants: Constants) -> Constants:
+    products = {name: getattr(constants, name) for name in constants.PRODUCTS}
     return dataclasses.replace(
         constants,
-        **{name: IEEE for name, value in products.items() if value in (TF32, TF32X3)},
+        **{name: IEEE for name, value in products.items() if value in (TF32, TF32X2, TF32X3)},
     )

@@ -1,4 +1,4 @@
-"""Device functions with which the pairwise kernels find and read their matrices."""
+"""Device functions with which kernels find their matrices, read them and write their gradients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from . import plan
+from .numerics import rounded
 
 _FIELDS = tl.constexpr(plan.FIELDS)
 _ROWS, _COLUMNS = tl.constexpr(plan.ROWS), tl.constexpr(plan.COLUMNS)
@@ -118,6 +119,23 @@ def read(m, rows, columns, LAYOUT: tl.constexpr):
     """Elements [rows, columns] of a matrix, 0 beyond it."""
     where = pointers(m, rows, columns, LAYOUT)
     return tl.load(where, mask=inside(m, rows, columns), other=0.0)
+
+
+@triton.jit
+def write(m, value, rows, columns, LAYOUT: tl.constexpr):
+    """Store elements [rows, columns] of a matrix, rounded to its dtype."""
+    value = rounded(value, m.start.dtype.element_ty)
+    tl.store(pointers(m, rows, columns, LAYOUT), value, mask=inside(m, rows, columns))
+
+
+@triton.jit
+def triangle(tile):
+    """Row i and column j >= i of a tile of the upper triangle, column by column."""
+    j = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # The root may be off by one after rounding.
+    j = tl.where(j * (j + 1) // 2 > tile, j - 1, j)
+    j = tl.where((j + 1) * (j + 2) // 2 <= tile, j + 1, j)
+    return tile - j * (j + 1) // 2, j
 
 
 @triton.jit

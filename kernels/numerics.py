@@ -1,4 +1,4 @@
-"""Device functions for dtypes: products on the right units, and rounding.
+"""Dtypes: what sums are made in, products on the right units, and rounding.
 
 Triton's interpreter computes bfloat16 wrongly and truncates to it, hence ``INTERPRETED``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -17,6 +18,17 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 # TF32X3 sums three products of it, and is nearly as good as float32. So are BFLOAT16X3 and TF32X2,
 # whose a is of half a float32's bytes and taken as it is, times the parts of a float32 b.
 IEEE, TF32, TF32X3, BFLOAT16, FLOAT16, BFLOAT16X3, TF32X2 = (tl.constexpr(i) for i in range(7))
+
+TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def careful_product(dtype: torch.dtype) -> tl.constexpr:
+    """Of what nearly equal numbers are subtracted from: nothing much coarser than float32."""
+    return TF32X3 if dtype.itemsize == 2 else IEEE
 
 
 @triton.jit

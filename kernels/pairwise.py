@@ -63,7 +63,7 @@ def forward(
     tickets = ticket(device) if programs else partials
     state, first = [], 0
     for typed in types:
-        accumulation = _accumulation(typed.dtype)
+        accumulation = numerics.accumulation(typed.dtype)
         kept = torch.empty(typed.plan.state if keep else 0, dtype=accumulation, device=device)
         state.append(kept)
         if typed.plan.forward:
@@ -129,9 +129,6 @@ def _built(config: PassConfig) -> dict[str, int]:
     }
 
 
-_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
 @functools.lru_cache(maxsize=256)
 def _constants(
     of_plan: tuple[int, int, int, bool, bool],
@@ -144,7 +141,7 @@ def _constants(
     loss: torch.dtype | None,
 ) -> PairwiseConstants:
     layers, forms, paths, narrow, rows_unit = of_plan
-    accumulation = _accumulation(dtype)
+    accumulation = numerics.accumulation(dtype)
     return PairwiseConstants.of(
         layers=layers,
         padded=triton.next_power_of_2(layers),
@@ -159,13 +156,9 @@ def _constants(
         depth=config.depth,
         product=product,
         form_product=_form_product(dtype, center),
-        acc=_TRITON[accumulation],
-        loss=_TRITON[loss or accumulation],
+        acc=numerics.TRITON[accumulation],
+        loss=numerics.TRITON[loss or accumulation],
     )
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _by_dtype(
@@ -207,9 +200,7 @@ def _gradient_product(dtype: torch.dtype, precision: int) -> tl.constexpr:
 
 
 def _form_product(dtype: torch.dtype, center: bool) -> tl.constexpr:
-    """Of the dual form, which subtracts nearly equal numbers: nothing much coarser than float32."""
-    if dtype.itemsize > 2:
-        return numerics.IEEE
-    if center:
-        return numerics.TF32X3
+    """Of the dual form, which subtracts nearly equal numbers."""
+    if dtype.itemsize > 2 or center:
+        return numerics.careful_product(dtype)
     return numerics.BFLOAT16X3 if dtype == torch.bfloat16 else numerics.TF32X2

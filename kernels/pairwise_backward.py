@@ -21,16 +21,15 @@ from .matrices import (
     core_mask,
     core_pointers,
     find_layer,
-    inside,
     matrix_of,
     multiple,
     padded,
-    pointers,
     read,
     record_of,
     select,
+    write,
 )
-from .numerics import dot, rounded
+from .numerics import dot
 
 _TILE, _ROW_BLOCK = tl.constexpr(plan.TILE), tl.constexpr(plan.ROW_BLOCK)
 _SIGNED = tl.constexpr(algebra.SIGNED)
@@ -49,12 +48,6 @@ def _centred(m, rows, columns, means, LAYOUT: tl.constexpr, C: tl.constexpr):
         mean = tl.load(means + rows, mask=rows < m.n, other=0.0)  # [rows]
         block = tl.where((columns < m.d)[None, :], block.to(C.acc) - mean[:, None], 0.0)
     return block
-
-
-@triton.jit
-def _write(dm, value, rows, columns, LAYOUT: tl.constexpr):
-    value = rounded(value, dm.start.dtype.element_ty)
-    tl.store(pointers(dm, rows, columns, LAYOUT), value, mask=inside(dm, rows, columns))
 
 
 @triton.jit
@@ -80,7 +73,7 @@ def _primal(m, dm, state, grad, tile, LAYOUT: tl.constexpr, C: tl.constexpr):
     for t in range(0, tiles):
         diagonal -= tl.load(diagonals + t * length + rows, mask=rows < n, other=0.0)  # [TILE]
     y += diagonal[:, None] * _centred(m, rows, columns, means, LAYOUT, C).to(C.acc)
-    _write(dm, y * grad, rows, columns, LAYOUT)
+    write(dm, y * grad, rows, columns, LAYOUT)
 
 
 @triton.jit
@@ -129,7 +122,7 @@ def _over_rows(m, dm, state, grad, k, tile, LAYOUT: tl.constexpr, C: tl.constexp
         columns = tl.arange(0, _TILE)
         y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, C)
         value = factor[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
-        _write(dm, value, rows, columns, LAYOUT)
+        write(dm, value, rows, columns, LAYOUT)
     else:
         # Wide matrices make y twice, once for <y, u> and once to write it, and keep none of it.
         along = tl.zeros([ROWS], C.acc)
@@ -140,7 +133,7 @@ def _over_rows(m, dm, state, grad, k, tile, LAYOUT: tl.constexpr, C: tl.constexp
         for first in range(0, d, _TILE):
             columns = first + tl.arange(0, _TILE)
             y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, C)
-            _write(dm, factor[:, None] * (y - along[:, None] * u), rows, columns, LAYOUT)
+            write(dm, factor[:, None] * (y - along[:, None] * u), rows, columns, LAYOUT)
 
 
 @triton.jit

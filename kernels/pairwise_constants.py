@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .constants import Constants
 
@@ -26,6 +26,8 @@ class PairwiseConstants(Constants):
             see numerics.py.
         acc, loss: dtypes of the sums and of the loss.
     """
+
+    PRODUCTS: ClassVar[tuple[str, ...]] = ("product", "form_product")
 
     layers: Any
     padded: Any

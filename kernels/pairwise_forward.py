@@ -34,6 +34,7 @@ from .matrices import (
     read,
     record_of,
     select,
+    triangle,
 )
 from .numerics import dot
 from .reduction import BLOCK as _REDUCTION
@@ -51,16 +52,6 @@ _GATHERED_BLOCK = tl.constexpr(16)  # columns: each element has a pointer of its
 _SOME, _EVERY, _GATHERED = (tl.constexpr(f) for f in (plan.SOME, plan.EVERY, plan.GATHERED))
 _X_BATCH = tl.constexpr(plan.X_BATCH)
 _STATE, _STATE_SIZE = tl.constexpr(plan.STATE), tl.constexpr(plan.STATE_SIZE)
-
-
-@triton.jit
-def _triangle(tile):
-    """Row i and column j >= i of a tile of the upper triangle, column by column."""
-    j = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The root may be off by one after rounding.
-    j = tl.where(j * (j + 1) // 2 > tile, j - 1, j)
-    j = tl.where((j + 1) * (j + 2) // 2 <= tile, j + 1, j)
-    return tile - j * (j + 1) // 2, j
 
 
 @triton.jit
@@ -135,7 +126,7 @@ def _gram(
 def _primal(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
     """The loss of one tile of the Gram matrix; leaves its part of A in the state."""
     n = m.n
-    i, j = _triangle(tile)
+    i, j = triangle(tile)
     rows_i, rows_j = i * _TILE + tl.arange(0, _TILE), j * _TILE + tl.arange(0, _TILE)
     if LAYOUT != _GATHERED:
         if i == j:
@@ -235,7 +226,7 @@ def _over_rows(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
     if C.penalty == _SIGNED:
         p, q, inverses = tile, tile, state + length
     else:
-        p, q = _triangle(tile)
+        p, q = triangle(tile)
         inverses = state + d.to(tl.int64) * length
     columns_p, columns_q = p * _TILE + tl.arange(0, _TILE), q * _TILE + tl.arange(0, _TILE)
     form, s = tl.zeros([_TILE, _TILE], C.acc), tl.zeros([_TILE], C.acc)

@@ -1,4 +1,5 @@
-"""How the GPU kernels of the pairwise penalty see their matrices: tiles, state, geometry.
+"""How the GPU kernels see their matrices, and those of the pairwise penalty plan their work: tiles,
+state, geometry.
 
 Needs no Triton: the fake kernels of both GPU backends ask here for the size of the state.
 """
@@ -38,8 +39,9 @@ ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on who
     STATE_SIZE,
     FORWARD,  # programs of a matrix
     BACKWARD,
+    PLACE,  # of a dependence: which of its Grams
     FIELDS,
-) = range(18)
+) = range(19)
 
 # How many layers are something: over rows, or fast.
 NONE, SOME, EVERY = range(3)
@@ -110,27 +112,64 @@ def plan(
 
     It knows no addresses: the tensors themselves are arguments of the kernels.
     """
+    lie = geometry(layers, itemsize, batched)
+    for record in lie.records:
+        record[OVER_ROWS] = penalty == SIGNED or is_dual(penalty, record[ROWS], record[COLUMNS])
+    longest = max((r[COLUMNS] for r in lie.records if r[OVER_ROWS]), default=0)
+    # Products of whole tiles need tensor cores: without, their operands would be spilled.
+    narrow = itemsize == 2 and longest <= TILE
+    starts: tuple[list[int], list[int]] = ([], [])
+    state = forward = backward = 0
+    for record in lie.records:
+        n, d = record[ROWS], record[COLUMNS]
+        record[STATE], record[STATE_SIZE] = state, state_size(penalty, center, n, d)
+        row_tiles, column_tiles = divide_up(n, TILE), divide_up(d, TILE)
+        if record[OVER_ROWS]:
+            pairs = column_tiles * (column_tiles + 1) // 2
+            record[FORWARD] = column_tiles if penalty == SIGNED else pairs
+            record[BACKWARD] = row_tiles if narrow else divide_up(n, ROW_BLOCK)
+        else:
+            record[FORWARD] = row_tiles * (row_tiles + 1) // 2
+            record[BACKWARD] = row_tiles * column_tiles
+        if d == 0:
+            record[FORWARD] = record[BACKWARD] = 0
+        starts[0].append(forward)
+        starts[1].append(backward)
+        state += record[BATCH] * record[STATE_SIZE]
+        forward += record[BATCH] * record[FORWARD]
+        backward += record[BATCH] * record[BACKWARD]
+    working = [record for record in lie.records if record[FORWARD]]
+    forms, paths = (how_many(working, field) for field in (OVER_ROWS, FAST))
+    table = lie.table(starts, device)
+    return Plan(table, lie.rows_unit, forms, paths, narrow, state, forward, backward)
+
+
+class Geometry(NamedTuple):
+    """How the layers of one dtype lie."""
+
+    records: list[list[int]]  # what plans have yet to fill in is 0
+    offsets: list[int]
+    rows_unit: bool  # as in a Plan
+
+    def table(self, starts: tuple[list[int], list[int]], device: torch.device) -> Tensor:
+        """On the device: the first programs of each layer, forward and backward, and the rest."""
+        records = (field for record in self.records for field in record)
+        flat = [*starts[0], *starts[1], *records, *self.offsets]
+        return on_device(torch.tensor(flat, dtype=torch.int64, device="cpu"), device)
+
+
+def geometry(layers: tuple[Layer, ...], itemsize: int, batched: bool) -> Geometry:
     vector = 16 // itemsize
     views = [_view(layer, batched) for layer in layers]
     by_rows = sum(math.prod(v.layer.shape) for v in views if _is_fast(v, vector, True))
     by_columns = sum(math.prod(v.layer.shape) for v in views if _is_fast(v, vector, False))
     rows_unit = by_rows > by_columns
-
-    over_rows = [penalty == SIGNED or is_dual(penalty, v.n, v.d) for v in views]
-    # Products of whole tiles need tensor cores: without, their operands would be spilled.
-    narrow = itemsize == 2 and all(
-        v.d <= TILE for v, over in zip(views, over_rows, strict=True) if over
-    )
-
     records: list[list[int]] = []
     offsets: list[int] = []
     first_offset = len(layers) * (2 + FIELDS)
-    starts: tuple[list[int], list[int]] = ([], [])
-    state = forward = backward = 0
-    for v, over in zip(views, over_rows, strict=True):
+    for v in views:
         record = [0] * FIELDS
         record[BATCH], record[ROWS], record[COLUMNS] = v.batch, v.n, v.d
-        record[OVER_ROWS] = over
         record[FAST] = _is_fast(v, vector, rows_unit)
         record[X_BATCH], record[X_ROW] = v.x_batch, v.x_row
         record[DX_BATCH], record[DX_ROW] = v.dx_batch, v.dx_row
@@ -141,31 +180,11 @@ def plan(
             offsets += _offsets([(c.size, c.x) for c in v.columns])
             record[DX_OFFSETS] = first_offset + len(offsets)
             offsets += _offsets([(c.size, c.dx) for c in v.columns])
-        record[STATE], record[STATE_SIZE] = state, state_size(penalty, center, v.n, v.d)
-        row_tiles, column_tiles = divide_up(v.n, TILE), divide_up(v.d, TILE)
-        if over:
-            every = penalty != SIGNED  # pair of tiles of columns
-            record[FORWARD] = column_tiles * (column_tiles + 1) // 2 if every else column_tiles
-            record[BACKWARD] = row_tiles if narrow else divide_up(v.n, ROW_BLOCK)
-        else:
-            record[FORWARD] = row_tiles * (row_tiles + 1) // 2
-            record[BACKWARD] = row_tiles * column_tiles
-        if v.d == 0:
-            record[FORWARD] = record[BACKWARD] = 0
-        starts[0].append(forward)
-        starts[1].append(backward)
-        state += v.batch * record[STATE_SIZE]
-        forward += v.batch * record[FORWARD]
-        backward += v.batch * record[BACKWARD]
         records.append(record)
-    flat = [*starts[0], *starts[1], *(f for record in records for f in record), *offsets]
-    table = on_device(torch.tensor(flat, dtype=torch.int64, device="cpu"), device)
-    working = [record for record in records if record[FORWARD]]
-    forms, paths = (_how_many(working, field) for field in (OVER_ROWS, FAST))
-    return Plan(table, rows_unit, forms, paths, narrow, state, forward, backward)
+    return Geometry(records, offsets, rows_unit)
 
 
-def _how_many(records: Sequence[Sequence[int]], field: int) -> int:
+def how_many(records: Sequence[Sequence[int]], field: int) -> int:
     having = {record[field] for record in records}
     return SOME if len(having) > 1 else EVERY if having == {1} else NONE
 

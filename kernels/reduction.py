@@ -52,3 +52,37 @@ def totals(
             partials + which * count + i, mask=mask, other=0.0, cache_modifier=".cg"
         )  # [SUMS, count]
     return tl.sum(sums, 1)
+
+
+@triton.jit
+def added_up(tile, parts, tickets, part, count, FAN: tl.constexpr):
+    """Sum of the tiles [ROWS, COLUMNS] of ``count`` programs, in an order that depends on count
+    alone, and whether this program, ``part`` of them, is the one that has it.
+
+    Of FAN programs the last to store its tile adds up theirs, of FAN such sums the last to store
+    its own adds up those, and so on: no program reads the tiles of many, one after the other.
+    Parts have room for count tiles; tickets (count,) are 0, and are again afterwards.
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    SIZE: tl.constexpr = ROWS * COLUMNS
+    inside = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    left = count  # sums there are; 0 where another program goes on
+    apart = SIZE  # of each other, in parts
+    while left > 1:
+        tl.store(parts + part * apart + inside, tile)
+        group = part // FAN
+        members = tl.minimum(left - group * FAN, FAN)
+        if draws_last_ticket(tickets + group, members):
+            tile = tl.zeros([ROWS, COLUMNS], tile.dtype)
+            for i in tl.static_range(FAN):
+                # Past the first-level cache: other processors wrote them.
+                each = parts + (group * FAN + i) * apart + inside
+                tile += tl.load(each, mask=i < members, other=0.0, cache_modifier=".cg")
+            left = (left + FAN - 1) // FAN
+            tickets += left
+            part = group
+            apart *= FAN
+        else:
+            left = 0
+    return tile, left == 1

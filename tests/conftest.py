@@ -86,12 +86,12 @@ if "cuda" in INTERPRETED:
     )
 
 
-def _gpu_or_cpu(name: str) -> str:
+def gpu_or_cpu(name: str) -> str:
     return "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def _reason(name: str) -> str | None:
-    return implementations.why_not(name, _gpu_or_cpu(name))
+    return implementations.why_not(name, gpu_or_cpu(name))
 
 
 TESTED = tuple(
@@ -113,7 +113,7 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture(scope="session", params=TESTED)
 def impl(request: pytest.FixtureRequest) -> Impl:
     """Every implementation that can run here, and ``cpp``, which must."""
-    return usable(Impl(request.param, _gpu_or_cpu(request.param)))
+    return usable(Impl(request.param, gpu_or_cpu(request.param)))
 
 
 def cases(impl: Impl, among: Sequence, turn: int) -> list:
@@ -134,6 +134,8 @@ SLOW_INTERPRETED = (
     "test_extreme_logits[triton-300", "test_mixture_sizes[triton-5-9000",
     "test_matmul_precision[triton-(256", "test_head_counts[triton-6", "test_head_counts[triton-7",
     "test_class_counts[triton-9000", "test_a_thousand_matrices",
+    "test_compiled_in_one_graph[triton", "test_module_makes_views_dependent[triton",
+    "test_options[triton-7", "test_options[triton-10", "test_batches[triton-63",
 )  # fmt: skip
 
 

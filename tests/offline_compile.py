@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from bench.rows import GPU_CONSISTENCIES
 from bench.shapes import R18_FEATURES, resnet18_weights
 from imcl_fast.algebra import divergences
-from imcl_fast.kernels import config, consistency, launch, pairwise
+from imcl_fast.kernels import config, consistency, dependence, launch, pairwise
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -173,6 +173,8 @@ def cases():
             yield case, lambda ws=ws, o=options: pairwise_both(ws, o, grad)
     for dtype in (torch.bfloat16, torch.float32):
         name = TYPES[dtype]
+        for batch in (64, 128):  # one tile of samples, and more
+            yield f"dependence {name} {batch}", lambda b=batch, d=dtype: dependence_both(b, d)
         for heads, batch, classes in CONSISTENCIES:
             for teacher in (0, 3):
                 case = f"consistency {name} {heads} x {batch} x {classes} teacher {teacher}"
@@ -224,6 +226,14 @@ def pairwise_both(xs, options, grad) -> None:
     pairwise.backward(grad, xs, state, *options)
 
 
+def dependence_both(batch: int, dtype: torch.dtype) -> None:
+    """Three views of the layers of a ResNet-18, on meta tensors as above."""
+    xs = [torch.empty((batch, *s[1:]), dtype=dtype, device="meta")
+          for s in R18_FEATURES for _ in range(3)]  # fmt: skip
+    grams, means = dependence.forward(xs, [1.0] * len(xs))
+    dependence.backward(grams, xs, means)
+
+
 def main() -> None:
     config.processors_of = lambda device: 132
     targets, wanted = sys.argv[1].split(","), re.compile(sys.argv[2])
@@ -235,7 +245,7 @@ def main() -> None:
         def catch(kernel, programs, device, *args, caught=caught, **options):
             caught.append((kernel, args, options))
 
-        for module in (pairwise, consistency):
+        for module in (pairwise, consistency, dependence):
             module.launch = catch
         call()
         for kernel, args, options in caught:

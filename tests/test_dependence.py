@@ -11,18 +11,31 @@ from typing import NamedTuple
 import pytest
 import torch
 from bounds import SUM, assert_accurate, loss_dtype, unit
-from conftest import DTYPES, Impl, assert_same_bits, dtype_name, leaf, threads, usable
+from conftest import (
+    DTYPES,
+    TESTED,
+    Impl,
+    assert_layout,
+    assert_same_bits,
+    dtype_name,
+    gpu_or_cpu,
+    leaf,
+    threads,
+    usable,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import LAYOUTS, lay_out
-from torch import Tensor
+from torch import Tensor, nn
 
 import imcl_fast
+from bench.shapes import R18_FEATURES
 from imcl_fast import dependence as module
 from imcl_fast import functional as F
 from imcl_fast.algebra import dependence as algebra
+from imcl_fast.kernels import dependence_plan, plan
 
-IMPLS = ("torch", "cpp")
+IMPLS = [name for name in TESTED if name != "cuda"]  # which has no kernels of it
 OPTIONS = [
     {"kernel": kernel, "bandwidth": bandwidth, "estimator": estimator, "normalize": normalize}
     for kernel, bandwidth in (("linear", "median"), ("gaussian", "median"), ("gaussian", 0.7))
@@ -36,7 +49,7 @@ def option_name(options: dict) -> str:
 
 @pytest.fixture(scope="session", params=IMPLS)
 def impl(request: pytest.FixtureRequest) -> Impl:
-    return usable(Impl(request.param, "cpu"))
+    return usable(Impl(request.param, gpu_or_cpu(request.param)))
 
 
 class Views(NamedTuple):
@@ -49,7 +62,7 @@ class Views(NamedTuple):
     offset: float = 0.0  # of all features, in units of their deviation
     seed: int = 0
 
-    def build(self, dtype: torch.dtype) -> list[list[Tensor]]:
+    def build(self, dtype: torch.dtype, device: str = "cpu") -> list[list[Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -60,8 +73,8 @@ class Views(NamedTuple):
         return [
             [
                 leaf(lay_out((self.offset + normal(self.batch, *shape)
-                              + (cause @ normal(3, math.prod(shape))).view(-1, *shape)).to(dtype),
-                             next(layouts)))
+                              + (cause @ normal(3, math.prod(shape))).view(-1, *shape))
+                             .to(dtype).to(device), next(layouts)))
                 for shape in self.shapes
             ]
             for _ in range(self.views)
@@ -95,7 +108,7 @@ def noise_of(views: Sequence[Sequence[Tensor]], truth: Result, **options) -> Res
     """What rounding every number of the Grams once leaves of the loss (), and of each gradient
     (B,): from draws of such roundings, in float64. Norms of samples are those with their mean,
     which is taken off after it was rounded."""
-    xs = [x.detach().double() for layer in zip(*views, strict=True) for x in layer]
+    xs = [x.detach().cpu().double() for layer in zip(*views, strict=True) for x in layer]
     dtype = loss_dtype(views[0][0].dtype)
     width = module.check_bandwidth(options["bandwidth"])
     numbered = options["kernel"] == "gaussian" and width is not None
@@ -148,7 +161,7 @@ def check(got: Result, views: Sequence[Sequence[Tensor]], **options) -> None:
 
 def truth_of(views: Sequence[Sequence[Tensor]], **options) -> tuple[Result, Result]:
     """What is right, and its noise."""
-    wide = [[leaf(x.detach().double()) for x in view] for view in views]
+    wide = [[leaf(x.detach().cpu().double()) for x in view] for view in views]
     truth = run(wide, "reference", **options)
     return truth, noise_of(views, truth, **options)
 
@@ -159,13 +172,13 @@ def judge(got: Result, views: Sequence[Sequence[Tensor]], truth: Result, noise: 
     assert_accurate("loss", got[0], truth[0], noise[0].reshape(1), dtype)
     xs = [x for view in views for x in view]
     for i, (g, t, n, x) in enumerate(zip(got[1], truth[1], noise[1], xs, strict=True)):
-        assert (g.dtype, g.shape) == (x.dtype, x.shape)
+        assert_layout(g, x)
         assert_accurate(f"gradient {i}", g, t, n, x.dtype)
 
 
 @given(drawn=drawn_views(), dtype=st.sampled_from(DTYPES), options=st.sampled_from(OPTIONS))
 def test_drawn(impl: Impl, drawn: Views, dtype: torch.dtype, options: dict) -> None:
-    views = drawn.build(dtype)
+    views = drawn.build(dtype, impl.device)
     check(run(views, impl.name, **options), views, **options)
 
 
@@ -173,8 +186,28 @@ def test_drawn(impl: Impl, drawn: Views, dtype: torch.dtype, options: dict) -> N
 def test_options(impl: Impl, turn: int) -> None:
     """More columns than a task takes, and a batch wider than a panel."""
     dtype, options = DTYPES[turn % len(DTYPES)], OPTIONS[5 * turn % len(OPTIONS)]
-    views = Views(34, ((7, 60), (3, 20, 25)), 3, offset=0.5).build(dtype)
+    many = (3, 7, 11) if impl.interpreted else (3, 20, 25)
+    views = Views(34, ((7, 60), many), 3, offset=0.5).build(dtype, impl.device)
     check(run(views, impl.name, **options), views, **options)
+
+
+@pytest.mark.parametrize("batch", [63, 64, 65, 100])
+def test_batches(impl: Impl, batch: int) -> None:
+    """Samples that fill a tile of a GPU's kernels, and more of them, far from 0 in some columns."""
+    options = OPTIONS[2 * batch % len(OPTIONS)]
+    dtype = torch.float32 if batch % 2 else torch.bfloat16
+    layouts = ("contiguous", "sliced")
+    views = Views(batch, ((3, 32),), layouts=layouts, offset=2).build(dtype, impl.device)
+    check(run(views, impl.name, **options), views, **options)
+
+
+def test_views_of_several_dtypes(impl: Impl) -> None:
+    options = {"kernel": "gaussian", "bandwidth": 0.7, "estimator": "biased", "normalize": False}
+    dtypes = (torch.float16, torch.float32, torch.bfloat16)
+    views = Views(9, ((4, 5), (6,)), 3).build(torch.float32, impl.device)
+    mixed = [[leaf(x.to(t)) for x in view] for view, t in zip(views, dtypes, strict=True)]
+    mixed[0][0], mixed[1][1] = leaf(mixed[0][0].bfloat16()), leaf(mixed[1][1].half())
+    check(run(mixed, impl.name, **options), mixed, **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
@@ -203,13 +236,13 @@ def test_each_feature_has_a_level_of_its_own(impl: Impl) -> None:
     generator = torch.Generator().manual_seed(0)
     small = torch.randint(-3, 4, (2, 8, 3000), generator=generator, dtype=torch.float64)
     level = 2.0**16 * (torch.arange(3000) >= 1024)
-    views = [[leaf((x + level).float())] for x in small]
+    views = [[leaf((x + level).float().to(impl.device))] for x in small]
     options = {"kernel": "linear", "bandwidth": "median", "estimator": "biased"}
     loss, gradients = run(views, impl.name, **options)
     truth, exact = run([[leaf(x)] for x in small], "reference", **options)
     assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
     for got, expected in zip(gradients, exact, strict=True):
-        assert (got - expected).norm() <= 1e-5 * expected.norm()
+        assert (got.cpu() - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_two_tensors_are_two_views() -> None:
@@ -269,7 +302,7 @@ def test_independent_representations_have_none(estimator: str) -> None:
 
 @pytest.mark.parametrize("kernel", module.KERNELS)
 def test_identical_views_have_a_cka_of_1(impl: Impl, kernel: str) -> None:
-    ((x,), _) = Views(16, ((4, 5),)).build(torch.float32)
+    ((x,), _) = Views(16, ((4, 5),)).build(torch.float32, impl.device)
     assert F.dependence(x, x, kernel=kernel, normalize=True, impl=impl.name).item() == \
         pytest.approx(1, rel=1e-5)  # fmt: skip
 
@@ -279,8 +312,8 @@ def test_identical_views_have_a_cka_of_1(impl: Impl, kernel: str) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
 def test_constant_features_depend_on_nothing(impl: Impl, options: dict) -> None:
-    (x,), (y,) = Views(8, ((6,),)).build(torch.float32)
-    constant = leaf(torch.full((8, 3), 2.5))
+    (x,), (y,) = Views(8, ((6,),)).build(torch.float32, impl.device)
+    constant = leaf(torch.full((8, 3), 2.5, device=impl.device))
     loss = F.dependence(x, constant, impl=impl.name, **options)
     assert loss.item() == 0
     for g in torch.autograd.grad(loss, [x, constant]):
@@ -289,8 +322,9 @@ def test_constant_features_depend_on_nothing(impl: Impl, options: dict) -> None:
 
 def test_an_unbiased_variance_below_0_gives_no_cka(impl: Impl) -> None:
     # Every sample but one apart from all others alike: U-centred, nothing is left.
-    x = leaf(torch.eye(4, dtype=torch.float64))
-    y = leaf(torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    x = leaf(torch.eye(4, dtype=torch.float64, device=impl.device))
+    generator = torch.Generator().manual_seed(0)
+    y = leaf(torch.randn(4, 3, generator=generator, dtype=torch.float64).to(impl.device))
     own = F.dependence(x, x, impl="reference")
     assert own.item() <= 1e-30
     loss = F.dependence(x, y, normalize=True, impl=impl.name)
@@ -302,14 +336,14 @@ def test_an_unbiased_variance_below_0_gives_no_cka(impl: Impl) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_gives_none(impl: Impl, options: dict, bad: float) -> None:
-    (x,), (y,) = Views(8, ((6,),)).build(torch.float32)
+    (x,), (y,) = Views(8, ((6,),)).build(torch.float32, impl.device)
     with torch.no_grad():
         x[2, 3] = bad
     assert F.dependence(x, y, impl=impl.name, **options).isnan()
 
 
 def test_an_empty_batch_gives_0(impl: Impl) -> None:
-    x, y = leaf(torch.zeros(0, 4)), leaf(torch.zeros(0, 2, 2))
+    x, y = (leaf(torch.zeros(shape, device=impl.device)) for shape in ((0, 4), (0, 2, 2)))
     loss = F.dependence(x, y, impl=impl.name)
     assert loss.item() == 0
     assert [g.shape for g in torch.autograd.grad(loss, [x, y])] == [x.shape, y.shape]
@@ -320,25 +354,17 @@ def test_an_empty_batch_gives_0(impl: Impl) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
 def test_gradcheck(impl: Impl, options: dict) -> None:
-    (x,), (y,) = Views(6, ((2, 3),)).build(torch.float64)
+    (x,), (y,) = Views(6, ((2, 3),)).build(torch.float64, impl.device)
     if options["bandwidth"] == "median" and options["kernel"] == "gaussian":
         options = {**options, "bandwidth": 1.3}  # the median is a constant to the gradient
     assert torch.autograd.gradcheck(
-        lambda x, y: F.dependence(x, y, impl=impl.name, **options), (x, y)
-    )
-
-
-def test_operators() -> None:
-    usable(Impl("cpp", "cpu"))
-    xs = [torch.randn(6, 5, 3), torch.randn(6, 4).to(torch.bfloat16)]
-    _, means = torch.ops.imcl_fast.gram_forward(xs, [1.0, 2.0])
-    s = torch.randn(2, 6, 6)
-    torch.library.opcheck(torch.ops.imcl_fast.gram_forward.default, (xs, [1.0, 2.0]))
-    torch.library.opcheck(torch.ops.imcl_fast.gram_backward.default, (s + s.mT, xs, means))
+        lambda x, y: F.dependence(x, y, impl=impl.name, **options), (x, y),
+        fast_mode=impl.interpreted,
+    )  # fmt: skip
 
 
 def test_compiled_in_one_graph(impl: Impl) -> None:
-    views = Views(8, ((4, 5), (9,)), 3).build(torch.float32)
+    views = Views(8, ((4, 5), (9,)), 3).build(torch.float32, impl.device)
     loss, gradients = run(views, impl.name)
     torch._dynamo.reset()
     compiled = torch.compile(F.view_dependence, fullgraph=True, backend="aot_eager")
@@ -360,10 +386,10 @@ def test_every_number_of_threads_gives_the_same_bits(drawn: Views, count: int) -
 
 
 def test_inputs_and_the_incoming_gradient_are_not_written(impl: Impl) -> None:
-    views = Views(8, ((4, 5),), 2).build(torch.float32)
+    views = Views(8, ((4, 5),), 2).build(torch.float32, impl.device)
     before = [x.detach().clone() for view in views for x in view]
     loss = F.view_dependence(views, impl=impl.name)
-    grad = torch.tensor(2.0)
+    grad = torch.tensor(2.0, device=impl.device)
     xs = [x for view in views for x in view]
     first = torch.autograd.grad(loss, xs, grad, retain_graph=True)
     assert_same_bits(list(torch.autograd.grad(loss, xs, grad)), list(first))
@@ -372,23 +398,23 @@ def test_inputs_and_the_incoming_gradient_are_not_written(impl: Impl) -> None:
 
 
 def test_a_view_without_gradient_gets_none(impl: Impl) -> None:
-    (x,), (y,) = Views(8, ((4, 5),), 2).build(torch.float32)
+    (x,), (y,) = Views(8, ((4, 5),), 2).build(torch.float32, impl.device)
     loss = F.dependence(x, y.detach(), impl=impl.name)
     (g,) = torch.autograd.grad(loss, [x])
     assert_same_bits([g], [torch.autograd.grad(F.dependence(x, y, impl=impl.name), [x])[0]])
 
 
 def test_second_derivatives_name_the_reference(impl: Impl) -> None:
-    (x,), (y,) = Views(8, ((4, 5),), 2).build(torch.float64)
+    (x,), (y,) = Views(8, ((4, 5),), 2).build(torch.float64, impl.device)
     (g,) = torch.autograd.grad(F.dependence(x, y, impl=impl.name), [x], create_graph=True)
     with pytest.raises(RuntimeError, match='impl="reference"'):
         g.sum().backward()
 
 
 def test_autocast_rounds_nothing(impl: Impl) -> None:
-    views = Views(8, ((4, 5),), 2).build(torch.float32)
+    views = Views(8, ((4, 5),), 2).build(torch.float32, impl.device)
     expected = F.view_dependence(views, impl=impl.name)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(impl.device, torch.bfloat16):
         assert_same_bits([F.view_dependence(views, impl=impl.name)], [expected])
 
 
@@ -405,7 +431,7 @@ def test_autocast_rounds_nothing(impl: Impl) -> None:
     ids=str,
 )
 def test_module_is_the_function(impl: Impl, options: dict) -> None:
-    views = Views(8, ((4, 5), (9,)), 3).build(torch.float32)
+    views = Views(8, ((4, 5), (9,)), 3).build(torch.float32, impl.device)
     module = imcl_fast.ViewDependence(impl=impl.name, **options)
     expected = F.view_dependence(views, impl=impl.name, **options)
     assert_same_bits([module(views)], [expected])
@@ -417,7 +443,7 @@ def test_module_is_the_function(impl: Impl, options: dict) -> None:
 def test_module_makes_views_dependent(impl: Impl) -> None:
     """A few steps up the gradient raise the CKA of two views."""
     generator = torch.Generator().manual_seed(0)
-    views = [leaf(torch.randn(12, 3, 4, generator=generator)) for _ in range(2)]
+    views = [leaf(torch.randn(12, 3, 4, generator=generator).to(impl.device)) for _ in range(2)]
     module = imcl_fast.ViewDependence(normalize=True, impl=impl.name)
     optimizer = torch.optim.Adam(views, lr=0.05, maximize=True)
     values = []
@@ -430,7 +456,72 @@ def test_module_makes_views_dependent(impl: Impl) -> None:
     assert values[-1] > values[0] + 0.3
 
 
+def small_network() -> nn.Module:
+    """Of inputs (B, 2, 6)."""
+    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+
+
+def test_quality_agnostic_hands_the_implementation_on(impl: Impl) -> None:
+    x = torch.randn(2, 5, 2, 6, generator=torch.Generator().manual_seed(0)).to(impl.device)
+    y = torch.tensor([0, 1, 2, 0, 1], device=impl.device)
+    network = small_network().to(impl.device)
+    losses = [
+        imcl_fast.QualityAgnostic(network, x[0], ["0"], alpha=1.0, layer_weight=[1.0], impl=name)
+        (x, y).loss
+        for name in (impl.name, "reference")
+    ]  # fmt: skip
+    torch.testing.assert_close(*losses)
+
+
+# --- how the Triton kernels share out the columns, without Triton
+
+
+@pytest.mark.parametrize("batch", [4, 64, 65, 300])
+def test_every_column_is_in_one_part_and_parts_run_at_once(batch: int) -> None:
+    shapes = [(batch, *shape[1:]) for shape in R18_FEATURES for _ in range(3)]
+    shapes += [(batch,), (batch, 0), (batch, 17)]
+    layers = tuple(
+        plan.Layer(shape, torch.empty(shape, device="meta").stride(), True) for shape in shapes
+    )
+    at_once = 264
+    made = dependence_plan.dependence_plan(
+        layers, tuple(range(len(layers))), 2, 32, 64, at_once, torch.device("cpu")
+    )
+    count = len(layers)
+    starts, records = made.table[: 2 * count].view(2, count), made.table[2 * count :]
+    records = records[: count * plan.FIELDS].view(count, plan.FIELDS)
+    row_tiles = -(-batch // 64)
+    for start, part, field, tiles in zip(
+        starts, (made.gram, made.product), (plan.FORWARD, plan.BACKWARD),
+        (row_tiles * (row_tiles + 1) // 2, row_tiles), strict=True,
+    ):  # fmt: skip
+        parts = records[:, field]
+        columns = records[:, plan.COLUMNS]
+        before = (parts - 1) * part.span  # columns, of the last part
+        assert (before + part.span >= columns).all()
+        assert (before <= (columns - 1).clamp(min=0)).all()
+        assert torch.equal(start, tiles * (parts.cumsum(0) - parts))
+        assert part.programs == tiles * parts.sum()
+        assert part.programs <= max(at_once, tiles * count + at_once)
+        if tiles == 1:
+            assert at_once / 2 < part.programs <= at_once + 2  # but for what has no columns
+
+
 # --- errors
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, network = torch.randn(2, 5, 2, 6), small_network()
+    quality_agnostic = imcl_fast.QualityAgnostic(network, x[0], ["0"], impl="triton")
+    for call in (
+        lambda: F.dependence(*x, impl="triton"),
+        lambda: F.view_dependence(list(x), impl="triton"),
+        lambda: imcl_fast.ViewDependence(impl="triton")(list(x)),
+        lambda: quality_agnostic(x, torch.zeros(5).long()),
+    ):
+        with pytest.raises(RuntimeError, match='impl="triton" can.t run: .*TRITON_INTERPRET=1'):
+            call()
 
 
 X = torch.zeros(4, 3)
@@ -451,7 +542,7 @@ X = torch.zeros(4, 3)
         (lambda: F.dependence(X, X, bandwidth=0), ValueError, "bandwidth: expected a number in"),
         (lambda: F.dependence(X, X, estimator="fair"), ValueError, "estimator: expected one of"),
         (lambda: F.dependence(X, X, normalize=1), TypeError, "normalize: expected a bool"),
-        (lambda: F.dependence(X, X, impl="triton"), RuntimeError, "no kernels for GPUs"),
+        (lambda: F.dependence(X, X, impl="cuda"), RuntimeError, "has no CUDA kernels"),
         (lambda: F.view_dependence(X), TypeError, "views: expected a sequence of Tensors"),
         (lambda: F.view_dependence([X]), ValueError, "views: expected at least 2 views, got 1"),
         (lambda: F.view_dependence([[X], [X, X]]), ValueError, r"views\[1\]: expected as many"),

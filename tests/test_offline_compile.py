@@ -36,6 +36,10 @@ CASES = (
     "consistency bf16 5 x 128 x 1000 probabilities",
     "consistency fp32 5 x 128 x 1000 weights",
     "consistency fp32 5 x 128 x 1000 JSD",
+    "dependence bf16 64",
+    "dependence fp32 64",
+    "dependence bf16 128",
+    "dependence fp32 128",
 )
 
 OLDEST = "3.6.0"  # which torch 2.11 comes with
@@ -91,7 +95,9 @@ def test_every_kernel_compiles_for_every_target_without_spilling(
             f"{row['case']:40s}{row['kernel']:20s}{row['target']:8s}"
             f"{row.get('registers', '')!s:>10s}{row.get('spills', '')!s:>8s}{row['shared']:>8d}"
         )
-    kernels = {"forward_kernel", "backward_kernel", "consistency_kernel"}
+    kernels = {
+        "forward_kernel", "backward_kernel", "consistency_kernel", "gram_kernel", "product_kernel",
+    }  # fmt: skip
     assert {row["triton"] == OLDEST for row in compiled} == {request.node.callspec.id == OLDEST}
     assert {(row["kernel"], row["target"]) for row in compiled} == {
         (kernel, target) for kernel in kernels for target in TARGETS

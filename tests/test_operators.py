@@ -35,6 +35,18 @@ def consistency(impl: Impl) -> Callable:
     return implementations.consistency(_with_operators(impl))
 
 
+@pytest.fixture
+def gram(impl: Impl) -> operators.Gram:
+    if impl.name == "cuda":
+        pytest.skip("cuda: the dependence has no CUDA kernels")
+    if impl.name == "triton":
+        registered = torch.ops.imcl_fast
+        return operators.Gram(
+            registered.triton_gram_forward.default, registered.triton_gram_backward.default
+        )
+    return implementations.dependence(_with_operators(impl))
+
+
 def _with_operators(impl: Impl) -> str:
     if impl.name == "torch":
         pytest.skip("torch: its algebra is no operator")
@@ -98,6 +110,24 @@ def consistency_samples(device: str = "cpu") -> list[tuple]:
     return samples
 
 
+def gram_samples(device: str = "cpu") -> list[tuple]:
+    """Arguments of gram_forward."""
+    shapes = {
+        torch.float64: ((6, 5, 3), (6, 4)),
+        torch.float32: ((70, 3), (70, 16)),  # more samples than a tile
+        torch.float16: ((8, 9), (8,), (8, 0)),  # whose means take as much as those of 12, 4, 0
+    }
+    samples = [
+        ([torch.randn(s, device=device).to(dtype) for s in each], [1.0, *[2.0] * (len(each) - 1)])
+        for dtype, each in shapes.items()
+    ]
+    mixed = [
+        torch.randn(6, n, device=device).to(dtype)
+        for n, dtype in ((5, torch.float32), (4, torch.bfloat16), (3, torch.float32))
+    ]
+    return [*samples, (mixed, [1.0, 1.0, 0.5])]
+
+
 @pytest.mark.parametrize("sample", range(len(pairwise_samples())))
 def test_pairwise(impl: Impl, pairwise: operators.Pairwise, sample: int) -> None:
     arguments = pairwise_samples(impl.device)[sample]
@@ -135,3 +165,11 @@ def test_consistency(impl: Impl, consistency: Callable, sample: int) -> None:
     torch.library.opcheck(consistency, arguments, test_utils=OPCHECKS)
     *_, gradients = consistency(*arguments)
     assert bool(gradients) == arguments[-1]
+
+
+@pytest.mark.parametrize("sample", range(len(gram_samples())))
+def test_gram(impl: Impl, gram: operators.Gram, sample: int) -> None:
+    xs, scale = gram_samples(impl.device)[sample]
+    torch.library.opcheck(gram.forward, (xs, scale), test_utils=OPCHECKS)
+    grams, means = gram.forward(xs, scale)
+    torch.library.opcheck(gram.backward, (grams, xs, means), test_utils=OPCHECKS)

@@ -22,7 +22,7 @@ if "triton" not in TESTED:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels launched."""
-    from imcl_fast.kernels import consistency, launch, pairwise
+    from imcl_fast.kernels import consistency, dependence, launch, pairwise
 
     names: list[str] = []
 
@@ -30,7 +30,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(kernel.__name__)
         launch.launch(kernel, *args, **options)
 
-    for module in (pairwise, consistency):
+    for module in (pairwise, consistency, dependence):
         monkeypatch.setattr(module, "launch", counted)
     return names
 
@@ -69,6 +69,34 @@ def test_the_consistency_takes_one_launch(launches: list[str]) -> None:
     )
     loss.backward()
     assert launches == ["consistency_kernel"]
+
+
+def test_views_and_layers_of_a_dependence_take_one_launch_each_way(launches: list[str]) -> None:
+    shapes = [(9, 4, 5), (9, 70), (9, 3, 2, 2)]
+    views = [[torch.randn(s, device=DEVICE) for s in shapes] for _ in range(3)]
+    # Other strides, and a tensor off 16 bytes: neither takes a launch of its own.
+    views[0][0] = views[0][0].mT.contiguous().mT
+    views[1][1] = torch.randn(9 * 70 + 1, device=DEVICE)[1:].view(9, 70)
+    views = [[x.requires_grad_() for x in view] for view in views]
+    loss = F.view_dependence(views, impl="triton")
+    assert launches == ["gram_kernel"]
+    loss.backward()
+    assert launches == ["gram_kernel", "product_kernel"]
+
+
+def test_what_counts_the_parts_of_a_gram() -> None:
+    """Counters are 0 after a launch; more of them are others, and a graph has its own."""
+    from imcl_fast.kernels import kept
+
+    device = torch.empty(0, device=DEVICE).device
+    x, y = torch.randn(2, 5, 600, device=DEVICE)
+    grams = [F.dependence(x, y, impl="triton")]
+    counters = kept.tickets(device, 1)
+    assert kept.tickets(device, len(counters)) is counters and not counters.any()
+    more = kept.tickets(device, len(counters) + 1)
+    assert len(more) == 2 * len(counters) and more.data_ptr() != counters.data_ptr()
+    grams.append(F.dependence(x, y, impl="triton"))
+    assert grams[1].equal(grams[0]) and not more.any()
 
 
 def test_geometry_is_made_once() -> None:
@@ -115,11 +143,12 @@ class Operators(TorchDispatchMode):
 
 def test_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every launch has a ticket of its own, tables are kept, and nothing new is uploaded."""
-    from imcl_fast.kernels import kept, pairwise
+    from imcl_fast.kernels import dependence, kept, pairwise
 
     x = torch.randn(2, 5, 4, 4, device=DEVICE)
     F.representation_similarity(x, impl="triton")
-    for module in (kept, pairwise):
+    F.dependence(*x.flatten(2).mT.contiguous(), impl="triton", estimator="biased")
+    for module in (kept, pairwise, dependence):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     mine = [kept.ticket(x.device).data_ptr() for _ in range(3)]
     assert len(set(mine)) == 3 and all(address % 16 == 0 for address in mine)
@@ -127,6 +156,8 @@ def test_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     F.representation_similarity(x, impl="triton")
     F.representation_similarity(x, impl="triton")
     assert len(kept._of_graphs) in (tables, tables + 1)
+    F.dependence(*x.flatten(2).mT.contiguous(), impl="triton", estimator="biased")
+    assert kept.tickets(x.device, 3).tolist() == [0, 0, 0]
     with pytest.raises(RuntimeError, match="run the step once before"):
         kept.on_device(torch.zeros(1), torch.device("meta"))
     monkeypatch.setattr(kept._tickets[x.device], "free", [])
@@ -174,7 +205,7 @@ def test_parts_of_a_number_add_up_to_it() -> None:
     error = (thirds.double().sum(0) - x.double()).abs()
     assert (error <= 2.0**-23 * x.abs().double()).all()
     assert halves.double().sum(0).equal(x.double())
-    for bits, part in zip((10, 12), halves, strict=True):  # 11 bits of the first, 13 of what is left
+    for bits, part in zip((10, 12), halves, strict=True):  # after the leading one
         mantissa = part.double() / 2.0 ** part.double().abs().clamp_min(1e-300).log2().floor()
         assert (mantissa * 2**bits).frac().eq(0).all()
 

@@ -21,8 +21,8 @@ PLUGINS = ("bench.gpu.selection",)
 FILES = tuple(
     f"tests/test_{name}.py"
     for name in (
-        "triton", "pairwise", "consistency", "autograd", "exactness", "compile", "modules",
-        "validation",
+        "triton", "pairwise", "consistency", "dependence", "autograd", "exactness", "compile",
+        "modules", "validation",
     )
 )  # fmt: skip
 _OUTCOME = re.compile(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b", re.MULTILINE)
