@@ -234,9 +234,9 @@ def step_kernels(results: Results) -> str:
     counts = {title: found.get("kernels") for title, found in results["steps"].items()}
     if None in counts.values():
         return (
-            "These steps were measured when way 4 still took the first layer of every network. "
-            "Since then `IMCL` leaves it out where it has twice as many kernels as weights in "
-            "each, or more.\n"
+            "These steps were measured when way 4 took the convolutions of more than one pixel "
+            "in every network. Since then it takes 1x1 convolutions and linear layers too where "
+            "those hold less than half of the weights.\n"
         )
     said = "; ".join(f"{title}: {count}" for title, count in counts.items())
     return f"Layers whose kernels way 4 takes: {said}.\n"

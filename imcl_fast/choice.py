@@ -138,5 +138,5 @@ def _find_kernels(trace: find.Trace, choice: Choice) -> None:
     if not choice.kernels:
         choice.nothing["kernel_weight"] = (
             "kernels: found no layer, but for what makes the output, with fewer than twice as many "
-            "kernels as weights in each (more can't become unlike); name the modules"
+            "kernels as weights in each (more can't become unlike) and no stem; name the modules"
         )

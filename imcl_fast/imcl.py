@@ -72,10 +72,9 @@ class IMCL(nn.Module):
             other weights themselves (``"lstm.weight_ih_l0"``). None takes the convolutions with
             kernels of more than one pixel, and, where those hold less than half of the network's
             weights, its 1x1 convolutions and linear layers too, the classifier excepted; but
-            nowhere those that have twice as many kernels as weights in each, or more (a wide
-            stem, a depthwise convolution, a layer that widens): these can't become unlike. Rows
-            that are queries, keys and values of one layer, or gates of a recurrent one, are
-            compared within their role.
+            no depthwise convolution and no layer that widens that has twice as many kernels as
+            weights in each, or more: these can't become unlike. Rows that are queries, keys and
+            values of one layer, or gates of a recurrent one, are compared within their role.
         views: number of dropout views, at least 2.
         dropout: probability of the views' dropout (none in eval mode).
         output_temperature, multilayer_temperature: T of the two consistencies.

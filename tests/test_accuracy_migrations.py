@@ -68,7 +68,7 @@ def test_rows_of_other_settings_stay_as_they_are() -> None:
 
 
 def wide() -> PlannedRun:
-    """One that leaves conv1 out, and did not when it was left to the rule of then."""
+    """One that leaves conv1 out, as the rule did for a while, and not that before it."""
     return next(r for r in study_file.load("cpu-wide").runs if r.method == "imcl")
 
 
@@ -84,7 +84,8 @@ def test_kernels_that_were_not_found_then_had_to_be_named() -> None:
 
 def test_kernels_that_depend_on_the_images_move_nothing(monkeypatch) -> None:
     monkeypatch.setattr("bench.accuracy.study._found_kernels", lambda config: [["a"], ["a", "b"]])
-    assert found_kernels.before(wide()) == set() == weights_by_way.before(wide())
+    run = next(r for r in study_file.load("cpu").runs if r.method == "imcl")
+    assert found_kernels.before(run) == set() == weights_by_way.before(run)
 
 
 def test_rows_never_committed_as_they_were_are_listed_and_accounted_for() -> None:

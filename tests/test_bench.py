@@ -449,7 +449,7 @@ def test_what_the_naive_form_costs_is_as_measured() -> None:
 
 def test_steps_of_other_kernels_are_said_to_be() -> None:
     said = render.TABLES["step-kernels"](RESULTS)
-    assert "when way 4 still took the first layer" in said
+    assert "when way 4 took the convolutions of more than one pixel" in said
     known = {title: {**found, "kernels": 16} for title, found in RESULTS["steps"].items()}
     said = render.TABLES["step-kernels"]({**RESULTS, "steps": known})
     assert said.startswith("Layers whose kernels way 4 takes: a step: 16; a middling step: 16;")

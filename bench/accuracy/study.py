@@ -47,6 +47,7 @@ class Method(Part):
         conditions, networks: names.
         versus: the method that this one is a variant of; by default the baseline.
         form: of way 4, that of another definition (``kernel_forms``); "" for that of ``IMCL``.
+        found: its kernels are those that were found when it ran, where nobody had named them.
     """
 
     seeds: int
@@ -54,6 +55,7 @@ class Method(Part):
     networks: tuple[str, ...]
     versus: str
     form: str = ""
+    found: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class PlannedRun:
     method: str
     config: TrainConfig
     form: str = ""  # of way 4
+    found: bool = False  # the kernels are named, and told as if they weren't
 
     @property
     def seed(self) -> int:
@@ -95,7 +98,9 @@ class PlannedRun:
             defaults = {way: left.pop(f"{way}_weight", None) for way in WAYS}
             told["weights"] = {way: self.config.weights.get(way, defaults[way])
                                for way in self.config.ways}  # fmt: skip
-            if told["weights"].get("kernel") and self.config.kernels is None:
+            if self.found:
+                told["kernels"] = [list(self.config.kernels or ())] * 2
+            elif told["weights"].get("kernel") and self.config.kernels is None:
                 told["kernels"] = _found_kernels(self.config)
         if self.form:
             told["form"] = self.form

@@ -5,9 +5,10 @@ The file has the settings of all runs in ``[train]``, and in ``[conditions.NAME]
 each. ``[ways]`` has settings of the methods that have some of the four ways, before their own. The
 settings are the fields of ``TrainConfig``. A method also has ``seeds``, N for seeds 1 to N; it may
 be restricted by ``conditions`` and ``networks``, lists of names, and say in ``versus`` which other
-method it is a variant of; its ``form`` is another definition of way 4 (``kernel_forms``). A study
-that confirms what another was looked at for starts at ``first_seed`` instead of 1, on seeds that
-nobody has seen.
+method it is a variant of; its ``form`` is another definition of way 4 (``kernel_forms``); ``found =
+true`` says that its ``kernels`` are those which way 4 found by itself when rows of it were made. A
+study that confirms what another was looked at for starts at ``first_seed`` instead of 1, on seeds
+that nobody has seen.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _read(name: str, text: str) -> Study:
     for method, table in tables.items():
         key = f"methods.{method}"
         seeds = _at_least_1(f"[{key}] seeds", _check(f"[{key}] seeds", table.get("seeds"), int))
-        part = _part(key, table, ("seeds", "conditions", "networks", "versus", "form"))
+        part = _part(key, table, ("seeds", "conditions", "networks", "versus", "form", "found"))
         form = _check(f"[{key}] form", table.get("form", ""), str)
         try:
             form and kernel_forms.parse(form)
@@ -107,6 +108,7 @@ def _read(name: str, text: str) -> Study:
             _names(f"[{key}] networks", table.get("networks"), networks),
             *_names(f"[{key}] versus", [table.get("versus", baseline)], tables),
             form,
+            _check(f"[{key}] found", table.get("found", False), bool),
         )
     compare = [_names("compare", pair, methods) for pair in content.get("compare", [])]
     if any(len(pair) != 2 for pair in compare):
@@ -163,7 +165,9 @@ def _runs(
         config = _config(layers, first_seed + count)
         if ways and config.has_ways:
             config = _config([*layers[:-1], (WAYS, ways), layers[-1]], config.seed)
-        yield PlannedRun(condition.name, network.name, method.name, config, method.form)
+        yield PlannedRun(
+            condition.name, network.name, method.name, config, method.form, method.found
+        )
 
 
 def _config(layers: Sequence[tuple[str, Mapping[str, Any]]], seed: int) -> TrainConfig:

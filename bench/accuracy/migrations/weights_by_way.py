@@ -17,7 +17,7 @@ def before(run: PlannedRun) -> set[str]:
     if "weights" not in told:
         return set()
     weights = told.pop("weights")
-    if weights.get("kernel") and run.config.kernels is None:
+    if weights.get("kernel") and (run.found or run.config.kernels is None):
         kernels = found_kernels.kernels_of(run.config, told.pop("kernels"))
         if kernels != found_kernels.found_before(run.config):
             return set()
