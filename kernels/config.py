@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import EVERY, TILE, Plan
+from .plan import EVERY, TILE, Plan, operands_in_shared_memory
 
 _MOST_WARPS = 8  # of a program: more would leave a thread fewer than 255 registers
 _THREADS_REGISTERS = 2048  # of a processor: as many for a warp's every thread, if it is alone
@@ -40,26 +40,38 @@ class ConsistencyConfig(NamedTuple):
 
 
 def pairwise_config(
-    dtype: torch.dtype, tensor_cores: bool, center: bool, of: Plan
+    dtype: torch.dtype, tensor_cores: bool, center: bool, of: Plan, device: torch.device
 ) -> PairwiseConfig:
     """What needs no register spilled (test_offline_compile.py, test_compiled_code.py), and of that
-    what bench/gpu/model.py says is quickest.
+    what bench/gpu/model.py, which knows Hopper only, says is quickest.
 
-    Four warps do what a tile of 64 x 64 takes besides its products with fewer instructions than
-    eight. Centred rows take registers, and so does code for layers that aren't fast. Products of
-    float32 without tensor cores keep their operands in registers, and take them in thinner slices.
+    There four warps do what a tile of 64 x 64 takes besides its products with fewer instructions
+    than eight, where products don't need many registers. Centred rows do, and code for layers that
+    aren't fast. Elsewhere a program has all the registers that there are, as its operands take
+    them too. Products of float32 without tensor cores take theirs in thinner slices.
     """
+    half, bfloat16 = dtype.itemsize == 2, dtype == torch.bfloat16
+    if not operands_in_shared_memory(device):
+        depth = 64 if half else 32 if tensor_cores else 16
+        return PairwiseConfig(
+            PassConfig(depth, 2 if depth == 16 else 3, 8, 255), PassConfig(depth, 3, 8, 255)
+        )
     lean = of.paths == EVERY and not center
-    bfloat16 = dtype == torch.bfloat16
-    if dtype.itemsize == 2:
-        forward = PassConfig(64, 3, 4, 168 if lean else 255)
-        if bfloat16 and not (lean or center):
-            forward = PassConfig(64, 3, 8, 128)
-        return PairwiseConfig(forward, PassConfig(64, 3, 4, 128 if lean and bfloat16 else 168))
+    if half and center:
+        return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(64, 3, 8, 128))
+    if half and lean:
+        return PairwiseConfig(
+            PassConfig(64, 3, 4, 168), PassConfig(64, 3, 4, 128 if bfloat16 else 168)
+        )
+    if bfloat16:
+        return PairwiseConfig(PassConfig(64, 3, 8, 128), PassConfig(64, 3, 4, 168))
+    if half:
+        return PairwiseConfig(PassConfig(64, 3, 4, 255), PassConfig(64, 3, 4, 255))
     if tensor_cores:
         return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(32, 3, 4, 255))
     return PairwiseConfig(
-        PassConfig(16, 2, 8, 128), PassConfig(16, 3, 8, 255 if of.rows_unit else 128)
+        PassConfig(16, 2, 8, 255 if center else 128),
+        PassConfig(16, 3, 8, 255 if of.rows_unit else 128),
     )
 
 

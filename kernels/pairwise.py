@@ -171,10 +171,11 @@ def _by_dtype(
     for dtype, members in indices.items():
         mine = tuple(xs[i] for i in members)
         layers = tuple(layer_of(x) for x in mine)
-        geometry = plan(layers, dtype.itemsize, penalty, center, batched, mine[0].device)
+        device = mine[0].device
+        geometry = plan(layers, dtype.itemsize, penalty, center, batched, device)
         on_tensor_cores = _gradient_product(dtype, precision) != numerics.IEEE
-        config = pairwise_config(dtype, on_tensor_cores, center, geometry)
-        if capturing(mine[0].device):
+        config = pairwise_config(dtype, on_tensor_cores, center, geometry, device)
+        if capturing(device):
             keep_for_graph(geometry.table)
         types.append(_TypedLayers(dtype, members, mine, geometry, config))
     return types

@@ -238,13 +238,18 @@ def _over_rows(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
         else:
             mean, inverse = _row_norms(m, rows, eps, LAYOUT, C)
             x = _shifted(read(m, rows, columns_p, LAYOUT), mean, columns_p, d, C)
+        if C.center:
+            x = x * inverse[:, None]  # u; otherwise x as it lies: see numerics.py
         if C.penalty == _SIGNED:
-            s += tl.sum(x.to(C.acc) * inverse[:, None], 0)
+            s += tl.sum(x if C.center else x.to(C.acc) * inverse[:, None], 0)
         else:
             y = x
             if not C.narrow:
                 y = _shifted(read(m, rows, columns_q, LAYOUT), mean, columns_q, d, C)
-            y = y.to(C.acc) * inverse[:, None] * inverse[:, None]  # [ROW_BLOCK, TILE]
+                if C.center:
+                    y = y * inverse[:, None]
+            if not C.center:
+                y = y.to(C.acc) * inverse[:, None] * inverse[:, None]  # [ROW_BLOCK, TILE]
             form = dot(tl.trans(x), y, form, C.form_product)
         if tile == 0:
             live += tl.where(inverse != 0, 1.0, 0.0)

@@ -116,8 +116,7 @@ def plan(
     for record in lie.records:
         record[OVER_ROWS] = penalty == SIGNED or is_dual(penalty, record[ROWS], record[COLUMNS])
     longest = max((r[COLUMNS] for r in lie.records if r[OVER_ROWS]), default=0)
-    # Products of whole tiles need tensor cores: without, their operands would be spilled.
-    narrow = itemsize == 2 and longest <= TILE
+    narrow = itemsize == 2 and longest <= TILE and operands_in_shared_memory(device)
     starts: tuple[list[int], list[int]] = ([], [])
     state = forward = backward = 0
     for record in lie.records:
@@ -142,6 +141,18 @@ def plan(
     forms, paths = (how_many(working, field) for field in (OVER_ROWS, FAST))
     table = lie.table(starts, device)
     return Plan(table, lie.rows_unit, forms, paths, narrow, state, forward, backward)
+
+
+@functools.cache
+def operands_in_shared_memory(device: torch.device) -> bool:
+    """Whether products find both factors there, and their sums in registers: on Hopper's tensor
+    cores. Elsewhere, and without tensor cores, those of whole tiles would be spilled."""
+    if device.type == "cpu":
+        return True  # interpreted
+    return (
+        device.type == "cuda" and not torch.version.hip
+        and torch.cuda.get_device_capability(device)[0] == 9
+    )  # fmt: skip
 
 
 class Geometry(NamedTuple):

@@ -26,6 +26,7 @@ from .machine import BANDWIDTH, BFLOAT16, CLOCK, FLOAT32, SPLIT_TF32, Launch
 CODE = Path(__file__).with_name("code.json")
 PAGE = Path(__file__).parents[2] / "docs/gpu.md"
 
+NO_DEVICE = torch.device("cpu")  # planned for as a Hopper
 GATHERED = 16  # columns at a time, and in the backward rows: kernels/pairwise_forward.py
 
 
@@ -39,13 +40,14 @@ class Case(NamedTuple):
 
     @property
     def plan(self) -> plan.Plan:
-        return plan.plan(self.layers, self.dtype.itemsize, 0, self.center, self.batched,
-                         torch.device("cpu"))  # fmt: skip
+        return plan.plan(self.layers, self.dtype.itemsize, 0, self.center, self.batched, NO_DEVICE)
 
     @property
     def config(self) -> config.PairwiseConfig:
         on_tensor_cores = self.dtype != torch.float32
-        return config.pairwise_config(self.dtype, on_tensor_cores, self.center, self.plan)
+        return config.pairwise_config(
+            self.dtype, on_tensor_cores, self.center, self.plan, NO_DEVICE
+        )
 
 
 def cases() -> list[Case]:
@@ -117,13 +119,14 @@ def codes(loops: Sequence[dict[str, Any]], of: plan.Plan, forward: bool) -> dict
         return Loop(loop["instructions"], loop["outside"])
 
     found = {}
-    without = take("over_rows", 0) if not forward and of.narrow and of.forms != plan.NONE else None
+    loopless = not forward and of.narrow and of.forms != plan.NONE
+    once = take("over_rows", 0) if loopless else None
     for fast in (True, False):
         if of.paths == (plan.NONE if fast else plan.EVERY):
             continue
         over_rows, primal = [], []
         if of.forms != plan.NONE and of.narrow:
-            over_rows.append(take("over_rows", 0) if forward else without)
+            over_rows.append(once or take("over_rows", 0))
         elif of.forms != plan.NONE:
             for _ in range(1 if forward else 2):
                 over_rows += [take("over_rows", 0), take("over_rows", 1)]
