@@ -70,8 +70,7 @@ def pairwise_config(
     if tensor_cores:
         return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(32, 3, 4, 255))
     return PairwiseConfig(
-        PassConfig(16, 2, 8, 255 if center else 128),
-        PassConfig(16, 3, 8, 255 if of.rows_unit else 128),
+        PassConfig(16, 2, 8, 128), PassConfig(16, 3, 8, 255 if of.rows_unit else 128)
     )
 
 
