@@ -7,24 +7,26 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import TILE
+from .plan import EVERY, TILE, Plan, operands_in_shared_memory
 
 _MOST_WARPS = 8  # of a program: more would leave a thread fewer than 255 registers
 _THREADS_REGISTERS = 2048  # of a processor: as many for a warp's every thread, if it is alone
 _CHUNK_WARPS = 4  # where a program takes the classes in chunks: of 8 fewer fit on a processor
 
 
-class PairwiseConfig(NamedTuple):
-    """Columns a program takes at a time, rows a product sums at a time, stages of loads, warps,
-    a thread's registers."""
+class PassConfig(NamedTuple):
+    """Columns (forward) or rows (backward) that a product sums at a time, stages of loads, warps, a
+    thread's registers."""
 
-    forward_block: int
-    forward_stages: int
-    backward_block: int
-    backward_depth: int
-    backward_stages: int
+    depth: int
+    stages: int
     num_warps: int
     registers: int
+
+
+class PairwiseConfig(NamedTuple):
+    forward: PassConfig
+    backward: PassConfig
 
 
 class ConsistencyConfig(NamedTuple):
@@ -37,21 +39,39 @@ class ConsistencyConfig(NamedTuple):
     registers: int
 
 
-def pairwise_config(dtype: torch.dtype, tensor_cores: bool) -> PairwiseConfig:
-    """What needs no register spilled (test_offline_compile.py, test_compiled_code.py).
+def pairwise_config(
+    dtype: torch.dtype, tensor_cores: bool, center: bool, of: Plan, device: torch.device
+) -> PairwiseConfig:
+    """What needs no register spilled (test_offline_compile.py, test_compiled_code.py), and of that
+    what bench/gpu/model.py, which knows Hopper only, says is quickest.
 
-    At 128 registers a processor would hold two blocks, but ptxas spills to get there, of
-    centred layers hundreds of bytes; left alone it tries. So it is given them all.
-
-    Eight warps, so that a tile of 64 x 64 takes 16 registers of each thread: its epilogue
-    holds half a dozen of them. Products of float32 without tensor cores keep their
-    operands in registers too, and take them in thinner slices.
+    There four warps do what a tile of 64 x 64 takes besides its products with fewer instructions
+    than eight, where products don't need many registers. Centred rows do, and code for layers that
+    aren't fast. Elsewhere a program has all the registers that there are, as its operands take
+    them too. Products of float32 without tensor cores take theirs in thinner slices.
     """
-    if dtype.itemsize == 2:
-        return PairwiseConfig(64, 3, 64, 64, 3, 8, 255)
+    half, bfloat16 = dtype.itemsize == 2, dtype == torch.bfloat16
+    if not operands_in_shared_memory(device):
+        depth = 64 if half else 32 if tensor_cores else 16
+        return PairwiseConfig(
+            PassConfig(depth, 2 if depth == 16 else 3, 8, 255), PassConfig(depth, 3, 8, 255)
+        )
+    lean = of.paths == EVERY and not center
+    if half and center:
+        return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(64, 3, 8, 128))
+    if half and lean:
+        return PairwiseConfig(
+            PassConfig(64, 3, 4, 168), PassConfig(64, 3, 4, 128 if bfloat16 else 168)
+        )
+    if bfloat16:
+        return PairwiseConfig(PassConfig(64, 3, 8, 128), PassConfig(64, 3, 4, 168))
+    if half:
+        return PairwiseConfig(PassConfig(64, 3, 4, 255), PassConfig(64, 3, 4, 255))
     if tensor_cores:
-        return PairwiseConfig(32, 3, 64, 32, 3, 8, 255)
-    return PairwiseConfig(16, 2, 64, 16, 3, 8, 255)
+        return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(32, 3, 4, 255))
+    return PairwiseConfig(
+        PassConfig(16, 2, 8, 128), PassConfig(16, 3, 8, 255 if of.rows_unit else 128)
+    )
 
 
 class DependenceConfig(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .constants import Constants
-from .numerics import IEEE, TF32, TF32X3
+from .numerics import IEEE, TF32, TF32X2, TF32X3
 
 
 def launch(kernel, programs: int, device: torch.device, *args, **options) -> None:
@@ -44,5 +44,5 @@ def _without_tensor_float(constants: Constants) -> Constants:
     products = {name: getattr(constants, name) for name in constants.PRODUCTS}
     return dataclasses.replace(
         constants,
-        **{name: IEEE for name, value in products.items() if value in (TF32, TF32X3)},
+        **{name: IEEE for name, value in products.items() if value in (TF32, TF32X2, TF32X3)},
     )

@@ -15,8 +15,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 # How a product of two tiles is made. TF32 holds float16 exactly, with float32's exponents;
-# TF32X3 sums three products of it, and is nearly as good as float32.
-IEEE, TF32, TF32X3, BFLOAT16, FLOAT16 = (tl.constexpr(i) for i in range(5))
+# TF32X3 sums three products of it, and is nearly as good as float32. So are BFLOAT16X3 and TF32X2,
+# whose a is of half a float32's bytes and taken as it is, times the parts of a float32 b.
+IEEE, TF32, TF32X3, BFLOAT16, FLOAT16, BFLOAT16X3, TF32X2 = (tl.constexpr(i) for i in range(7))
 
 TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -43,6 +44,14 @@ def dot(a, b, sums, PRODUCT: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32")
     elif PRODUCT == TF32X3:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32x3")
+    elif PRODUCT == BFLOAT16X3:
+        first, second, third = bfloat16_parts(b)
+        return tl.dot(a, third, tl.dot(a, second, tl.dot(a, first, sums)))
+    elif PRODUCT == TF32X2:
+        a = a.to(tl.float32)
+        first, second = tf32_parts(b)
+        sums = tl.dot(a, first, sums, input_precision="tf32")
+        return tl.dot(a, second, sums, input_precision="tf32")
     else:
         return tl.dot(a.to(sums.dtype), b.to(sums.dtype), sums, input_precision="ieee")
 
@@ -55,3 +64,19 @@ def rounded(x, DTYPE: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
+
+
+@triton.jit
+def bfloat16_parts(x):
+    """Three bfloat16 that add up to a float32 x, but for its last bit."""
+    first = rounded(x, tl.bfloat16)
+    x -= first.to(tl.float32)
+    second = rounded(x, tl.bfloat16)
+    return first, second, rounded(x - second.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def tf32_parts(x):
+    """What TF32 holds of a float32 x, and what is left, of which it holds all but two bits."""
+    first = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return first, x - first

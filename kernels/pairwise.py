@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import numerics
-from .config import PairwiseConfig, pairwise_config
+from .config import PairwiseConfig, PassConfig, pairwise_config
 from .kept import capturing, keep_for_graph, ticket
 from .launch import launch
 from .pairwise_backward import backward_kernel
@@ -34,9 +34,10 @@ class _TypedLayers(NamedTuple):
     config: PairwiseConfig
 
     @property
-    def of_plan(self) -> tuple[int, int, int, bool]:
+    def of_plan(self) -> tuple[int, int, int, bool, bool]:
         """What kernels are compiled for of it."""
-        return len(self.xs), self.plan.forms, self.plan.paths, self.plan.rows_unit
+        of = self.plan
+        return len(self.xs), of.forms, of.paths, of.narrow, of.rows_unit
 
 
 def forward(
@@ -79,11 +80,9 @@ def forward(
                 programs,
                 len(xs),
                 C=_constants(typed.of_plan, typed.dtype, penalty, center, keep,
-                             typed.config.forward_block, 0,
-                             _gram_product(typed.dtype, center, precision), loss_type),
-                num_warps=typed.config.num_warps,
-                num_stages=typed.config.forward_stages,
-                maxnreg=typed.config.registers,
+                             typed.config.forward, _gram_product(typed.dtype, center, precision),
+                             loss_type),
+                **_built(typed.config.forward),
             )
         first += typed.plan.forward
     return loss, state if keep else []
@@ -115,43 +114,48 @@ def backward(
             grad,
             len(xs),
             C=_constants(typed.of_plan, typed.dtype, penalty, center, True,
-                         typed.config.backward_block, typed.config.backward_depth,
-                         _gradient_product(typed.dtype, precision), None),
-            num_warps=typed.config.num_warps,
-            num_stages=typed.config.backward_stages,
-            maxnreg=typed.config.registers,
+                         typed.config.backward, _gradient_product(typed.dtype, precision), None),
+            **_built(typed.config.backward),
         )
     return gradients
 
 
+def _built(config: PassConfig) -> dict[str, int]:
+    """The compiler's options."""
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.stages,
+        "maxnreg": config.registers,
+    }
+
+
 @functools.lru_cache(maxsize=256)
 def _constants(
-    of_plan: tuple[int, int, int, bool],
+    of_plan: tuple[int, int, int, bool, bool],
     dtype: torch.dtype,
     penalty: int,
     center: bool,
     keep: bool,
-    block: int,
-    depth: int,
+    config: PassConfig,
     product: tl.constexpr,
     loss: torch.dtype | None,
 ) -> PairwiseConstants:
-    layers, forms, paths, rows_unit = of_plan
+    layers, forms, paths, narrow, rows_unit = of_plan
     accumulation = numerics.accumulation(dtype)
     return PairwiseConstants.of(
         layers=layers,
         padded=triton.next_power_of_2(layers),
         forms=forms,
         paths=paths,
+        narrow=narrow,
         penalty=penalty,
         center=center,
         keep=keep,
         fast=BY_ROWS if rows_unit else BY_COLUMNS,
         vector=16 // dtype.itemsize,
-        block=block,
-        depth=depth,
+        depth=config.depth,
         product=product,
-        form_product=numerics.careful_product(dtype),
+        form_product=_form_product(dtype, center),
         acc=numerics.TRITON[accumulation],
         loss=numerics.TRITON[loss or accumulation],
     )
@@ -166,13 +170,12 @@ def _by_dtype(
     types = []
     for dtype, members in indices.items():
         mine = tuple(xs[i] for i in members)
-        config = pairwise_config(dtype, _gradient_product(dtype, precision) != numerics.IEEE)
         layers = tuple(layer_of(x) for x in mine)
-        geometry = plan(
-            layers, dtype.itemsize, penalty, center, batched, config.backward_block,
-            mine[0].device,
-        )
-        if capturing(mine[0].device):
+        device = mine[0].device
+        geometry = plan(layers, dtype.itemsize, penalty, center, batched, device)
+        on_tensor_cores = _gradient_product(dtype, precision) != numerics.IEEE
+        config = pairwise_config(dtype, on_tensor_cores, center, geometry, device)
+        if capturing(device):
             keep_for_graph(geometry.table)
         types.append(_TypedLayers(dtype, members, mine, geometry, config))
     return types
@@ -195,3 +198,10 @@ def _gradient_product(dtype: torch.dtype, precision: int) -> tl.constexpr:
     if dtype == torch.float16:
         return numerics.TF32  # A would underflow in float16
     return numerics.BFLOAT16 if dtype == torch.bfloat16 else numerics.IEEE
+
+
+def _form_product(dtype: torch.dtype, center: bool) -> tl.constexpr:
+    """Of the dual form, which subtracts nearly equal numbers."""
+    if dtype.itemsize > 2 or center:
+        return numerics.careful_product(dtype)
+    return numerics.BFLOAT16X3 if dtype == torch.bfloat16 else numerics.TF32X2

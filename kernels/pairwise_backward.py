@@ -1,10 +1,10 @@
 """The pairwise cosine penalty, backward, of the matrices of all layers in one launch.
 
-primal  dX = A X, one program for 64 rows and BLOCK columns; A_ij lies in the state, and
+primal  dX = A X, one program for 64 rows and 64 columns; A_ij lies in the state, and
         A_ii is minus the sum of what the tiles of row i left there
 dual    dx_i = 4k/n_i (y_i - <y_i, u_i> u_i),  y_i = u_i M,  u_i = x_i/n_i
 signed  dx_i = 2k/n_i (s - <s, u_i> u_i)
-        one program for 32 rows: <y_i, u_i> takes all columns
+        one program for 32 rows, or 64 narrow ones: <y_i, u_i> takes all columns
 
 all times the incoming gradient, which is read where it lies. Row means are subtracted
 while loading; nothing else comes of centring (docs/math.md, "Centred rows").
@@ -58,16 +58,16 @@ def _primal(m, dm, state, grad, tile, LAYOUT: tl.constexpr, C: tl.constexpr):
     tiles = (n + _TILE - 1) // _TILE
     i = tile % tiles  # the programs of one column block run together: they share X
     rows = i * _TILE + tl.arange(0, _TILE)
-    columns = tile // tiles * C.block + tl.arange(0, C.block)
+    columns = tile // tiles * _TILE + tl.arange(0, _TILE)
     length = padded(n)
     diagonals = state + n.to(tl.int64) * length
     means = diagonals + tiles * length
-    y = tl.zeros([_TILE, C.block], C.acc)
+    y = tl.zeros([_TILE, _TILE], C.acc)
     for first in range(0, n, STEP):
         others = first + tl.arange(0, STEP)
         mask = core_mask(rows, others, n, length)
         a = tl.load(core_pointers(state, rows, others, length), mask=mask, other=0.0)
-        block = _centred(m, others, columns, means, LAYOUT, C)  # [STEP, BLOCK]
+        block = _centred(m, others, columns, means, LAYOUT, C)  # [STEP, TILE]
         y = dot(a, block, y, C.product)  # A's diagonal is 0 in the state
     diagonal = tl.zeros([_TILE], C.acc)
     for t in range(0, tiles):
@@ -77,44 +77,63 @@ def _primal(m, dm, state, grad, tile, LAYOUT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _form(state, rows, columns, d):
+    """Elements [rows, columns] of M."""
+    length = padded(d)
+    mask = core_mask(rows, columns, d, length)
+    return tl.load(core_pointers(state, rows, columns, length), mask=mask, other=0.0)
+
+
+@triton.jit
 def _product(m, state, rows, columns, inverse, means, LAYOUT: tl.constexpr, C: tl.constexpr):
     """y = U M (dual) or s (signed), and U itself, [rows, columns]."""
     d = m.d
-    u = _centred(m, rows, columns, means, LAYOUT, C).to(C.acc) * inverse[:, None]
-    y = tl.zeros([_ROW_BLOCK, _TILE], C.acc)
+    ROWS: tl.constexpr = rows.shape[0]
+    x = _centred(m, rows, columns, means, LAYOUT, C)
+    y = tl.zeros([ROWS, _TILE], C.acc)
     if C.penalty == _SIGNED:
         y += tl.load(state + columns, mask=columns < d, other=0.0)[None, :]
     else:
-        for first in tl.range(0, d, _ROW_BLOCK, num_stages=1):
-            others = first + tl.arange(0, _ROW_BLOCK)
-            v = _centred(m, rows, others, means, LAYOUT, C)  # [ROW_BLOCK, ROW_BLOCK]
-            length = padded(d)
-            mask = core_mask(others, columns, d, length)
-            form = tl.load(core_pointers(state, others, columns, length), mask=mask, other=0.0)
-            y = dot(v.to(C.acc) * inverse[:, None], form, y, C.form_product)
+        if C.narrow:
+            y = dot(x, _form(state, columns, columns, d), y, C.form_product)
+        else:
+            for first in tl.range(0, d, ROWS, num_stages=1):
+                others = first + tl.arange(0, ROWS)
+                v = _centred(m, rows, others, means, LAYOUT, C)  # [ROWS, ROWS]
+                y = dot(v, _form(state, others, columns, d), y, C.form_product)
+        y *= inverse[:, None]
+    u = x.to(C.acc) * inverse[:, None]
     return y, u
 
 
 @triton.jit
 def _over_rows(m, dm, state, grad, k, tile, LAYOUT: tl.constexpr, C: tl.constexpr):
     n, d = m.n, m.d
-    rows = tile * _ROW_BLOCK + tl.arange(0, _ROW_BLOCK)
+    ROWS: tl.constexpr = _TILE if C.narrow else _ROW_BLOCK
+    rows = tile * ROWS + tl.arange(0, ROWS)
     if C.penalty == _SIGNED:
         inverses, factor = state + padded(d), 2.0 * k * grad
     else:
         inverses, factor = state + d.to(tl.int64) * padded(d), 4.0 * k * grad
-    inverse = tl.load(inverses + rows, mask=rows < n, other=0.0)  # [ROW_BLOCK]
+    inverse = tl.load(inverses + rows, mask=rows < n, other=0.0)  # [ROWS]
     means = inverses + padded(n)
-    # Wide matrices make y twice, once for <y, u> and once to write it, and keep none of it.
-    along = tl.zeros([_ROW_BLOCK], C.acc)
-    for first in range(0, d, _TILE):
-        columns = first + tl.arange(0, _TILE)
+    factor *= inverse
+    if C.narrow:
+        columns = tl.arange(0, _TILE)
         y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, C)
-        along += tl.sum(y * u, 1)
-    for first in range(0, d, _TILE):
-        columns = first + tl.arange(0, _TILE)
-        y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, C)
-        write(dm, (factor * inverse)[:, None] * (y - along[:, None] * u), rows, columns, LAYOUT)
+        value = factor[:, None] * (y - tl.sum(y * u, 1)[:, None] * u)
+        write(dm, value, rows, columns, LAYOUT)
+    else:
+        # Wide matrices make y twice, once for <y, u> and once to write it, and keep none of it.
+        along = tl.zeros([ROWS], C.acc)
+        for first in range(0, d, _TILE):
+            columns = first + tl.arange(0, _TILE)
+            y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, C)
+            along += tl.sum(y * u, 1)
+        for first in range(0, d, _TILE):
+            columns = first + tl.arange(0, _TILE)
+            y, u = _product(m, state, rows, columns, inverse, means, LAYOUT, C)
+            write(dm, factor[:, None] * (y - along[:, None] * u), rows, columns, LAYOUT)
 
 
 @triton.jit

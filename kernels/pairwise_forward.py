@@ -91,7 +91,7 @@ def _gram(
 
     Threads add up what they hold themselves, and each other's sums after the last column.
     """
-    BLOCK: tl.constexpr = _GATHERED_BLOCK if LAYOUT == _GATHERED else C.block
+    BLOCK: tl.constexpr = _GATHERED_BLOCK if LAYOUT == _GATHERED else C.depth
     gram = tl.zeros([_TILE, _TILE], C.acc)
     none = _shares(tl.zeros([_TILE, BLOCK], C.acc), LAYOUT, C.vector)  # [TILE, shares]
     square_i, square_j, sum_i, sum_j = none, none, none, none
@@ -206,6 +206,19 @@ def _row_norms(m, rows, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def _whole_rows(m, rows, columns, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
+    """The same of rows of one tile, and the elements themselves, centred: each is read once."""
+    x = read(m, rows, columns, LAYOUT)  # [ROW_BLOCK, TILE]
+    width = m.d.to(C.acc)
+    mean = tl.zeros([_ROW_BLOCK], C.acc)
+    if C.center:
+        mean = tl.sum(x.to(C.acc), 1) / width
+        x = _shifted(x, mean, columns, m.d, C)
+    exact = x.to(C.acc)
+    return mean, inverse_norm(tl.sum(exact * exact, 1), mean, width, eps, C.center, _RATIO), x
+
+
+@triton.jit
 def _over_rows(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
     """The loss of one tile of M (dual) or 64 columns of s (signed), summed over all rows."""
     n, d = m.n, m.d
@@ -220,15 +233,24 @@ def _over_rows(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
     live = tl.zeros([_ROW_BLOCK], C.acc)
     for first in range(0, n, _ROW_BLOCK):
         rows = first + tl.arange(0, _ROW_BLOCK)
-        mean, inverse = _row_norms(m, rows, eps, LAYOUT, C)
-        u = _shifted(read(m, rows, columns_p, LAYOUT), mean, columns_p, d, C)
-        u = u.to(C.acc) * inverse[:, None]  # [ROW_BLOCK, TILE]
-        if C.penalty == _SIGNED:
-            s += tl.sum(u, 0)
+        if C.narrow:
+            mean, inverse, x = _whole_rows(m, rows, columns_p, eps, LAYOUT, C)
         else:
-            v = _shifted(read(m, rows, columns_q, LAYOUT), mean, columns_q, d, C)
-            v = v.to(C.acc) * inverse[:, None]  # [ROW_BLOCK, TILE]
-            form = dot(tl.trans(u), v, form, C.form_product)
+            mean, inverse = _row_norms(m, rows, eps, LAYOUT, C)
+            x = _shifted(read(m, rows, columns_p, LAYOUT), mean, columns_p, d, C)
+        if C.center:
+            x = x * inverse[:, None]  # u; otherwise x as it lies: see numerics.py
+        if C.penalty == _SIGNED:
+            s += tl.sum(x if C.center else x.to(C.acc) * inverse[:, None], 0)
+        else:
+            y = x
+            if not C.narrow:
+                y = _shifted(read(m, rows, columns_q, LAYOUT), mean, columns_q, d, C)
+                if C.center:
+                    y = y * inverse[:, None]
+            if not C.center:
+                y = y.to(C.acc) * inverse[:, None] * inverse[:, None]  # [ROW_BLOCK, TILE]
+            form = dot(tl.trans(x), y, form, C.form_product)
         if tile == 0:
             live += tl.where(inverse != 0, 1.0, 0.0)
             if C.keep:

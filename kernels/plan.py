@@ -89,6 +89,7 @@ class Plan(NamedTuple):
     rows_unit: bool  # whether the fast layers have unit stride in their rows (channels_last)
     forms: int  # NONE, SOME or EVERY of the layers work over rows
     paths: int  # the same of fast ones
+    narrow: bool  # whether all that do have rows of a single tile
     state: int  # elements of the state
     forward: int  # programs in all
     backward: int
@@ -105,7 +106,6 @@ def plan(
     penalty: int,
     center: bool,
     batched: bool,
-    block_columns: int,
     device: torch.device,
 ) -> Plan:
     """The plan of layers of one dtype; kept, so that a step uploads nothing after the first.
@@ -113,23 +113,23 @@ def plan(
     It knows no addresses: the tensors themselves are arguments of the kernels.
     """
     lie = geometry(layers, itemsize, batched)
+    for record in lie.records:
+        record[OVER_ROWS] = penalty == SIGNED or is_dual(penalty, record[ROWS], record[COLUMNS])
+    longest = max((r[COLUMNS] for r in lie.records if r[OVER_ROWS]), default=0)
+    narrow = itemsize == 2 and longest <= TILE and operands_in_shared_memory(device)
     starts: tuple[list[int], list[int]] = ([], [])
     state = forward = backward = 0
     for record in lie.records:
         n, d = record[ROWS], record[COLUMNS]
-        dual = is_dual(penalty, n, d)
-        record[OVER_ROWS] = dual or penalty == SIGNED
         record[STATE], record[STATE_SIZE] = state, state_size(penalty, center, n, d)
         row_tiles, column_tiles = divide_up(n, TILE), divide_up(d, TILE)
-        row_blocks = divide_up(n, ROW_BLOCK)
-        if penalty == SIGNED:
-            record[FORWARD], record[BACKWARD] = column_tiles, row_blocks
-        elif dual:
-            record[FORWARD] = column_tiles * (column_tiles + 1) // 2
-            record[BACKWARD] = row_blocks
+        if record[OVER_ROWS]:
+            pairs = column_tiles * (column_tiles + 1) // 2
+            record[FORWARD] = column_tiles if penalty == SIGNED else pairs
+            record[BACKWARD] = row_tiles if narrow else divide_up(n, ROW_BLOCK)
         else:
             record[FORWARD] = row_tiles * (row_tiles + 1) // 2
-            record[BACKWARD] = row_tiles * divide_up(d, block_columns)
+            record[BACKWARD] = row_tiles * column_tiles
         if d == 0:
             record[FORWARD] = record[BACKWARD] = 0
         starts[0].append(forward)
@@ -140,7 +140,19 @@ def plan(
     working = [record for record in lie.records if record[FORWARD]]
     forms, paths = (how_many(working, field) for field in (OVER_ROWS, FAST))
     table = lie.table(starts, device)
-    return Plan(table, lie.rows_unit, forms, paths, state, forward, backward)
+    return Plan(table, lie.rows_unit, forms, paths, narrow, state, forward, backward)
+
+
+@functools.cache
+def operands_in_shared_memory(device: torch.device) -> bool:
+    """Whether products find both factors there, and their sums in registers: on Hopper's tensor
+    cores. Elsewhere, and without tensor cores, those of whole tiles would be spilled."""
+    if device.type == "cpu":
+        return True  # interpreted
+    return (
+        device.type == "cuda" and not torch.version.hip
+        and torch.cuda.get_device_capability(device)[0] == 9
+    )  # fmt: skip
 
 
 class Geometry(NamedTuple):

@@ -40,7 +40,7 @@ CASES = [
 ]  # fmt: skip
 # Functions of layers over rows (dual) only, and of the others only.
 FORMS = {
-    "over_rows": {"_row_norms", "_over_rows", "_product"},
+    "over_rows": {"_row_norms", "_whole_rows", "_over_rows", "_product", "_form"},
     "primal": {"_gram", "_primal", "_shares"},
 }
 # Functions of the consistency's loops over labels, over what programs leave, and over samples.
@@ -165,6 +165,11 @@ def made_of(cubin: bytes, forms: Mapping[str, set[str]]) -> list[dict[str, Any]]
         instructions = sum(blocks[i].end - blocks[i].first for i in own)
         rows.append({"form": form, "depth": depth, "instructions": instructions,
                      "outside": 0 if depth else outside[min(loop)]})  # fmt: skip
+    for form, of in forms.items():
+        ways = [outside[i] for i, name in enumerate(names) if any(name[each] for each in of)]
+        if ways and all(row["form"] != form for row in rows):
+            without_loops = {"form": form, "depth": 0, "instructions": 0, "outside": max(ways)}
+            rows.insert(0, without_loops)
     return rows
 
 

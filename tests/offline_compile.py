@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from bench.rows import GPU_CONSISTENCIES
 from bench.shapes import R18_FEATURES, resnet18_weights
 from imcl_fast.algebra import divergences
-from imcl_fast.kernels import config, consistency, dependence, launch, pairwise
+from imcl_fast.kernels import config, consistency, dependence, launch, pairwise, plan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -84,20 +84,19 @@ def source(kernel, args, options) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_launch(case: str, targets, kernel, args, options) -> None:
-    for name in targets:
-        wanted = launch.for_amd(options) if TARGETS[name].backend == "hip" else dict(options)
-        build = {k: wanted.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in wanted}
-        compiled = triton.compile(source(kernel, args, wanted), target=TARGETS[name], options=build)
-        row = {"case": case, "kernel": kernel.__name__, "target": name,
-               "triton": triton.__version__, "shared": compiled.metadata.shared}  # fmt: skip
-        if "ptx" in compiled.asm:
-            row |= resources(compiled.asm["ptx"])
-            row["blocks"] = blocks(name, row["registers"], row["shared"], build["num_warps"])
-            code = sass.disassembled(compiled.asm["cubin"])
-            row["tensor_cores"] = re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", code) is not None
-            row["loops"] = [loop._asdict() for loop in sass.main_loops(code)]
-        print(json.dumps(row), flush=True)
+def compile_launch(case: str, name: str, kernel, args, options) -> None:
+    wanted = launch.for_amd(options) if TARGETS[name].backend == "hip" else dict(options)
+    build = {k: wanted.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in wanted}
+    compiled = triton.compile(source(kernel, args, wanted), target=TARGETS[name], options=build)
+    row = {"case": case, "kernel": kernel.__name__, "target": name,
+           "triton": triton.__version__, "shared": compiled.metadata.shared}  # fmt: skip
+    if "ptx" in compiled.asm:
+        row |= resources(compiled.asm["ptx"])
+        row["blocks"] = blocks(name, row["registers"], row["shared"], build["num_warps"])
+        code = sass.disassembled(compiled.asm["cubin"])
+        row["tensor_cores"] = re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", code) is not None
+        row["loops"] = [loop._asdict() for loop in sass.main_loops(code)]
+    print(json.dumps(row), flush=True)
 
 
 def resources(ptx: str) -> dict[str, int]:
@@ -240,16 +239,20 @@ def main() -> None:
     for case, call in itertools.chain(cases(), benched()):
         if not wanted.search(case):
             continue
-        caught = []
+        for target in targets:
+            for module in (plan, config):
+                module.operands_in_shared_memory = lambda device, of=target: of == "sm_90"
+            plan.plan.cache_clear()
+            caught = []
 
-        def catch(kernel, programs, device, *args, caught=caught, **options):
-            caught.append((kernel, args, options))
+            def catch(kernel, programs, device, *args, caught=caught, **options):
+                caught.append((kernel, args, options))
 
-        for module in (pairwise, consistency, dependence):
-            module.launch = catch
-        call()
-        for kernel, args, options in caught:
-            compile_launch(case, targets, kernel, args, dict(options))
+            for module in (pairwise, consistency, dependence):
+                module.launch = catch
+            call()
+            for kernel, args, options in caught:
+                compile_launch(case, target, kernel, args, dict(options))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ FEATURE_SHAPES = [
     (2, 64, 9, 7),
     (1, 70, 20, 15),
     (2, 130, 10, 5),
+    (1, 150, 10, 7),
     (1, 257, 3, 3),
     (1, 48, 2, 5, 6),
 ]
@@ -53,6 +54,7 @@ WEIGHT_SHAPES = [
     (129, 67, 2),
     (18, 3, 3, 3, 3),
     (300, 37),
+    (150, 70),
 ]
 
 
@@ -111,6 +113,16 @@ def test_drawn_weights(impl: Impl, specs, penalty, dtype) -> None:
 def test_layers_of_different_dtypes(impl: Impl, specs, dtypes) -> None:
     xs = [s.build(t, impl.device) for s, t in zip(specs, dtypes, strict=False)]
     check_pairwise(impl, xs, batched=True)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_dual_layers_of_one_tile_and_of_several(impl: Impl, center: bool) -> None:
+    """GPU kernels take rows of one tile at once, unless a layer beside them has longer ones."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for shapes in ([(2, 130, 10, 5), (1, 140, 7)], [(1, 130, 10, 5), (1, 150, 10, 7)]):
+            xs = [Matrices(s, True, dead=0.1, offset=0.3, seed=3).build(dtype, impl.device)
+                  for s in shapes]  # fmt: skip
+            check_pairwise(impl, xs, batched=True, center=center)
 
 
 # --- every combination at the shapes that matter

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import TESTED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imcl_fast import functional as F
+from imcl_fast.kernels import numerics
 
 if "triton" not in TESTED:
     pytest.skip("Triton runs on a GPU or under TRITON_INTERPRET=1", allow_module_level=True)
@@ -171,11 +174,40 @@ def test_the_fast_path_is_taken(layout: str) -> None:
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     made = plans.plan(
-        (plans.layer_of(x),), 4, 0, False, True, 64, torch.device("cpu")
+        (plans.layer_of(x),), 4, 0, False, True, torch.device("cpu")
     )
     record = made.table[2 : 2 + plans.FIELDS].tolist()
     assert record[plans.FAST] == 1
     assert made.rows_unit == (layout == "channels_last")
+
+
+@triton.jit
+def parts_kernel(x, bfloat16_parts, tf32_parts):
+    """Each (parts, 256) of x (256)."""
+    i = tl.arange(0, 256)
+    first, second, third = numerics.bfloat16_parts(tl.load(x + i))
+    tl.store(bfloat16_parts + i, first)
+    tl.store(bfloat16_parts + 256 + i, second)
+    tl.store(bfloat16_parts + 512 + i, third)
+    first, second = numerics.tf32_parts(tl.load(x + i))
+    tl.store(tf32_parts + i, first)
+    tl.store(tf32_parts + 256 + i, second)
+
+
+def test_parts_of_a_number_add_up_to_it() -> None:
+    """The interpreter's products aren't made of parts, so these are tested by themselves."""
+    x = torch.randn(256, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    x = x * 10.0 ** torch.arange(-20, 12, device=DEVICE).repeat(8)
+    x[:3] = torch.tensor([0.0, -0.0, 1.0])
+    thirds = torch.empty(3, 256, dtype=torch.bfloat16, device=DEVICE)
+    halves = torch.empty(2, 256, device=DEVICE)
+    parts_kernel[(1,)](x, thirds, halves)
+    error = (thirds.double().sum(0) - x.double()).abs()
+    assert (error <= 2.0**-23 * x.abs().double()).all()
+    assert halves.double().sum(0).equal(x.double())
+    for bits, part in zip((10, 12), halves, strict=True):  # after the leading one
+        mantissa = part.double() / 2.0 ** part.double().abs().clamp_min(1e-300).log2().floor()
+        assert (mantissa * 2**bits).frac().eq(0).all()
 
 
 def test_float64_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

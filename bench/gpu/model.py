@@ -26,6 +26,7 @@ from .machine import BANDWIDTH, BFLOAT16, CLOCK, FLOAT32, SPLIT_TF32, Launch
 CODE = Path(__file__).with_name("code.json")
 PAGE = Path(__file__).parents[2] / "docs/gpu.md"
 
+NO_DEVICE = torch.device("cpu")  # planned for as a Hopper
 GATHERED = 16  # columns at a time, and in the backward rows: kernels/pairwise_forward.py
 
 
@@ -38,13 +39,15 @@ class Case(NamedTuple):
     layers: tuple[plan.Layer, ...]
 
     @property
-    def config(self) -> config.PairwiseConfig:
-        return config.pairwise_config(self.dtype, self.dtype != torch.float32)
+    def plan(self) -> plan.Plan:
+        return plan.plan(self.layers, self.dtype.itemsize, 0, self.center, self.batched, NO_DEVICE)
 
     @property
-    def plan(self) -> plan.Plan:
-        return plan.plan(self.layers, self.dtype.itemsize, 0, self.center, self.batched,
-                         self.config.backward_block, torch.device("cpu"))  # fmt: skip
+    def config(self) -> config.PairwiseConfig:
+        on_tensor_cores = self.dtype != torch.float32
+        return config.pairwise_config(
+            self.dtype, on_tensor_cores, self.center, self.plan, NO_DEVICE
+        )
 
 
 def cases() -> list[Case]:
@@ -100,7 +103,7 @@ class Loop(NamedTuple):
 class Code(NamedTuple):
     """The loops of one path through a kernel, fast or gathered."""
 
-    over_rows: list[Loop]  # an outer loop, and the loop in it; in the backward twice
+    over_rows: list[Loop]  # narrow: one; or an outer loop and the one in it, backward twice
     primal: list[Loop]
 
 
@@ -116,11 +119,15 @@ def codes(loops: Sequence[dict[str, Any]], of: plan.Plan, forward: bool) -> dict
         return Loop(loop["instructions"], loop["outside"])
 
     found = {}
+    loopless = not forward and of.narrow and of.forms != plan.NONE
+    once = take("over_rows", 0) if loopless else None
     for fast in (True, False):
         if of.paths == (plan.NONE if fast else plan.EVERY):
             continue
         over_rows, primal = [], []
-        if of.forms != plan.NONE:
+        if of.forms != plan.NONE and of.narrow:
+            over_rows.append(once or take("over_rows", 0))
+        elif of.forms != plan.NONE:
             for _ in range(1 if forward else 2):
                 over_rows += [take("over_rows", 0), take("over_rows", 1)]
         if of.forms != plan.EVERY:
@@ -142,12 +149,12 @@ def forward_programs(case: Case, code: dict[bool, Code]) -> Iterator[int]:
         own, tile = code[m.fast], plan.TILE
         if m.over_rows:
             tiles = up(m.d / tile)
-            outer, inner = own.over_rows
+            outer, inner = own.over_rows if len(own.over_rows) > 1 else (*own.over_rows, Loop(0))
             turns = up(m.n / plan.ROW_BLOCK)
             each = outer.outside + turns * (outer.instructions + tiles * inner.instructions)
             yield from m.batch * (tiles * (tiles + 1) // 2) * [each]
             continue
-        steps = up(m.d / (case.config.forward_block if m.fast else GATHERED))
+        steps = up(m.d / (case.config.forward.depth if m.fast else GATHERED))
         on, off = (loop.outside + steps * loop.instructions
                    for loop in (own.primal[0], own.primal[-1]))  # fmt: skip
         yield from m.batch * [on if i == j else off
@@ -158,6 +165,9 @@ def backward_programs(case: Case, code: dict[bool, Code]) -> Iterator[int]:
     up = math.ceil
     for m in matrices(case):
         own, row_tiles = code[m.fast], up(m.n / plan.TILE)
+        if m.over_rows and case.plan.narrow:
+            yield from m.batch * row_tiles * [own.over_rows[0].outside]
+            continue
         if m.over_rows:
             turns = up(m.d / plan.ROW_BLOCK)
             passes = zip(own.over_rows[::2], own.over_rows[1::2], strict=True)
@@ -167,11 +177,11 @@ def backward_programs(case: Case, code: dict[bool, Code]) -> Iterator[int]:
             )
             yield from m.batch * up(m.n / plan.ROW_BLOCK) * [each]
             continue
-        steps = up(m.n / (case.config.backward_depth if m.fast else GATHERED))
+        steps = up(m.n / (case.config.backward.depth if m.fast else GATHERED))
         product, diagonal = own.primal[0], own.primal[-1]
         each = (product.outside + steps * product.instructions
                 + row_tiles * diagonal.instructions)  # fmt: skip
-        yield from m.batch * row_tiles * up(m.d / case.config.backward_block) * [each]
+        yield from m.batch * row_tiles * up(m.d / plan.TILE) * [each]
 
 
 # ---- the time ----
