@@ -23,7 +23,7 @@ from .launch import launch
 from .plan import BY_COLUMNS, BY_ROWS, TILE, layer_of
 
 
-class _Group(NamedTuple):
+class _TypedLayers(NamedTuple):
     """The representations of one dtype, which share a launch."""
 
     dtype: torch.dtype
@@ -49,29 +49,29 @@ def forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in xs) else torch.float32
     grams = torch.empty(len(xs), batch, batch, dtype=dtype, device=device)
     state = []
-    for g in _groups(xs):
-        accumulation = numerics.accumulation(g.dtype)
-        means = torch.empty(g.plan.means, dtype=accumulation, device=device)
+    for typed in _by_dtype(xs):
+        accumulation = numerics.accumulation(typed.dtype)
+        means = torch.empty(typed.plan.means, dtype=accumulation, device=device)
         state.append(means)
-        span, programs = g.plan.gram
+        span, programs = typed.plan.gram
         if not programs:
             continue
-        summands = programs if g.plan.divided else 0
+        summands = programs if typed.plan.divided else 0
         launch(
             gram_kernel,
             programs,
             device,
-            g.xs,
-            g.plan.table,
+            typed.xs,
+            typed.plan.table,
             grams,
             means,
             torch.empty(summands, TILE, TILE, dtype=accumulation, device=device),
             tickets(device, summands),
             span,
-            C=g.constants(g.config.gram_block, 0),
-            num_warps=g.config.gram_warps,
-            num_stages=g.config.gram_stages,
-            maxnreg=g.config.registers,
+            C=typed.constants(typed.config.gram_block, 0),
+            num_warps=typed.config.gram_warps,
+            num_stages=typed.config.gram_stages,
+            maxnreg=typed.config.registers,
         )
     if any(factor != 1 for factor in scale):
         torch._foreach_mul_(grams.unbind(), list(scale))
@@ -82,24 +82,24 @@ def backward(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[T
     """S X_a of every x, shaped and strided like x; S (n, B, B) is symmetric and contiguous, its
     rows sum to 0."""
     gradients = [torch.empty_like(x) for x in xs]
-    for g, shifts in zip(_groups(xs), means, strict=True):
-        span, programs = g.plan.product
+    for typed, shifts in zip(_by_dtype(xs), means, strict=True):
+        span, programs = typed.plan.product
         if not programs:
             continue
         launch(
             product_kernel,
             programs,
             xs[0].device,
-            g.xs,
-            tuple(gradients[i] for i in g.indices),
-            g.plan.table,
+            typed.xs,
+            tuple(gradients[i] for i in typed.indices),
+            typed.plan.table,
             s,
             shifts,
             span,
-            C=g.constants(g.config.product_block, g.config.product_depth),
-            num_warps=g.config.product_warps,
-            num_stages=g.config.product_stages,
-            maxnreg=g.config.registers,
+            C=typed.constants(typed.config.product_block, typed.config.product_depth),
+            num_warps=typed.config.product_warps,
+            num_stages=typed.config.product_stages,
+            maxnreg=typed.config.registers,
         )
     return gradients
 
@@ -131,11 +131,11 @@ def _constants(
     )
 
 
-def _groups(xs: Sequence[Tensor]) -> list[_Group]:
+def _by_dtype(xs: Sequence[Tensor]) -> list[_TypedLayers]:
     indices: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(xs):
         indices.setdefault(x.dtype, []).append(i)
-    groups = []
+    types = []
     for dtype, members in indices.items():
         mine, device = tuple(xs[i] for i in members), xs[0].device
         config = dependence_config(dtype, xs[0].shape[0], device)
@@ -145,5 +145,5 @@ def _groups(xs: Sequence[Tensor]) -> list[_Group]:
         )
         if capturing(device):
             keep_for_graph(made.table)
-        groups.append(_Group(dtype, tuple(members), mine, made, config))
-    return groups
+        types.append(_TypedLayers(dtype, tuple(members), mine, made, config))
+    return types

@@ -65,7 +65,7 @@ def _gram(m, means, tile, first, span, LAYOUT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def gram_kernel(xs, table, grams, means, parts, tickets, span, C: tl.constexpr):
+def gram_kernel(xs, table, grams, means, partials, tickets, span, C: tl.constexpr):
     """One program for one tile of one Gram, over a part of the columns."""
     program = tl.program_id(0)
     layer, local = find_layer(table, program, C.layers, C.padded)
@@ -90,7 +90,7 @@ def gram_kernel(xs, table, grams, means, parts, tickets, span, C: tl.constexpr):
 
     mine = program - local + tile * count  # the first of this tile
     gram, last = added_up(
-        gram, parts + mine.to(tl.int64) * _TILE * _TILE, tickets + mine, part, count, C.fan
+        gram, partials + mine.to(tl.int64) * _TILE * _TILE, tickets + mine, part, count, C.fan
     )
     if last:
         i, j = triangle(tile)

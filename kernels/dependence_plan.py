@@ -34,7 +34,7 @@ def means_size(columns: int) -> int:
     return divide_up(columns, 4) * 4
 
 
-class Part(NamedTuple):
+class Split(NamedTuple):
     """How one of the two kernels takes the columns of all representations."""
 
     span: int  # columns of a part, whole blocks
@@ -48,8 +48,8 @@ class DependencePlan(NamedTuple):
     rows_unit: bool  # as there, and
     paths: int
     means: int  # elements
-    gram: Part
-    product: Part
+    gram: Split
+    product: Split
     divided: bool  # whether a tile of a Gram is a sum of parts
 
 
@@ -89,8 +89,8 @@ def dependence_plan(
         lie.rows_unit,
         how_many(lie.records, FAST),
         means,
-        Part(gram_span, gram),
-        Part(product_span, product),
+        Split(gram_span, gram),
+        Split(product_span, product),
         any(record[FORWARD] > 1 for record in lie.records),
     )
 
