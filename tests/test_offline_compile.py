@@ -19,6 +19,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # What differs in code: dtypes with their products, both layouts, centring, every penalty.
 CASES = (
     "representation bf16 NCHW centred$",
+    "representation bf16 NHWC centred$",
     "representation fp32 NHWC centred$",
     "representation fp32 high NCHW$",
     "kernel bf16 square",
@@ -44,6 +45,8 @@ CASES = (
 
 OLDEST = "3.6.0"  # which torch 2.11 comes with
 SPILLED = {  # bytes
+    ("3.7.1", "representation bf16 NHWC centred", "forward_kernel", "sm_80"): 80,
+    (OLDEST, "representation bf16 NHWC centred", "forward_kernel", "sm_80"): 80,
     (OLDEST, "kernel bf16 square", "forward_kernel", "sm_80"): 88,
     (OLDEST, "consistency bf16 8 x 4096 x 128256 teacher 0", "consistency_kernel", "sm_90"): 8,
     (OLDEST, "consistency fp32 5 x 128 x 1000 teacher 0", "consistency_kernel", "sm_90"): 16,
