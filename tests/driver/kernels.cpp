@@ -32,10 +32,10 @@ std::vector<void*>& pieces() {
 
 }  // namespace
 
-Scratch::Scratch() : chunk_(pieces().size()), used_(0) {}
+Scratch::Scratch() : slab_(pieces().size()), used_(0) {}
 
 Scratch::~Scratch() {
-  while (pieces().size() > chunk_) {
+  while (pieces().size() > slab_) {
     std::free(pieces().back());
     pieces().pop_back();
   }
