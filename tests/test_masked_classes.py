@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from conftest import DTYPES, HALVES, Impl, assert_same_bits, bits, cases, dtype_name, leaf
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import TEACHERS, Heads, heads, lay_out
 from torch import Tensor
@@ -270,9 +270,21 @@ def test_reference_is_differentiable_twice(teacher: str, detach: bool, low: floa
 # --- drawn
 
 
+def has_float32s_teachers(drawn: Masked, logits: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a teacher's probabilities are float32's. Where one is 0 there and not in float64, a
+    class that a head alone masks costs nothing, and infinitely much in the reference."""
+    if dtype == torch.float64 or drawn.kind == "shared":
+        return True
+    z = torch.cat([widened(stack).reshape(-1) for stack in logits])
+    z = z[z.isfinite()]
+    lowest = min(drawn.heads.temperature, default=1.0)
+    return not len(z) or (z.max() - z.min()).item() / lowest < 80
+
+
 @given(drawn=masked(), dtype=st.sampled_from(DTYPES))
 def test_drawn(impl: Impl, drawn: Masked, dtype: torch.dtype) -> None:
     logits, target, _ = drawn.build(dtype, impl)
+    assume(has_float32s_teachers(drawn, logits, dtype))
     check(impl, logits, target, **drawn.heads.options())
 
 
