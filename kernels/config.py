@@ -68,7 +68,7 @@ def pairwise_config(
     if half:
         return PairwiseConfig(PassConfig(64, 3, 4, 255), PassConfig(64, 3, 4, 255))
     if tensor_cores:
-        return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(32, 3, 4, 255))
+        return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(32, 3, 8, 255))
     heavy = of.rows_unit or of.paths != EVERY
     return PairwiseConfig(PassConfig(16, 2, 8, 128), PassConfig(16, 3, 8, 255 if heavy else 128))
 
