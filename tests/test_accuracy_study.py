@@ -323,6 +323,7 @@ def test_what_is_no_screening_is_measured_on_test_images() -> None:
         ("width = 4", "seed = 4", r"\[networks.b\] seed: every run is given its own"),
         ("ways = []", 'ways = ["kernels"]', r"\[methods.ce\] ways: expected one of output"),
         ("ways = []", 'beta = "x"', r"\[methods.ce\] beta: expected float, got 'x'"),
+        ("ways = []", "found = true", r"\[methods.ce\] found: expected the kernels that were"),
         ("seeds = 3", "seeds = 0", r"\[methods.ce\] seeds: expected at least 1, got 0"),
         ("seeds = 3", "", r"\[methods.ce\] seeds: expected int, got nothing"),
         ("[train]", "first_seed = 0\n[train]", "toml: first_seed: expected at least 1, got 0"),

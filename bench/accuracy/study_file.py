@@ -99,6 +99,9 @@ def _read(name: str, text: str) -> Study:
             form and kernel_forms.parse(form)
         except ValueError as error:
             raise StudyError(f"[{key}] {error}") from error
+        found = _check(f"[{key}] found", table.get("found", False), bool)
+        if found and "kernels" not in table:
+            raise StudyError(f"[{key}] found: expected the kernels that were; name them in kernels")
         methods[method] = Method(
             part.name,
             part.title,
@@ -108,7 +111,7 @@ def _read(name: str, text: str) -> Study:
             _names(f"[{key}] networks", table.get("networks"), networks),
             *_names(f"[{key}] versus", [table.get("versus", baseline)], tables),
             form,
-            _check(f"[{key}] found", table.get("found", False), bool),
+            found,
         )
     compare = [_names("compare", pair, methods) for pair in content.get("compare", [])]
     if any(len(pair) != 2 for pair in compare):
