@@ -43,7 +43,7 @@ def competitors(
         return only is None or name in only
 
     for impl in filter(wanted, IMPLEMENTATIONS[1:]):
-        reason = why_not(impl, device.type, [row.dtype], operation=row.operation)
+        reason = why_not(impl, device.type, [row.dtype])
         if reason is None:
             found.append(Competitor(impl, row.loss(impl, device)))
         else:

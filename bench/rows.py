@@ -185,6 +185,7 @@ def gpu_rows() -> list[Row]:
         found.append(Row("kernel", "R18", shapes.resnet18_weights(), dtype, compiled=True))
         found += _gpu_representations(dtype, center=False)
         found += [consistency(*sizes, dtype=dtype, compiled=True) for sizes in GPU_CONSISTENCIES]
+        found.append(dependence("R18", shapes.R18_FEATURES, 64, dtype=dtype, compiled=True))
     for dtype in GPU_DTYPES:
         found += _gpu_representations(dtype, center=True)
     return found

@@ -49,6 +49,8 @@ namespace cuda {
 PairwiseForward pairwise_forward;
 PairwiseBackward pairwise_backward;
 ConsistencyForward consistency;
+GramForward gram_forward;
+GramBackward gram_backward;
 }  // namespace cuda
 
 }  // namespace imcl

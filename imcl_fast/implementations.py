@@ -18,11 +18,11 @@ from .algebra import pairwise as algebra_pairwise
 IMPLEMENTATIONS = ("auto", "cpp", "triton", "cuda", "torch", "reference")
 
 # What ``impl="auto"`` tries in turn on tensors of a GPU, the faster one first, for each
-# operation. No GPU has measured the two against each other yet.
+# operation. No GPU has measured the two against each other yet: that order is a prediction.
 GPU_PREFERENCE = {
     "pairwise": ("triton", "cuda"),
     "consistency": ("triton", "cuda"),
-    "dependence": ("triton",),
+    "dependence": ("triton", "cuda"),
 }
 TRITON_VERSION = (3, 6)  # the oldest that takes tuples of tensors as the kernels pass them
 
@@ -41,6 +41,7 @@ _CONSISTENCY = {
 
 _DEPENDENCE = {
     "cpp": operators.gram,
+    "cuda": operators.gram,
     "triton": operators.triton_gram,
     "torch": operators.Gram(algebra_dependence.gram_forward, algebra_dependence.gram_backward),
 }
@@ -51,14 +52,11 @@ def why_not(
     device: str,
     dtypes: Sequence[torch.dtype] = (),
     index: int | None = None,
-    operation: str = "pairwise",
 ) -> str | None:
-    """Why ``impl`` can't run an operation on tensors of that device type, or None where it can.
+    """Why ``impl`` can't run on tensors of that device type, or None where it can.
 
     ``index`` is that of the device among those of its type; None is the current one.
     """
-    if operation == "dependence" and impl == "cuda":
-        return 'the dependence has no CUDA kernels; impl="triton" is what is quick there'
     if impl in ("torch", "reference"):
         return None
     if impl == "cpp":
@@ -171,7 +169,7 @@ def choose(
         if device.type == "meta":  # there is nothing to compute
             return "torch"
         return _fastest(operation, device.type, dtypes, device.index)
-    reason = why_not(impl, device.type, dtypes, device.index, operation)
+    reason = why_not(impl, device.type, dtypes, device.index)
     if reason is not None:
         raise RuntimeError(
             f'impl="{impl}" can\'t run: {reason}. Use impl="auto"; '

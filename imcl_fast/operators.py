@@ -126,6 +126,8 @@ def _consistency(logits, target, weight, sample_weight, ce_weight, *options):
 
 
 def _gram_forward(xs, scale):
+    if xs[0].device.type != "cpu":
+        return _gpu_gram_forward(xs, scale)
     batch, dtype = xs[0].shape[0], _accumulation_dtype(xs)
     means = [x.new_empty((math.prod(x.shape[1:]),), dtype=dtype) for x in xs]
     return xs[0].new_empty((len(xs), batch, batch), dtype=dtype), means

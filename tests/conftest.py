@@ -81,6 +81,7 @@ if "cuda" in INTERPRETED:
     _emulated = cuda_emulation.load()
     implementations._PAIRWISE["cuda"] = _emulated.pairwise
     implementations._CONSISTENCY["cuda"] = _emulated.consistency
+    implementations._DEPENDENCE["cuda"] = _emulated.gram
     implementations._why_not_cuda = lambda device: (
         None if device == "cpu" else f"it is emulated on CPU tensors, and these are on {device}"
     )

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc/cuda"
 DRIVER = Path(__file__).resolve().parent / "driver"
 EMULATOR = DRIVER / "cuda_on_cpu.h"
-NAMES = ("pairwise", "pairwise_backward", "consistency")
+NAMES = ("pairwise", "pairwise_backward", "consistency", "gram_forward", "gram_backward")
 JOBS = 2  # compilers at once
 
 # g++ doesn't know nvcc's pragmas; shared memory is carved out of bytes.
@@ -40,10 +40,11 @@ CHECKS = ("-O2", "-g1", "-DIMCL_RACES", str(DRIVER / "cuda_races.cpp"))
 
 
 class Emulated(NamedTuple):
-    """What ``imcl_fast.operators`` has of a device: both operations."""
+    """What ``imcl_fast.operators`` has of a device: the three operations."""
 
     pairwise: operators.Pairwise
     consistency: Callable
+    gram: operators.Gram
 
 
 def why_not() -> str | None:
@@ -130,7 +131,8 @@ def load() -> Emulated:
     registered = torch.library.Library("imcl_fast_emulated", "DEF")
     load.registered = registered  # type: ignore[attr-defined]  # they live as long as it does
     fakes = (
-        operators._gpu_pairwise_forward, operators._pairwise_backward, operators._consistency
+        operators._gpu_pairwise_forward, operators._pairwise_backward, operators._consistency,
+        operators._gpu_gram_forward, operators._gram_backward,
     )  # fmt: skip
     for name, fake in zip(NAMES, fakes, strict=True):
         schema = str(getattr(torch.ops.imcl_fast, name).default._schema)
@@ -141,4 +143,5 @@ def load() -> Emulated:
     return Emulated(
         operators.Pairwise(ops.pairwise.default, ops.pairwise_backward.default),
         ops.consistency.default,
+        operators.Gram(ops.gram_forward.default, ops.gram_backward.default),
     )

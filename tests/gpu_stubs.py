@@ -19,14 +19,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bench import rows
 from imcl_fast import implementations
 from imcl_fast.algebra import consistency as algebra_consistency
+from imcl_fast.algebra import dependence as algebra_dependence
 from imcl_fast.algebra import pairwise as algebra_pairwise
-from imcl_fast.kernels import config, consistency, kept, launch, pairwise
+from imcl_fast.kernels import config, consistency, dependence, kept, launch, pairwise
 
 PROCESSORS = 132
 EVERY = os.environ.get("IMCL_FAST_TEST_ALL") == "1"
 FEW = (  # rows: one of each kind
     "kernel R18 bfloat16", "representation R18 bfloat16 channels_last",
     "representation R18 float32 centred", "consistency 5 x 4 x 10 float32",
+    "dependence 3 x R18, batch 64 float32",
 )  # fmt: skip
 KEYS: collections.Counter[str] = collections.Counter()  # launches of each kernel compiled
 capturing = False
@@ -83,6 +85,7 @@ def _unseen() -> Iterator[None]:
 # The launchers' own results, of the shapes that a GPU would leave, with the algebra's values.
 _launch_forward, _launch_backward = pairwise.forward, pairwise.backward
 _launch_consistency = consistency.forward
+_launch_grams, _launch_products = dependence.forward, dependence.backward
 
 
 def _forward(xs, *options):
@@ -108,6 +111,19 @@ def _consistency(*arguments):
     return loss, terms, [torch.cat(heads).to(g.dtype) for g in gradients]
 
 
+def _grams(xs, scale):
+    _, means = _launch_grams(xs, scale)
+    with _unseen():
+        return algebra_dependence.gram_forward(xs, scale)[0], means
+
+
+def _products(s, xs, means):
+    _launch_products(s, xs, means)
+    with _unseen():
+        _, mine = algebra_dependence.gram_forward(xs, [1.0] * len(xs))
+        return algebra_dependence.gram_backward(s, xs, mine)
+
+
 def _why_not_triton(device: str, dtypes=()) -> str | None:
     if device not in ("cpu", "cuda"):
         return f"it runs on CUDA, ROCm and XPU tensors, and these are on {device}"
@@ -124,13 +140,16 @@ def record_launches() -> None:
     """impl="triton" takes CPU tensors from now on, and refuses what it refuses on a GPU."""
     chosen = config.consistency_config
     consistency.consistency_config = lambda *sizes: chosen(*sizes[:-1], Device)
+    sizes_of = config.dependence_config
+    dependence.dependence_config = lambda *sizes: sizes_of(*sizes[:-1], Device)
     config.processors_of = lambda device: PROCESSORS
-    pairwise.launch = consistency.launch = launch.launch = _record
-    kept.capturing = pairwise.capturing = lambda device: capturing
+    pairwise.launch = consistency.launch = dependence.launch = launch.launch = _record
+    kept.capturing = pairwise.capturing = dependence.capturing = lambda device: capturing
     implementations._why_not_triton = _why_not_triton
     implementations._why_not_cuda = lambda device: "there is no GPU for it"
     pairwise.forward, pairwise.backward = _forward, _backward
     consistency.forward = _consistency
+    dependence.forward, dependence.backward = _grams, _products
 
 
 # ---- torch.cuda ------------------------------------------------------------------------

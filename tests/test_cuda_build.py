@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from imcl_fast import operators
+from imcl_fast.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {75, 80, 86, 87, 89, 90, 100, 120}
@@ -201,7 +202,7 @@ def built(nvcc) -> None:
 def test_extension_has_both_devices(built: None) -> None:
     """One library serves this torch, CUDA or not."""
     assert operators.LOAD_ERROR == ""
-    for name in ("pairwise", "pairwise_backward", "consistency"):
+    for name in SCHEMAS:
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"imcl_fast::{name}", key)
 
@@ -256,7 +257,8 @@ def test_no_kernel_spills(build: ModuleType, built: None) -> None:
 
 
 def test_products_of_halves_use_the_tensor_cores(built: None) -> None:
-    """In machine code: HMMA in every pairwise kernel of bfloat16, none in float32's own."""
+    """In machine code: HMMA in every pairwise kernel of bfloat16, none in float32's own; and in
+    those of the dependence of either half type."""
     tool = cuobjdump()
     assert operators.build_info is not None
     for name in operators.build_info.cuda_architectures().split(";"):
@@ -268,3 +270,6 @@ def test_products_of_halves_use_the_tensor_cores(built: None) -> None:
         assert len(halves) == 4 and len(full) == 2, list(pairwise)  # "medium" rounds to it
         assert all("HMMA" in body for body in halves)
         assert not any("HMMA" in body for body in full)
+        dependence = {k: v for k, v in kernels.items() if "DependenceArguments" in k}
+        halves = [v for k, v in dependence.items() if "HMMA" in v]
+        assert len(dependence) == 8 and len(halves) == 4, list(dependence)

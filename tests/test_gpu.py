@@ -34,6 +34,11 @@ def heads() -> list[torch.Tensor]:
     return [torch.randn(128, 1000, device="cuda", requires_grad=True) for _ in range(5)]
 
 
+def views() -> list[torch.Tensor]:
+    """Two of them of each layer, side by side."""
+    return [x for one, two in zip(features(), features(), strict=True) for x in (one, two)]
+
+
 TARGET = torch.arange(128, device="cuda")
 OPERATIONS = {
     "representation": (features, lambda xs, impl: F.representation_similarity(xs, impl=impl)),
@@ -42,6 +47,7 @@ OPERATIONS = {
         heads,
         lambda xs, impl: F.collaborative_consistency(xs, TARGET, impl=impl),
     ),
+    "dependence": (views, lambda xs, impl: F.view_dependence([xs[::2], xs[1::2]], impl=impl)),
 }
 operations = pytest.mark.parametrize("operation", list(OPERATIONS))
 fused = pytest.mark.parametrize("name", FUSED)

@@ -37,8 +37,6 @@ def consistency(impl: Impl) -> Callable:
 
 @pytest.fixture
 def gram(impl: Impl) -> operators.Gram:
-    if impl.name == "cuda":
-        pytest.skip("cuda: the dependence has no CUDA kernels")
     if impl.name == "triton":
         registered = torch.ops.imcl_fast
         return operators.Gram(

@@ -1,5 +1,5 @@
-// Tensors as the pairwise kernels take them: (batch, rows, columns) matrices whose columns,
-// if they lie in any regular way, collapse into one dimension.
+// Tensors as the kernels of matrices take them: (batch, rows, columns) whose columns, if they
+// lie in any regular way, collapse into one dimension.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,18 +9,22 @@
 #include <vector>
 
 #include "../tensors.h"
+#include "dependence.h"
 #include "pairwise.h"
 
 namespace imcl {
 
 // The layers of one dtype, in the order of the tensors.
-struct TypedLayers {
+template <class Each>
+struct Typed {
   ScalarType dtype;
   const Tensor* first;  // of its tensors
-  std::vector<Layer> layers;
+  std::vector<Each> layers;
   std::vector<Dimension> dimensions;
   int64_t state_size = 0, forward_programs = 0;
 };
+using TypedLayers = Typed<Layer>;
+using TypedRepresentations = Typed<Representation>;
 
 // A tensor (B, N, *) or (N, *), and its gradient where there is one, but for their data.
 //
@@ -74,14 +78,15 @@ inline Layer layer_of(const Tensor& x, const Tensor* dx, bool batched,
   return layer;
 }
 
-// All layers by dtype, in the order in which the dtypes first appear; dxs may be null.
-inline std::vector<TypedLayers> layers_by_dtype(const std::vector<Tensor>& xs,
-                                                const std::vector<Tensor>* dxs,
-                                                const PairwiseSettings& settings, bool batched) {
-  std::vector<TypedLayers> types;
+// All layers by dtype, in the order in which the dtypes first appear; dxs may be null. What else a
+// kernel wants to know of tensor i is filled in by complete(type, layer, i).
+template <class Each, class Complete>
+std::vector<Typed<Each>> by_dtype(const std::vector<Tensor>& xs, const std::vector<Tensor>* dxs,
+                                  bool batched, const Complete& complete) {
+  std::vector<Typed<Each>> types;
   for (std::size_t i = 0; i < xs.size(); ++i) {
     const Tensor& x = xs[i];
-    auto type = std::find_if(types.begin(), types.end(), [&](const TypedLayers& each) {
+    auto type = std::find_if(types.begin(), types.end(), [&](const Typed<Each>& each) {
       return each.dtype == x.scalar_type();
     });
     if (type == types.end()) {
@@ -90,17 +95,56 @@ inline std::vector<TypedLayers> layers_by_dtype(const std::vector<Tensor>& xs,
       type->dtype = x.scalar_type();
       type->first = &x;
     }
-    Layer layer = layer_of(x, dxs ? &(*dxs)[i] : nullptr, batched, type->dimensions);
-    layer.x = x.const_data_ptr();
-    if (dxs) layer.dx = (*dxs)[i].mutable_data_ptr();
-    layer.form = form_of(settings.penalty, layer.rows, layer.columns);
-    layer.state = type->state_size;
-    type->state_size +=
-        layer.batch * state_size(layer.form, settings.center, layer.rows, layer.columns);
-    type->forward_programs += layer.batch * forward_programs(layer);
-    type->layers.push_back(layer);
+    Each each{};
+    static_cast<Layer&>(each) =
+        layer_of(x, dxs ? &(*dxs)[i] : nullptr, batched, type->dimensions);
+    each.x = x.const_data_ptr();
+    if (dxs) each.dx = (*dxs)[i].mutable_data_ptr();
+    complete(*type, each, i);
+    type->layers.push_back(each);
   }
   return types;
+}
+
+inline std::vector<TypedLayers> layers_by_dtype(const std::vector<Tensor>& xs,
+                                                const std::vector<Tensor>* dxs,
+                                                const PairwiseSettings& settings, bool batched) {
+  return by_dtype<Layer>(xs, dxs, batched, [&](TypedLayers& type, Layer& layer, std::size_t) {
+    layer.form = form_of(settings.penalty, layer.rows, layer.columns);
+    layer.state = type.state_size;
+    type.state_size +=
+        layer.batch * state_size(layer.form, settings.center, layer.rows, layer.columns);
+    type.forward_programs += layer.batch * forward_programs(layer);
+  });
+}
+
+// Without scales, which are the forward's.
+inline std::vector<TypedRepresentations> representations_by_dtype(
+    const std::vector<Tensor>& xs, const std::vector<Tensor>* dxs,
+    const std::vector<double>* scale) {
+  return by_dtype<Representation>(
+      xs, dxs, false, [&](TypedRepresentations& type, Representation& layer, std::size_t i) {
+        layer.place = static_cast<int32_t>(i);
+        layer.scale = scale ? (*scale)[i] : 1;
+        layer.state = type.state_size;
+        type.state_size += padded(layer.columns);
+      });
+}
+
+// All Grams, or what takes their place: a layer of n matrices.
+inline Layer grams_layer(const Tensor& grams) {
+  Layer layer{};
+  layer.x = grams.const_data_ptr();
+  layer.batch = static_cast<int32_t>(grams.size(0));
+  layer.rows = static_cast<int32_t>(grams.size(1));
+  layer.columns = layer.rows;
+  for (int side = 0; side < 2; ++side) {
+    layer.batch_stride[side] = grams.stride(0);
+    layer.row_stride[side] = grams.stride(1);
+    layer.column_stride[side] = 1;
+    layer.access[side] = access_of(layer.x, grams.element_size(), layer, side, true);
+  }
+  return layer;
 }
 
 }  // namespace imcl

@@ -14,38 +14,42 @@ constexpr int kThreads = 128;  // of a block
 
 enum Side { kInput, kGradient };  // which of a layer's two tensors
 
-// Passed to the kernels by value.
-struct PairwiseArguments {
+// What a kernel is passed by value: the call, and those of its layers that fit.
+template <class Call_, class Each_>
+struct LaunchArguments {
+  using Call = Call_;
+  using Each = Each_;
   static constexpr int kDimensions = 64;
-  static constexpr int kLayers = (IMCL_PARAMETER_BYTES - static_cast<int>(sizeof(PairwiseCall)) -
-                                  8 - kDimensions * static_cast<int>(sizeof(Dimension))) /
-                                 static_cast<int>(sizeof(Layer));
+  static constexpr int kLayers = (IMCL_PARAMETER_BYTES - static_cast<int>(sizeof(Call)) - 8 -
+                                  kDimensions * static_cast<int>(sizeof(Dimension))) /
+                                 static_cast<int>(sizeof(Each));
 
-  PairwiseCall call;  // first_program is the launch's
+  Call call;  // first_program is the launch's
   int32_t count;
   Dimension dimensions[kDimensions];
-  Layer layers[kLayers];
+  Each layers[kLayers];
 };
+struct PairwiseArguments : LaunchArguments<PairwiseCall, Layer> {};
 static_assert(sizeof(PairwiseArguments) <= IMCL_PARAMETER_BYTES);
 
 // Fills launches with layers and calls launch(arguments, programs) for each.
-template <class Programs, class Launch>
-cudaError_t for_launches(const PairwiseCall& call, const Layer* layers, int64_t count,
+template <class Arguments, class Programs, class Launch>
+cudaError_t for_launches(const typename Arguments::Call& call,
+                         const typename Arguments::Each* layers, int64_t count,
                          const Dimension* dimensions, const Programs& programs_of,
                          const Launch& launch) {
-  PairwiseArguments arguments;
+  Arguments arguments;
   arguments.call = call;
   for (int64_t i = 0; i < count;) {
     int64_t programs = 0;
     int used = 0;
-    for (arguments.count = 0; i < count && arguments.count < PairwiseArguments::kLayers; ++i) {
-      Layer layer = layers[i];
+    for (arguments.count = 0; i < count && arguments.count < Arguments::kLayers; ++i) {
+      typename Arguments::Each layer = layers[i];
       const int64_t more = layer.batch * programs_of(layer);
       if (more == 0) continue;
-      if (more > INT32_MAX || layer.dimensions > PairwiseArguments::kDimensions)
+      if (more > INT32_MAX || layer.dimensions > Arguments::kDimensions)
         return cudaErrorInvalidValue;
-      if (programs + more > INT32_MAX || used + layer.dimensions > PairwiseArguments::kDimensions)
-        break;
+      if (programs + more > INT32_MAX || used + layer.dimensions > Arguments::kDimensions) break;
       for (int d = 0; d < layer.dimensions; ++d)
         arguments.dimensions[used + d] = dimensions[layer.first_dimension + d];
       layer.first_dimension = used;
@@ -71,7 +75,8 @@ inline Precision precision_of(const PairwiseSettings& settings) {
 }
 
 // The layer whose program this is.
-IMCL_DEVICE const Layer& layer_of(const PairwiseArguments& in, int program) {
+template <class Arguments>
+IMCL_DEVICE const typename Arguments::Each& layer_of(const Arguments& in, int program) {
   int low = 0, high = in.count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -85,14 +90,17 @@ IMCL_DEVICE const Layer& layer_of(const PairwiseArguments& in, int program) {
 // takes no registers.
 template <class T>
 struct Matrix {
-  const PairwiseArguments& in;
+  const Dimension* dimensions;  // of all layers
   const Layer& layer;
   Side side;
   T* data;
 
-  IMCL_DEVICE Matrix(const PairwiseArguments& in, const Layer& layer, Side side, T* base,
-                     int64_t index)
-      : in(in), layer(layer), side(side), data(base + index * layer.batch_stride[side]) {}
+  template <class Arguments>
+  IMCL_DEVICE Matrix(const Arguments& in, const Layer& layer, Side side, T* base, int64_t index)
+      : dimensions(in.dimensions),
+        layer(layer),
+        side(side),
+        data(base + index * layer.batch_stride[side]) {}
 
   IMCL_DEVICE int rows() const { return layer.rows; }
   IMCL_DEVICE int columns() const { return layer.columns; }
@@ -111,7 +119,7 @@ struct Matrix {
     int64_t offset = 0;
 #pragma unroll 1
     for (int d = layer.dimensions - 1; d >= 0; --d) {
-      const Dimension& dimension = in.dimensions[layer.first_dimension + d];
+      const Dimension& dimension = dimensions[layer.first_dimension + d];
       offset += j % dimension.size * dimension.stride[side];
       j /= dimension.size;
     }

@@ -14,6 +14,7 @@
 
 #include "../tensors.h"
 #include "consistency.h"
+#include "dependence.h"
 #include "launch.h"
 #include "layers.h"
 
@@ -67,17 +68,29 @@ class Device {
 #endif
 };
 
-// Working memory of a call: a ticket, 0 at first, and numbers behind it.
+// Working memory of a call: tickets, 0 at first, and numbers behind them, on 16 bytes.
 struct Workspace {
+  int64_t before;  // the numbers, in doubles
   Tensor memory;
 
-  Workspace(int64_t doubles, const Tensor& like, const Device& device)
-      : memory(allocate({doubles + 2}, ScalarType::Double, like)) {
-    Device::throw_if(cudaMemsetAsync(ticket(), 0, sizeof(unsigned), device.stream()));
+  Workspace(int64_t doubles, const Tensor& like, const Device& device, int64_t tickets = 1)
+      : before(divide_up(tickets, 4) * 2),
+        memory(allocate({before + doubles}, ScalarType::Double, like)) {
+    const auto bytes = static_cast<std::size_t>(tickets) * sizeof(unsigned);
+    Device::throw_if(cudaMemsetAsync(ticket(), 0, bytes, device.stream()));
   }
   unsigned* ticket() const { return static_cast<unsigned*>(memory.mutable_data_ptr()); }
-  double* doubles() const { return static_cast<double*>(memory.mutable_data_ptr()) + 2; }
+  double* doubles() const { return static_cast<double*>(memory.mutable_data_ptr()) + before; }
 };
+
+void check_samples(const std::vector<Tensor>& xs, const Tensor& grams, const Device& device) {
+  for (const Tensor& x : xs) {
+    device.check(x, "xs");
+    STD_TORCH_CHECK(x.dim() > 0 && x.size(0) == xs[0].size(0) &&
+                        accumulation_type(x) == grams.scalar_type(),
+                    "xs: expected as many samples in each, and all float64 or none");
+  }
+}
 
 }  // namespace
 
@@ -205,6 +218,81 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> consistency(
   arguments.ticket = workspace.ticket();
   Device::throw_if(imcl_cuda_consistency(problem.dtype, &arguments, &plan, device.stream()));
   return {loss, terms, gradients ? gradients->tensors : std::vector<Tensor>{}};
+}
+
+// ---- Grams of samples ----
+
+std::tuple<Tensor, std::vector<Tensor>> gram_forward(const std::vector<Tensor>& xs,
+                                                     const std::vector<double>& scale) {
+  STD_TORCH_CHECK(!xs.empty() && xs[0].dim() > 0, "xs: expected at least one tensor (B, *)");
+  STD_TORCH_CHECK(scale.size() == xs.size(), "scale: expected one number per tensor of xs");
+  const Device device(xs[0]);
+  const int64_t rows = xs[0].size(0);
+  const Tensor grams =
+      allocate({static_cast<int64_t>(xs.size()), rows, rows}, accumulation_type(xs[0]), xs[0]);
+  check_samples(xs, grams, device);
+  DependenceCall call{};
+  call.grams = grams_layer(grams);
+  call.grams.dx = grams.mutable_data_ptr();
+  std::vector<Tensor> means;
+  for (const TypedRepresentations& type : representations_by_dtype(xs, nullptr, &scale)) {
+    const Tensor& first = *type.first;
+    call.dtype = dtype_of(first, "xs");
+    call.means = means.emplace_back(allocate({type.state_size}, accumulation_type(first), first))
+                     .mutable_data_ptr();
+    call.span = span_of(type.layers, gram_tiles(rows), kBlocksAtOnce * device.processors());
+    int64_t programs = 0;
+    bool divided = false;
+    for (const Layer& layer : type.layers) {
+      programs += gram_programs(layer, call.span);
+      divided = divided || gram_parts(layer.columns, call.span) > 1;
+    }
+    std::optional<Workspace> workspace;
+    if (divided) {
+      const int64_t of_tile = kTile * kTile * static_cast<int64_t>(grams.element_size());
+      workspace.emplace(programs * (of_tile / static_cast<int64_t>(sizeof(double))), first, device,
+                        programs);
+      call.partials = workspace->doubles();
+      call.tickets = workspace->ticket();
+    }
+    Device::throw_if(imcl_cuda_gram_forward(&call, type.layers.data(),
+                                            static_cast<int64_t>(type.layers.size()),
+                                            type.dimensions.data(), device.stream()));
+  }
+  return {grams, means};
+}
+
+std::vector<Tensor> gram_backward(const Tensor& s, const std::vector<Tensor>& xs,
+                                  const std::vector<Tensor>& means) {
+  STD_TORCH_CHECK(!xs.empty() && xs[0].dim() > 0, "xs: expected at least one tensor (B, *)");
+  const Device device(xs[0]);
+  device.check(s, "s");
+  const int64_t rows = xs[0].size(0);
+  STD_TORCH_CHECK(s.dim() == 3 && s.size(0) == static_cast<int64_t>(xs.size()) &&
+                      s.size(1) == rows && s.size(2) == rows && s.is_contiguous(),
+                  "s: expected (n, B, B), contiguous, for n tensors (B, *)");
+  check_samples(xs, s, device);
+  std::vector<Tensor> gradients;
+  for (const Tensor& x : xs) gradients.push_back(allocate_like(x));
+  DependenceCall call{};
+  call.grams = grams_layer(s);
+  const auto types = representations_by_dtype(xs, &gradients, nullptr);
+  STD_TORCH_CHECK(means.size() == types.size(), "means: expected one tensor per dtype of xs");
+  for (std::size_t i = 0; i < types.size(); ++i) {
+    const TypedRepresentations& type = types[i];
+    device.check(means[i], "means");
+    STD_TORCH_CHECK(means[i].numel() == type.state_size &&
+                        means[i].scalar_type() == accumulation_type(*type.first),
+                    "means: expected what gram_forward returned");
+    call.dtype = dtype_of(*type.first, "xs");
+    call.means = const_cast<void*>(means[i].const_data_ptr());  // read only
+    call.span =
+        span_of(type.layers, divide_up(rows, kTile), kBlocksAtOnce * device.processors());
+    Device::throw_if(imcl_cuda_gram_backward(&call, type.layers.data(),
+                                             static_cast<int64_t>(type.layers.size()),
+                                             type.dimensions.data(), device.stream()));
+  }
+  return gradients;
 }
 
 }  // namespace imcl::cuda

@@ -12,6 +12,7 @@
 //
 // Both products are Y^T = S Z for a symmetric S, of 64 p by 64 q: primal p are rows and q
 // columns, dual the other way round, and Z (k, q) is X with its axes named alike.
+#include "gradient.h"
 #include "product.h"
 #include "reduction.h"
 
@@ -21,8 +22,8 @@ namespace {
 template <class T>
 struct Shared {
   union {
-    uint4 panel[2][2][kPanelUnits];         // two rounds of a panel of S and one of Z
-    T tile[kTile][kTile + 16 / sizeof(T)];  // of dx, rows of 16 more bytes
+    uint4 panel[2][2][kPanelUnits];  // two rounds of a panel of S and one of Z
+    Tile<T> tile;                    // of dx
   };
   Acc<T> diagonal[kTile];
   Acc<T> along[2][kTile];  // <y, x> of the rows q, from the upper and the lower half of the p
@@ -84,35 +85,6 @@ class SymmetricReader {
   uint4 packs_[kPacks];
 };
 
-// Writes the staged tile to dx, from (major0, minor0) on. The minor axis, the rows of dx or
-// else its columns, is the one of stride 1 if either is.
-template <class T>
-IMCL_DEVICE void write_tile(const Shared<T>& shared, const Matrix<T>& dx, int major0, int minor0) {
-  const bool minor_is_row = dx.along_rows();
-  const int majors = (minor_is_row ? dx.columns() : dx.rows()) - major0;
-  const int minors = (minor_is_row ? dx.rows() : dx.columns()) - minor0;
-  if (dx.vectors()) {
-    constexpr int vector = 16 / static_cast<int>(sizeof(T)), packs = kTile / vector;
-    const int64_t stride = minor_is_row ? dx.column_stride() : dx.row_stride();
-    T* base = dx.data + major0 * stride + minor0;
-#pragma unroll 2
-    for (int i = thread(); i < kTile * packs; i += kThreads) {
-      const int major = i / packs, minor = i % packs * vector;
-      if (major < majors && minor < minors)
-        store_pack(base + major * stride + minor, load_pack(&shared.tile[major][minor]));
-    }
-  } else {
-#pragma unroll 2
-    for (int i = thread(); i < kTile * kTile; i += kThreads) {
-      const int major = i / kTile, minor = i % kTile;
-      if (major >= majors || minor >= minors) continue;
-      const int row = minor_is_row ? minor0 + minor : major0 + major;
-      const int column = minor_is_row ? major0 + major : minor0 + minor;
-      dx.at(row, column) = shared.tile[major][minor];
-    }
-  }
-}
-
 // The sum over the lanes that hold the same columns.
 template <class Product>
 IMCL_DEVICE typename Product::Acc column_sum(typename Product::Acc x) {
@@ -149,20 +121,7 @@ struct Backward {
   template <class Value>
   IMCL_DEVICE void write(int p0, int q0, const Value& value) const {
     const Matrix<T> dx(in, layer, kGradient, static_cast<T*>(layer.dx), index);
-    const bool p_is_minor = dx.along_rows() == kPrimal;
-    __syncthreads();  // the panels under the tile have been read
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const int p = Product::row(i), q = Product::column(j);
-        const T v = from_acc<T>(value(i, j));
-        if (p_is_minor) shared.tile[q][p] = v;
-        else shared.tile[p][q] = v;
-      }
-    __syncthreads();
-    write_tile(shared, dx, p_is_minor ? q0 : p0, p_is_minor ? p0 : q0);
-    __syncthreads();
+    write_product<Product>(shared.tile, dx, kPrimal, p0, q0, value);
   }
 
   // dual and signed: y of a tile is there. `along` is the thread's part of <y, x>.
@@ -317,11 +276,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, Product>)
 template <class T, class Product, class FormProduct>
 cudaError_t launch(const PairwiseCall& call, const Layer* layers, int64_t count,
                    const Dimension* dimensions, cudaStream_t stream) {
-  return for_launches(call, layers, count, dimensions, backward_programs,
-                      [stream](const PairwiseArguments& arguments, unsigned programs) {
-                        const auto kernel = backward<T, Product, FormProduct>;
-                        IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(arguments);
-                      });
+  return for_launches<PairwiseArguments>(
+      call, layers, count, dimensions, backward_programs,
+      [stream](const PairwiseArguments& arguments, unsigned programs) {
+        const auto kernel = backward<T, Product, FormProduct>;
+        IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(arguments);
+      });
 }
 
 }  // namespace

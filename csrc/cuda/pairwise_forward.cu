@@ -52,14 +52,6 @@ IMCL_DEVICE Acc inverse_norm(const PairwiseArguments& in, Acc square, Acc mean, 
   return norm <= limit ? nothing : 1 / norm + nothing;
 }
 
-// Tile `index` of an upper triangle, counted down its columns.
-IMCL_DEVICE void upper_tile(int index, int& i, int& j) {
-  j = static_cast<int>((sqrtf(8.0f * static_cast<float>(index) + 1) - 1) / 2);
-  while (int64_t{j} * (j + 1) / 2 > index) --j;
-  while (int64_t{j + 1} * (j + 2) / 2 <= index) ++j;
-  i = index - static_cast<int>(int64_t{j} * (j + 1) / 2);
-}
-
 // Leaves value(i, j), i and j of the thread's sums, in shared.tile, all 64 x 64 of it.
 template <class Product, class Value>
 IMCL_DEVICE void stage(Shared<typename Product::Acc>& shared, bool diagonal, const Value& value) {
@@ -425,11 +417,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, Product>)
 template <class T, class Product, class FormProduct>
 cudaError_t launch(const PairwiseCall& call, const Layer* layers, int64_t count,
                    const Dimension* dimensions, cudaStream_t stream) {
-  return for_launches(call, layers, count, dimensions, forward_programs,
-                      [stream](const PairwiseArguments& arguments, unsigned programs) {
-                        const auto kernel = forward<T, Product, FormProduct>;
-                        IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(arguments);
-                      });
+  return for_launches<PairwiseArguments>(
+      call, layers, count, dimensions, forward_programs,
+      [stream](const PairwiseArguments& arguments, unsigned programs) {
+        const auto kernel = forward<T, Product, FormProduct>;
+        IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(arguments);
+      });
 }
 
 }  // namespace

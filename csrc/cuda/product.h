@@ -19,6 +19,14 @@ IMCL_DEVICE int warp_column() { return warp() % 2 * 32; }
 // The part of a matrix times its own transpose that is left out: below the diagonal.
 IMCL_DEVICE bool is_left_out(bool symmetric) { return symmetric && warp_row() > warp_column(); }
 
+// Tile `index` of an upper triangle, counted down its columns.
+IMCL_DEVICE void upper_tile(int index, int& i, int& j) {
+  j = static_cast<int>((sqrtf(8.0f * static_cast<float>(index) + 1) - 1) / 2);
+  while (int64_t{j} * (j + 1) / 2 > index) --j;
+  while (int64_t{j + 1} * (j + 2) / 2 <= index) ++j;
+  i = index - static_cast<int>(int64_t{j} * (j + 1) / 2);
+}
+
 // Fused multiply-adds of float or double.
 template <class T>
 struct Simt {

@@ -398,6 +398,60 @@ struct Tensor {
   }
 };
 
+// ---- Grams of samples ------------------------------------------------------------------
+
+// A random symmetric matrix, in place of what comes back to a Gram.
+void fill_symmetric(Buffer& s, int64_t first, int64_t n, Random& random) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = i; j < n; ++j) {
+      s.set(first + i * n + j, random());
+      s.set(first + j * n + i, s.get(first + i * n + j));
+    }
+}
+
+// That scale X_a X_a^T lies in `grams`, and S X_a in dx, where X_a is X less the means of its columns
+// over the first rows, `of` at most. Both (n, n) matrices begin at `first`.
+void check_gram(Tally& tally, const Tensor& t, DType dtype, int64_t of, const Buffer& grams,
+                const Buffer& s, int64_t first, const Buffer& dx) {
+  const double unit = unit_of(acc_of(dtype));
+  const int64_t n = t.shape.rows, d = t.shape.columns;
+  check_written("gradient", dx, t.out.reach, [&](auto cover) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t k = 0; k < d; ++k) cover(t.out(0, i, k));
+  });
+  const auto x = [&](int64_t i, int64_t k) { return t.x.get(t.in(0, i, k)); };
+  of = std::min(of, n);
+  std::vector<double> mean(static_cast<std::size_t>(d)), size(static_cast<std::size_t>(d));
+  for (int64_t k = 0; k < d; ++k)
+    for (int64_t i = 0; i < of; ++i) {
+      mean[static_cast<std::size_t>(k)] += x(i, k) / static_cast<double>(of);
+      size[static_cast<std::size_t>(k)] += std::fabs(x(i, k)) / static_cast<double>(of);
+    }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      double expected = 0, bound = 0;
+      for (int64_t k = 0; k < d; ++k) {
+        const double m = mean[static_cast<std::size_t>(k)], all = size[static_cast<std::size_t>(k)];
+        expected += t.scale * (x(i, k) - m) * (x(j, k) - m);
+        bound += t.scale * (std::fabs(x(i, k)) + all) * (std::fabs(x(j, k)) + all);
+      }
+      compare(tally, "gram", i * n + j, grams.get(first + i * n + j), expected, 16 * unit * bound);
+    }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t k = 0; k < d; ++k) {
+      double expected = 0, bound = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        const double each = s.get(first + i * n + j);
+        expected += each * (x(j, k) - mean[static_cast<std::size_t>(k)]);
+        bound += std::fabs(each) * (std::fabs(x(j, k)) + size[static_cast<std::size_t>(k)]);
+      }
+      compare(tally, "gradient", i * d + k, dx.get(t.out(0, i, k)), expected,
+              16 * unit * bound + epsilon_of(dtype) * std::fabs(expected) +
+                  (dtype == DType::kFloat16 ? 0x1p-24 : 0.0));
+    }
+  if (!t.x.same_bits(t.before)) fail("an input was written");
+}
+
 // ---- Collaborative consistency ---------------------------------------------------------
 
 struct GroupSpec {

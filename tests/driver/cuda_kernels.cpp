@@ -6,17 +6,20 @@
 #include <utility>
 
 #include "../../csrc/cuda/consistency.h"
+#include "../../csrc/cuda/dependence.h"
 #include "../../csrc/cuda/pairwise.h"
 #include "cases.h"
 
 namespace {
 
-// Working memory of a call: numbers and a ticket, each an allocation of its own.
+// Working memory of a call: numbers and tickets, each an allocation of its own.
 struct Workspace {
   Buffer numbers;
-  std::unique_ptr<unsigned> ticket = std::make_unique<unsigned>(0);
+  std::size_t tickets;
+  std::unique_ptr<unsigned[]> ticket;
 
-  explicit Workspace(int64_t doubles) : numbers(DType::kFloat64, doubles) {}
+  explicit Workspace(int64_t doubles, std::size_t count = 1)
+      : numbers(DType::kFloat64, doubles), tickets(count), ticket(new unsigned[count]()) {}
   double* doubles() const { return static_cast<double*>(numbers.data()); }
 };
 
@@ -41,14 +44,16 @@ void expect_launches(uint64_t expected, const Body& body) {
 // Calls launch(stream), which must launch so many kernels, or has it captured and replayed.
 // What launch() passes on by pointers to the host's memory must be gone by its end.
 template <class Launch>
-void run_launches(bool captured, uint64_t expected, unsigned* ticket, const Launch& launch) {
+void run_launches(bool captured, uint64_t expected, const Workspace& workspace,
+                  const Launch& launch) {
   if (!captured) return expect_launches(expected, [&] { check(launch(nullptr)); });
   const auto stream = reinterpret_cast<cudaStream_t>(std::uintptr_t{16});
-  *ticket = 7;  // as it was left: a replay must set it anew
+  unsigned* const tickets = workspace.ticket.get();
+  std::fill_n(tickets, workspace.tickets, 7);  // as they were left: a replay must set them anew
   std::unique_ptr<emulated::Graph> graph;
   expect_launches(0, [&] {
     graph = std::make_unique<emulated::Graph>(stream, [&] {
-      check(cudaMemsetAsync(ticket, 0, sizeof *ticket, stream));
+      check(cudaMemsetAsync(tickets, 0, workspace.tickets * sizeof *tickets, stream));
       check(launch(stream));
     });
   });
@@ -69,7 +74,7 @@ void run_consistency(const imcl::Consistency& problem, Reduction reduction, Buff
   arguments.partials = workspace.doubles();
   arguments.ticket = workspace.ticket.get();
   set_threads(way);
-  run_launches(way != 0, 1, arguments.ticket, [&](cudaStream_t stream) {
+  run_launches(way != 0, 1, workspace, [&](cudaStream_t stream) {
     const auto passed = std::make_unique<imcl::ConsistencyArguments>(arguments);
     const auto planned = std::make_unique<imcl::ConsistencyPlan>(plan);
     return imcl_cuda_consistency(problem.dtype, passed.get(), planned.get(), stream);
@@ -159,6 +164,41 @@ Strides strides_of(Lie lie, const Shape& s) {
   }
 }
 
+// The matrices of a tensor and of its gradient.
+imcl::Layer layer_of(DType dtype, const Tensor& t, const Strides& in, const Strides& out,
+                     const Buffer& dx, std::vector<imcl::Dimension>& dimensions) {
+  const Shape& s = t.shape;
+  const Strides* const sides[] = {&in, &out};
+  imcl::Layer layer{};
+  layer.x = t.x.data();
+  layer.dx = dx.data();
+  layer.batch = static_cast<int32_t>(s.batch);
+  layer.rows = static_cast<int32_t>(s.rows);
+  layer.columns = static_cast<int32_t>(s.columns);
+  // Both sides must be cut into the same dimensions.
+  const bool collapsed = in.columns.size() == 1 && out.columns.size() == 1;
+  for (int side = 0; side < 2; ++side) {
+    layer.batch_stride[side] = sides[side]->batch;
+    layer.row_stride[side] = sides[side]->row;
+    layer.column_stride[side] = sides[side]->columns.back().stride;
+    const void* data = side ? layer.dx : layer.x;
+    layer.access[side] = imcl::access_of(data, bytes_of(dtype), layer, side, collapsed);
+  }
+  if (!collapsed) {
+    layer.first_dimension = static_cast<int32_t>(dimensions.size());
+    layer.dimensions = 2;
+    for (std::size_t d = 0; d < 2; ++d) {
+      const auto stride = [&](const Strides& side) {
+        if (side.columns.size() == 2) return side.columns[d].stride;
+        return side.columns[0].stride * (d ? 1 : s.columns / (s.columns / 5));
+      };
+      const int64_t size = d ? 5 : s.columns / 5;
+      dimensions.push_back({static_cast<int32_t>(size), {stride(in), stride(out)}});
+    }
+  }
+  return layer;
+}
+
 // One run over the tensors of a case, forward and backward.
 struct Run {
   std::vector<imcl::Layer> layers;
@@ -178,8 +218,13 @@ struct Run {
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       const Tensor& t = *tensors[i];
       dx.emplace_back(dtype, t.out.reach);
-      add(dtype, t, strides[i].first, strides[i].second, settings, states);
-      call.programs += layers.back().batch * imcl::forward_programs(layers.back());
+      imcl::Layer& layer = layers.emplace_back(
+          layer_of(dtype, t, strides[i].first, strides[i].second, dx.back(), dimensions));
+      layer.form = imcl::form_of(settings.penalty, layer.rows, layer.columns);
+      layer.state = states;
+      states +=
+          layer.batch * imcl::state_size(layer.form, settings.center, layer.rows, layer.columns);
+      call.programs += layer.batch * imcl::forward_programs(layer);
     }
     state = Buffer(acc_of(dtype), keep ? states : 0);
     loss = Buffer(acc_of(dtype), 1);
@@ -190,7 +235,7 @@ struct Run {
     call.partials = workspace.doubles();
     call.ticket = workspace.ticket.get();
     const auto run = [&](auto* launcher) {
-      run_launches(captured, call.programs > 0, call.ticket, [&](cudaStream_t stream) {
+      run_launches(captured, call.programs > 0, workspace, [&](cudaStream_t stream) {
         const auto passed = std::make_unique<imcl::PairwiseCall>(call);
         const std::vector<imcl::Layer> of = layers;
         const std::vector<imcl::Dimension> sizes = dimensions;
@@ -205,44 +250,6 @@ struct Run {
     incoming.set(0, grad);
     call.grad = incoming.data();
     run(&imcl_cuda_pairwise_backward);
-  }
-
- private:
-  void add(DType dtype, const Tensor& t, const Strides& in, const Strides& out,
-           const imcl::PairwiseSettings& settings, int64_t& states) {
-    const Shape& s = t.shape;
-    const Strides* const sides[] = {&in, &out};
-    imcl::Layer layer{};
-    layer.x = t.x.data();
-    layer.dx = dx.back().data();
-    layer.batch = static_cast<int32_t>(s.batch);
-    layer.rows = static_cast<int32_t>(s.rows);
-    layer.columns = static_cast<int32_t>(s.columns);
-    layer.form = imcl::form_of(settings.penalty, s.rows, s.columns);
-    layer.state = states;
-    states += s.batch * imcl::state_size(layer.form, settings.center, s.rows, s.columns);
-    // Both sides must be cut into the same dimensions.
-    const bool collapsed = in.columns.size() == 1 && out.columns.size() == 1;
-    for (int side = 0; side < 2; ++side) {
-      layer.batch_stride[side] = sides[side]->batch;
-      layer.row_stride[side] = sides[side]->row;
-      layer.column_stride[side] = sides[side]->columns.back().stride;
-      const void* data = side ? layer.dx : layer.x;
-      layer.access[side] = imcl::access_of(data, bytes_of(dtype), layer, side, collapsed);
-    }
-    if (!collapsed) {
-      layer.first_dimension = static_cast<int32_t>(dimensions.size());
-      layer.dimensions = 2;
-      for (std::size_t d = 0; d < 2; ++d) {
-        const auto stride = [&](const Strides& side) {
-          if (side.columns.size() == 2) return side.columns[d].stride;
-          return side.columns[0].stride * (d ? 1 : s.columns / (s.columns / 5));
-        };
-        const int64_t size = d ? 5 : s.columns / 5;
-        dimensions.push_back({static_cast<int32_t>(size), {stride(in), stride(out)}});
-      }
-    }
-    layers.push_back(layer);
   }
 };
 
@@ -339,6 +346,142 @@ void pairwise_sweep(PairwiseSweep& sweep) {
   sweep.all(DType::kFloat32, Precision::kHighest, twenty, kColumnsUnit, kColumnsUnit);
 }
 
+// ---- Grams of samples ------------------------------------------------------------------
+
+// One run over the representations of a case, forward and backward for S (n, B, B).
+struct GramRun {
+  Buffer grams, means;
+  std::vector<Buffer> dx;
+
+  GramRun(DType dtype, const std::vector<std::unique_ptr<Tensor> >& tensors,
+          const std::vector<std::pair<Strides, Strides> >& strides, const Buffer& s,
+          int64_t at_once, uint64_t launches, bool captured) {
+    const int64_t n = tensors[0]->shape.rows, count = static_cast<int64_t>(tensors.size());
+    std::vector<imcl::Representation> layers;
+    std::vector<imcl::Dimension> dimensions;
+    int64_t states = 0;
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const Tensor& t = *tensors[i];
+      dx.emplace_back(dtype, t.out.reach);
+      imcl::Representation layer{};
+      static_cast<imcl::Layer&>(layer) =
+          layer_of(dtype, t, strides[i].first, strides[i].second, dx.back(), dimensions);
+      layer.scale = t.scale;
+      layer.place = static_cast<int32_t>(i);
+      layer.state = states;
+      states += imcl::padded(layer.columns);
+      layers.push_back(layer);
+    }
+    grams = Buffer(acc_of(dtype), count * n * n);
+    means = Buffer(acc_of(dtype), states);
+    imcl::DependenceCall call{};
+    call.dtype = dtype;
+    call.means = means.data();
+    call.grams.batch = static_cast<int32_t>(count);
+    call.grams.rows = call.grams.columns = static_cast<int32_t>(n);
+    call.grams.x = s.data();
+    call.grams.dx = grams.data();
+    for (int side = 0; side < 2; ++side) {
+      call.grams.batch_stride[side] = n * n;
+      call.grams.row_stride[side] = n;
+      call.grams.column_stride[side] = 1;
+      call.grams.access[side] = imcl::access_of(side ? call.grams.dx : call.grams.x,
+                                                bytes_of(acc_of(dtype)), call.grams, side, true);
+    }
+    call.span = imcl::span_of(layers, imcl::gram_tiles(n), at_once);
+    int64_t programs = 0;
+    for (const imcl::Layer& layer : layers) programs += imcl::gram_programs(layer, call.span);
+    const auto of_tile = imcl::kTile * imcl::kTile * bytes_of(acc_of(dtype)) / sizeof(double);
+    const Workspace workspace(programs * static_cast<int64_t>(of_tile),
+                              static_cast<std::size_t>(programs));
+    call.partials = workspace.doubles();
+    call.tickets = workspace.ticket.get();
+    const auto run = [&](auto* launcher, uint64_t expected) {
+      run_launches(captured, expected, workspace, [&](cudaStream_t stream) {
+        const auto passed = std::make_unique<imcl::DependenceCall>(call);
+        const std::vector<imcl::Representation> of = layers;
+        const std::vector<imcl::Dimension> sizes = dimensions;
+        return launcher(passed.get(), of.data(), count, sizes.data(), stream);
+      });
+    };
+    run(&imcl_cuda_gram_forward, programs ? launches : 0);
+    call.span = imcl::span_of(layers, imcl::divide_up(n, imcl::kTile), at_once);
+    bool any = false;
+    for (const imcl::Layer& layer : layers)
+      any = any || imcl::product_programs(layer, call.span) > 0;
+    run(&imcl_cuda_gram_backward, any ? launches : 0);
+  }
+};
+
+struct GramSweep {
+  int64_t every, first;
+  Tally tally;
+  int64_t number = 0;
+
+  // `at_once` blocks run at a time.
+  void one(DType dtype, const std::vector<Shape>& shapes, Lie in, Lie out, int64_t at_once,
+           uint64_t launches = 1) {
+    if (number++ % every != first) return;
+    Random random{static_cast<uint64_t>(number)};
+    doing = std::string("grams ") + name_of(dtype) + ", " + std::to_string(at_once) + " at once";
+    std::vector<std::unique_ptr<Tensor> > tensors;
+    std::vector<std::pair<Strides, Strides> > strides;
+    for (const Shape& s : shapes) {
+      strides.emplace_back(strides_of(in, s), strides_of(out, s));
+      tensors.push_back(std::make_unique<Tensor>(dtype, s, strides.back().first,
+                                                 strides.back().second, 1.25 + random(), random));
+      doing += " (" + std::to_string(s.rows) + ", " + std::to_string(s.columns) + ")";
+    }
+    doing += std::string(" ") + kLieNames[in] + " to " + kLieNames[out];
+    const int64_t n = shapes[0].rows, count = static_cast<int64_t>(shapes.size());
+    Buffer s(acc_of(dtype), count * n * n);
+    for (int64_t i = 0; i < count; ++i) fill_symmetric(s, i * n * n, n, random);
+    const Buffer before = s.copy();
+
+    set_threads(0);
+    const GramRun serial(dtype, tensors, strides, s, at_once, launches, false);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto index = static_cast<std::size_t>(i);
+      check_gram(tally, *tensors[index], dtype, imcl::kTile, serial.grams, s, i * n * n,
+                 serial.dx[index]);
+      for (int64_t a = i * n * n, r = 0; r < n; ++r)  // to the bit
+        for (int64_t c = 0; c < r; ++c)
+          if (serial.grams.get(a + r * n + c) != serial.grams.get(a + c * n + r))
+            fail("Gram %lld is not symmetric", static_cast<long long>(i));
+    }
+    set_threads(1);
+    const GramRun other(dtype, tensors, strides, s, at_once, launches, true);
+    if (!s.same_bits(before)) fail("the backward wrote what came back to the Grams");
+    if (!other.grams.same_bits(serial.grams) || !other.means.same_bits(serial.means))
+      fail("the Grams depend on the order of the blocks");
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      if (!other.dx[i].same_bits(serial.dx[i])) fail("a gradient depends on the order of blocks");
+    ++tally.cases;
+  }
+};
+
+void gram_sweep(GramSweep& sweep) {
+  // Beside a tile's edge, and the depth of a block; of one part, of several, of sums of sums. The
+  // layouts take turns.
+  const Shape shapes[] = {{1, 2, 1},     {1, 5, 16},  {1, 8, 40},   {1, 64, 128}, {1, 63, 65},
+                          {1, 33, 1000}, {1, 65, 40}, {1, 129, 70}, {1, 132, 64}, {1, 130, 200}};
+  int64_t turn = 0;
+  for (const DType dtype : kDTypes) {
+    for (const Shape& s : shapes) {
+      const auto in = static_cast<Lie>(turn % kLies);
+      const bool same = in != kRepeated && turn % 2;
+      sweep.one(dtype, {s}, in, same ? in : static_cast<Lie>(turn / kLies % kRepeated),
+                turn % 3 * 7 + 4);
+      ++turn;
+    }
+    sweep.one(dtype, {{1, 9, 300}, {1, 9, 2}, {1, 9, 70}}, kColumnsUnit, kInBlocks, 6);
+    sweep.one(dtype, {{1, 70, 0}, {1, 70, 3}}, kRowsUnit, kRowsUnit, 6);
+    sweep.one(dtype, {{1, 0, 5}, {1, 0, 1}}, kColumnsUnit, kColumnsUnit, 6);
+  }
+  // Of more dimensions than a launch takes: two of them.
+  sweep.one(DType::kFloat32, std::vector<Shape>(40, {1, 5, 70}), kInBlocks, kInBlocks, 60, 2);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -354,17 +497,19 @@ int main(int argc, char** argv) {
     one.run(consistency, 2, run_consistency);
   };
   PairwiseSweep pairwise{every, first, {}};
+  GramSweep grams{every, first, {}};
   try {
     pairwise_sweep(pairwise);
+    gram_sweep(grams);
     consistency_sweep(one);
     more_consistency(one);
   } catch (const std::exception& error) {
     fail("%s", error.what());
   }
-  const Tally* const tallies[] = {&pairwise.tally, &consistency};
-  for (const Tally* tally : tallies)
-    std::printf("%s %lld cases; errors up to %.2g of what is allowed\n",
-                tally == &consistency ? "consistency" : "pairwise",
+  const std::pair<const char*, const Tally*> tallies[] = {
+      {"pairwise", &pairwise.tally}, {"grams", &grams.tally}, {"consistency", &consistency}};
+  for (const auto& [name, tally] : tallies)
+    std::printf("%s %lld cases; errors up to %.2g of what is allowed\n", name,
                 static_cast<long long>(tally->cases), tally->worst);
   return 0;
 }

@@ -196,64 +196,23 @@ struct GramRun {
 void gram_case(Tally& tally, const Level& level, DType dtype,
                const std::vector<std::unique_ptr<Tensor> >& tensors, Random& random) {
   const imcl::DependenceKernels& kernels = *level.kernels.dependence;
-  const double unit = unit_of(acc_of(dtype));
   GramRun serial(dtype, tensors);
   imcl::gram_forward(kernels, serial.samples, kSerial);
   std::vector<Buffer> symmetric;
   for (const auto& t : tensors) {
     const int64_t n = t->shape.rows;
-    Buffer& s = symmetric.emplace_back(acc_of(dtype), n * n);
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = i; j < n; ++j) {
-        s.set(i * n + j, random());
-        s.set(j * n + i, s.get(i * n + j));
-      }
+    fill_symmetric(symmetric.emplace_back(acc_of(dtype), n * n), 0, n, random);
   }
   serial.replace(symmetric);
   imcl::gram_backward(kernels, serial.samples, kSerial);
 
   for (std::size_t index = 0; index < tensors.size(); ++index) {
     const Tensor& t = *tensors[index];
-    const int64_t n = t.shape.rows, d = t.shape.columns;
-    const Buffer &gram = serial.grams[index], &s = symmetric[index], &dx = serial.dx[index];
-    check_written("means", serial.means[index], d, [&](auto cover) {
-      for (int64_t k = 0; k < d; ++k) cover(k);
+    check_written("means", serial.means[index], t.shape.columns, [&](auto cover) {
+      for (int64_t k = 0; k < t.shape.columns; ++k) cover(k);
     });
-    check_written("gradient", dx, t.out.reach, [&](auto cover) {
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t k = 0; k < d; ++k) cover(t.out(0, i, k));
-    });
-    const auto x = [&](int64_t i, int64_t k) { return t.x.get(t.in(0, i, k)); };
-    std::vector<double> mean(static_cast<std::size_t>(d)), size(static_cast<std::size_t>(d));
-    for (int64_t k = 0; k < d; ++k)
-      for (int64_t i = 0; i < n; ++i) {
-        mean[static_cast<std::size_t>(k)] += x(i, k) / static_cast<double>(n);
-        size[static_cast<std::size_t>(k)] += std::fabs(x(i, k)) / static_cast<double>(n);
-      }
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        double expected = 0, bound = 0;
-        for (int64_t k = 0; k < d; ++k) {
-          const double m = mean[static_cast<std::size_t>(k)],
-                       all = size[static_cast<std::size_t>(k)];
-          expected += t.scale * (x(i, k) - m) * (x(j, k) - m);
-          bound += t.scale * (std::fabs(x(i, k)) + all) * (std::fabs(x(j, k)) + all);
-        }
-        compare(tally, "gram", i * n + j, gram.get(i * n + j), expected, 16 * unit * bound);
-      }
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t k = 0; k < d; ++k) {
-        double expected = 0, bound = 0;
-        for (int64_t j = 0; j < n; ++j) {
-          const double each = s.get(i * n + j);
-          expected += each * (x(j, k) - mean[static_cast<std::size_t>(k)]);
-          bound += std::fabs(each) * (std::fabs(x(j, k)) + size[static_cast<std::size_t>(k)]);
-        }
-        compare(tally, "gradient", i * d + k, dx.get(t.out(0, i, k)), expected,
-                16 * unit * bound + epsilon_of(dtype) * std::fabs(expected) +
-                    (dtype == DType::kFloat16 ? 0x1p-24 : 0.0));
-      }
-    if (!t.x.same_bits(t.before)) fail("an input was written");
+    check_gram(tally, t, dtype, t.shape.rows, serial.grams[index], symmetric[index], 0,
+               serial.dx[index]);
   }
   GramRun other(dtype, tensors);
   imcl::gram_forward(kernels, other.samples, kThreads);
