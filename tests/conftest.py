@@ -135,7 +135,7 @@ SLOW_INTERPRETED = (
     "test_extreme_logits[triton-300", "test_mixture_sizes[triton-5-9000",
     "test_matmul_precision[triton-(256", "test_head_counts[triton-6", "test_head_counts[triton-7",
     "test_class_counts[triton-9000", "test_a_thousand_matrices",
-    "test_compiled_in_one_graph[triton", "test_module_makes_views_dependent[triton",
+    "test_compiled_in_one_graph", "test_module_makes_views_dependent[triton",
     "test_options[triton-7", "test_options[triton-10", "test_batches[triton-63",
 )  # fmt: skip
 
