@@ -184,6 +184,26 @@ def test_plan_with_nvcc(
     assert nvcc.version.split(".")[0].isdigit()
 
 
+def types_of(folder: Path) -> set[str]:
+    """What headers define in ``imcl`` itself, not in the namespace of an ISA level."""
+    texts = [path.read_text() for path in folder.glob("*.h")]
+    return {
+        name
+        for text in texts
+        if "namespace IMCL_ISA" not in text
+        for name in re.findall(r"^(?:struct|class|union|enum class) (\w+)", text, re.MULTILINE)
+    }
+
+
+def test_no_two_devices_have_a_type_of_one_name() -> None:
+    """They are linked into one library, which keeps one std::vector of that name."""
+    cpu, cuda = types_of(ROOT / "csrc/cpu"), types_of(ROOT / "csrc/cuda")
+    if not cuda:
+        pytest.skip("csrc/ is not beside the tests")
+    assert {"Representation", "Matrices"} <= cpu and {"Layer", "GramLayer"} <= cuda
+    assert cpu & cuda == set()
+
+
 # --- what was built
 
 

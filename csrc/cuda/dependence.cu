@@ -19,7 +19,7 @@
 namespace imcl {
 namespace {
 
-struct DependenceArguments : LaunchArguments<DependenceCall, Representation> {};
+struct DependenceArguments : LaunchArguments<DependenceCall, GramLayer> {};
 static_assert(sizeof(DependenceArguments) <= IMCL_PARAMETER_BYTES);
 
 // Tiles that one block adds up at a time; in the tests as few as show every loop turning.
@@ -31,7 +31,7 @@ constexpr int kFan = 8;
 
 // Which of the Grams is a representation's, or what takes its place.
 template <class T>
-IMCL_DEVICE Matrix<T> gram_of(const DependenceArguments& in, const Representation& layer, Side side,
+IMCL_DEVICE Matrix<T> gram_of(const DependenceArguments& in, const GramLayer& layer, Side side,
                               T* grams) {
   return {in, in.call.grams, side, grams, layer.place};
 }
@@ -101,7 +101,7 @@ IMCL_DEVICE bool added_up(Product& product, typename Product::Acc* tiles, unsign
 // Of a part of the columns, [first_k, end_k), a tile (i, j) of the Gram but for its scale. What it
 // has of samples beyond the last is for nobody to read.
 template <class T, class Product>
-IMCL_DEVICE void add_columns(const DependenceArguments& in, const Representation& layer, int i,
+IMCL_DEVICE void add_columns(const DependenceArguments& in, const GramLayer& layer, int i,
                              int j, int first_k, int end_k,
                              GramShared<typename Product::Operand>& shared, Product& product) {
   using Acc = imcl::Acc<T>;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   using Acc = imcl::Acc<T>;
   IMCL_SHARED(shared, GramShared<typename Product::Operand>);
   const int program = static_cast<int>(blockIdx.x);
-  const Representation& layer = layer_of(in, program);
+  const GramLayer& layer = layer_of(in, program);
   const DependenceCall& call = in.call;
   const int tiles = static_cast<int>(gram_tiles(layer.rows));
   const int parts = static_cast<int>(gram_parts(layer.columns, call.span));
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   constexpr int depth = kDepth<Operand>;
   IMCL_SHARED(shared, ProductShared<T>);
   const int program = static_cast<int>(blockIdx.x);
-  const Representation& layer = layer_of(in, program);
+  const GramLayer& layer = layer_of(in, program);
   const int local = program - layer.first_program, n = layer.rows;
   const int tiles_p = static_cast<int>(divide_up(n, kTile));
   const int p0 = local % tiles_p * kTile;
@@ -280,7 +280,7 @@ cudaError_t with_types(DType dtype, const Run& run) {
 }  // namespace imcl
 
 extern "C" cudaError_t imcl_cuda_gram_forward(const imcl::DependenceCall* call,
-                                              const imcl::Representation* layers, int64_t count,
+                                              const imcl::GramLayer* layers, int64_t count,
                                               const imcl::Dimension* dimensions,
                                               cudaStream_t stream) {
   using namespace imcl;
@@ -297,7 +297,7 @@ extern "C" cudaError_t imcl_cuda_gram_forward(const imcl::DependenceCall* call,
 }
 
 extern "C" cudaError_t imcl_cuda_gram_backward(const imcl::DependenceCall* call,
-                                               const imcl::Representation* layers, int64_t count,
+                                               const imcl::GramLayer* layers, int64_t count,
                                                const imcl::Dimension* dimensions,
                                                cudaStream_t stream) {
   using namespace imcl;

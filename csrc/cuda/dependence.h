@@ -13,7 +13,7 @@ namespace imcl {
 constexpr int kBlocksAtOnce = 2;  // on a multiprocessor: what shares its work out counts on that
 
 // One representation: its samples are the rows of one matrix.
-struct Representation : Layer {
+struct GramLayer : Layer {
   double scale;   // of its Gram
   int32_t place;  // which of the Grams
 };
@@ -50,7 +50,7 @@ IMCL_HOST_DEVICE inline int64_t product_programs(const Layer& layer, int64_t spa
 // Columns of a part: as few as let all parts of all tiles run at once. Where one part of each
 // representation is more than that, so few that every program running has one. As _span of
 // kernels/dependence_plan.py.
-inline int64_t span_of(const std::vector<Representation>& all, int64_t tiles, int64_t at_once) {
+inline int64_t span_of(const std::vector<GramLayer>& all, int64_t tiles, int64_t at_once) {
   const auto programs = [&](int64_t each) {
     int64_t count = 0;
     for (const Layer& layer : all) count += divide_up(divide_up(layer.columns, kTile), each);
@@ -67,10 +67,10 @@ inline int64_t span_of(const std::vector<Representation>& all, int64_t tiles, in
 // One launch for `count` representations of one dtype, whatever their number as long as a kernel's
 // parameters hold them (some 250).
 extern "C" cudaError_t imcl_cuda_gram_forward(const imcl::DependenceCall* call,
-                                              const imcl::Representation* layers, int64_t count,
+                                              const imcl::GramLayer* layers, int64_t count,
                                               const imcl::Dimension* dimensions,
                                               cudaStream_t stream);
 extern "C" cudaError_t imcl_cuda_gram_backward(const imcl::DependenceCall* call,
-                                               const imcl::Representation* layers, int64_t count,
+                                               const imcl::GramLayer* layers, int64_t count,
                                                const imcl::Dimension* dimensions,
                                                cudaStream_t stream);

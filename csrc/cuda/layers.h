@@ -24,7 +24,7 @@ struct Typed {
   int64_t state_size = 0, forward_programs = 0;
 };
 using TypedLayers = Typed<Layer>;
-using TypedRepresentations = Typed<Representation>;
+using TypedGramLayers = Typed<GramLayer>;
 
 // A tensor (B, N, *) or (N, *), and its gradient where there is one, but for their data.
 //
@@ -119,11 +119,11 @@ inline std::vector<TypedLayers> layers_by_dtype(const std::vector<Tensor>& xs,
 }
 
 // Without scales, which are the forward's.
-inline std::vector<TypedRepresentations> representations_by_dtype(
+inline std::vector<TypedGramLayers> gram_layers_by_dtype(
     const std::vector<Tensor>& xs, const std::vector<Tensor>* dxs,
     const std::vector<double>* scale) {
-  return by_dtype<Representation>(
-      xs, dxs, false, [&](TypedRepresentations& type, Representation& layer, std::size_t i) {
+  return by_dtype<GramLayer>(
+      xs, dxs, false, [&](TypedGramLayers& type, GramLayer& layer, std::size_t i) {
         layer.place = static_cast<int32_t>(i);
         layer.scale = scale ? (*scale)[i] : 1;
         layer.state = type.state_size;

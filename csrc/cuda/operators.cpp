@@ -235,7 +235,7 @@ std::tuple<Tensor, std::vector<Tensor>> gram_forward(const std::vector<Tensor>& 
   call.grams = grams_layer(grams);
   call.grams.dx = grams.mutable_data_ptr();
   std::vector<Tensor> means;
-  for (const TypedRepresentations& type : representations_by_dtype(xs, nullptr, &scale)) {
+  for (const TypedGramLayers& type : gram_layers_by_dtype(xs, nullptr, &scale)) {
     const Tensor& first = *type.first;
     call.dtype = dtype_of(first, "xs");
     call.means = means.emplace_back(allocate({type.state_size}, accumulation_type(first), first))
@@ -276,10 +276,10 @@ std::vector<Tensor> gram_backward(const Tensor& s, const std::vector<Tensor>& xs
   for (const Tensor& x : xs) gradients.push_back(allocate_like(x));
   DependenceCall call{};
   call.grams = grams_layer(s);
-  const auto types = representations_by_dtype(xs, &gradients, nullptr);
+  const auto types = gram_layers_by_dtype(xs, &gradients, nullptr);
   STD_TORCH_CHECK(means.size() == types.size(), "means: expected one tensor per dtype of xs");
   for (std::size_t i = 0; i < types.size(); ++i) {
-    const TypedRepresentations& type = types[i];
+    const TypedGramLayers& type = types[i];
     device.check(means[i], "means");
     STD_TORCH_CHECK(means[i].numel() == type.state_size &&
                         means[i].scalar_type() == accumulation_type(*type.first),

@@ -357,13 +357,13 @@ struct GramRun {
           const std::vector<std::pair<Strides, Strides> >& strides, const Buffer& s,
           int64_t at_once, uint64_t launches, bool captured) {
     const int64_t n = tensors[0]->shape.rows, count = static_cast<int64_t>(tensors.size());
-    std::vector<imcl::Representation> layers;
+    std::vector<imcl::GramLayer> layers;
     std::vector<imcl::Dimension> dimensions;
     int64_t states = 0;
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       const Tensor& t = *tensors[i];
       dx.emplace_back(dtype, t.out.reach);
-      imcl::Representation layer{};
+      imcl::GramLayer layer{};
       static_cast<imcl::Layer&>(layer) =
           layer_of(dtype, t, strides[i].first, strides[i].second, dx.back(), dimensions);
       layer.scale = t.scale;
@@ -399,7 +399,7 @@ struct GramRun {
     const auto run = [&](auto* launcher, uint64_t expected) {
       run_launches(captured, expected, workspace, [&](cudaStream_t stream) {
         const auto passed = std::make_unique<imcl::DependenceCall>(call);
-        const std::vector<imcl::Representation> of = layers;
+        const std::vector<imcl::GramLayer> of = layers;
         const std::vector<imcl::Dimension> sizes = dimensions;
         return launcher(passed.get(), of.data(), count, sizes.data(), stream);
       });
