@@ -30,7 +30,8 @@ ONE_ANSWER = 60.0  # seconds: an implementation of a row that takes longer hangs
 COMPETITORS = (*FUSED, "torch", "torch.compile(torch)", "reference")
 STEPS = (*(f"four ways, {name}" for name in (*FUSED, "torch", "naive")), step.SCHEDULED)
 TABLES = (
-    "machine", "representation", "kernel", "consistency", "dependence", "step", "losing", "left-out",
+    "machine", "representation", "kernel", "consistency", "dependence", "step", "losing",
+    "left-out",
 )  # fmt: skip
 
 

@@ -101,9 +101,9 @@ IMCL_DEVICE bool added_up(Product& product, typename Product::Acc* tiles, unsign
 // Of a part of the columns, [first_k, end_k), a tile (i, j) of the Gram but for its scale. What it
 // has of samples beyond the last is for nobody to read.
 template <class T, class Product>
-IMCL_DEVICE void add_columns(const DependenceArguments& in, const GramLayer& layer, int i,
-                             int j, int first_k, int end_k,
-                             GramShared<typename Product::Operand>& shared, Product& product) {
+IMCL_DEVICE void add_columns(const DependenceArguments& in, const GramLayer& layer, int i, int j,
+                             int first_k, int end_k, GramShared<typename Product::Operand>& shared,
+                             Product& product) {
   using Acc = imcl::Acc<T>;
   using Operand = typename Product::Operand;
   constexpr int depth = kDepth<Operand>;
@@ -143,8 +143,7 @@ IMCL_DEVICE void add_columns(const DependenceArguments& in, const GramLayer& lay
           panel[b], [&](Acc x, int, int at) { return x - shared.shift[ahead ? b : 0][at]; });
     __syncthreads();  // all numbers are centred
 #pragma unroll 1
-    for (int b = 0; b < (ahead ? 2 : 1); ++b)
-      product.add(panel[b], panel[ahead ? b : panels - 1]);
+    for (int b = 0; b < (ahead ? 2 : 1); ++b) product.add(panel[b], panel[ahead ? b : panels - 1]);
   }
 }
 
@@ -176,8 +175,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   }
   const bool diagonal = i == j;
   if (is_left_out(diagonal)) return;
-  const Matrix<Acc> out =
-      gram_of(in, layer, kGradient, static_cast<Acc*>(call.grams.dx));
+  const Matrix<Acc> out = gram_of(in, layer, kGradient, static_cast<Acc*>(call.grams.dx));
   const Acc scale = static_cast<Acc>(layer.scale);
 #pragma unroll
   for (int at = 0; at < Product::kRows; ++at)
@@ -215,8 +213,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   const int64_t first_q = local / tiles_p * in.call.span, left = layer.columns - first_q;
   const int end_q = static_cast<int>(first_q + (left < in.call.span ? left : in.call.span));
   const Acc* const means = means_of<T>(in, layer);
-  const View<Acc> s{
-      gram_of(in, layer, kInput, static_cast<const Acc*>(in.call.grams.x)), true};
+  const View<Acc> s{gram_of(in, layer, kInput, static_cast<const Acc*>(in.call.grams.x)), true};
   const View<T> z{Matrix<const T>(in, layer, kInput, static_cast<const T*>(layer.x), 0), false};
   const Matrix<T> dx(in, layer, kGradient, static_cast<T*>(layer.dx), 0);
 

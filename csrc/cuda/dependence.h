@@ -21,10 +21,10 @@ struct GramLayer : Layer {
 // What all representations of one dtype share.
 struct DependenceCall {
   DType dtype;
-  Layer grams;     // (n, B, B), in the accumulation type: the Grams, dx of this; or S, x of this
-  void* means;     // in the accumulation type: of each column over the first 64 samples
-  void* partials;  // (programs, 64, 64), or null where no Gram is a sum of parts
-  unsigned* tickets;      // (programs,), all 0 before the first program
+  Layer grams;        // (n, B, B), in the accumulation type: the Grams, dx of this; or S, x of this
+  void* means;        // in the accumulation type: of each column over the first 64 samples
+  void* partials;     // (programs, 64, 64), or null where no Gram is a sum of parts
+  unsigned* tickets;  // (programs,), all 0 before the first program
   int64_t first_program;  // of all the forward's
   int64_t span;           // columns of a part, whole tiles
 };

@@ -37,8 +37,8 @@ IMCL_DEVICE void write_tile(const Tile<T>& tile, const Matrix<T>& dx, int major0
   }
 }
 
-// Leaves value(i, j), i and j of the thread's sums of a product (p, q), in dx from (p0, q0) on: p are
-// its rows and q its columns, or the other way round. The tile may lie where the panels lay.
+// Leaves value(i, j), i and j of the thread's sums of a product (p, q), in dx from (p0, q0) on: p
+// are its rows and q its columns, or the other way round. The tile may lie where the panels lay.
 template <class Product, class T, class Value>
 IMCL_DEVICE void write_product(Tile<T>& tile, const Matrix<T>& dx, bool p_is_row, int p0, int q0,
                                const Value& value) {

@@ -96,8 +96,7 @@ std::vector<Typed<Each>> by_dtype(const std::vector<Tensor>& xs, const std::vect
       type->first = &x;
     }
     Each each{};
-    static_cast<Layer&>(each) =
-        layer_of(x, dxs ? &(*dxs)[i] : nullptr, batched, type->dimensions);
+    static_cast<Layer&>(each) = layer_of(x, dxs ? &(*dxs)[i] : nullptr, batched, type->dimensions);
     each.x = x.const_data_ptr();
     if (dxs) each.dx = (*dxs)[i].mutable_data_ptr();
     complete(*type, each, i);
@@ -119,16 +118,16 @@ inline std::vector<TypedLayers> layers_by_dtype(const std::vector<Tensor>& xs,
 }
 
 // Without scales, which are the forward's.
-inline std::vector<TypedGramLayers> gram_layers_by_dtype(
-    const std::vector<Tensor>& xs, const std::vector<Tensor>* dxs,
-    const std::vector<double>* scale) {
-  return by_dtype<GramLayer>(
-      xs, dxs, false, [&](TypedGramLayers& type, GramLayer& layer, std::size_t i) {
-        layer.place = static_cast<int32_t>(i);
-        layer.scale = scale ? (*scale)[i] : 1;
-        layer.state = type.state_size;
-        type.state_size += padded(layer.columns);
-      });
+inline std::vector<TypedGramLayers> gram_layers_by_dtype(const std::vector<Tensor>& xs,
+                                                         const std::vector<Tensor>* dxs,
+                                                         const std::vector<double>* scale) {
+  return by_dtype<GramLayer>(xs, dxs, false,
+                             [&](TypedGramLayers& type, GramLayer& layer, std::size_t i) {
+                               layer.place = static_cast<int32_t>(i);
+                               layer.scale = scale ? (*scale)[i] : 1;
+                               layer.state = type.state_size;
+                               type.state_size += padded(layer.columns);
+                             });
 }
 
 // All Grams, or what takes their place: a layer of n matrices.

@@ -86,9 +86,9 @@ struct Workspace {
 void check_samples(const std::vector<Tensor>& xs, const Tensor& grams, const Device& device) {
   for (const Tensor& x : xs) {
     device.check(x, "xs");
-    STD_TORCH_CHECK(x.dim() > 0 && x.size(0) == xs[0].size(0) &&
-                        accumulation_type(x) == grams.scalar_type(),
-                    "xs: expected as many samples in each, and all float64 or none");
+    STD_TORCH_CHECK(
+        x.dim() > 0 && x.size(0) == xs[0].size(0) && accumulation_type(x) == grams.scalar_type(),
+        "xs: expected as many samples in each, and all float64 or none");
   }
 }
 
@@ -286,8 +286,7 @@ std::vector<Tensor> gram_backward(const Tensor& s, const std::vector<Tensor>& xs
                     "means: expected what gram_forward returned");
     call.dtype = dtype_of(*type.first, "xs");
     call.means = const_cast<void*>(means[i].const_data_ptr());  // read only
-    call.span =
-        span_of(type.layers, divide_up(rows, kTile), kBlocksAtOnce * device.processors());
+    call.span = span_of(type.layers, divide_up(rows, kTile), kBlocksAtOnce * device.processors());
     Device::throw_if(imcl_cuda_gram_backward(&call, type.layers.data(),
                                              static_cast<int64_t>(type.layers.size()),
                                              type.dimensions.data(), device.stream()));

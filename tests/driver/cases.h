@@ -409,8 +409,8 @@ void fill_symmetric(Buffer& s, int64_t first, int64_t n, Random& random) {
     }
 }
 
-// That scale X_a X_a^T lies in `grams`, and S X_a in dx, where X_a is X less the means of its columns
-// over the first rows, `of` at most. Both (n, n) matrices begin at `first`.
+// That scale X_a X_a^T lies in `grams`, and S X_a in dx, where X_a is X less the means of its
+// columns over the first rows, `of` at most. Both (n, n) matrices begin at `first`.
 void check_gram(Tally& tally, const Tensor& t, DType dtype, int64_t of, const Buffer& grams,
                 const Buffer& s, int64_t first, const Buffer& dx) {
   const double unit = unit_of(acc_of(dtype));
