@@ -315,6 +315,8 @@ def losing(results: Results) -> str:
     """Every row, pass and competitor of the same quantity that the fused kernels lose to."""
     lines = []
     for title, row in results["operations"].items():
+        if not row["competitors"]:
+            continue
         fused = fused_of(row)
         if fused is None:
             lines.append([title, "", "", "the fused kernels did not run", ""])

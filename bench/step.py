@@ -11,12 +11,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from imcl_fast import models, objectives, operators
+from imcl_fast import models, objectives
 from imcl_fast.imcl import IMCL
 from imcl_fast.implementations import why_not
 from imcl_fast.schedule import Schedule, Turn
 
 from . import networks
+from .facts import why_no_bfloat16
 from .memory import peak_bytes
 from .operations import lost
 from .timing import Sample, interleaved, quartiles, wait
@@ -115,11 +116,11 @@ def measure(
     runs: dict[str, Callable[[int], float]] = {}
     left_out: dict[str, str] = {}
     for name in step.methods:
-        if step.bfloat16 and not _multiplies_bfloat16(device):
-            left_out[name] = "this CPU has no bfloat16 units: a step takes ten times its float32"
-            continue
+        reason = why_no_bfloat16(device) if step.bfloat16 else None
         impl = METHODS[name].get("impl")
-        if impl is not None and (reason := why_not(impl, device.type)) is not None:
+        if reason is None and impl is not None:
+            reason = why_not(impl, device.type)
+        if reason is not None:
             left_out[name] = reason
             continue
         try:
@@ -167,12 +168,6 @@ def measure(
 def _kernels(step: Step) -> int:
     off = dict.fromkeys(("output_weight", "multilayer_weight", "representation_weight"), 0.0)
     return len(IMCL(network_of(step), torch.zeros(1, 3, step.size, step.size), **off).kernels)
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    return device.type != "cpu" or (
-        operators.build_info is not None and "avx512bf16" in operators.build_info.isa_levels()
-    )
 
 
 def _largest(peaks: Iterable[int | None]) -> int | None:

@@ -28,6 +28,7 @@ from bench import (
 )
 from bench.rows import Row, consistency, rows
 from bench.timing import Sample, interleaved, quartiles, sets_needed
+from imcl_fast import operators
 from imcl_fast.imcl import IMCL
 from imcl_fast.schedule import Schedule
 
@@ -136,7 +137,8 @@ def test_what_no_graph_can_hold_is_timed_without(monkeypatch: pytest.MonkeyPatch
     ],
     ids=lambda row: row.name,
 )
-def test_a_row_is_measured(row: Row) -> None:
+def test_a_row_is_measured(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "why_no_bfloat16", lambda device: None)
     before = torch.get_float32_matmul_precision()
     found = operations.measure(row, CPU, 0, fewest=2, most=2)
     assert torch.get_float32_matmul_precision() == before
@@ -153,6 +155,30 @@ def test_a_row_is_measured(row: Row) -> None:
     published = {name for name, operation, _ in competitors.THIRD_PARTY
                  if operation == row.operation}  # fmt: skip
     assert published <= names
+
+
+def test_bfloat16_is_left_out_where_a_cpu_has_no_units_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Info:
+        levels = ("baseline", "avx2")
+
+        def isa_levels(self) -> tuple[str, ...]:
+            return self.levels
+
+    monkeypatch.setattr(operators, "build_info", Info())
+    row, one = (consistency(3, 4, 10, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    found = operations.measure(row, CPU, 0, fewest=1, most=1)
+    assert not found.samples and "no bfloat16 units" in found.left_out["reference"]
+    assert operations.measure(one, CPU, 0, fewest=1, most=1).samples
+    half = step.measure(step.Step("resnet18", 2, width=8, size=8, bfloat16=True), CPU, 0)
+    assert not half["methods"] and "no bfloat16 units" in half["left_out"][step.PLAIN]
+    entry = {"operation": row.operation, "floors": {}, **found.as_json()}
+    results = {"operations": {row.name: entry}, "steps": {"half": half}}
+    assert render.losing(results) == "None in this run.\n"
+    assert "no bfloat16 units" in render.left_out(results)
+    Info.levels = (*Info.levels, "avx512bf16")
+    assert operations.measure(row, CPU, 0, fewest=1, most=1).samples
 
 
 # ---- how it is timed -------------------------------------------------------------------
