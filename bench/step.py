@@ -65,7 +65,7 @@ class Step:
     size: int = 32
     bfloat16: bool = False  # autocast
     methods: tuple[str, ...] = tuple(MAIN)
-    rounds: int = 4  # at least
+    rounds: int = 6  # at least
 
     @property
     def name(self) -> str:
@@ -83,7 +83,7 @@ def steps(quick: bool) -> list[Step]:
     few = (PLAIN, "four ways, torch", FUSED, SCHEDULED)
     return [
         # What is quoted: with fewer rounds its overhead varies by several points.
-        Step("resnet18", 128, rounds=12),
+        Step("resnet18", 128, rounds=8),
         Step("resnet18", 64, width=32, methods=(*few, *ANCESTORS)),
         Step("resnet18", 64, width=32, methods=tuple(COMPILED)),
         Step("resnet18", 128, bfloat16=True, methods=few),
@@ -144,18 +144,19 @@ def measure(
             sum(share * t for share, t in zip(shares_of.values(), each, strict=True))
             for each in zip(*(times[kind] for kind in shares_of), strict=True)
         ]
-        over = {
-            kind: statistics.median(a / b for a, b in zip(times[kind], times[plain], strict=True))
-            - 1
+        over = quartiles([a / b - 1 for a, b in zip(spent, times[plain], strict=True)])
+        fullest = max(
+            statistics.median(a / b for a, b in zip(times[kind], times[plain], strict=True)) - 1
             for kind in shares_of
-        }
+        )
         peak, least = _largest(peaks[kind] for kind in shares_of), peaks[plain]
         methods[name] = {
             "seconds": quartiles(spent),
             "rounds": len(spent),
             "images_per_second": step.batch / statistics.median(spent),
-            "overhead": sum(share * over[kind] for kind, share in shares_of.items()),
-            "fullest": max(over.values()),
+            "overhead": over["median"],
+            "overhead_quartiles": [over["q1"], over["q3"]],
+            "fullest": fullest,
             "peak_bytes": peak,
             "extra_memory": peak / least - 1 if peak is not None and least else None,
         }
