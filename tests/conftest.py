@@ -139,7 +139,8 @@ SLOW_INTERPRETED = (
 )  # fmt: skip
 
 
-# Of a test of many cases half are left, of very many a quarter, drawn by their names.
+# Of a test of many cases half are left, of very many a quarter, drawn by their names: where kernels
+# are interpreted, and of the algebra in plain PyTorch, whose cases take longer than the kernels'.
 MANY_CASES, VERY_MANY_CASES = 6, 12
 
 
@@ -147,7 +148,7 @@ MANY_CASES, VERY_MANY_CASES = 6, 12
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     of_test: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if any(name in item.name for name in INTERPRETED):
+        if any(name in item.name for name in INTERPRETED) or _of_fixture(item) == "torch":
             of_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for mine in of_test.values():
         every = 4 if len(mine) >= VERY_MANY_CASES else 2 if len(mine) >= MANY_CASES else 1
@@ -155,6 +156,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             spared = zlib.crc32(item.name.encode()) % every != 0
             if spared or item.name.startswith(SLOW_INTERPRETED):
                 item.add_marker(pytest.mark.slow)
+
+
+def _of_fixture(item: pytest.Item) -> str | None:
+    """The implementation that a test has of ``impl``."""
+    case = getattr(item, "callspec", None)
+    return None if case is None else case.params.get("impl")
 
 
 def usable(impl: Impl) -> Impl:
