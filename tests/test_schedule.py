@@ -213,6 +213,7 @@ def test_a_graph_for_each_set_of_ways_and_none_after_the_first_period(intervals,
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 def test_a_compiled_function_around_it_keeps_the_schedule_too():
     torch._dynamo.reset()
     imcl, eager = scheduled(2, 4), scheduled(2, 4)
