@@ -1,8 +1,8 @@
 """``python -m bench``: measure everything, write bench/results/<machine>.json and the plot, and
 fill the tables of README.md and docs/performance.md.
 
-A full run takes under 15 minutes on two cores. ``--quick`` takes under 3, prints its tables and
-writes to build/bench only: too few rounds to be quoted.
+A full run takes a quarter to half an hour of two cores. ``--quick`` takes a few minutes, prints its
+tables and writes to build/bench only: too few rounds to be quoted.
 """
 
 from __future__ import annotations
@@ -88,10 +88,12 @@ def counted() -> dict:
 
 
 def publish(results: dict) -> None:
-    """The plot and the tables of the documents, from results."""
+    """The plot and the tables of the documents, from results; those of bfloat16 from the newest
+    stored ones that have it, which may be another machine's."""
     scaling.plot(results["scaling"], PLOT)
+    stored = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     for document in DOCUMENTS:
-        names = render.fill(document, results)
+        names = render.fill(document, results) + render.fill_bfloat16(document, stored)
         print(f"{document.relative_to(ROOT)}: {', '.join(names) or 'has no place for a table'}")
 
 

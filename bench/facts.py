@@ -34,6 +34,14 @@ def cpu() -> str:
     return name
 
 
+def why_no_bfloat16(device: torch.device) -> str | None:
+    """Why what is of bfloat16 is not measured on this machine, or None."""
+    levels = operators.build_info.isa_levels() if operators.build_info is not None else []
+    if device.type != "cpu" or "avx512bf16" in levels:
+        return None
+    return "this CPU has no bfloat16 units: PyTorch takes ten times as long as in float32"
+
+
 def machine(device: torch.device) -> str:
     """Name of the machine in file names: the processor and, of a CPU, the threads used."""
     if device.type == "cuda":

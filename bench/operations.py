@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .competitors import Competitor, competitors
+from .facts import why_no_bfloat16
 from .memory import peak_bytes
 from .rows import Loss, Row
 from .timing import Sample, interleaved_losses, quartiles, replayed, sets_needed
@@ -108,6 +109,10 @@ def measure(
 ) -> Measured:
     """Check all competitors of a row, or those named, and time whoever is right."""
     found, left_out = competitors(row, device, only)
+    reason = why_no_bfloat16(device) if row.dtype == torch.bfloat16 else None
+    if reason is not None:
+        left_out |= {one.name: reason for one in found}
+        return Measured({}, {}, {}, left_out, ())
     with row.settings():
         sets = [row.inputs(seed, device)
                 for seed in range(sets_needed(row.bytes, len(found), device))]  # fmt: skip

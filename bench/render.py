@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from imcl_fast.runs.files import write
 
@@ -171,7 +172,7 @@ def operation(name: str) -> Callable[[Results], str]:
 
 def step(results: Results) -> str:
     """All whole training steps."""
-    head = ["training step", "objective", "ms", "quartiles", "images/s", "over plain",
+    head = ["training step", "objective", "ms", "quartiles", "images/s", "over plain", "quartiles",
             "peak MiB", "extra"]  # fmt: skip
     return table(head, _steps(results, results["steps"]))
 
@@ -191,6 +192,7 @@ def _steps(results: Results, titles: Iterable[str]) -> Iterator[list[str]]:
                 f"{milliseconds(spent['q1'])} - {milliseconds(spent['q3'])}",
                 f"{one['images_per_second']:.0f}",
                 "" if plain else percent(one["overhead"]),
+                "" if plain else " to ".join(map(percent, one.get("overhead_quartiles", ()))),
                 mebibytes(one["peak_bytes"]),
                 "" if plain else percent(one["extra_memory"]),
             ]
@@ -207,13 +209,13 @@ def step_summary(results: Results) -> str:
         return "None in this run.\n"
     least, most = (pick(over, key=over.__getitem__) for pick in (min, max))
     lines = [
-        [title, name, ms, images, overhead, more]
-        for title, name, ms, _, images, overhead, _, more in _steps(
+        [title, name, ms, images, overhead, between, more]
+        for title, name, ms, _, images, overhead, between, _, more in _steps(
             results, dict.fromkeys((least, most))
         )
     ]
     head = [f"the least and the most of {len(over)} training steps", "objective", "ms",
-            "images/s", "over plain", "more memory"]  # fmt: skip
+            "images/s", "over plain", "quartiles", "more memory"]  # fmt: skip
     return table(head, lines)
 
 
@@ -231,7 +233,8 @@ def naive(results: Results) -> str:
 
 def step_kernels(results: Results) -> str:
     """Which kernels way 4 took in the training steps, by what the results know of it."""
-    counts = {title: found.get("kernels") for title, found in results["steps"].items()}
+    counts = {title: found.get("kernels") for title, found in results["steps"].items()
+              if found["methods"]}  # fmt: skip
     if None in counts.values():
         return (
             "These steps were measured when way 4 took the convolutions of more than one pixel "
@@ -315,6 +318,8 @@ def losing(results: Results) -> str:
     """Every row, pass and competitor of the same quantity that the fused kernels lose to."""
     lines = []
     for title, row in results["operations"].items():
+        if not row["competitors"]:
+            continue
         fused = fused_of(row)
         if fused is None:
             lines.append([title, "", "", "the fused kernels did not run", ""])
@@ -393,6 +398,32 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "below-floor": below_floor,
     "left-out": left_out,
 }
+
+
+# What is shown of bfloat16, and of a machine that measured it where this one has no units for it.
+OF_BFLOAT16 = ("machine", *OPERATIONS, "step")
+
+
+def bfloat16(results: Results) -> dict[str, Any]:
+    """The rows and steps of bfloat16 that some results have, with whose they are."""
+    return {
+        **results,
+        "operations": {title: row for title, row in results["operations"].items()
+                       if "bfloat16" in title and row["competitors"]},
+        "steps": {title: found for title, found in results["steps"].items()
+                  if "bfloat16" in title and found["methods"]},
+    }  # fmt: skip
+
+
+def fill_bfloat16(path: Path, everything: Iterable[Results]) -> list[str]:
+    """Put the newest of these results that have rows of bfloat16 into a document's places
+    ``<!-- bfloat16:NAME -->``; the names of those."""
+    having = [found for found in map(bfloat16, everything) if found["operations"]]
+    newest = max(having, key=lambda found: found["facts"]["date"], default=None)
+    return fill_places(path, "bfloat16", {
+        name: partial(TABLES[name], newest) if newest else lambda: "Not measured yet.\n"
+        for name in OF_BFLOAT16
+    })  # fmt: skip
 
 
 def text(results: Results, names: Iterable[str] = TABLES) -> str:

@@ -11,12 +11,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from imcl_fast import models, objectives, operators
+from imcl_fast import models, objectives
 from imcl_fast.imcl import IMCL
 from imcl_fast.implementations import why_not
 from imcl_fast.schedule import Schedule, Turn
 
 from . import networks
+from .facts import why_no_bfloat16
 from .memory import peak_bytes
 from .operations import lost
 from .timing import Sample, interleaved, quartiles, wait
@@ -64,7 +65,7 @@ class Step:
     size: int = 32
     bfloat16: bool = False  # autocast
     methods: tuple[str, ...] = tuple(MAIN)
-    rounds: int = 4  # at least
+    rounds: int = 6  # at least
 
     @property
     def name(self) -> str:
@@ -82,7 +83,7 @@ def steps(quick: bool) -> list[Step]:
     few = (PLAIN, "four ways, torch", FUSED, SCHEDULED)
     return [
         # What is quoted: with fewer rounds its overhead varies by several points.
-        Step("resnet18", 128, rounds=12),
+        Step("resnet18", 128, rounds=8),
         Step("resnet18", 64, width=32, methods=(*few, *ANCESTORS)),
         Step("resnet18", 64, width=32, methods=tuple(COMPILED)),
         Step("resnet18", 128, bfloat16=True, methods=few),
@@ -115,11 +116,11 @@ def measure(
     runs: dict[str, Callable[[int], float]] = {}
     left_out: dict[str, str] = {}
     for name in step.methods:
-        if step.bfloat16 and not _multiplies_bfloat16(device):
-            left_out[name] = "this CPU has no bfloat16 units: a step takes ten times its float32"
-            continue
+        reason = why_no_bfloat16(device) if step.bfloat16 else None
         impl = METHODS[name].get("impl")
-        if impl is not None and (reason := why_not(impl, device.type)) is not None:
+        if reason is None and impl is not None:
+            reason = why_not(impl, device.type)
+        if reason is not None:
             left_out[name] = reason
             continue
         try:
@@ -143,18 +144,19 @@ def measure(
             sum(share * t for share, t in zip(shares_of.values(), each, strict=True))
             for each in zip(*(times[kind] for kind in shares_of), strict=True)
         ]
-        over = {
-            kind: statistics.median(a / b for a, b in zip(times[kind], times[plain], strict=True))
-            - 1
+        over = quartiles([a / b - 1 for a, b in zip(spent, times[plain], strict=True)])
+        fullest = max(
+            statistics.median(a / b for a, b in zip(times[kind], times[plain], strict=True)) - 1
             for kind in shares_of
-        }
+        )
         peak, least = _largest(peaks[kind] for kind in shares_of), peaks[plain]
         methods[name] = {
             "seconds": quartiles(spent),
             "rounds": len(spent),
             "images_per_second": step.batch / statistics.median(spent),
-            "overhead": sum(share * over[kind] for kind, share in shares_of.items()),
-            "fullest": max(over.values()),
+            "overhead": over["median"],
+            "overhead_quartiles": [over["q1"], over["q3"]],
+            "fullest": fullest,
             "peak_bytes": peak,
             "extra_memory": peak / least - 1 if peak is not None and least else None,
         }
@@ -167,12 +169,6 @@ def measure(
 def _kernels(step: Step) -> int:
     off = dict.fromkeys(("output_weight", "multilayer_weight", "representation_weight"), 0.0)
     return len(IMCL(network_of(step), torch.zeros(1, 3, step.size, step.size), **off).kernels)
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    return device.type != "cpu" or (
-        operators.build_info is not None and "avx512bf16" in operators.build_info.isa_levels()
-    )
 
 
 def _largest(peaks: Iterable[int | None]) -> int | None:

@@ -39,6 +39,12 @@ def profiles(width=12, channels=1):
     return made
 
 
+def cka(between):
+    """Of a layer and the output."""
+    names = ["features.0", "output"]
+    return {"rows": names, "columns": names, "cka": [[1.0, between], [between, 1.0]]}
+
+
 def write_run(
     folder,
     *,
@@ -116,6 +122,7 @@ def write_run(
         writer.writerows(rows)
     before, after = profiles()
     (folder / "redundancy_before.json").write_text(json.dumps(before))
+    (folder / "cka_before.json").write_text(json.dumps(cka(0.25)))
     if not running:
         summary = {
             "method": method,
@@ -135,4 +142,5 @@ def write_run(
         }
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "redundancy_after.json").write_text(json.dumps(after))
+        (folder / "cka_after.json").write_text(json.dumps(cka(0.5)))
     return folder

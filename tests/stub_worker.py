@@ -33,7 +33,7 @@ shapes.R18_FEATURES, shapes.resnet18_weights = SMALL, lambda: WEIGHTS
 rows.GPU_CONSISTENCIES, rows.gpu_rows = ((5, 4, 10),), gpu_stubs.few_rows
 loss_of, rows.Row.loss = rows.Row.loss, faulting
 worker.STEP, worker.DEVICE = step.Step("resnet18", 4, width=4, bfloat16=True), torch.device("cpu")
-step._multiplies_bfloat16 = lambda device: True
+step.why_no_bfloat16 = operations.why_no_bfloat16 = lambda device: None
 elapsed = timing.elapsed
 timing.elapsed = lambda _, *parts: elapsed(gpu_stubs.Device, *parts)
 operations.GRAPHS, timing.MOST_SETS, roofline.REPEATS = ("cpu",), 2, 1

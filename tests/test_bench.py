@@ -28,6 +28,7 @@ from bench import (
 )
 from bench.rows import Row, consistency, rows
 from bench.timing import Sample, interleaved, quartiles, sets_needed
+from imcl_fast import operators
 from imcl_fast.imcl import IMCL
 from imcl_fast.schedule import Schedule
 
@@ -108,6 +109,7 @@ def test_the_naive_form_is_timed_however_it_rounds(
 ) -> None:
     row = Row("representation", "tiny", ((2, 8, 4, 4),), dtype)
     rough = twice(row)._replace(name="reference")
+    monkeypatch.setattr(operations, "why_no_bfloat16", lambda device: None)
     monkeypatch.setattr(operations, "competitors", lambda *_: ([rough], {}))
     found = operations.measure(row, CPU, 0, fewest=1)
     assert (set(found.samples) == {"reference"}) == timed
@@ -136,7 +138,8 @@ def test_what_no_graph_can_hold_is_timed_without(monkeypatch: pytest.MonkeyPatch
     ],
     ids=lambda row: row.name,
 )
-def test_a_row_is_measured(row: Row) -> None:
+def test_a_row_is_measured(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "why_no_bfloat16", lambda device: None)
     before = torch.get_float32_matmul_precision()
     found = operations.measure(row, CPU, 0, fewest=2, most=2)
     assert torch.get_float32_matmul_precision() == before
@@ -153,6 +156,25 @@ def test_a_row_is_measured(row: Row) -> None:
     published = {name for name, operation, _ in competitors.THIRD_PARTY
                  if operation == row.operation}  # fmt: skip
     assert published <= names
+
+
+def test_bfloat16_is_left_out_where_a_cpu_has_no_units_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    levels = ["baseline", "avx2"]
+    monkeypatch.setattr(operators.build_info, "isa_levels", lambda: levels)
+    row, one = (consistency(3, 4, 10, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    found = operations.measure(row, CPU, 0, fewest=1, most=1)
+    assert not found.samples and "no bfloat16 units" in found.left_out["reference"]
+    assert operations.measure(one, CPU, 0, fewest=1, most=1).samples
+    half = step.measure(step.Step("resnet18", 2, width=8, size=8, bfloat16=True), CPU, 0)
+    assert not half["methods"] and "no bfloat16 units" in half["left_out"][step.PLAIN]
+    entry = {"operation": row.operation, "floors": {}, **found.as_json()}
+    results = {"operations": {row.name: entry}, "steps": {"half": half}}
+    assert render.losing(results) == "None in this run.\n"
+    assert "no bfloat16 units" in render.left_out(results)
+    levels.append("avx512bf16")
+    assert operations.measure(row, CPU, 0, fewest=1, most=1).samples
 
 
 # ---- how it is timed -------------------------------------------------------------------
@@ -330,7 +352,8 @@ def times(forward: float, backward: float, *, same: bool = True) -> dict:
 def method(seconds: float, overhead: float, extra: float) -> dict:
     return {
         "seconds": quartiles([seconds]), "rounds": 3, "images_per_second": 1 / seconds,
-        "overhead": overhead, "peak_bytes": 2**30, "extra_memory": extra,
+        "overhead": overhead, "overhead_quartiles": [overhead - 0.01, overhead + 0.02],
+        "peak_bytes": 2**30, "extra_memory": extra,
     }  # fmt: skip
 
 
@@ -424,14 +447,42 @@ def test_tables_say_what_was_measured() -> None:
     assert "A CPU, 2 threads" in render.TABLES["machine"](RESULTS)
 
 
+def test_bfloat16_is_shown_of_whoever_measured_it_last(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    names = ("machine", "kernel", "step")
+    place = "<!-- bfloat16:{0} -->\n<!-- /bfloat16:{0} -->\n"
+    page.write_text("".join(place.format(name) for name in names))
+    assert render.fill_bfloat16(page, [RESULTS]) == list(names)
+    assert page.read_text().count("Not measured yet.") == 3
+
+    (title, row) = next(item for item in RESULTS["operations"].items() if "kernel" in item[0])
+    half, empty = title.replace("float32", "bfloat16"), {**row, "competitors": {}}
+
+    def of(cpu: str, date: str, row: dict) -> dict:
+        step = {"a step": RESULTS["steps"]["a step"], "a step, bfloat16 autocast":
+                {**RESULTS["steps"]["a step"], "base": "plain"}}  # fmt: skip
+        return {**RESULTS, "facts": {**RESULTS["facts"], "cpu": cpu, "date": date}, "steps": step,
+                "operations": {title: row, half: row}}  # fmt: skip
+
+    old, new = of("the old", "2026-01-01", row), of("the new", "2026-02-01", row)
+    without = of("without units", "2026-03-01", empty)
+    render.fill_bfloat16(page, [new, without, old])
+    text = page.read_text()
+    assert "on the new, 2 threads" in text and "the old" not in text and "without" not in text
+    assert "R18 bfloat16 | cpp" in text and "R18 float32" not in text
+    assert "| a step, bfloat16 autocast |" in text and "| a step |" not in text
+
+
 def test_the_steps_that_cost_the_least_and_the_most_are_shown() -> None:
     shown = render.TABLES["step-summary"](RESULTS).splitlines()
     assert shown[0].startswith("| the least and the most of 3 training steps | objective |")
     assert [line.split(" | ")[0] for line in shown[2:]] == (
         2 * ["| a step"] + 3 * ["| a dear step, compiled"]
     )
-    assert shown[3] == "| a step | four ways, fused | 1100 | 1 | +8.0 % | +2.0 % |"
-    assert shown[6].endswith("| four ways, fused, compiled | 1300 | 1 | +28.0 % | +2.0 % |")
+    assert shown[3] == (
+        "| a step | four ways, fused | 1100 | 1 | +8.0 % | +7.0 % to +10.0 % | +2.0 % |"
+    )
+    assert shown[6].endswith("| +28.0 % | +27.0 % to +30.0 % | +2.0 % |")
     # Whichever is first.
     steps = dict(reversed(RESULTS["steps"].items()))
     again = render.TABLES["step-summary"]({**RESULTS, "steps": steps})
@@ -505,10 +556,11 @@ def test_a_schedule_is_timed_by_its_kinds_of_steps(monkeypatch: pytest.MonkeyPat
 
     took = {"representation": 4.0, "kernel": 6.0, "neither": 2.0}
 
-    def constant(runs, *_, **__):
+    def constant(runs, *_, **__):  # a second round of which all but the plain step is slower
         for run in runs.values():
             run(0), run(1)
-        return {name: [took.get(name.removeprefix(f"{step.SCHEDULED} "), 2.0)] * 2
+        return {name: [took.get(name.removeprefix(f"{step.SCHEDULED} "), 2.0),
+                       took.get(name.removeprefix(f"{step.SCHEDULED} "), 1.0) * 2]
                 for name in runs}  # fmt: skip
 
     monkeypatch.setattr(IMCL, "forward", recording)
@@ -521,9 +573,11 @@ def test_a_schedule_is_timed_by_its_kinds_of_steps(monkeypatch: pytest.MonkeyPat
                     for terms in computed]  # fmt: skip
     kinds = ({"representation_similarity"}, set(), {"kernel_similarity"})
     assert similarities == [kind for kind in kinds for _ in range(2)]
-    assert found["seconds"]["median"] == 4 / 8 + 6 / 16 + 2 * 13 / 16
-    assert found["overhead"] == 1 / 8 + 2 / 16
-    assert found["fullest"] == 2
+    first, over = 4 / 8 + 6 / 16 + 2 * 13 / 16, 1 / 8 + 2 / 16
+    assert found["seconds"]["median"] == 1.5 * first
+    assert found["overhead"] == (over + 1 + 2 * over) / 2
+    assert found["overhead_quartiles"] == [over + (1 + over) / 4, over + 3 * (1 + over) / 4]
+    assert found["fullest"] == (2 + 5) / 2
 
 
 def test_losing_passes_are_listed_and_only_those() -> None:
@@ -570,13 +624,15 @@ def test_the_documents_have_places_for_tables_that_exist() -> None:
 
 def test_the_tables_in_the_documents_are_those_of_the_stored_results(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
+    stored = [json.loads(path.read_text()) for path in (root / "bench/results").glob("*.json")]
     for document in ("README.md", "docs/performance.md"):
         text = (root / document).read_text()
         copy = tmp_path / Path(document).name
         copy.write_text(text)
+        render.fill_bfloat16(copy, stored)
         filled = []
-        for stored in (root / "bench/results").glob("*.json"):  # one for each machine
-            render.fill(copy, json.loads(stored.read_text()))
+        for results in stored:  # one for each machine
+            render.fill(copy, results)
             filled.append(copy.read_text())
         assert text in filled
 

@@ -260,7 +260,7 @@ def test_watched_it_is_all_but_the_cross_entropy(kind):
     assert TERMS["multilayer_weight"] in ways.terms
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["pixels", pytest.param("tokens", marks=pytest.mark.slow)])
 def test_torch_compile_takes_it_whole(kind):
     torch._dynamo.reset()
     imcl, x, y = build(kind, dropout=0.0)

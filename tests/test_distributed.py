@@ -83,7 +83,7 @@ def test_two_processes_train_what_one_does(script, tmp_path):
     assert len(state["processes"]) == 2  # the generators of both
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_either_process_saves_and_both_go_on(tmp_path, rank):
     flags = [*SMALL, "--checkpoint-every", "1000"]
     whole = Command([*flags, "--run-dir", str(tmp_path / "whole")], tmp_path / "a", ranks=2)

@@ -223,6 +223,7 @@ def test_splits_anywhere(splits):
     assert all(p.grad.abs().sum() > 0 for p in objective.parameters())
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_it_whole():
     torch.manual_seed(0)
     x, y = batch(8)

@@ -598,7 +598,11 @@ def test_kernels_made_in_a_checkpointed_segment(batch, kind):
 
 
 @MADE_ANEW_FILTER
-@pytest.mark.parametrize("kind", ["prune", "spectral_norm", "parametrized spectral_norm"])
+@pytest.mark.parametrize(
+    "kind",
+    ["prune", *(pytest.param(kind, marks=pytest.mark.slow)
+                for kind in ("spectral_norm", "parametrized spectral_norm"))],
+)  # fmt: skip
 def test_torch_compile_takes_kernels_made_anew(batch, kind):
     x, y = batch
     _, _, expected = naive_kernel_step(made_anew(kind, on=False), x, y)

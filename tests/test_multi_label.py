@@ -94,6 +94,7 @@ def test_it_learns_with_all_four_ways():
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_it_whole():
     imcl = multi_label(dropout=0.0)
     expected = imcl(X, LABELS).loss

@@ -48,7 +48,9 @@ def pair(kind="float", jitter=False):
     return Own(DIGITS.train, 200, kind, jitter), Own(DIGITS.test, 100, kind)
 
 
-@pytest.mark.parametrize("kind", ["float", "uint8", "PIL"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("float", marks=pytest.mark.slow), "uint8", "PIL"]
+)
 def test_a_trainer_takes_them(kind):
     train, test = pair(kind)
     trainer = Trainer(config(train_images=None, epochs=8, width=4, label_noise=0.1),

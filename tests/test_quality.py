@@ -203,7 +203,7 @@ def test_a_copy_has_hooks_of_its_own() -> None:
     assert_same_bits([twin(x, y).loss], [qa(x, y).loss])
 
 
-@pytest.mark.parametrize("with_ways", [False, True])
+@pytest.mark.parametrize("with_ways", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_it_trains_under_compile(with_ways: bool) -> None:
     x, y = data(2)
     network = Network().double()

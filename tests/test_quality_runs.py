@@ -273,7 +273,11 @@ def test_accuracy_is_measured_at_each_quality_and_their_mean(tmp_path: Path) -> 
         assert ours["test_accuracy_raw"] == theirs["test_accuracy"]  # and training was the same
 
 
-@pytest.mark.parametrize("options", [{}, {"channels_last": True, "width": 8}, {"accumulate": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"channels_last": True, "width": 8},
+     pytest.param({"accumulate": 2}, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_qad_trains_and_reports(options: dict, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = config(
@@ -357,7 +361,7 @@ def test_the_ways_rise_in_a_qad_run_too() -> None:
     assert shares[0] < 0.8 < 0.99 < shares[1] < 1.01
 
 
-@pytest.mark.parametrize("method", ["qad", "qad-imcl"])
+@pytest.mark.parametrize("method", [pytest.param("qad", marks=pytest.mark.slow), "qad-imcl"])
 def test_a_killed_run_goes_on_bit_by_bit(method: str, tmp_path: Path) -> None:
     flags = [*SMALL, "--method", method, "--qualities", "raw,jpeg20,noise0.1", "--awp", "0.01",
              "--label-noise", "0", "--checkpoint-every", "1", "--resume", "auto"]  # fmt: skip

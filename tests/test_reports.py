@@ -131,6 +131,9 @@ def test_the_last_row_of_a_repeated_epoch_counts(tmp_path):
         ("metrics.csv", "train_loss,lr\n1,2\n", "column is epoch, got 'train_loss,lr'"),
         ("redundancy_after.json", '[{"name": "a"}]', "expected layers with columns, kind, rows"),
         ("redundancy_after.json", "{}", "expected a list, got dict"),
+        ("cka_after.json", '{"rows": ["a"]}', "cka_after.json: expected rows, columns and as many"),
+        ("cka_before.json", '{"rows": [], "columns": ["a"], "cka": [[1.0, 0.5]]}', "as many cells"),
+        ("cka_before.json", "[]", "expected an object, got list"),
     ],
 )
 def test_broken_files_are_named(file, content, message, tmp_path):
@@ -179,7 +182,7 @@ def test_the_report_says_what_the_run_did(tmp_path):
         assert old["name"] in page.text and cosines in page.text
         assert f"after {new['mean_abs_cos']:.3f}" in page.text
     # Two heat maps and a histogram per layer, and the scale of the colours.
-    assert sum(tag == "img" for tag in page.tags) == 2 * len(before) + 1
+    assert sum(tag == "img" for tag in page.tags) == 2 * len(before) + 2  # and two scales
     assert text.count('class="histogram"') == len(before)
 
 
@@ -206,7 +209,7 @@ def test_the_report_s_charts_take_the_page_s_colours(tmp_path):
     _, text = report(write_run(tmp_path / "run"))
     assert "prefers-color-scheme: dark" in text and "@media print" in text
     charts = re.findall(r'<svg [^>]*class="chart".*?</svg>', text, re.DOTALL)
-    assert len(charts) == 3 + 5 + 2  # curves, terms, layers of both kinds
+    assert len(charts) == 3 + 5 + 2 + 2  # curves, terms, layers of both kinds, CKA
     for chart in charts:
         xml.etree.ElementTree.fromstring(chart)
         assert "currentColor" in chart and "#010203" not in chart
@@ -215,10 +218,14 @@ def test_the_report_s_charts_take_the_page_s_colours(tmp_path):
 
 @drawn
 def test_charts_can_be_read_on_a_phone(tmp_path):
-    _, text = report(write_run(tmp_path / "run"))
+    folder = write_run(tmp_path / "run")
+    names = [f"features.{i}.block.conv1" for i in range(40)]
+    many = {"rows": names, "columns": names, "cka": [[0.5] * 40] * 40}
+    (folder / "cka_after.json").write_text(json.dumps(many))
+    _, text = report(folder)
     room = 360 - 2 * 24  # pixels, less the page's margins
     widths = [float(width) for width in re.findall(r'viewBox="0 0 ([\d.]+) [\d.]+"[^>]*>', text)]
-    assert len(widths) > 10
+    assert len(widths) > 10 and len(re.findall("conv1</text>", text)) == 40
     for width in widths:
         scale = room / width
         assert charts.STYLE["font.size"] * scale >= 8, f"{width} points"
@@ -297,11 +304,14 @@ def test_the_report_of_an_unfinished_run(tmp_path):
     assert report(folder)[1] == text  # nothing in it depends on when it is made
     assert "3 of 4 epochs, not finished" in page.text
     assert "before training" in page.text and "after training" not in page.text
+    assert "Which layers see the same" in page.text
     assert "Time of a step" not in page.text
     (folder / "metrics.csv").unlink()
     (folder / "redundancy_before.json").unlink()
+    (folder / "cka_before.json").unlink()  # as of older versions
     page, _ = report(folder)
     assert "No epoch has been finished yet." in page.text and "Redundancy" not in page.text
+    assert "Which layers see the same" not in page.text
 
 
 @drawn
@@ -360,6 +370,13 @@ def test_imcl_train_s_run_is_reported_inspected_and_compared(tmp_path, capsys):
     marked = [name for name in run.used["paths"]["kernel"] if name not in page.text]
     assert run.used["settings"]["views"] == 2 and not marked
     assert f"test accuracy, last epoch {100 * run.accuracy:.2f} %" in page.text
+    # What the report draws of the trained network is what imcl-inspect says of it.
+    assert run.cka_before["rows"] == run.cka_after["rows"] != []
+    assert run.cka_before["cka"] != run.cka_after["cka"]
+    said = tmp_path / "cka.json"
+    assert inspect.main([str(folder), "--cka", "--images", "256", "--json", str(said)]) == 0
+    assert json.loads(said.read_text()) == run.cka_after
+    assert all(name in page.text for name in run.cka_after["rows"])
     capsys.readouterr()
     tables = []
     for path in (folder, folder / "network.pt", folder / "checkpoints" / "best.pt"):

@@ -195,7 +195,8 @@ def test_copies_and_files_go_on_where_it_stands():
 
 
 @pytest.mark.parametrize(
-    ("intervals", "graphs"), [((1, 1), 1), ((4, 8), 3), ((2, 3), 4)]
+    ("intervals", "graphs"),
+    [((1, 1), 1), pytest.param((4, 8), 3, marks=pytest.mark.slow), ((2, 3), 4)],
 )
 def test_a_graph_for_each_set_of_ways_and_none_after_the_first_period(intervals, graphs):
     torch._dynamo.reset()
@@ -212,6 +213,7 @@ def test_a_graph_for_each_set_of_ways_and_none_after_the_first_period(intervals,
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 def test_a_compiled_function_around_it_keeps_the_schedule_too():
     torch._dynamo.reset()
     imcl, eager = scheduled(2, 4), scheduled(2, 4)

@@ -161,7 +161,10 @@ def go_on(folder, epochs, *more):
                     *more], folder.parent)  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant", "step"])
+@pytest.mark.parametrize(
+    "schedule",
+    ["cosine", *(pytest.param(name, marks=pytest.mark.slow) for name in ("constant", "step"))],
+)
 def test_a_run_that_has_ended_goes_on_for_more_epochs(schedule, tmp_path):
     more = ("--schedule", schedule, "--checkpoint-every", "1")
     for epochs in (2, 4):

@@ -72,8 +72,8 @@ def test_the_folder_holds_everything(run):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json", "metrics.csv", "steps.csv", "summary.json", "noise.pt", "network.pt",
-        "redundancy_before.json", "redundancy_after.json", "checkpoints", "log.txt", "report.html",
-        "tb", "used.json",
+        "redundancy_before.json", "redundancy_after.json", "cka_before.json", "cka_after.json",
+        "checkpoints", "log.txt", "report.html", "tb", "used.json",
     }  # fmt: skip
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert checkpoints == ["best.pt", "step-00000010.pt", "step-00000020.pt"]

@@ -195,6 +195,27 @@ def alignment(
         return _file(figure, kind)
 
 
+def alignments(panels: Sequence[tuple[str, Sequence[str], Sequence[Sequence[float]]]]) -> str:
+    """For each title a heat map of numbers in [0, 1] between layers of the same names, as SVGs that
+    stand side by side where there is room for it."""
+    drawn = []
+    for title, names, cells in panels:
+        with _style():
+            figure, (axis,) = _figure(4.2, 0.6 + 0.15 * len(names))
+            axis.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            axis.set_yticks(range(len(names)), names, fontsize=8)
+            axis.set_xticks([])  # in the same order
+            axis.set_title(title)
+            axis.grid(False)
+            drawn.append(_svg(figure, f"alignment {title}"))
+    return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def colours() -> str:
+    """The colours of all numbers from 0 to 1, as the data URI of a PNG."""
+    return heat_map([[(i / 191) ** 2 for i in range(192)]])
+
+
 def histogram(series: Sequence[Sequence[int]]) -> str:
     """Outlines of histograms over [0, 1], counts on a logarithmic scale, as SVG."""
     width, height = 100, 82
@@ -276,5 +297,5 @@ def _svg(figure: Figure, salt: str) -> str:
         svg, count=1,
     )  # fmt: skip
     # Each chart's groups are named figure_1, axes_1 ...; only what is referred to needs a name.
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", svg)
     return svg.replace(INK, "currentColor")

@@ -53,6 +53,8 @@ def write_report(run_folder: str | Path) -> Path:
         terms=_terms(run),
         step_time=_step_time(run),
         ways=_ways(run),
+        cka=_cka(run),
+        scale=charts.colours(),
         configuration=_configuration(run),
         **_redundancy(run),
     )
@@ -161,6 +163,13 @@ def _marks(run: Run, layer: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _cka(run: Run) -> str | None:
+    """How alike the layers are to one another, before and after training."""
+    found = {"before training": run.cka_before, "after training": run.cka_after}
+    panels = [(title, one["rows"], one["cka"]) for title, one in found.items() if one]
+    return charts.alignments(panels) if panels else None
+
+
 def _redundancy(run: Run) -> dict[str, Any]:
     """Pictures and numbers of every layer of the first profile there is, in all of them."""
     series = {"before training": run.before, "after training": run.after}
@@ -198,7 +207,6 @@ def _redundancy(run: Run) -> dict[str, Any]:
     return {
         "kinds": kinds,
         "cosines": charts.layers(panels),
-        "scale": charts.heat_map([[(i / 191) ** 2 for i in range(192)]]),
         "legend": list(zip(series, charts.COLOURS, strict=False)),
         "numbers": {"head": head, "lines": lines},
     }

@@ -16,6 +16,7 @@ CONFIG, METRICS, STEPS, SUMMARY = "config.json", "metrics.csv", "steps.csv", "su
 USED = "used.json"  # settings as they turned out, and what each way acts on
 NOISE, WEIGHTS, LOG = "noise.pt", "network.pt", "log.txt"
 BEFORE, AFTER = "redundancy_before.json", "redundancy_after.json"
+CKA_BEFORE, CKA_AFTER = "cka_before.json", "cka_after.json"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tb"
 
 # The columns of metrics.csv that are no terms of the objective.
@@ -63,6 +64,8 @@ class Run:
         metrics: columns of metrics.csv, a number per epoch; None where there is none.
         summary: results of the whole run; empty while it is going on.
         before, after: redundancy profiles; empty where there are none.
+        cka_before, cka_after: ``rows`` and ``columns``, names of layers, and ``cka`` between them;
+            empty where there is none.
         used: ``settings`` by their names, those that the configuration left open among them, the
             ``weights`` and the ``paths`` of the ways that are on, by way. Empty for a run of a
             version that didn't write it.
@@ -75,6 +78,8 @@ class Run:
     before: list[dict[str, Any]]
     after: list[dict[str, Any]]
     used: dict[str, Any] = field(default_factory=dict)
+    cka_before: dict[str, Any] = field(default_factory=dict)
+    cka_after: dict[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -154,6 +159,8 @@ def read_run(folder: str | Path) -> Run:
         before=_read_profile(folder / BEFORE),
         after=_read_profile(folder / AFTER),
         used=_read_json(folder / USED, dict),
+        cka_before=_read_cka(folder / CKA_BEFORE),
+        cka_after=_read_cka(folder / CKA_AFTER),
     )
 
 
@@ -180,6 +187,19 @@ def _read_profile(path: Path) -> list[dict[str, Any]]:
         if missing:
             raise UnreadableRun(f"{path}: expected layers with {', '.join(sorted(missing))}")
     return layers
+
+
+def _read_cka(path: Path) -> dict[str, Any]:
+    found = _read_json(path, dict)
+    if found:
+        try:
+            sizes = {len(found["columns"]), *map(len, found["cka"])}
+            fits = len(sizes) == 1 and len(found["cka"]) == len(found["rows"])
+        except (KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise UnreadableRun(f"{path}: expected rows, columns and as many cells of cka")
+    return found
 
 
 def _read_metrics(path: Path) -> dict[str, list[float | None]]:

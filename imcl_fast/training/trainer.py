@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..alignment import LEAST, alignment
 from ..data import DataError, DataSet
 from ..data.quality import Quality
 from ..data.split import take
@@ -22,7 +23,16 @@ from ..plan import acted_on
 from ..redundancy import profile
 from ..runs.config import SETTINGS, TrainConfig, argument_of
 from ..runs.errors import as_usage_error
-from ..runs.folder import AFTER, AT_QUALITY, BEFORE, LOG, SUMMARY, WEIGHTS
+from ..runs.folder import (
+    AFTER,
+    AT_QUALITY,
+    BEFORE,
+    CKA_AFTER,
+    CKA_BEFORE,
+    LOG,
+    SUMMARY,
+    WEIGHTS,
+)
 from ..runs.network import build_network
 from .distributed import Processes, joined
 from .interruption import Interruption
@@ -34,6 +44,7 @@ from .records import Records
 from .way_costs import way_seconds
 
 PROFILED_IMAGES = 32
+ALIGNED_IMAGES, ALIGNED_AT_ONCE = 256, 64
 # What measuring the ways after training may take: a share of the training time, and seconds.
 WAYS_SHARE, WAYS_SECONDS = 0.05, 2.0
 
@@ -143,7 +154,7 @@ def _begin(loop: Loop) -> None:
                 noise = {"original": material.true_labels, "noisy": material.train.labels}
             records.begin(config, _used(loop), noise)
             if config.report:
-                _profile(loop, records, BEFORE)
+                _look(loop, records, BEFORE, CKA_BEFORE)
         if config.tensorboard and not records.open_board(loop.state.step):
             loop.observer.said("TensorBoard isn't installed: its files are left out")
     if not resumed:
@@ -212,7 +223,7 @@ def _finish(loop: Loop) -> dict[str, Any]:
     if costs is not None:
         summary["way_seconds"] = costs
     if config.report:
-        _profile(loop, records, AFTER)
+        _look(loop, records, AFTER, CKA_AFTER)
     records.json(SUMMARY, summary)  # which is what tells that it has ended
     return summary
 
@@ -256,12 +267,20 @@ def _summary(loop: Loop) -> dict[str, Any]:
     return summary
 
 
-def _profile(loop: Loop, records: Records, name: str) -> None:
-    some = take(loop.material.test, torch.arange(min(PROFILED_IMAGES, len(loop.material.test))))
+def _look(loop: Loop, records: Records, redundancy: str, cka: str) -> None:
+    """What the report shows of the network as it is, into two files."""
+    records.json(redundancy, profile(loop.measured, _images(loop, PROFILED_IMAGES)))
+    images = _images(loop, ALIGNED_IMAGES)
+    if len(images) >= LEAST:
+        records.json(cka, alignment(loop.measured, images.split(ALIGNED_AT_ONCE))._asdict())
+
+
+def _images(loop: Loop, count: int) -> Tensor:
+    """The first ones that are measured on."""
+    some = take(loop.material.test, torch.arange(min(count, len(loop.material.test))))
     alone = Processes(0, 1, loop.processes.device)
     batches = loop.material.test_loader(some, loop.config, alone)
-    images = torch.cat([images for images, _ in batches])
-    records.json(name, profile(loop.measured, images))
+    return torch.cat([images for images, _ in batches])
 
 
 def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
