@@ -8,12 +8,14 @@ have fake kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from . import operators
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -70,7 +72,7 @@ class CollaborativeConsistency(Function):
         )
         ctx.mark_non_differentiable(terms)
         ctx.save_for_backward(*logits, *gradients)
-        ctx.stacks = len(logits)
+        ctx.implementation, ctx.stacks = implementation, len(logits)
         return loss, terms
 
     @staticmethod
@@ -80,9 +82,9 @@ class CollaborativeConsistency(Function):
         # (*samples, 1), or one number: without a dimension a GPU would round it to bfloat16 first,
         # and with one the CPU would make float32 of the gradient.
         scale = grad if grad.dim() == 0 and grad.device.type == "cpu" else grad.unsqueeze(-1)
-        overwrite = _is_last_use(grad)
+        scale_ = operators.scaling_of(ctx.implementation) if _is_last_use(grad) else None
         with _without_grad():
-            scaled = [_scaled(g, scale, logits[0].dtype, overwrite) for g in gradients]
+            scaled = [_scaled(g, scale, logits[0].dtype, scale_) for g in gradients]
             dz = _as_stacks(scaled, logits)
         dz = _first_order_only(dz, [grad, *logits])
         return *[None] * 5, *_needed(dz, ctx.needs_input_grad[5:])
@@ -131,10 +133,12 @@ def _is_last_use(grad: Tensor) -> bool:
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, overwrite: bool) -> Tensor:
-    """gradient * scale, in one pass; in the same memory where that is allowed."""
-    if gradient.dtype == dtype and overwrite:
-        return gradient.mul_(scale)
+def _scaled(
+    gradient: Tensor, scale: Tensor, dtype: torch.dtype, scale_: Callable | None
+) -> Tensor:
+    """gradient * scale, in one pass; by ``scale_`` in the same memory where that is allowed."""
+    if gradient.dtype == dtype and scale_ is not None:
+        return scale_(gradient, scale)
     return (gradient * scale).to(dtype)
 
 

@@ -184,6 +184,12 @@ def _triton_consistency(*args):
     return consistency.forward(*args)
 
 
+def _triton_scale_(gradient, scale):
+    from .kernels import scaling
+
+    return scaling.scale_(gradient, scale)
+
+
 def _triton_gram_forward(*args):
     from .kernels import dependence
 
@@ -218,7 +224,13 @@ triton_pairwise = Pairwise(
     _as_operator("pairwise_backward", _triton_pairwise_backward, _pairwise_backward),
 )
 triton_consistency = _as_operator("consistency", _triton_consistency, _consistency)
+
 triton_gram = Gram(
     _as_operator("gram_forward", _triton_gram_forward, _gpu_gram_forward),
     _as_operator("gram_backward", _triton_gram_backward, _gram_backward),
 )
+
+
+def scaling_of(consistency: Callable) -> Callable:
+    """What multiplies the gradients of an implementation of the consistency where they lie."""
+    return _triton_scale_ if consistency is triton_consistency else Tensor.mul_

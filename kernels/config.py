@@ -11,6 +11,7 @@ from .plan import EVERY, TILE, Plan, operands_in_shared_memory
 
 _MOST_WARPS = 8  # of a program: more would leave a thread fewer than 255 registers
 _THREADS_REGISTERS = 2048  # of a processor: as many for a warp's every thread, if it is alone
+LARGE_GRADIENT = 2**24  # elements: PyTorch takes 20 us to multiply them, Triton's launch a few more
 _CHUNK_WARPS = 4  # where a program takes the classes in chunks: of 8 fewer fit on a processor
 
 
@@ -134,7 +135,7 @@ def consistency_config(
         each = max(1, _power_of_2_below((14 if heavy else 36) / heads))
         samples, warps, block = 1, _CHUNK_WARPS, 32 * _CHUNK_WARPS * each
     of_thread = samples * block // (32 * warps)
-    at_once = _warps_at_once(heads, heavy or rich, of_thread)
+    at_once = _warps_at_once(heads, heavy or rich, of_thread, block < classes)
     programs = processors * max(1, at_once // warps)
     if device.type == "cpu":  # interpreted: as few steps as show every loop turning
         samples = min(power_of_2((batch + 2) // 3), max(2**16 // block, 1))
@@ -144,10 +145,10 @@ def consistency_config(
     return ConsistencyConfig(samples, block, programs, warps, registers)
 
 
-def _warps_at_once(heads: int, many: bool, each: int) -> int:
+def _warps_at_once(heads: int, many: bool, each: int, alone: bool) -> int:
     """Warps on a processor: as many as leave a thread so many registers that none is spilled in
-    the same test. It has ``each`` elements of every head."""
-    if heads > 5 or many:
+    the same test. It has ``each`` elements of every head, ``alone`` their sums too."""
+    if many or (heads > 5 and not alone):
         return 8
     return 12 if heads * each <= 40 else 10
 

@@ -141,16 +141,17 @@ def _slices(
 
 
 class _Geometry(NamedTuple):
-    """Where heads lie: of each its stack and its index in that, and the stacks' strides.
+    """Where heads lie: of each its stack, its index in that, and which of the strides it has.
 
     Strides are (head, samples, class); those of heads and of samples, one for each axis of
-    them, are in units of ``unit`` elements.
+    them, are in units of ``unit`` elements. Stacks that lie alike share theirs, and the kernel
+    has one offset for all of them.
     """
 
     sizes: tuple[int, ...]  # of the axes of samples; () if it is one, which no kernel is made for
-    heads: tuple[tuple[int, int], ...]
+    heads: tuple[tuple[int, int, int], ...]
     strides: tuple[tuple[int, tuple[int, ...], int], ...]
-    gradient_heads: tuple[tuple[int, int], ...]
+    gradient_heads: tuple[tuple[int, int, int], ...]
     gradient_strides: tuple[tuple[int, tuple[int, ...], int], ...]
     given: tuple[tuple[int, ...], ...]  # strides of what each sample has, in elements
     unit: int
@@ -183,10 +184,17 @@ def _geometry(
         (head // unit, tuple(n // unit for n in own), z.stride(-1))
         for head, own, z in zip(of_heads, axes, (*stacks, *gradients), strict=False)
     )
+    of_logits, of_gradients = strides[: len(stacks)], strides[len(stacks) :]
     return _Geometry(
-        sizes if len(sizes) > 1 else (), heads, strides[: len(stacks)], gradient_heads,
-        strides[len(stacks) :], axes[count:], unit, packed,
+        sizes if len(sizes) > 1 else (), *_shared(heads, of_logits),
+        *_shared(gradient_heads, of_gradients), axes[count:], unit, packed,
     )  # fmt: skip
+
+
+def _shared(heads: Sequence[tuple[int, int]], strides: Sequence[tuple]) -> tuple[tuple, tuple]:
+    """Heads, each with the place of its stack's strides among those that differ; and these."""
+    different = tuple(dict.fromkeys(strides))
+    return tuple((s, i, different.index(strides[s])) for s, i in heads), different
 
 
 def _axes(

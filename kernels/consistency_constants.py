@@ -21,7 +21,7 @@ class ConsistencyConstants(Constants):
     Attributes:
         k: classes.
         head_count, group_count: how many there are.
-        heads, gradient_heads: of each head its stack, and its index in that.
+        heads, gradient_heads: of each head its stack, its index in that, and its strides.
         unit: of the strides of heads and samples, a power of 2: so Triton knows, of any batch,
             that 16 bytes can be read at a time.
         binary: there is one class in memory; the logit of the other is 0.

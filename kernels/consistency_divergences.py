@@ -21,7 +21,6 @@ from .consistency_tiles import (
     PAIRWISE,
     exponent,
     log_p_of,
-    padded,
     sum_of,
     teacher_of,
     teacher_share,
@@ -53,7 +52,7 @@ def _log_mixture(tile, numbers, states):
     m = numbers.beta * tile.soft
     rest = (1 - numbers.beta) / sum_of(numbers.kl)
     for i in tl.static_range(len(tile.z)):
-        log_p = log_p_of(tile.z[i], tile.inside, numbers.inverse_t, states[i])
+        log_p = log_p_of(tile.z[i], numbers.inverse_t, states[i])
         m += tl.exp2(log_p) * (numbers.kl[i] * rest)
     return tl.log2(m)
 
@@ -65,7 +64,7 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
     TEACHER: tl.constexpr = C.teachers[G]
     DIVERGENCE: tl.constexpr = C.divergences[G]
     N: tl.constexpr = len(tile.z)
-    log_p = log_p_of(tile.z[H], tile.inside, numbers.inverse_t, states[H])
+    log_p = log_p_of(tile.z[H], numbers.inverse_t, states[H])
     p = tl.exp2(log_p)
     if DIVERGENCE == MIXTURE:
         log_m = _log_mixture(tile, numbers, states)
@@ -77,7 +76,7 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
         teacher = tl.zeros_like(p)
         for i in tl.static_range(N):
             if i != H:
-                log_q = log_p_of(tile.z[i], tile.inside, numbers.inverse_t, states[i])
+                log_q = log_p_of(tile.z[i], numbers.inverse_t, states[i])
                 q = tl.exp2(log_q)
                 of_h = _parts(log_q, q, log_p, p, numbers.beta, DIVERGENCE)
                 value += of_h[0]
@@ -87,7 +86,7 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
         average: tl.constexpr = 1.0 / (N - 1)  # a variable would be float32
         return value * average, head * average, teacher * average, p, p
     else:
-        u = padded(teacher_of(tile.z, H, TEACHER), tile.inside)
+        u = teacher_of(tile, H, TEACHER)
         share = teacher_share(numbers.inverse_t, N, TEACHER)
         log_q = exponent(u, states[H][4], share) - tl.log2(states[H][5])[:, None]
         q = tl.exp2(log_q)

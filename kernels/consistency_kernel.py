@@ -12,7 +12,8 @@ is 0.
 A program takes some samples at a time, of each all heads, group by group. Classes that
 fit into registers are read once. More are taken in chunks, maxima and sums running along
 (online softmax), those of every thread until there are no more, and read a second time for
-the gradient; a third time for pairwise teachers that are not detached.
+the gradient; a third time for pairwise teachers that are not detached. The gradient of the label's
+class is then stored once more: to look for it would cost every class two instructions.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from .consistency_tiles import (
     merged,
     pairwise_gradient,
     plain_gradient,
+    sums_after,
     taught_gradient,
     times,
 )
@@ -63,7 +65,7 @@ _TARGETS = tl.constexpr(1024)  # counted at a time
 _PARTIALS = tl.constexpr(128)  # of each sum, added at a time
 
 # Tuples that every function takes as the kernel got them: ``logits`` and ``gradients`` are stacks,
-# the sizes of the axes of the samples, and the stacks' strides, of heads and samples in units;
+# the sizes of the axes of the samples, and what strides stacks have, of heads and samples in units;
 # ``labels`` a target, its strides of samples, its stride of classes, class weights, their stride,
 # weights of the samples, their strides.
 
@@ -93,17 +95,18 @@ def _offsets(index, sizes, strides):
 
 
 @triton.jit
-def _row(at, index, HEADS: tl.constexpr, H: tl.constexpr, UNIT: tl.constexpr):
-    """Where the samples' rows of head H begin, [S]."""
-    stride = at[2][HEADS[H][0]]
-    head = tl.full((), HEADS[H][1], tl.int64) * stride[0]
-    return at[0][HEADS[H][0]] + (head + _offsets(index, at[1], stride[1])) * UNIT
+def _places(at, index, k, HEADS: tl.constexpr, H: tl.constexpr, UNIT: tl.constexpr):
+    """Where the classes k, [S, K] or (1, K), of the samples lie in head H, [S, K]. Heads that lie
+    alike share all but a number, and the registers for it."""
+    stride = at[2][HEADS[H][2]]
+    head = at[0][HEADS[H][0]] + tl.full((), HEADS[H][1], tl.int64) * stride[0] * UNIT
+    rows = _offsets(index, at[1], stride[1]) * UNIT
+    return head + (rows[:, None] + k.to(tl.int64) * stride[2])
 
 
 @triton.jit
 def _masked(z, C: tl.constexpr):
     """Logits as they are summed, -inf where they are the lowest number of their dtype."""
-    z = z.to(C.acc)
     return tl.where(z <= C.lowest, float("-inf"), z)
 
 
@@ -117,32 +120,40 @@ def _across(k):
 
 
 @triton.jit
-def _read(logits, index, k, mask, C: tl.constexpr, G: tl.constexpr):
-    """The logits [S, K] of every head of a group."""
+def _read(logits, samples, k, mask, EXACT: tl.constexpr, C: tl.constexpr, G: tl.constexpr):
+    """The logits [S, K] of every head of a group; if not exact, those of masked classes are
+    numbers whose exponentials are 0."""
     k = _across(k)
     FIRST: tl.constexpr = C.groups[G][0]
     N: tl.constexpr = C.groups[G][1]
     z = ()
+    other = tl.where(samples.counted, float("-inf"), 0.0)[:, None]
     if C.binary:
         mask = mask & (k < 1)
+        other = tl.where(k < C.k, 0.0, other)
     for i in tl.static_range(N):
-        row = _row(logits, index, C.heads, FIRST + i, C.unit)
-        step = logits[2][C.heads[FIRST + i][0]][2]
-        pointers = row[:, None] + k.to(tl.int64) * step
-        z += (_masked(tl.load(pointers, mask=mask, other=0.0), C),)  # [S, K]
+        places = _places(logits, samples.index, k, C.heads, FIRST + i, C.unit)
+        of_head = tl.load(places, mask=mask, other=other).to(C.acc)  # [S, K]
+        z += (_masked(of_head, C) if EXACT or C.lowest > -1e38 else of_head,)
     return z
 
 
 @triton.jit
 def _read_labels(logits, samples, C: tl.constexpr, G: tl.constexpr):
-    """The logits [S] of the label of every head, of the first class where it is unknown."""
+    """The logits [S] of the label of every head, of the first class where it is unknown; 0 where
+    labels are no class."""
     FIRST: tl.constexpr = C.groups[G][0]
     N: tl.constexpr = C.groups[G][1]
     z = ()
     for i in tl.static_range(N):
-        row = _row(logits, samples.index, C.heads, FIRST + i, C.unit)
-        offset = tl.maximum(samples.label, 0).to(tl.int64) * logits[2][C.heads[FIRST + i][0]][2]
-        z += (_masked(tl.load(row + offset, mask=samples.counted, other=0.0), C),)  # [S]
+        if C.plain[G] and not C.soft:
+            k = tl.maximum(samples.label, 0)[:, None]
+            places = _places(logits, samples.index, k, C.heads, FIRST + i, C.unit)
+            of_head = tl.load(places, mask=samples.counted[:, None], other=0.0).to(C.acc)
+            of_head = _masked(tl.sum(of_head, 1), C)  # [S]
+        else:
+            of_head = tl.zeros([C.samples], C.acc)
+        z += (of_head,)
     return z
 
 
@@ -185,11 +196,9 @@ def _label_size(labels, sizes, samples, smoothing, C: tl.constexpr):
 def _write(gradients, index, tile, dz, H: tl.constexpr, C: tl.constexpr):
     mask = tile.stored
     if C.binary:
-        mask = mask & (tile.k < 1)[None, :]
-    row = _row(gradients, index, C.gradient_heads, H, C.unit)
-    step = gradients[2][C.gradient_heads[H][0]][2]
-    pointers = row[:, None] + (tile.k.to(tl.int64) * step)[None, :]
-    tl.store(pointers, rounded(dz, row.dtype.element_ty), mask=mask)  # [S, K]
+        mask = mask & (_across(tile.k) < 1)
+    places = _places(gradients, index, _across(tile.k), C.gradient_heads, H, C.unit)
+    tl.store(places, rounded(dz, places.dtype.element_ty), mask=mask)  # [S, K]
 
 
 @triton.jit
@@ -198,9 +207,23 @@ def _tile(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.cons
     k = first + tl.arange(0, C.block)
     inside = (k < C.k)[None, :]
     mask = samples.counted[:, None] & inside
-    z = _read(logits, samples.index, k, mask, C, G)
+    # With the states known, the gradient of a detached teacher's head is of exponentials alone.
+    EXACT: tl.constexpr = C.k <= C.block or C.other[G] or C.pairs[G] or not C.detach[G]
+    z = _read(logits, samples, k, mask, EXACT, C, G)
     soft = _soft(labels, logits[1], samples, smoothing, k, mask, C)
-    return Tile(z, soft, k, inside, samples.stored[:, None] & inside)
+    after = () if C.k <= C.block else sums_after(z, C.teachers[G])
+    return Tile(z, after, soft, k, inside, samples.stored[:, None] & inside)
+
+
+@triton.jit
+def _tile_of_labels(z_y, samples, C: tl.constexpr, G: tl.constexpr):
+    """Of every sample the class of its label, (S, 1)."""
+    z = ()
+    for i in tl.static_range(len(z_y)):
+        z += (z_y[i][:, None],)
+    label = samples.label[:, None]
+    stored = samples.counted[:, None] & (label >= 0)
+    return Tile(z, sums_after(z, C.teachers[G]), 0.0, label, stored, stored)
 
 
 @triton.jit
@@ -224,9 +247,9 @@ def _sliced(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.co
         k = first + slice_[:, None] + (tl.arange(0, EACH) * C.slices)[None, :]
     inside = k < C.k
     mask = samples.counted[:, None] & inside
-    z = _read(logits, samples.index, k, mask, C, G)
+    z = _read(logits, samples, k, mask, True, C, G)
     soft = _soft(labels, logits[1], samples, smoothing, k, mask, C)
-    return Tile(z, soft, k, inside, mask)
+    return Tile(z, sums_after(z, C.teachers[G]), soft, k, inside, mask)
 
 
 @triton.jit
@@ -385,9 +408,6 @@ def _group(
     zeros = ()
     for _ in tl.static_range(N):
         zeros += (zero,)
-    z_y = zeros
-    if C.plain[G] and not C.soft:
-        z_y = _read_labels(logits, samples, C, G)
     states = initial(N, C.samples, C.acc)
     toward = zeros
     pairs = zeros
@@ -397,6 +417,7 @@ def _group(
         divergences += ((zero, zero, zero),)
     smoothing, inverse_t = numbers.smoothing, numbers.inverse_t
     if C.k <= C.block:
+        z_y = _read_labels(logits, samples, C, G)
         tile = _tile(0, logits, labels, samples, smoothing, C, G)
         if C.keep and not PAIRS and not OTHER and (C.detach[G] or N == 1):
             return _gradients_and_terms(
@@ -436,6 +457,13 @@ def _group(
                     _store_gradients(
                         tile, samples, numbers, states, toward, divergences, gradients, scales, C, G
                     )
+        z_y = _read_labels(logits, samples, C, G)
+        if C.keep and C.plain[G] and not C.soft:
+            tl.debug_barrier()  # the gradient without the label's part is stored there already
+            tile = _tile_of_labels(z_y, samples, C, G)
+            _store_gradients(
+                tile, samples, numbers, states, toward, divergences, gradients, scales, C, G
+            )
     ce_terms = ()
     kl_terms = ()
     for i in tl.static_range(N):
@@ -473,6 +501,44 @@ def _class_weight(labels, label, counted):
     """The class weight of each sample's index, 0 of an unknown one, [S]."""
     place = labels[3] + label.to(tl.int64) * labels[4]
     return tl.load(place, mask=counted & (label >= 0), other=0.0)
+
+
+@triton.jit
+def _no_sums(C: tl.constexpr):
+    """What a program adds up, before its first sample: a tuple of [S]; of one sample at a time a
+    tile of numbers, which every thread has a few of, not all."""
+    if C.samples == 1:
+        return tl.zeros([C.padded], C.acc)
+    else:
+        sums = ()
+        for _ in tl.static_range(C.sums):
+            sums += (tl.zeros([C.samples], C.acc),)
+        return sums
+
+
+@triton.jit
+def _with(sums, more, C: tl.constexpr):
+    """Sums and more ones, a tuple of [S]."""
+    if C.samples == 1:
+        which = tl.arange(0, C.padded)
+        for c in tl.static_range(C.sums):
+            sums += tl.where(which == c, tl.sum(more[c]), 0.0)
+        return sums
+    else:
+        new = ()
+        for c in tl.static_range(C.sums):
+            new += (sums[c] + more[c],)
+        return new
+
+
+@triton.jit
+def _store_sums(place, programs, sums, C: tl.constexpr):
+    if C.samples == 1:
+        which = tl.arange(0, C.padded)
+        tl.store(place + which * programs, sums, mask=which < C.sums)
+    else:
+        for c in tl.static_range(C.sums):
+            tl.store(place + c * programs, tl.sum(sums[c]))
 
 
 @triton.jit
@@ -557,9 +623,7 @@ def consistency_kernel(
             kl_mean = 1.0 / batch.to(C.acc)
             ce_mean = kl_mean
 
-    sums = ()
-    for _ in tl.static_range(C.sums):
-        sums += (tl.zeros([C.samples], C.acc),)
+    sums = _no_sums(C)
     programs = tl.num_programs(0)
     for start in range(tl.program_id(0) * C.samples, batch, programs * C.samples):
         index = start + tl.arange(0, C.samples)
@@ -593,27 +657,24 @@ def consistency_kernel(
             kl += kl_terms
         ce_loss = tl.zeros([C.samples], C.acc)
         kl_loss = ce_loss
-        new = ()
+        more = ()
         for h in tl.static_range(H):
             term = times(share, ce[h]) if C.shared else ce[h]
             ce_loss += times(ce_weights[h], term)
-            new += (sums[h] + term,)
+            more += (term,)
         for h in tl.static_range(H):
             term = times(share, kl[h]) if C.shared else kl[h]
             kl_loss += times(kl_weights[h], term)
-            new += (sums[H + h] + term,)
+            more += (term,)
         if C.reduction == _REDUCE_NONE:
             tl.store(results[2] + index, ce_loss + kl_loss, mask=stored)  # [S]
         if C.split:
             of_label = share * _class_weight(labels, label, counted)
-            new += (sums[2 * H] + kl_loss, sums[2 * H + 1] + share, sums[2 * H + 2] + of_label,
-                    sums[2 * H + 3] + ce_loss)  # fmt: skip
+            more += (kl_loss, share, of_label, ce_loss)
         else:
-            new += (sums[2 * H] + (ce_loss + kl_loss), sums[2 * H + 1] + share)
-        sums = new
+            more += (ce_loss + kl_loss, share)
+        sums = _with(sums, more, C)
 
-    place = results[0] + tl.program_id(0)
-    for c in tl.static_range(C.sums):
-        tl.store(place + c * programs, tl.sum(sums[c]))
+    _store_sums(results[0] + tl.program_id(0), programs, sums, C)
     if draws_last_ticket(results[1], programs):
         _finish(results[0], programs, results[2], results[3], C)

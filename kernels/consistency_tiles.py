@@ -1,8 +1,9 @@
 """Device functions of the collaborative consistency, on tiles of logits.
 
-A tile is [S, K]: samples, classes; what is known of a head is [S]. Past the last class,
-and of samples that aren't counted, logits are 0; ``inside`` (1, K) tells the classes. The
-logit of a masked class is -inf: of a product with its probability of 0, ``times`` makes 0.
+A tile is [S, K]: samples, classes; what is known of a head is [S]. The logit of a masked
+class is -inf, and so it is past the last class; of samples that aren't counted logits are 0.
+Of a product with a probability of 0 ``times`` makes 0. A maximum is at least ``LOWEST``, which
+is finite: so of masked classes alone all exponents are -inf too, and no sum needs a condition.
 
 Exponents are in units of log 2, so that an exponential is one instruction on top of the
 multiplication by 1/T: ``inverse_t`` is log2(e)/T. The logits of a teacher are u ``share``,
@@ -29,6 +30,7 @@ from ..algebra import consistency as algebra
 OTHERS, MEAN = tl.constexpr(algebra.OTHERS), tl.constexpr(algebra.MEAN)
 FINAL, PAIRWISE = tl.constexpr(algebra.FINAL), tl.constexpr(algebra.PAIRWISE)
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(-(2.0**100))
 
 
 class Samples(NamedTuple):
@@ -56,6 +58,7 @@ class Tile(NamedTuple):
     """Some classes of a program's samples."""
 
     z: Any  # the logits of each head of a group, [S, K]
+    after: Any  # of others as teachers, what the heads behind each but the last sum up to; or ()
     soft: Any  # soft labels, [S, K]
     k: Any  # [K], or [S, K]
     inside: Any  # (1, K), or [S, K]
@@ -90,8 +93,30 @@ def _sums(tiles):
 
 
 @triton.jit
-def padded(z, inside):
-    return tl.where(inside, z, float("-inf"))
+def _joined(tiles):
+    """Tiles [S, K] as one [S, K, 2, ..., 2], filled up with the last of them."""
+    for _ in tl.static_range(16):
+        if len(tiles) > 1:
+            if len(tiles) % 2 == 1:
+                tiles += (tiles[len(tiles) - 1],)
+            pairs = ()
+            for i in tl.static_range(len(tiles) // 2):
+                pairs += (tl.join(tiles[2 * i], tiles[2 * i + 1]),)
+            tiles = pairs
+    return tiles[0]
+
+
+@triton.jit
+def _parted(joined, N: tl.constexpr):
+    """What ``_joined`` made one, and more, after its axis of classes is gone: at least N [S]."""
+    parts = (joined,)
+    for _ in tl.static_range(16):
+        if len(parts) < N:
+            more = ()
+            for i in tl.static_range(len(parts)):
+                more += tl.split(parts[i])
+            parts = more
+    return parts
 
 
 @triton.jit
@@ -108,34 +133,42 @@ def _per(weight, total):
 
 @triton.jit
 def exponent(z, top, factor):
-    """(z - top) factor, in one instruction; where all classes are masked so far, z factor."""
-    shift = tl.where(top == float("-inf"), 0.0, top * factor)
-    return tl.fma(z, factor, -shift[:, None])
+    """(z - top) factor, in one instruction."""
+    return tl.fma(z, factor, -(top * factor)[:, None])
 
 
 @triton.jit
-def _plain(z, x, top, POWER: tl.constexpr):
+def _power(root, EXPONENT: tl.constexpr):
+    power = root
+    for _ in tl.static_range(EXPONENT - 1):
+        power *= root
+    return power
+
+
+@triton.jit
+def _plain(z, root, top, POWER: tl.constexpr):
     """exp(z - top): where T = POWER, a power of 2^x, which is needed too."""
     if POWER > 0:
-        root = tl.exp2(x)
-        power = root
-        for _ in tl.static_range(POWER - 1):
-            power *= root
-        return power
+        return _power(root, POWER)
     else:
         return tl.exp2(exponent(z, top, tl.full((), LOG2_E, z.dtype)))
 
 
 @triton.jit
-def _risen(old, new):
-    """By how much a maximum rose, negated; 0 if there was none."""
-    return tl.where(old == float("-inf"), 0.0, old - new)
+def _lowered(drop, inverse_t, POWER: tl.constexpr):
+    """What sums of exp(z - max z) and of 2^x are multiplied with when max z is by ``drop`` less
+    than it will be."""
+    tempered = tl.exp2(drop * inverse_t)
+    if POWER > 0:
+        return _power(tempered, POWER), tempered
+    else:
+        return tl.exp2(drop * LOG2_E), tempered
 
 
 @triton.jit
 def initial(N: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr):
     """The states of N heads before their first class."""
-    low = tl.full([S], float("-inf"), ACC)
+    low = tl.full([S], LOWEST, ACC)
     zero = tl.zeros([S], ACC)
     states = ()
     for _ in tl.static_range(N):
@@ -154,10 +187,31 @@ def teacher_share(inverse_t, N: tl.constexpr, TEACHER: tl.constexpr):
 
 
 @triton.jit
-def teacher_of(z, H: tl.constexpr, TEACHER: tl.constexpr):
+def sums_after(z, TEACHER: tl.constexpr):
+    """``Tile.after``: with it teachers take three additions a head, however many heads there are,
+    and as many registers as the logits."""
+    N: tl.constexpr = len(z)
+    after = ()
+    if TEACHER == OTHERS and N > 2:
+        after = (z[N - 1],)
+        for i in tl.static_range(2, N):
+            after = (z[N - i] + after[0],) + after
+    return after
+
+
+@triton.jit
+def teacher_of(tile, H: tl.constexpr, TEACHER: tl.constexpr):
     """u [S, K] of head H. Of its own large logit, a sum of all heads would keep the rounding."""
+    z = tile.z
     if TEACHER == OTHERS:
-        return sum_of(z[:H] + z[H + 1 :])
+        if len(tile.after) == 0:
+            return sum_of(z[:H] + z[H + 1 :])
+        elif H == 0:
+            return tile.after[0]
+        elif H == len(z) - 1:
+            return sum_of(z[:H])
+        else:
+            return sum_of(z[:H]) + tile.after[H]
     elif TEACHER == MEAN:
         return sum_of(z)
     else:
@@ -165,12 +219,12 @@ def teacher_of(z, H: tl.constexpr, TEACHER: tl.constexpr):
 
 
 @triton.jit
-def of_labels(z, soft, C: tl.constexpr):
+def _of_labels(tile, H: tl.constexpr, C: tl.constexpr):
     """What the state sums of the logits for labels that are more than one class, [S, K]."""
     if C.soft:
-        return times(soft, z)
+        return times(tile.soft, tile.z[H])
     else:
-        return z * (1.0 / C.k)
+        return tl.where(tile.inside, tile.z[H], 0.0) * (1.0 / C.k)
 
 
 @triton.jit
@@ -179,16 +233,15 @@ def absorb_alone(tile, state, C: tl.constexpr, G: tl.constexpr):
     z = tile.z[0]
     top, plain, raw = state[0], state[1], state[3]
     if C.plain[G]:
-        z_low = padded(z, tile.inside)
         # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
-        top = tl.maximum(top, tl.max(z_low, 1))
-        e = _plain(z_low, z_low, top, 0)
+        top = tl.maximum(top, tl.max(z, 1))
+        e = _plain(z, z, top, 0)
         if C.smooth or C.soft:
-            more, more_raw = _sums((e, of_labels(z, tile.soft, C)))
+            more, more_raw = _sums((e, _of_labels(tile, 0, C)))
             raw += more_raw
         else:
             more = tl.sum(e, 1)
-        plain = plain * tl.exp2(_risen(state[0], top) * LOG2_E) + more
+        plain = plain * tl.exp2((state[0] - top) * LOG2_E) + more
     return (top, plain, state[2], raw, state[4], state[5], state[6])
 
 
@@ -204,30 +257,29 @@ def absorb(
     TEACHER: tl.constexpr = C.teachers[G]
     TAUGHT: tl.constexpr = TEACHER != PAIRWISE
     OWN: tl.constexpr = TEACHER == OTHERS or H == 0
+    # Of no cross entropy the sum is that of 2^x, and isn't looked at.
+    POWER: tl.constexpr = C.powers[G] if C.plain[G] else 1
     z = tile.z[H]
+    u = teacher_of(tile, H, TEACHER)
     share = teacher_share(inverse_t, len(tile.z), TEACHER)
-    z_low = padded(z, tile.inside)
-    u_low = padded(teacher_of(tile.z, H, TEACHER), tile.inside)
     raw, teacher_top, teacher, gap = state[3], state[4], state[5], state[6]
     if TAUGHT and OWN:
-        top, teacher_top = _maxima(z_low, u_low)
+        top, teacher_top = _maxima(z, u)
         teacher_top = tl.maximum(state[4], teacher_top)
     else:
-        top = tl.max(z_low, 1)
+        top = tl.max(z, 1)
     # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
     top = tl.maximum(state[0], top)
-    drop = _risen(state[0], top)
-    x = exponent(z_low, top, inverse_t)
+    drop = state[0] - top
+    x = exponent(z, top, inverse_t)
     root = tl.exp2(x)
-    power = root
-    if C.plain[G]:
-        power = _plain(z_low, x, top, C.powers[G])
+    power = _plain(z, root, top, POWER)
     if TAUGHT:
         if OWN:
-            risen = (_risen(state[4], teacher_top) * share, teacher)
+            risen = ((state[4] - teacher_top) * share, teacher)
         else:
             teacher_top = shared[4]
-        y = exponent(u_low, teacher_top, share)
+        y = exponent(u, teacher_top, share)
         q = tl.exp2(y)
         more, more_plain, more_teacher, more_gap = _sums((root, power, q, times(q, y - x)))
         shrunk = tl.exp2(risen[0])
@@ -235,35 +287,48 @@ def absorb(
         teacher = teacher * shrunk + more_teacher
     else:
         more, more_plain = _sums((root, power))
-    tempered = state[2] * tl.exp2(drop * inverse_t) + more
-    plain = state[1] * tl.exp2(drop * LOG2_E) + more_plain
+    plain_shrunk, tempered_shrunk = _lowered(drop, inverse_t, POWER)
+    tempered = state[2] * tempered_shrunk + more
+    plain = state[1] * plain_shrunk + more_plain
     if C.plain[G] and (C.smooth or C.soft):
-        raw += tl.sum(of_labels(z, tile.soft, C), 1)
+        raw += tl.sum(_of_labels(tile, H, C), 1)
     return (top, plain, tempered, raw, teacher_top, teacher, gap), risen
 
 
 @triton.jit
 def merged(sliced, inverse_t, TEACHER: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr):
-    """The states [S] of all heads, from those [S SLICES] of slices of each sample's classes."""
-    TAUGHT: tl.constexpr = len(sliced) > 1 and TEACHER != PAIRWISE
-    states = ()
-    for i in tl.static_range(len(sliced)):
-        of = ()
+    """The states [S] of all heads, from those [S SLICES] of slices of each sample's classes.
+
+    Joined, all maxima wait for the other warps once, and so do all sums.
+    """
+    N: tl.constexpr = len(sliced)
+    TAUGHT: tl.constexpr = N > 1 and TEACHER != PAIRWISE
+    of = ()
+    maxima = ()
+    for i in tl.static_range(N):
+        of_head = ()
         for j in tl.static_range(7):
-            of += (tl.reshape(sliced[i][j], [S, SLICES]),)
-        top, teacher_top = tl.max(of[0], 1), tl.max(of[4], 1)
-        drop = _risen(of[0], top[:, None])
-        plain, tempered = of[1] * tl.exp2(drop * LOG2_E), of[2] * tl.exp2(drop * inverse_t)
-        teacher, gap = of[5], of[6]
+            of_head += (tl.reshape(sliced[i][j], [S, SLICES]),)
+        of += (of_head,)
+        maxima += (of_head[0], of_head[4])
+    tops = _parted(tl.max(_joined(maxima), 1), 2 * N)
+    addends = ()
+    for i in tl.static_range(N):
+        drop = of[i][0] - tops[2 * i][:, None]
+        plain, tempered = of[i][1] * tl.exp2(drop * LOG2_E), of[i][2] * tl.exp2(drop * inverse_t)
+        teacher, gap = of[i][5], of[i][6]
         if TAUGHT:
-            share = teacher_share(inverse_t, len(sliced), TEACHER)
-            rise = _risen(of[4], teacher_top[:, None]) * share
+            share = teacher_share(inverse_t, N, TEACHER)
+            rise = (of[i][4] - tops[2 * i + 1][:, None]) * share
             shrunk = tl.exp2(rise)
             gap = times(shrunk, gap + (rise - drop * inverse_t) * teacher)
             teacher = teacher * shrunk
-        plain, tempered, teacher, gap = _sums((plain, tempered, teacher, gap))
-        raw = tl.sum(of[3], 1)
-        states += ((top, plain, tempered, raw, teacher_top, teacher, gap),)
+        addends += (plain, tempered, of[i][3], teacher, gap)
+    sums = _parted(tl.sum(_joined(addends), 1), 5 * N)
+    states = ()
+    for i in tl.static_range(N):
+        plain, tempered, raw, teacher, gap = sums[5 * i : 5 * i + 5]
+        states += ((tops[2 * i], plain, tempered, raw, tops[2 * i + 1], teacher, gap),)
     return states
 
 
@@ -299,40 +364,43 @@ def plain_gradient(
 ):  # fmt: skip
     """ce (softmax(z) sum(y) - y) of head H, [S, K], of weights ce [S]."""
     POWER: tl.constexpr = C.powers[G] if len(tile.z) > 1 else 0
-    z_low = padded(tile.z[H], tile.inside)
-    x = exponent(z_low, state[0], numbers.inverse_t)
-    plain = _plain(z_low, x, state[0], POWER)
+    root = tl.exp2(exponent(tile.z[H], state[0], numbers.inverse_t))
+    plain = _plain(tile.z[H], root, state[0], POWER)
     if C.soft:
         return plain * _per(ce * samples.size, state[1])[:, None] - ce[:, None] * tile.soft
     else:
         dz = plain * _per(ce, state[1])[:, None]
         if C.smooth:
             dz -= (ce * numbers.smoothing * (1.0 / C.k))[:, None]
-        own = tile.k[None, :] == samples.label[:, None]
-        return dz - tl.where(own, (ce * (1 - numbers.smoothing))[:, None], 0.0)
+        part = (ce * (1 - numbers.smoothing))[:, None]
+        if len(tile.k.shape) == 2:
+            dz -= part
+        elif C.k <= C.block:  # else there is a tile of labels
+            dz -= tl.where(tile.k[None, :] == samples.label[:, None], part, 0.0)
+        return dz
 
 
 @triton.jit
 def taught_gradient(tile, inverse_t, state, kl, H: tl.constexpr, TEACHER: tl.constexpr):
     """kl (p - q) of head H, [S, K], of weights kl [S]."""
-    u, share = teacher_of(tile.z, H, TEACHER), teacher_share(inverse_t, len(tile.z), TEACHER)
-    p = tl.exp2(exponent(padded(tile.z[H], tile.inside), state[0], inverse_t))
-    q = tl.exp2(exponent(padded(u, tile.inside), state[4], share))
+    share = teacher_share(inverse_t, len(tile.z), TEACHER)
+    p = tl.exp2(exponent(tile.z[H], state[0], inverse_t))
+    q = tl.exp2(exponent(teacher_of(tile, H, TEACHER), state[4], share))
     return p * _per(kl, state[2])[:, None] - q * _per(kl, state[5])[:, None]
 
 
 @triton.jit
-def log_p_of(z, inside, inverse_t, state):
-    return exponent(padded(z, inside), state[0], inverse_t) - tl.log2(state[2])[:, None]
+def log_p_of(z, inverse_t, state):
+    return exponent(z, state[0], inverse_t) - tl.log2(state[2])[:, None]
 
 
 @triton.jit
 def into_teacher(tile, inverse_t, state, kl, H: tl.constexpr, TEACHER: tl.constexpr):
     """kl q (log q - log p - KL) of head H, [S, K]: the gradient of its teacher's logits."""
-    u, share = teacher_of(tile.z, H, TEACHER), teacher_share(inverse_t, len(tile.z), TEACHER)
-    y = exponent(padded(u, tile.inside), state[4], share)
+    share = teacher_share(inverse_t, len(tile.z), TEACHER)
+    y = exponent(teacher_of(tile, H, TEACHER), state[4], share)
     gap = y - (tl.log2(state[5]) + _divergence(state))[:, None]
-    gap -= log_p_of(tile.z[H], tile.inside, inverse_t, state)
+    gap -= log_p_of(tile.z[H], inverse_t, state)
     return times(tl.exp2(y) * (_per(kl, state[5]) * LN_2)[:, None], gap)
 
 
@@ -343,7 +411,7 @@ def _pairwise_sums(tile, inverse_t, states, weights):
     entropy = tl.zeros_like(tile.z[0])
     weighted = tl.zeros_like(tile.z[0])
     for i in tl.static_range(len(tile.z)):
-        log_p = log_p_of(tile.z[i], tile.inside, inverse_t, states[i])
+        log_p = log_p_of(tile.z[i], inverse_t, states[i])
         p = tl.exp2(log_p)
         total += p
         entropy += times(p, log_p)
@@ -358,7 +426,7 @@ def add_toward(tile, numbers, states, toward):
     weight = sum_of(numbers.kl)
     new = ()
     for i in tl.static_range(len(tile.z)):
-        log_p = log_p_of(tile.z[i], tile.inside, numbers.inverse_t, states[i])
+        log_p = log_p_of(tile.z[i], numbers.inverse_t, states[i])
         pull = times(tl.exp2(log_p), log_p * weight - weighted)
         new += (toward[i] + tl.sum(pull, 1),)
     return new
@@ -370,7 +438,7 @@ def add_pairwise(tile, numbers, states, divergences):
     total, entropy, _ = _pairwise_sums(tile, numbers.inverse_t, states, numbers.kl)
     new = ()
     for i in tl.static_range(len(tile.z)):
-        log_p = log_p_of(tile.z[i], tile.inside, numbers.inverse_t, states[i])
+        log_p = log_p_of(tile.z[i], numbers.inverse_t, states[i])
         kl = entropy - times(total, log_p)
         new += (divergences[i] + tl.sum(kl, 1) * (LN_2 / (len(tile.z) - 1)),)
     return new
@@ -384,7 +452,7 @@ def pairwise_gradient(
     weights = numbers.kl
     others: tl.constexpr = len(tile.z) - 1
     total, _, weighted = _pairwise_sums(tile, numbers.inverse_t, states, weights)
-    log_p = log_p_of(tile.z[H], tile.inside, numbers.inverse_t, states[H])
+    log_p = log_p_of(tile.z[H], numbers.inverse_t, states[H])
     p = tl.exp2(log_p)
     dz = times(weights[H], p - (total - p) * (1.0 / others))
     if not DETACH:

@@ -103,7 +103,13 @@ def test_what_the_cache_does_not_hold_is_read_twice() -> None:
         kernel = {**of_consistency(10, 20), "programs": programs, "samples": 1}
         assert case.forward(kernel).bytes == (reads + 1) * once
     assert case.forward({**kernel, "block": 500_000}).bytes == 2 * once
-    assert case.backward.bytes == 2 * once and case.backward.programs == 0
+
+
+def test_a_small_gradient_is_read_and_written_once_more() -> None:
+    """A large one isn't: kernels/scaling.py."""
+    for classes, moved in ((400_000, 2), (500_000, 0)):
+        case = consistency_model.Case(consistency(4, 10, classes, dtype=torch.bfloat16))
+        assert case.backward.bytes == moved * 4 * 10 * classes * 2 and not case.backward.programs
 
 
 def test_other_loops_of_the_consistency_are_an_error() -> None:

@@ -6,11 +6,14 @@ GPU, or on the CPU under TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import TESTED
+from conftest import TESTED, dtype_name
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imcl_fast import functional as F
@@ -22,7 +25,7 @@ if "triton" not in TESTED:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels launched."""
-    from imcl_fast.kernels import consistency, dependence, launch, pairwise
+    from imcl_fast.kernels import consistency, dependence, launch, pairwise, scaling
 
     names: list[str] = []
 
@@ -30,7 +33,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(kernel.__name__)
         launch.launch(kernel, *args, **options)
 
-    for module in (pairwise, consistency, dependence):
+    for module in (pairwise, consistency, dependence, scaling):
         monkeypatch.setattr(module, "launch", counted)
     return names
 
@@ -46,6 +49,29 @@ def test_four_layers_take_one_launch_each_way(launches: list[str], center: bool)
     assert launches == ["forward_kernel"]
     loss.backward()
     assert launches == ["forward_kernel", "backward_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_a_large_gradient_is_scaled_in_one_launch(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """To what PyTorch's multiplication makes of it."""
+    from imcl_fast.kernels import scaling
+
+    z = torch.randn(3, 5, 3000, device=DEVICE, dtype=dtype, requires_grad=True)
+
+    def scaled(by: float) -> Tensor:
+        launches.clear()
+        loss = F.collaborative_consistency(z, None, impl="triton")
+        return torch.autograd.grad(loss, z, torch.tensor(by, device=DEVICE))[0]
+
+    factors = (1.0, 0.3, math.nan)
+    expected = [scaled(by) for by in factors]
+    assert launches == ["consistency_kernel"]
+    monkeypatch.setattr(scaling, "LARGE_GRADIENT", z.numel())
+    for by, gradient in zip(factors, expected, strict=True):
+        torch.testing.assert_close(scaled(by), gradient, rtol=0, atol=0, equal_nan=True)
+        assert launches == ["consistency_kernel", "_scale_kernel"]
 
 
 def test_twenty_layers_take_one_launch_each_way(launches: list[str]) -> None:
