@@ -262,7 +262,7 @@ def _read_states(
         _repeated(samples.index, C), _repeated(samples.stored, C), _repeated(samples.counted, C),
         _repeated(samples.label, C), samples.size,
     )  # fmt: skip
-    states = initial(C.groups[G][1], C.samples * C.slices, C.acc)
+    states = initial(inverse_t, C.groups[G][1], C.samples * C.slices, C.acc)
     for first in range(0, C.k, C.block):
         tile = _sliced(first, logits, labels, rows, smoothing, C, G)
         states = _absorb_heads(tile, inverse_t, states, C, G)
@@ -408,7 +408,7 @@ def _group(
     zeros = ()
     for _ in tl.static_range(N):
         zeros += (zero,)
-    states = initial(N, C.samples, C.acc)
+    states = initial(numbers.inverse_t, N, C.samples, C.acc)
     toward = zeros
     pairs = zeros
     of_label = zero

@@ -2,8 +2,9 @@
 
 A tile is [S, K]: samples, classes; what is known of a head is [S]. The logit of a masked
 class is -inf, and so it is past the last class; of samples that aren't counted logits are 0.
-Of a product with a probability of 0 ``times`` makes 0. A maximum is at least ``LOWEST``, which
-is finite: so of masked classes alone all exponents are -inf too, and no sum needs a condition.
+Of a product with a probability of 0 ``times`` makes 0. A maximum is finite from the beginning,
+by far lower than logits are: so of masked classes alone all exponents are -inf too, and no sum
+needs a condition.
 
 Exponents are in units of log 2, so that an exponential is one instruction on top of the
 multiplication by 1/T: ``inverse_t`` is log2(e)/T. The logits of a teacher are u ``share``,
@@ -30,7 +31,7 @@ from ..algebra import consistency as algebra
 OTHERS, MEAN = tl.constexpr(algebra.OTHERS), tl.constexpr(algebra.MEAN)
 FINAL, PAIRWISE = tl.constexpr(algebra.FINAL), tl.constexpr(algebra.PAIRWISE)
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
-LOWEST = tl.constexpr(-(2.0**100))
+_LOWEST = tl.constexpr(-(2.0**126))  # of an exponent
 
 
 class Samples(NamedTuple):
@@ -166,9 +167,9 @@ def _lowered(drop, inverse_t, POWER: tl.constexpr):
 
 
 @triton.jit
-def initial(N: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr):
+def initial(inverse_t, N: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr):
     """The states of N heads before their first class."""
-    low = tl.full([S], LOWEST, ACC)
+    low = tl.zeros([S], ACC) + _LOWEST / tl.maximum(inverse_t, LOG2_E)
     zero = tl.zeros([S], ACC)
     states = ()
     for _ in tl.static_range(N):

@@ -480,6 +480,20 @@ def test_very_negative_logits(impl: Impl, teacher: str, low: float) -> None:
         assert_result(got, truth, scale_of([z[..., open_]], options) * count, dtype)
 
 
+@pytest.mark.parametrize("low", [-1e9, -3e30, -1e36])
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_samples_of_very_negative_logits_alone(impl: Impl, count: int, low: float) -> None:
+    z = torch.full((count, 3, 9), low)
+    z[:, 1, 4] *= 2
+    target = torch.tensor([0, 4, 2])
+    options = {"temperature": 0.5}
+    got = run(impl.name, list(z.to(impl.device)), target.to(impl.device), **options)
+    truth = run("reference", [head.double() for head in z], target, **options)
+    torch.testing.assert_close(got.loss.double().cpu(), truth.loss, rtol=1e-5, atol=0)
+    for g, t in zip(got.gradients, truth.gradients, strict=True):
+        torch.testing.assert_close(g.double().cpu(), t, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [-1e9, -1e5, 1e5, 1e9])
 @pytest.mark.parametrize("kept", [True, False])
 def test_one_large_logit_is_not_subtracted_from_a_sum(
