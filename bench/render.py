@@ -172,7 +172,7 @@ def operation(name: str) -> Callable[[Results], str]:
 
 def step(results: Results) -> str:
     """All whole training steps."""
-    head = ["training step", "objective", "ms", "quartiles", "images/s", "over plain", "quartiles",
+    head = ["training step", "objective", "ms", "quartiles", "images/s", "over plain",
             "peak MiB", "extra"]  # fmt: skip
     return table(head, _steps(results, results["steps"]))
 
@@ -191,15 +191,20 @@ def _steps(results: Results, titles: Iterable[str]) -> Iterator[list[str]]:
                 milliseconds(spent["median"]),
                 f"{milliseconds(spent['q1'])} - {milliseconds(spent['q3'])}",
                 f"{one['images_per_second']:.0f}",
-                "" if plain else percent(one["overhead"]),
-                "" if plain else " to ".join(map(percent, one.get("overhead_quartiles", ()))),
+                "" if plain else _over_plain(one),
                 mebibytes(one["peak_bytes"]),
                 "" if plain else percent(one["extra_memory"]),
             ]
 
 
+def _over_plain(method: Mapping) -> str:
+    """With its quartiles, which results of older versions don't have."""
+    between = " to ".join(map(percent, method.get("overhead_quartiles", ())))
+    return percent(method["overhead"]) + (f" ({between})" if between else "")
+
+
 def step_summary(results: Results) -> str:
-    """The training steps in which the fused ways cost the least and the most, without quartiles."""
+    """The training steps in which the fused ways cost the least and the most."""
     over = {
         title: one["overhead"]
         for title, found in results["steps"].items()
@@ -209,13 +214,13 @@ def step_summary(results: Results) -> str:
         return "None in this run.\n"
     least, most = (pick(over, key=over.__getitem__) for pick in (min, max))
     lines = [
-        [title, name, ms, images, overhead, between, more]
-        for title, name, ms, _, images, overhead, between, _, more in _steps(
+        [title, name, ms, images, overhead, more]
+        for title, name, ms, _, images, overhead, _, more in _steps(
             results, dict.fromkeys((least, most))
         )
     ]
     head = [f"the least and the most of {len(over)} training steps", "objective", "ms",
-            "images/s", "over plain", "quartiles", "more memory"]  # fmt: skip
+            "images/s", "over plain", "more memory"]  # fmt: skip
     return table(head, lines)
 
 

@@ -480,9 +480,9 @@ def test_the_steps_that_cost_the_least_and_the_most_are_shown() -> None:
         2 * ["| a step"] + 3 * ["| a dear step, compiled"]
     )
     assert shown[3] == (
-        "| a step | four ways, fused | 1100 | 1 | +8.0 % | +7.0 % to +10.0 % | +2.0 % |"
+        "| a step | four ways, fused | 1100 | 1 | +8.0 % (+7.0 % to +10.0 %) | +2.0 % |"
     )
-    assert shown[6].endswith("| +28.0 % | +27.0 % to +30.0 % | +2.0 % |")
+    assert shown[6].endswith("| +28.0 % (+27.0 % to +30.0 %) | +2.0 % |")
     # Whichever is first.
     steps = dict(reversed(RESULTS["steps"].items()))
     again = render.TABLES["step-summary"]({**RESULTS, "steps": steps})
