@@ -623,6 +623,20 @@ def test_the_cost_of_a_way_on_a_schedule_is_spread_over_its_interval(
     assert list(summary["way_seconds"].values()) == [8.0, 8.0, 4.0, 2.0]
 
 
+def test_a_run_says_why_it_has_no_costs_of_ways(digits, tmp_path, monkeypatch):
+    said = []
+
+    class Lines(Observer):
+        def said(self, line):
+            said.append(line)
+
+    monkeypatch.setattr(training.trainer, "way_seconds", lambda *_, **__: None)
+    settings = config(measure_ways=True, run_dir=tmp_path / "run")
+    summary = Trainer(settings, data_set=digits, observer=Lines()).fit()
+    assert "way_seconds" not in summary
+    assert said[-1].startswith("What each way costs is left out")
+
+
 def test_importing_the_package_does_not_import_the_trainer():
     code = (
         "import sys, imcl_fast; assert 'imcl_fast.training' not in sys.modules;"

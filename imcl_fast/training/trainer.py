@@ -294,14 +294,14 @@ def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
     def build(network: nn.Module, without: str | None) -> nn.Module:
         return build_objective(_less(config, without), network, loop.material, loop.processes)
 
+    allowed = max(WAYS_SECONDS, WAYS_SHARE * trained)
     costs = way_seconds(
-        loop.plain,
-        build,
-        config.ways,
-        loop.forward_backward,
-        *loop.last_batch,
-        allowed=max(WAYS_SECONDS, WAYS_SHARE * trained),
+        loop.plain, build, config.ways, loop.forward_backward, *loop.last_batch, allowed=allowed
     )
+    if costs is None:
+        loop.observer.said(
+            f"What each way costs is left out: to measure it would take more than {allowed:.1f} s"
+        )
     return costs and {
         way: cost / getattr(objective, f"{way}_interval", 1) for way, cost in costs.items()
     }
