@@ -160,6 +160,8 @@ def tried(found: Analysis) -> str:
         if not means:
             continue
         verdict = "won" if min(means.values()) > 0 else "lost" if max(means.values()) <= 0 else ""
+        if len(means) < len(study.conditions):
+            verdict = ""  # not all have run
         seeds = max(len(found.points(c, method.networks, method.name, method.versus))
                     for c in means)  # fmt: skip
         cells = [f"{100 * means[c]:+.2f}" if c in means else "" for c in study.conditions]
