@@ -224,7 +224,6 @@ triton_pairwise = Pairwise(
     _as_operator("pairwise_backward", _triton_pairwise_backward, _pairwise_backward),
 )
 triton_consistency = _as_operator("consistency", _triton_consistency, _consistency)
-
 triton_gram = Gram(
     _as_operator("gram_forward", _triton_gram_forward, _gpu_gram_forward),
     _as_operator("gram_backward", _triton_gram_backward, _gram_backward),

@@ -11,7 +11,7 @@ from .plan import EVERY, TILE, Plan, operands_in_shared_memory
 
 _MOST_WARPS = 8  # of a program: more would leave a thread fewer than 255 registers
 _THREADS_REGISTERS = 2048  # of a processor: as many for a warp's every thread, if it is alone
-LARGE_GRADIENT = 2**24  # elements: PyTorch takes 20 us to multiply them, Triton's launch a few more
+LARGE_GRADIENT = 2**24  # elements, which PyTorch should multiply in 20 us on an H100
 _CHUNK_WARPS = 4  # where a program takes the classes in chunks: of 8 fewer fit on a processor
 
 
@@ -147,7 +147,8 @@ def consistency_config(
 
 def _warps_at_once(heads: int, many: bool, each: int, alone: bool) -> int:
     """Warps on a processor: as many as leave a thread so many registers that none is spilled in
-    the same test. It has ``each`` elements of every head, ``alone`` their sums too."""
+    the same test, or of more than 5 heads in chunks only those that it lists. It has
+    ``each`` elements of every head, ``alone`` their sums too."""
     if many or (heads > 5 and not alone):
         return 8
     return 12 if heads * each <= 40 else 10

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imcl_fast.alignment import alignment
 from imcl_fast.models import import_torchvision, resnet18
-from imcl_fast.reports import inspect
+from imcl_fast.reports import charts, inspect
 
 
 class Network(nn.Module):
@@ -135,7 +135,7 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     shared = (network, "--image-size", 8, "--images", 20)
     assert run(*shared, "--cka", "--plot", tmp_path / "a.svg", "--json", tmp_path / "a.json") == 0
     out = capsys.readouterr().out
-    assert "CKA with the one before" in out and inspect.READ_CKA in out
+    assert "CKA with the one before" in out and charts.READ_CKA in out
     known = json.loads((tmp_path / "a.json").read_text())
     assert known["rows"] == known["columns"] == ["one", "two", "output"]
     svg = (tmp_path / "a.svg").read_text()

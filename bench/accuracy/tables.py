@@ -159,9 +159,10 @@ def tried(found: Analysis) -> str:
                 means[condition] = point.mean
         if not means:
             continue
-        verdict = "won" if min(means.values()) > 0 else "lost" if max(means.values()) <= 0 else ""
-        if len(means) < len(study.conditions):
-            verdict = ""  # not all have run
+        verdict = ""
+        if len(means) == len(study.conditions):  # all have run
+            least, most = min(means.values()), max(means.values())
+            verdict = "won" if least > 0 else "lost" if most <= 0 else ""
         seeds = max(len(found.points(c, method.networks, method.name, method.versus))
                     for c in means)  # fmt: skip
         cells = [f"{100 * means[c]:+.2f}" if c in means else "" for c in study.conditions]

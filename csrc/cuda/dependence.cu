@@ -273,6 +273,23 @@ cudaError_t with_types(DType dtype, const Run& run) {
   }
 }
 
+// A kernel on all layers; kernel_of(types) is the one for a dtype, programs_of(layer, span) how
+// many blocks a layer takes.
+template <class Programs, class Kernel>
+cudaError_t launch(const DependenceCall& call, const GramLayer* layers, int64_t count,
+                   const Dimension* dimensions, cudaStream_t stream, const Programs& programs_of,
+                   const Kernel& kernel_of) {
+  return with_types(call.dtype, [&](auto types) {
+    return for_launches<DependenceArguments>(
+        call, layers, count, dimensions,
+        [&](const Layer& layer) { return programs_of(layer, call.span); },
+        [&](const DependenceArguments& arguments, unsigned programs) {
+          const auto kernel = kernel_of(types);
+          IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(arguments);
+        });
+  });
+}
+
 }  // namespace
 }  // namespace imcl
 
@@ -281,15 +298,9 @@ extern "C" cudaError_t imcl_cuda_gram_forward(const imcl::DependenceCall* call,
                                               const imcl::Dimension* dimensions,
                                               cudaStream_t stream) {
   using namespace imcl;
-  return with_types(call->dtype, [&](auto types) {
+  return launch(*call, layers, count, dimensions, stream, gram_programs, [](auto types) {
     using Chosen = decltype(types);
-    return for_launches<DependenceArguments>(
-        *call, layers, count, dimensions,
-        [&](const Layer& layer) { return gram_programs(layer, call->span); },
-        [&](const DependenceArguments& arguments, unsigned programs) {
-          const auto kernel = gram_kernel<typename Chosen::T, typename Chosen::Product>;
-          IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(arguments);
-        });
+    return gram_kernel<typename Chosen::T, typename Chosen::Product>;
   });
 }
 
@@ -298,14 +309,8 @@ extern "C" cudaError_t imcl_cuda_gram_backward(const imcl::DependenceCall* call,
                                                const imcl::Dimension* dimensions,
                                                cudaStream_t stream) {
   using namespace imcl;
-  return with_types(call->dtype, [&](auto types) {
+  return launch(*call, layers, count, dimensions, stream, product_programs, [](auto types) {
     using Chosen = decltype(types);
-    return for_launches<DependenceArguments>(
-        *call, layers, count, dimensions,
-        [&](const Layer& layer) { return product_programs(layer, call->span); },
-        [&](const DependenceArguments& arguments, unsigned programs) {
-          const auto kernel = product_kernel<typename Chosen::T, typename Chosen::Product>;
-          IMCL_LAUNCH(kernel, programs, kThreads, 0, stream)(arguments);
-        });
+    return product_kernel<typename Chosen::T, typename Chosen::Product>;
   });
 }

@@ -4,9 +4,7 @@
 #include "operand.h"
 #include "pairwise.h"
 
-#if !defined(IMCL_PARAMETER_BYTES)  // tests make them scarce
-#define IMCL_PARAMETER_BYTES 32764
-#endif
+#define IMCL_PARAMETER_BYTES 32764  // that a kernel takes
 
 namespace imcl {
 

@@ -48,6 +48,13 @@ STYLE: dict[str, Any] = {
 }
 
 
+READ_CKA = (
+    "How to read it: near 1 two layers find the same images alike, whatever the rotation and scale "
+    "of their features, so that a bright block is a row of layers that hardly change what they are "
+    "given; near 0 they find different images alike."
+)
+
+
 class MissingMatplotlib(ImportError):
     """matplotlib isn't installed; the message is one line."""
 

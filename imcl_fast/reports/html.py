@@ -54,6 +54,7 @@ def write_report(run_folder: str | Path) -> Path:
         step_time=_step_time(run),
         ways=_ways(run),
         cka=_cka(run),
+        read_cka=charts.READ_CKA,
         scale=charts.colours(),
         configuration=_configuration(run),
         **_redundancy(run),

@@ -28,11 +28,6 @@ from .networks import Found, UnknownNetwork, find
 from .table import number, show, text_table
 
 BATCH = 64  # images that CKA is estimated on at once
-READ_CKA = (
-    "How to read it: near 1 two layers find the same images alike, whatever the rotation and scale "
-    "of their features, so that a bright block is a row of layers that hardly change what they are "
-    "given; near 0 they find different images alike."
-)
 HEAD = ["layer", "kind", "N x D", "mean |cos|", "mean cos^2", "Welch", "dead %", "eff. rank"]
 
 
@@ -107,13 +102,13 @@ def _align(found: Found, images: Tensor, options: argparse.Namespace) -> int:
     head = ["layer", f"most alike{of}", "CKA"]
     head += ["CKA with the one before"] if other is None else []
     show(text_table([*head, f"CKA with the output{of}"], lines, left=2))
-    print(READ_CKA)
+    print(charts.READ_CKA)
     if options.json is not None:
         files.write_json(options.json, known._asdict())
     if options.plot is not None:
         titles = (options.name, options.name if other is None else options.against)
         kind = options.plot.suffix[1:].lower()
-        files.write(options.plot, charts.alignment(*known, titles, READ_CKA, kind))
+        files.write(options.plot, charts.alignment(*known, titles, charts.READ_CKA, kind))
     return 0
 
 

@@ -269,8 +269,8 @@ def _summary(loop: Loop) -> dict[str, Any]:
 
 def _look(loop: Loop, records: Records, redundancy: str, cka: str) -> None:
     """What the report shows of the network as it is, into two files."""
-    records.json(redundancy, profile(loop.measured, _images(loop, PROFILED_IMAGES)))
     images = _images(loop, ALIGNED_IMAGES)
+    records.json(redundancy, profile(loop.measured, images[:PROFILED_IMAGES]))
     if len(images) >= LEAST:
         records.json(cka, alignment(loop.measured, images.split(ALIGNED_AT_ONCE))._asdict())
 
