@@ -11,12 +11,13 @@
 
 namespace imcl {
 
-// Sums of kCount numbers over the eight lanes of one t: a lane gets that of number lane_owns().
+// Which of kCount sums over the eight lanes of one t a lane gets.
 template <int kCount>
 IMCL_DEVICE int lane_owns() {
   return lane() / 4 * kCount / 8;
 }
 
+// That sum, of numbers x of every lane.
 template <int kCount, class Acc>
 IMCL_DEVICE Acc sum_of_lanes(Acc (&x)[kCount]) {
   int count = kCount;
@@ -48,7 +49,7 @@ struct SegmentRows {
   static constexpr int kCount = kPerUnit<Operand>;
   static constexpr int kRows = 4 * kCount;  // of the segment
 
-  // What makes some rows such of norm 1.
+  // What makes rows of norm 1 of some.
   template <int kSome>
   struct Scales {
     Acc mean[kSome], inverse[kSome];

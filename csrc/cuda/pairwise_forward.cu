@@ -10,14 +10,14 @@
 // signed  s = sum_i x_i/n_i;             loss k (|s|^2 - N_live)
 //         one block for 64 elements of s
 //
-// Where a row of the dual or signed form fits in one tile, the rows are read once, a hundred or two
-// at a time, and a warp makes norms and products of some of them; otherwise 64 rows are read in
-// whole for their norms, and 64 columns of them again.
+// Where a row of the dual or signed form fits in one tile, rows are read once, 64 to 256 at a time,
+// and a warp makes the norms of some of them; otherwise 256 rows are read in whole for their norms,
+// and the columns of the tile again.
 //
 // The primal form centres a row by a guess at its mean, taken off while loading, and makes up for
 // the rest later (docs/math.md, "Centred rows"): for x less a, of sums s_i, G_ij - s_i s_j/D is the
 // Gram matrix of the centred rows. The other forms, which need the norms before the product,
-// centre 64 rows at a time, in two passes.
+// centre rows before they sum squares, in two passes.
 #include "narrow.h"
 #include "product.h"
 #include "reduction.h"
@@ -120,7 +120,8 @@ struct Task {
   const PairwiseArguments& in;
   const Layer& layer;
   View<T> view;
-  int index, tile;  // of the matrix in its layer, and of the tile in that
+  uint32_t index;  // of the matrix in its layer
+  int tile;        // in the matrix
 
   IMCL_DEVICE State<Acc<T>> state() const { return {in, layer, index}; }
 };
@@ -286,8 +287,8 @@ IMCL_DEVICE double emit_form(const Task<T>& task, const int (&first)[2], bool di
   return loss;
 }
 
-// A thread's part of the loss, but for k, of M or s of no more than 64 columns, which are lanes: of
-// the panel that each warp has, a hundred or two rows in all.
+// A thread's part of the loss, but for k, of M or s of no more than 64 columns, which are lanes: a
+// panel of rows for each warp at a time.
 template <class T, class Product, bool kSigned>
 IMCL_DEVICE double narrow(const Task<T>& task, Shared<Acc<T>>& shared) {
   using Acc = imcl::Acc<T>;
@@ -560,7 +561,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, Product>)
   const Layer& layer = layer_of(in, program);
   const bool is_primal = layer.form == Form::kPrimal;
   const int tiles = static_cast<int>(forward_programs(layer));
-  const int local = program - layer.first_program, index = local / tiles;
+  const int local = program - layer.first_program;
+  const auto index = static_cast<uint32_t>(local / tiles);
   // For each form anew: see opaque().
   const auto task = [&] {
     const Layer& own = in.layers[opaque(static_cast<int>(&layer - in.layers))];
