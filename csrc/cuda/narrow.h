@@ -147,26 +147,26 @@ IMCL_DEVICE void rows_sum(const typename Rows::Acc (&s)[Rows::kGroups],
 // half type, is one as it lies, and has no second part.
 template <int kGroups, bool kCenter, class T, class Product>
 IMCL_DEVICE void add_segment(Product& product, const SegmentRows<T>& rows, int left, int right) {
-  struct Half {  // of a unit
-    typename Plain<T>::Bits bits[4];
-  };
   const bool same = left == right;
-  const auto halves = [&](int group, int half) {
-    return bits_of<Half>(reinterpret_cast<const uint2*>(&rows.unit(group))[half]);
+  const auto half_of = [&](int group, int half) {
+    return reinterpret_cast<const uint2*>(&rows.unit(group))[half];
+  };
+  const auto decoded = [](const uint2& half, int i) {
+    return Plain<T>::decode(static_cast<uint16_t>((i < 2 ? half.x : half.y) >> i % 2 * 16));
   };
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    Half x[2][kGroups];
+    uint2 x[2][kGroups];  // halves of units
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      x[0][i] = x[1][i] = halves(left + i, half);
-      if (!same) x[1][i] = halves(right + i, half);
+      x[0][i] = x[1][i] = half_of(left + i, half);
+      if (!same) x[1][i] = half_of(right + i, half);
     }
 #pragma unroll
     for (int e = 0; e < 4; e += 2) {
       const auto scale = rows.template scales<2>(4 * half + e);
       const auto unit = [&](int side, int i, int k) {
-        return scale.unit(k, Plain<T>::decode(x[side][i].bits[e + k]));
+        return scale.unit(k, decoded(x[side][i], e + k));
       };
       Parts a[kGroups][2], b[kGroups][2];
 #pragma unroll
@@ -178,7 +178,7 @@ IMCL_DEVICE void add_segment(Product& product, const SegmentRows<T>& rows, int l
             if (!same) b[i][k] = parts_of(unit(1, i, k));
           } else {
             a[i][k] = parts_of(unit(0, i, k) * scale.inverse[k]);
-            b[i][k] = {bits_of<uint32_t>(Plain<T>::decode(x[1][i].bits[e + k])), 0};
+            b[i][k] = {bits_of<uint32_t>(decoded(x[1][i], e + k)), 0};
           }
         }
 #pragma unroll

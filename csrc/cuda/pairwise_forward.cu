@@ -187,7 +187,7 @@ IMCL_DEVICE double primal(const Task<T>& task, Acc<T> k_twice, Shared<Acc<T>>& s
     if (on_tensor_cores && !center) continue;
     // Of this round alone first: thousands of numbers added one by one would drift.
     Acc round_sum = 0, round_square = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int u = 0; u < kUnits; ++u) {
       const auto unit = Unit<Operand>::of(panel[half][unit_index(mine, u)]);
 #pragma unroll
