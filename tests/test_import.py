@@ -41,7 +41,7 @@ LAYERS = [
     "algebra",
     "reference validation",
     "schedule taps modes tracing outputs residual dense dense_outputs padding build_facts schemas "
-    "imcl_output",
+    "imcl_output machine",
 ]
 
 
