@@ -18,7 +18,7 @@ from imcl_fast.schedule import Schedule, Turn
 
 from . import networks
 from .facts import why_no_bfloat16
-from .memory import peak_bytes
+from .memory import peak_of_tensors
 from .operations import lost
 from .timing import Sample, interleaved, quartiles, wait
 
@@ -106,9 +106,10 @@ def measure(
 
     ``overhead`` is the median over rounds of the method's time over the plain one's in the
     same round, less 1: the machine drifts by more than what is measured. Of a schedule each
-    kind of step is timed once in a round; seconds and overhead are the period's mean,
-    ``fullest`` the overhead of its longest step. ``extra_memory`` compares peaks above what
-    the idle networks take. ``kernels`` is the number of layers that way 4 takes.
+    kind of step is timed once in a round; seconds and overhead are the period's mean, ``kinds``
+    the overheads by what a step computes, ``fullest`` the largest of them. ``extra_memory``
+    compares what the tensors that a step makes hold at their peak. ``kernels`` is the number of
+    layers that way 4 takes.
     """
     if PLAIN_COMPILED in step.methods:
         torch.compiler.reset()
@@ -137,28 +138,29 @@ def measure(
     times = interleaved(runs, seconds, fewest=fewest or step.rounds, most=30, warm_up=1)
     base = PLAIN_COMPILED if PLAIN_COMPILED in kinds else PLAIN
     (plain,) = kinds[base]
-    peaks = {name: peak_bytes(lambda run=run: run(0), device) for name, run in runs.items()}
+    peaks = {name: peak_of_tensors(lambda run=run: run(0), device) for name, run in runs.items()}
     methods = {}
     for name, shares_of in kinds.items():
         spent = [
             sum(share * t for share, t in zip(shares_of.values(), each, strict=True))
             for each in zip(*(times[kind] for kind in shares_of), strict=True)
         ]
-        over = quartiles([a / b - 1 for a, b in zip(spent, times[plain], strict=True)])
-        fullest = max(
-            statistics.median(a / b for a, b in zip(times[kind], times[plain], strict=True)) - 1
+        over = quartiles(_over(spent, times[plain]))
+        of_kinds = {
+            kind.removeprefix(name).strip(): statistics.median(_over(times[kind], times[plain]))
             for kind in shares_of
-        )
-        peak, least = _largest(peaks[kind] for kind in shares_of), peaks[plain]
+        }
+        peak = max(peaks[kind] for kind in shares_of)
         methods[name] = {
             "seconds": quartiles(spent),
             "rounds": len(spent),
             "images_per_second": step.batch / statistics.median(spent),
             "overhead": over["median"],
             "overhead_quartiles": [over["q1"], over["q3"]],
-            "fullest": fullest,
+            "kinds": of_kinds,
+            "fullest": max(of_kinds.values()),
             "peak_bytes": peak,
-            "extra_memory": peak / least - 1 if peak is not None and least else None,
+            "extra_memory": peak / peaks[plain] - 1,
         }
     return {
         "base": base, "methods": methods, "left_out": left_out,
@@ -166,14 +168,13 @@ def measure(
     }  # fmt: skip
 
 
+def _over(spent: Iterable[float], plain: Iterable[float]) -> list[float]:
+    return [a / b - 1 for a, b in zip(spent, plain, strict=True)]
+
+
 def _kernels(step: Step) -> int:
     off = dict.fromkeys(("output_weight", "multilayer_weight", "representation_weight"), 0.0)
     return len(IMCL(network_of(step), torch.zeros(1, 3, step.size, step.size), **off).kernels)
-
-
-def _largest(peaks: Iterable[int | None]) -> int | None:
-    found = list(peaks)
-    return None if None in found else max(p for p in found if p is not None)
 
 
 def network_of(step: Step) -> nn.Module:
