@@ -464,10 +464,7 @@ IMCL_DEVICE double over_rows(const Task<T>& task, bool is_signed, Shared<Acc<T>>
   for (int k = -step, at = 0; k < n; k += step, at ^= 1) {
     uint4(&panel)[2][kPanelUnits] = shared.panel[at];
     if (k >= 0) {
-      if (k % at_once == 0) {
-        if (k > 0) __syncthreads();  // the norms of the rows before have been read
-        live += row_norms(task, k, n < k + at_once ? n : k + at_once, shared);
-      }
+      if (k % at_once == 0) live += row_norms(task, k, n < k + at_once ? n : k + at_once, shared);
 #pragma unroll
       for (int b = 0; b < 2; ++b) reader[b].store(view, first[b], k + b * ahead, true, panel[b]);
       __syncthreads();  // the panels are there, and the norms
