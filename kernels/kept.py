@@ -69,8 +69,8 @@ _tickets: dict[torch.device, list[Tensor]] = {}  # that no graph has yet
 
 
 def scratch(device: torch.device, size: int, dtype: torch.dtype) -> Scratch:
-    """At least ``size`` elements and a counter that is 0, for one call, whose last program leaves it
-    at 0.
+    """At least ``size`` elements and a counter that is 0, for one call, whose last program leaves
+    that at 0.
 
     The launches of a stream follow one another and share one, but for those of other threads, for
     a call may have several launches. A graph may be replayed beside any stream, so each call

@@ -22,10 +22,10 @@ _KNOWN = ("3.6.", "3.7.")
 class Launch:
     """A launch of a kernel that is repeated with other tensors: all of it but its arguments.
 
-    Triton compiles a kernel anew for other dtypes, and where a pointer, or an integer, is a multiple
-    of 16 no more, or an integer is 1. Who keeps a Launch sees to it that all this stays. So the
-    code of the first time is that of every time, and its own launcher takes it, which needs a tenth
-    of the time that Triton needs to find it.
+    Triton compiles a kernel anew for other dtypes, for an integer that is 1, and for pointers and
+    integers that are multiples of 16 or aren't. Who keeps a Launch sees to it that all this stays,
+    so the code of the first time is that of every time, and its own launcher takes it: in a tenth
+    of the time in which Triton finds it again.
     """
 
     def __init__(self, kernel, programs: int, device: torch.device, **options) -> None:

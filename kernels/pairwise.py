@@ -55,7 +55,7 @@ def forward(
         layout(xs), penalty, center, batched, precision, keep, device
     )
     loss = blank_loss()
-    state = [blank() for blank in blank_state]
+    state = [kept() for kept in blank_state]
     if programs == 0:
         return loss.zero_(), state
     _, partials, ticket = scratch(device, programs, loss.dtype)

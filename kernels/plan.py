@@ -100,8 +100,8 @@ Layout = tuple[tuple[torch.dtype, torch.Size, tuple[int, ...], bool], ...]
 
 
 def layout(tensors: Iterable[Tensor]) -> Layout:
-    """What of the tensors that a call is given decides what it launches; the key of all that is kept
-    of it."""
+    """What of the tensors that a call is given decides what it launches, and code for what; the key
+    of all that is kept of it."""
     return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors])
 
 
