@@ -48,11 +48,9 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
 def hold(memory: Tensor, device: torch.device) -> None:
     """Keep the memory, made by ``on_device``, for what is launched now, though it be let go of:
     as long as a graph being captured may read it, or until another stream than its own has."""
-    if device.type != "cuda":
-        return
     if capturing(device):
         _of_graphs[memory.data_ptr()] = memory
-    elif _stream(device):
+    elif device.type == "cuda" and _stream(device):
         memory.record_stream(torch.cuda.current_stream(device))
 
 

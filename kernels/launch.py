@@ -15,8 +15,7 @@ from triton.runtime import driver
 from .constants import Constants
 from .numerics import IEEE, TF32, TF32X2, TF32X3
 
-# Of Triton, where a compiled kernel is launched as below.
-_KNOWN = ("3.6.", "3.7.")
+_KNOWN = ("3.6.", "3.7.")  # of Triton, where a compiled kernel is launched as below
 
 
 class Launch:
@@ -35,11 +34,17 @@ class Launch:
         elif torch.version.hip:
             options = for_amd(options)
         self.kernel, self.programs, self.device, self.options = kernel, programs, device, options
+        # For AMD's GPUs the code also depends on how large a tensor's memory is.
+        self._keeps = (
+            device.type != "xpu" and not torch.version.hip and triton.__version__.startswith(_KNOWN)
+        )
+        # Of torch, where there can be several devices of that type.
+        self._module = getattr(torch, device.type) if device.type in ("cuda", "xpu") else None
         self._again: Callable[[tuple], None] | None = None
 
     def __call__(self, *args) -> None:
         """Launch with these arguments, the kernel's but for C, on the device's current stream."""
-        module = _module(self.device.type)
+        module = self._module
         if module is None or self.device.index == module.current_device():
             self._launch(args)
         else:
@@ -51,8 +56,7 @@ class Launch:
             self._again(args)
             return
         compiled = self.kernel[(self.programs,)](*args, **self.options)
-        # Interpreted there is nothing compiled. Intel's Triton is another.
-        if compiled is not None and self.device.type != "xpu" and _is_known():
+        if self._keeps and compiled is not None and not _is_watched(self.kernel):
             self._again = self._launcher_of(compiled)
 
     def _launcher_of(self, compiled: Any) -> Callable[[tuple], None]:
@@ -65,17 +69,6 @@ class Launch:
             run(programs, 1, 1, stream, function, metadata, *hooks, *args, constants)
 
         return again
-
-
-@functools.cache
-def _module(device: str) -> Any:
-    """Of torch, where there can be several devices of that type."""
-    return getattr(torch, device) if device in ("cuda", "xpu") else None
-
-
-@functools.cache
-def _is_known() -> bool:
-    return triton.__version__.startswith(_KNOWN)
 
 
 def _is_watched(kernel: Any) -> bool:
