@@ -43,16 +43,16 @@ def key(kernel: Any, args: tuple, options: dict[str, Any]) -> str:
         if parameter.is_constexpr:
             parts.append(repr(value))
         else:
-            parts.append(_specialised(value, not parameter.do_not_specialize))
+            parts.append(specialised(value, not parameter.do_not_specialize))
     build = {k: options[k] for k in ("num_warps", "num_stages", "maxnreg") if k in options}
     return repr((*parts, build))
 
 
-def _specialised(value: Any, by_value: bool) -> object:
+def specialised(value: Any, by_value: bool) -> object:
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
     if isinstance(value, tuple):
-        return tuple(_specialised(v, by_value) for v in value)
+        return tuple(specialised(v, by_value) for v in value)
     if isinstance(value, int) and not isinstance(value, bool):
         kind = "i32" if -(2**31) <= value < 2**31 else "i64"
         if not by_value:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imcl_fast import functional as F
-from imcl_fast.kernels import numerics
+from imcl_fast.kernels import consistency, dependence, numerics, pairwise, scaling
 from imcl_fast.kernels.launch import Launch
 
 if "triton" not in TESTED:
@@ -55,8 +55,6 @@ def test_a_large_gradient_is_scaled_in_one_launch(
     launches: list[str], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """To what PyTorch's multiplication makes of it."""
-    from imcl_fast.kernels import scaling
-
     z = torch.randn(3, 5, 3000, device=DEVICE, dtype=dtype, requires_grad=True)
 
     def scaled(by: float) -> Tensor:
@@ -139,6 +137,31 @@ def test_geometry_is_made_once() -> None:
     y = torch.randn(2, 4, 4, 5, device=DEVICE).movedim(-1, 1).requires_grad_()
     F.representation_similarity(y, impl="triton").backward()
     assert plan.cache_info().misses == before + 1
+
+
+def test_calls_are_planned_once() -> None:
+    """Whatever their numbers are; and what a kernel is compiled for is another plan."""
+    heads = [torch.randn(4, 10, device=DEVICE, requires_grad=True) for _ in range(3)]
+    target = torch.arange(4, device=DEVICE)
+    views = [torch.randn(5, 7, device=DEVICE, requires_grad=True) for _ in range(2)]
+    plans = (pairwise._forward, pairwise._backward, consistency._call, dependence._forward,
+             dependence._backward)  # fmt: skip
+
+    def step(weight: float, eps: float, smoothing: float = 0.1, **options) -> int:
+        """How many plans it makes."""
+        before = sum(made.cache_info().misses for made in plans)
+        loss = F.kernel_similarity(heads, eps=eps, impl="triton")
+        loss = loss + F.collaborative_consistency(
+            [3.0 * head for head in heads], target, kl_weight=weight, label_smoothing=smoothing,
+            temperature=2.5 + weight, impl="triton", **options,
+        )  # fmt: skip
+        (loss + F.dependence(*views, impl="triton")).backward()
+        return sum(made.cache_info().misses for made in plans) - before
+
+    step(1.0, 1e-12)
+    assert step(0.3, 1e-6) == step(2.1, 0.0) == 0
+    assert step(1.0, 1e-12, 0.0) == 1
+    assert step(1.0, 1e-12, ignore_index=2**40) == 1
 
 
 def test_a_step_fills_nothing() -> None:

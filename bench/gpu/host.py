@@ -8,8 +8,8 @@ here). What is missing: the CUDA driver's own time for a launch, PyTorch's alloc
 which the C library's is told to keep what is freed, as that does. What is too much: the labels of a
 consistency are looked at, which no GPU waits for.
 
-A call is as quick as the quickest tenth of them. Beside it stands what PyTorch needs for an autograd
-Function that takes the same tensors, does nothing, and makes gradients like them.
+A call's time is what a tenth of the calls take less than. Beside it stands what PyTorch needs for
+an autograd Function that takes the same tensors, does nothing, and makes gradients like them.
 """
 
 from __future__ import annotations
