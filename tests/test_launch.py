@@ -178,8 +178,8 @@ def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_triton_itself_is_asked_once() -> None:
-    """Where Triton is as it is, over a libcuda that does nothing but count: a second step has a launch
-    each way, which Triton need not look for, and fills nothing."""
+    """Where Triton is as it is, over a libcuda that does nothing but count: a second step launches
+    once each way, which Triton need not look for, and fills nothing."""
     found = {row["name"]: row for row in host.over_nothing(calls=1)}
     for name, row in found.items():
         assert row["launches"] == (1 if "consistency" in name else 2), row
