@@ -119,10 +119,10 @@ class Typed(NamedTuple):
 def by_dtype(layers: Layout) -> list[Typed]:
     """Sorted by dtype, in order of appearance."""
     found: dict[torch.dtype, tuple[list[int], list[Layer]]] = {}
-    for i, (dtype, *lies) in enumerate(layers):
+    for i, (dtype, shape, stride, aligned) in enumerate(layers):
         indices, same = found.setdefault(dtype, ([], []))
         indices.append(i)
-        same.append(Layer(*lies))
+        same.append(Layer(shape, stride, aligned))
     return [Typed(dtype, tuple(i), tuple(same)) for dtype, (i, same) in found.items()]
 
 

@@ -2,10 +2,10 @@
 
     python -m bench.gpu.host
 
-measures the calls of impl="triton" on tensors of the CPU. Plans, Triton and its launchers are those
-that a GPU has; under them is a libcuda that does nothing (bench/driver/libcuda.c, which is compiled
-here). What is missing: the CUDA driver's own time for a launch, PyTorch's allocator of a GPU, for
-which the C library's is told to keep what is freed, as that does. What is too much: the labels of a
+measures the calls of impl="triton" on tensors of the CPU, small ones, for their size is nothing to
+the host. Plans, Triton and its launchers are those that a GPU has; under them is a libcuda that
+does nothing (bench/driver/libcuda.c, which is compiled here). What is missing is the CUDA driver's
+own time for a launch, and the memory is the C library's. What is too much: the labels of a
 consistency are looked at, which no GPU waits for.
 
 A call's time is what a tenth of the calls take less than. Beside it stands what PyTorch needs for
@@ -54,9 +54,9 @@ def rows() -> list[Row]:
         torch.randn(2, *shape[1:]).bfloat16().contiguous(memory_format=torch.channels_last)
         for shape in R18_FEATURES
     ]
-    weights = [torch.randn(shape) for shape in resnet18_weights()]
-    heads = [torch.randn(128, 1000).bfloat16() for _ in range(5)]
-    labels = torch.randint(0, 1000, (128,))
+    weights = [torch.randn(n // 8, 4, *kernel) for n, _, *kernel in resnet18_weights()]
+    heads = [torch.randn(8, 100).bfloat16() for _ in range(5)]
+    labels = torch.randint(0, 100, (8,))
     for x in (*features, *weights, *heads):
         x.requires_grad_()
     options: dict[str, Any] = {"center": True, "impl": "triton"}
@@ -200,9 +200,7 @@ def over_nothing(calls: int = CALLS) -> list[dict[str, Any]]:
                 filter(None, [folder, os.environ.get("LD_LIBRARY_PATH")])
             ),
             "TRITON_LIBCUDA_PATH": folder,
-            "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40),
-            "MALLOC_TOP_PAD_": str(2**28),
-        }  # fmt: skip
+        }
         said = subprocess.run(
             [sys.executable, "-m", "bench.gpu.host", str(calls)],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True,
