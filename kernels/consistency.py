@@ -55,12 +55,13 @@ def forward(
     """
     device = logits[0].device
     given = [x for x in (target, weight, sample_weight) if x is not None]
-    call = _call(
-        layout(logits), layout(given), (target is not None, weight is not None),
+    options = _Options(
         tuple(groups), tuple(teacher), tuple(detach), tuple(divergence),
         tuple([int(t) if t in _POWERS else 0 for t in temperature]), label_smoothing > 0,
-        ignore_index, binary, reduction, keep, device,
+        ignore_index, binary, reduction, keep,
     )  # fmt: skip
+    has = target is not None, weight is not None
+    call = _call(layout(logits), layout(given), has, options, device)
     geometry = call.geometry
     loss, terms = call.loss(), call.terms()
     gradients: list[Tensor] = []
@@ -101,25 +102,30 @@ def forward(
     return loss, terms, gradients
 
 
+class _Options(NamedTuple):
+    """Those of a call, but for numbers: of these only what kernels are made for."""
+
+    groups: tuple[int, ...]
+    teachers: tuple[int, ...]
+    detach: tuple[bool, ...]
+    divergences: tuple[int, ...]
+    powers: tuple[int, ...]
+    smooth: bool
+    ignore_index: int
+    binary: bool
+    reduction: int
+    keep: bool
+
+
 class _Call:
-    """All of a call but its tensors and its numbers, as the layouts of the ones and what the others
-    are for decide it."""
+    """All of a call but its tensors and its numbers."""
 
     def __init__(
         self,
         logits: Layout,
         given: Layout,  # of the target, the weights of classes and of samples, of those there are
         has: tuple[bool, bool],  # whether there are the first two
-        groups: tuple[int, ...],
-        teachers: tuple[int, ...],
-        detach: tuple[bool, ...],
-        divergences: tuple[int, ...],
-        powers: tuple[int, ...],
-        smooth: bool,
-        ignore_index: int,
-        binary: bool,
-        reduction: int,
-        keep: bool,
+        options: _Options,
         device: torch.device,
     ) -> None:
         dtype, shape, *_ = logits[0]
@@ -132,37 +138,43 @@ class _Call:
         if target is not None:
             kind = PROBABILITIES if target[0].is_floating_point else INDICES
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        heads, classes = sum(groups), 2 if binary else shape[-1]
+        heads, classes = sum(options.groups), 2 if options.binary else shape[-1]
+        per_sample = options.reduction == REDUCE_NONE
 
         self.geometry, self.batch = geometry, math.prod(geometry.samples)
-        self.loss = blank(geometry.samples if reduction == REDUCE_NONE else (), wide, device)
+        self.loss = blank(geometry.samples if per_sample else (), wide, device)
         self.terms = blank((2, heads), wide, device)
         self.kept = kept_dtype(dtype)
         packed = (heads, *geometry.samples, shape[-1])
-        self.gradient = blank(packed, self.kept, device) if keep and geometry.packed else None
+        self.gradient = None
+        if options.keep and geometry.packed:
+            self.gradient = blank(packed, self.kept, device)
         self.label_strides = (
             None if target is None else geometry.given[0],
             0 if target is None or kind == INDICES else target[2][-1],
             0 if weight is None else weight[2][0],
             None if sample_weight is None else geometry.given[-1],
         )
-        self.other = any(name != KL for name in divergences)
+        self.other = any(name != KL for name in options.divergences)
+        each = zip(options.groups, options.teachers, options.detach, strict=True)
         heavy = self.other or any(
-            size > 1 and (teacher == PAIRWISE or not fixed)
-            for size, teacher, fixed in zip(groups, teachers, detach, strict=True)
+            size > 1 and (teacher == PAIRWISE or not fixed) for size, teacher, fixed in each
         )
         rich = kind == PROBABILITIES or weight is not None or len(geometry.sizes) > 1
-        shares = heads, heavy and keep, rich
+        shares = heads, heavy and options.keep, rich
         self.bucket = (*shares, power_of_2(self.batch), power_of_2(classes))
         if self.batch:
-            self.config = consistency_config(max(groups), *shares[1:], self.batch, classes, device)
+            self.config = consistency_config(
+                max(options.groups), *shares[1:], self.batch, classes, device
+            )
         self._device = device
         self._slices = functools.partial(_slices, geometry=geometry, classes=classes, dtype=dtype)
+        compiled_for = options._asdict()
+        del compiled_for["ignore_index"]  # that is an argument
         self._constants = functools.partial(
-            constants, groups=groups, teachers=teachers, divergences=divergences, detach=detach,
-            powers=powers, k=classes, heads=geometry.heads, gradient_heads=geometry.gradient_heads,
-            unit=geometry.unit, binary=binary, reduction=reduction, target=kind, smooth=smooth,
-            weighted=weight is not None, shared=sample_weight is not None, keep=keep,
+            constants, **compiled_for, k=classes, heads=geometry.heads,
+            gradient_heads=geometry.gradient_heads, unit=geometry.unit, target=kind,
+            weighted=weight is not None, shared=sample_weight is not None,
             lowest=torch.finfo(dtype).min,
             acc=tl.float64 if wide == torch.float64 else tl.float32,
         )  # fmt: skip
