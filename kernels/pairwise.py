@@ -64,15 +64,9 @@ def forward(
         if part.plan.forward:
             hold(part.plan.table, device)
             part.launch(
-                part.typed.of(xs),
-                part.plan.table,
-                state[i] if keep else partials,
-                (partials, ticket, loss),
-                eps,
-                first,
-                programs,
-                len(xs),
-            )
+                part.typed.of(xs), part.plan.table, state[i] if keep else partials,
+                (partials, ticket, loss), eps, first, programs, len(xs),
+            )  # fmt: skip
             first += part.plan.forward
     return loss, state
 
@@ -97,12 +91,7 @@ def backward(
         if part.plan.backward:
             hold(part.plan.table, device)
             part.launch(
-                part.typed.of(xs),
-                part.typed.of(gradients),
-                part.plan.table,
-                kept,
-                grad,
-                len(xs),
+                part.typed.of(xs), part.typed.of(gradients), part.plan.table, kept, grad, len(xs)
             )
     return gradients
 
