@@ -15,23 +15,12 @@ import torch
 
 import imcl_fast
 from imcl_fast import operators
+from imcl_fast.machine import processor
 
 from .timing import cache_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("triton", "numpy", "torchvision", "torchdistill", "liger-kernel")
-
-
-def cpu() -> str:
-    """The CPU's model with its family and number, for the model is at times a brand only."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    found = dict(re.findall(r"^(.+?)\s*: (.*)$", info.read_text(), re.MULTILINE))
-    name = found.get("model name", platform.machine())
-    if "cpu family" in found:
-        name += f" (family {found['cpu family']}, model {found['model']})"
-    return name
 
 
 def why_no_bfloat16(device: torch.device) -> str | None:
@@ -46,13 +35,13 @@ def machine(device: torch.device) -> str:
     """Name of the machine in file names: the processor and, of a CPU, the threads used."""
     if device.type == "cuda":
         return _slug(torch.cuda.get_device_name(device))
-    return f"{_slug(cpu())}-{torch.get_num_threads()}-threads"
+    return f"{_slug(processor())}-{torch.get_num_threads()}-threads"
 
 
 def facts(device: torch.device) -> dict[str, str]:
     """What is written beside every figure."""
     found = {
-        "cpu": cpu(),
+        "cpu": processor(),
         "threads": str(torch.get_num_threads()),
         "last-level cache": f"{cache_bytes(torch.device('cpu')) / 2**20:.0f} MiB",
         "system": f"{platform.system()} {platform.release()}",

@@ -15,10 +15,13 @@ from .timing import Sample, interleaved, quartiles
 
 STEP = Step("resnet18", 2, width=4, size=8)
 PERIOD = 16  # calls of every competitor in a round, those of the schedule's period
+SCHEDULE = "four ways, representation every 8th, kernel every 16th"
+ONE_AND_TWO = "ways 1 and 2, torch"  # which a schedule leaves in every step
 METHODS = {
     PLAIN: MAIN[PLAIN],
     "four ways, every step": MAIN[FUSED],
-    "four ways, representation every 8th, kernel every 16th": MAIN[SCHEDULED],
+    SCHEDULE: MAIN[SCHEDULED],
+    ONE_AND_TWO: {"method": "imcl", "ways": ("output", "multilayer"), "impl": "torch"},
 }
 
 
@@ -29,7 +32,7 @@ def name() -> str:
 def measure(device: torch.device, seconds: float, *, fewest: int = 9) -> dict:
     """Per method: seconds of the forward and of the whole step, and what they are over the plain
     ones of the same round: for each place in a period the median over rounds, of these the mean
-    (``average``) and the largest (``fullest``)."""
+    (``average``), the largest (``fullest``) and the smallest (``least``)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -65,7 +68,12 @@ def _over(rounds: Rounds, plain: Rounds, what: str) -> dict[str, float]:
         sum(getattr(s, what) for s in ours) / sum(getattr(s, what) for s in theirs)
         for ours, theirs in zip(rounds, plain, strict=True)
     )
-    return {"average": statistics.mean(places), "fullest": max(places), "ratio": ratio}
+    return {
+        "average": statistics.mean(places),
+        "fullest": max(places),
+        "least": min(places),
+        "ratio": ratio,
+    }
 
 
 def _run(options: dict, device: torch.device) -> Callable[[int], list[Sample]]:

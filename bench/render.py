@@ -11,6 +11,7 @@ from typing import Any
 
 from imcl_fast.runs.files import write
 
+from . import targets
 from .rows import OPERATIONS
 from .step import FUSED as FUSED_WAYS
 from .step import PLAIN
@@ -25,6 +26,7 @@ HEADLINES = (
     "consistency 5 x 128 x 1000 float32",
 )
 
+NOT_YET = "Not measured yet.\n"
 WITHOUT = "fused, without "  # one of the ways: stored results have such steps
 
 Results = Mapping
@@ -158,7 +160,7 @@ def operation(name: str) -> Callable[[Results], str]:
                       if "graph" in times else [""] * graphs),
                 ])  # fmt: skip
         if not lines:
-            return "Not measured yet.\n"
+            return NOT_YET
         similarity = name in ("representation", "kernel")
         return table(
             [f"{name} similarity" if similarity else name, "who", "forward ms",
@@ -253,7 +255,7 @@ def step_kernels(results: Results) -> str:
 def host(results: Results) -> str:
     """What a training step costs on the host."""
     if "host" not in results:
-        return "Not measured yet.\n"
+        return NOT_YET
     lines = []
     for name, one in results["host"].items():
         plain = one["both"]["ratio"] == 1
@@ -270,7 +272,7 @@ def host(results: Results) -> str:
 def contention(results: Results) -> str:
     """A training step beside a process that keeps a core busy."""
     if "contention" not in results:
-        return "Not measured yet.\n"
+        return NOT_YET
     lines = [
         [name, milliseconds(one["quiet"]["median"]), milliseconds(one["busy"]["median"]),
          f"{one['ratio']:.1f}",
@@ -280,6 +282,12 @@ def contention(results: Results) -> str:
     head = ["training step", "quiet, ms", "beside a busy process, ms", "times quiet",
             "over plain, quiet", "busy"]  # fmt: skip
     return table(head, lines)
+
+
+def reached(results: Results) -> str:
+    """The project's targets that the run has measured."""
+    found = list(targets.lines(results))
+    return table(["target", "reach", "found", "met", "made of"], found) if found else NOT_YET
 
 
 def scaling(results: Results) -> str:
@@ -396,6 +404,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "naive": naive,
     "host": host,
     "contention": contention,
+    "targets": reached,
     "scaling": scaling,
     "memory": memory,
     "instructions": instructions,
@@ -406,7 +415,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 # What is shown of bfloat16, and of a machine that measured it where this one has no units for it.
-OF_BFLOAT16 = ("machine", *OPERATIONS, "step")
+OF_BFLOAT16 = ("machine", *OPERATIONS, "step", "targets")
 
 
 def bfloat16(results: Results) -> dict[str, Any]:
@@ -426,7 +435,7 @@ def fill_bfloat16(path: Path, everything: Iterable[Results]) -> list[str]:
     having = [found for found in map(bfloat16, everything) if found["operations"]]
     newest = max(having, key=lambda found: found["facts"]["date"], default=None)
     return fill_places(path, "bfloat16", {
-        name: partial(TABLES[name], newest) if newest else lambda: "Not measured yet.\n"
+        name: partial(TABLES[name], newest) if newest else lambda: NOT_YET
         for name in OF_BFLOAT16
     })  # fmt: skip
 

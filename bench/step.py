@@ -106,9 +106,10 @@ def measure(
 
     ``overhead`` is the median over rounds of the method's time over the plain one's in the
     same round, less 1: the machine drifts by more than what is measured. Of a schedule each
-    kind of step is timed once in a round; seconds and overhead are the period's mean,
-    ``fullest`` the overhead of its longest step. ``extra_memory`` compares peaks above what
-    the idle networks take. ``kernels`` is the number of layers that way 4 takes.
+    kind of step is timed once in a round; seconds and overhead are the period's mean, ``kinds``
+    the overheads by what a step computes, ``fullest`` the largest of them. ``extra_memory``
+    compares peaks above what the idle networks take. ``kernels`` is the number of layers that
+    way 4 takes.
     """
     if PLAIN_COMPILED in step.methods:
         torch.compiler.reset()
@@ -144,11 +145,11 @@ def measure(
             sum(share * t for share, t in zip(shares_of.values(), each, strict=True))
             for each in zip(*(times[kind] for kind in shares_of), strict=True)
         ]
-        over = quartiles([a / b - 1 for a, b in zip(spent, times[plain], strict=True)])
-        fullest = max(
-            statistics.median(a / b for a, b in zip(times[kind], times[plain], strict=True)) - 1
+        over = quartiles(_over(spent, times[plain]))
+        of_kinds = {
+            kind.removeprefix(name).strip(): statistics.median(_over(times[kind], times[plain]))
             for kind in shares_of
-        )
+        }
         peak, least = _largest(peaks[kind] for kind in shares_of), peaks[plain]
         methods[name] = {
             "seconds": quartiles(spent),
@@ -156,7 +157,8 @@ def measure(
             "images_per_second": step.batch / statistics.median(spent),
             "overhead": over["median"],
             "overhead_quartiles": [over["q1"], over["q3"]],
-            "fullest": fullest,
+            "kinds": of_kinds,
+            "fullest": max(of_kinds.values()),
             "peak_bytes": peak,
             "extra_memory": peak / least - 1 if peak is not None and least else None,
         }
@@ -164,6 +166,10 @@ def measure(
         "base": base, "methods": methods, "left_out": left_out,
         "kernels": _kernels(step),
     }  # fmt: skip
+
+
+def _over(spent: Iterable[float], plain: Iterable[float]) -> list[float]:
+    return [a / b - 1 for a, b in zip(spent, plain, strict=True)]
 
 
 def _kernels(step: Step) -> int:

@@ -8,12 +8,14 @@ import torch
 
 from . import __version__, operators
 from .implementations import IMPLEMENTATIONS, choose, why_not
+from .machine import processor
 
 
 def report() -> str:
     """Versions, the extension's build facts, and a line per implementation and device."""
     facts = [
         ("imcl_fast", __version__),
+        ("processor", processor()),
         ("python", platform.python_version()),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
         ("matmul precision", torch.get_float32_matmul_precision()),

@@ -18,6 +18,7 @@ from .dense_outputs import Resize
 from .heads import head_for
 from .imcl_consistency import HeadsConsistency
 from .imcl_output import IMCLOutput
+from .imcl_state import IMCLState
 from .imcl_step import EPS, IMCLStep
 from .implementations import IMPLEMENTATIONS
 from .modes import evaluating
@@ -31,7 +32,7 @@ WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kerne
 EVERY_WAY = Turn(0, 1, 1)  # of a call that is not on the schedule
 
 
-class IMCL(nn.Module):
+class IMCL(IMCLState):
     r"""Intra-model collaborative learning around an unmodified network.
 
     ``imcl(x)`` is exactly ``model(x)``; ``imcl(x, target)`` also gives the training loss
@@ -160,11 +161,6 @@ class IMCL(nn.Module):
     # number of parts, although forward takes whatever keyword arguments there are.
     accepts_loss_kwargs = False
 
-    output_weight: float
-    multilayer_weight: float
-    representation_weight: float
-    kernel_weight: float
-
     def __init__(
         self,
         model: nn.Module,
@@ -247,7 +243,7 @@ class IMCL(nn.Module):
             warnings.warn(choice.warning, stacklevel=2)
         self._nothing = choice.nothing
         self.layers, self.kernels = choice.layers, choice.kernels
-        self.classifier: str | None = choice.classifier
+        self.classifier = choice.classifier
         self.heads = nn.ModuleList(head_for(trace, name) for name in choice.headed)
         self._head_of = {self.layers.index(name): i for i, name in enumerate(choice.headed)}
         self._resize = trace.makers.get(choice.classifier or "", Resize())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import functional, validation
+from .imcl_state import IMCLState
 from .imcl_step import IMCLStep
 from .schemas import ConsistencyOptions
-
-if TYPE_CHECKING:
-    from .imcl import IMCL
 
 IGNORED = -100  # no class, with probabilities as target
 
@@ -24,7 +22,7 @@ class HeadsConsistency:
         self._options: tuple[tuple, ConsistencyOptions] | None = None
 
     def __call__(
-        self, imcl: IMCL, step: IMCLStep, logits: Tensor, target: Tensor | None, own: bool
+        self, imcl: IMCLState, step: IMCLStep, logits: Tensor, target: Tensor | None, own: bool
     ) -> tuple[Tensor, Tensor]:
         """The loss of ways 1 and 2 and, if ``own``, the network's own cross entropy; the terms
         (2, H), cross entropies and KL of the auxiliary heads, the network's own and the views."""
@@ -33,7 +31,7 @@ class HeadsConsistency:
         return _call(imcl, heads, logits, step.views, target, (step.mask, step.found_mask), options)
 
     def own(
-        self, imcl: IMCL, logits: Tensor, target: Tensor, masks: tuple[Any, Any]
+        self, imcl: IMCLState, logits: Tensor, target: Tensor, masks: tuple[Any, Any]
     ) -> tuple[Tensor, Tensor]:
         """The network's own cross entropy alone, and the terms (2, 1)."""
         options = functional._consistency_options(
@@ -43,7 +41,7 @@ class HeadsConsistency:
         )  # fmt: skip
         return _call(imcl, [], logits, None, target, masks, options)
 
-    def _current(self, imcl: IMCL, own: bool, ignored: int) -> ConsistencyOptions:
+    def _current(self, imcl: IMCLState, own: bool, ignored: int) -> ConsistencyOptions:
         """The options, made again if what they are made of has changed."""
         if torch.compiler.is_compiling():  # a cache would be one more guard
             return _options(imcl, own, ignored)
@@ -54,7 +52,7 @@ class HeadsConsistency:
 
 
 def _call(
-    imcl: IMCL,
+    imcl: IMCLState,
     heads: list[Tensor],
     logits: Tensor,
     views: Tensor | None,
@@ -75,7 +73,7 @@ def _call(
 
 
 def _classes_last(
-    imcl: IMCL, heads: list[Tensor], logits: Tensor, views: Tensor | None
+    imcl: IMCLState, heads: list[Tensor], logits: Tensor, views: Tensor | None
 ) -> list[Tensor]:
     """Dense logits as (h, B, *samples, K), all as large as the network's own."""
     dim = cast(int, imcl.class_dim)
@@ -121,13 +119,13 @@ def _check_target(logits: Tensor, target: Any, class_dim: int) -> None:
     )
 
 
-def _ignored(imcl: IMCL, target: Any) -> int:
+def _ignored(imcl: IMCLState, target: Any) -> int:
     """Probabilities know no ignored class, and a negative number is none."""
     soft = isinstance(target, Tensor) and target.is_floating_point()
     return IGNORED if soft else imcl.ignore_index
 
 
-def _made_of(imcl: IMCL, own: bool, ignored: int) -> tuple:
+def _made_of(imcl: IMCLState, own: bool, ignored: int) -> tuple:
     return (
         own,
         ignored,
@@ -142,7 +140,7 @@ def _made_of(imcl: IMCL, own: bool, ignored: int) -> tuple:
     )
 
 
-def _options(imcl: IMCL, own: bool, ignored: int) -> ConsistencyOptions:
+def _options(imcl: IMCLState, own: bool, ignored: int) -> ConsistencyOptions:
     n, views = len(imcl.heads), imcl.views if imcl.output_weight else 0
     output = imcl.output_weight / imcl.views
     groups = 2 if views else 1
@@ -161,5 +159,5 @@ def _options(imcl: IMCL, own: bool, ignored: int) -> ConsistencyOptions:
     )
 
 
-def _binary(imcl: IMCL) -> bool:
+def _binary(imcl: IMCLState) -> bool:
     return imcl.activation == "sigmoid"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import functional, kernel_weights, outputs, padding
+from .imcl_state import IMCLState
 from .schedule import Turn
 from .taps import Step
-
-if TYPE_CHECKING:
-    from .imcl import IMCL
 
 EPS = 1e-12  # of the similarities
 
@@ -21,7 +18,7 @@ EPS = 1e-12  # of the similarities
 class IMCLStep(Step):
     """See the module; the work on a layer is done when its features exist."""
 
-    def __init__(self, imcl: IMCL, turn: Turn, counts: bool) -> None:
+    def __init__(self, imcl: IMCLState, turn: Turn, counts: bool) -> None:
         super().__init__()
         self.imcl = imcl
         self.turn = turn

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from . import kernel_weights
-
-if TYPE_CHECKING:
-    from .imcl import IMCL
+from .imcl_state import IMCLState
 
 
 def share(model: nn.Module, kernels: Sequence[str]) -> float:
@@ -19,7 +17,7 @@ def share(model: nn.Module, kernels: Sequence[str]) -> float:
     return sum(sizes) / max(sum(p.numel() for p in model.parameters()), 1)
 
 
-def acted_on(imcl: IMCL) -> dict[str, list[str]]:
+def acted_on(imcl: IMCLState) -> dict[str, list[str]]:
     """The paths of what each way that is on acts on, by the way's name."""
     of_ways: dict[str, list[str]] = {
         "output": [imcl.classifier] if imcl.classifier else [],
@@ -32,7 +30,7 @@ def acted_on(imcl: IMCL) -> dict[str, list[str]]:
     }
 
 
-def text(imcl: IMCL, nothing: Mapping[str, str]) -> str:
+def text(imcl: IMCLState, nothing: Mapping[str, str]) -> str:
     """A line or more for each way.
 
     Args:

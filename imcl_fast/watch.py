@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .imcl_output import IMCLOutput
+from .imcl_step import IMCLStep
 from .outputs import ATTENTION_MASK
 from .taps import Tape
 
-if TYPE_CHECKING:
-    from .imcl import IMCL
-    from .imcl_step import IMCLStep
+
+class Watched(Protocol):
+    """What a ``Watch`` asks of an ``IMCL``, which lies above it."""
+
+    _tape: Tape
+
+    def _begin(self, token_mask: Tensor | None = None) -> IMCLStep: ...
+
+    def _end(self, step: IMCLStep) -> None: ...
+
+    def _objective(self, step: IMCLStep, target: Any, task: bool = True) -> IMCLOutput: ...
 
 
 class Watch:
     """What ``IMCL.watch`` gives: the ways of the one forward pass inside a ``with`` block."""
 
-    def __init__(self, imcl: IMCL, token_mask: Tensor | None) -> None:
+    def __init__(self, imcl: Watched, token_mask: Tensor | None) -> None:
         self._imcl, self._token_mask = imcl, token_mask
         self._step: IMCLStep | None = None
         self._over = False

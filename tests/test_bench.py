@@ -25,6 +25,7 @@ from bench import (
     scaling,
     shapes,
     step,
+    targets,
 )
 from bench.rows import Row, consistency, rows
 from bench.timing import Sample, interleaved, quartiles, sets_needed
@@ -195,7 +196,7 @@ def test_host_time_is_that_over_the_plain_step_at_each_place_of_the_period(
     plain = [[Sample(1.0, 1.0)] * host.PERIOD] * 3
     ours = [[Sample(1.5, 1.0), *[Sample(1.0, 1.0)] * 14, Sample(1.0, 5.0)]] * 3
     assert host._over(ours, plain, "forward") == {
-        "average": 0.5 / 16, "fullest": 0.5, "ratio": 16.5 / 16,
+        "average": 0.5 / 16, "fullest": 0.5, "least": 0, "ratio": 16.5 / 16,
     }  # fmt: skip
     assert host._over(ours, plain, "both")["fullest"] == 4
 
@@ -473,6 +474,49 @@ def test_bfloat16_is_shown_of_whoever_measured_it_last(tmp_path: Path) -> None:
     assert "| a step, bfloat16 autocast |" in text and "| a step |" not in text
 
 
+def test_targets_say_what_was_reached_and_what_it_is_made_of() -> None:
+    title = "resnet18, width 64, 32x32, batch 128, float32"
+    scheduled = {**method(1.02, 0.012, 0.05), "kinds": {"neither": 0.01, "kernel": 0.06}}
+    steps = {title: {"methods": {step.SCHEDULED: scheduled}, "left_out": {}}}
+    times_ = {"average": 0.0003, "fullest": 0.0011, "least": 0.0002}
+    of_host = {host.SCHEDULE: {"both": times_}, host.ONE_AND_TWO: {"both": {"average": 0.0007}}}
+    operations = {
+        **RESULTS["operations"],
+        "consistency 5 x 128 x 1000 float32": {
+            "floors": {"both": 0.001},
+            "competitors": {
+                "cpp": times(0.001, 0.001), "torch.compile(torch)": times(0.004, 0.005),
+            },
+        },
+    }  # fmt: skip
+    found = {**RESULTS, "steps": steps, "host": of_host, "operations": operations}
+    lines = {line[0]: line[1:] for line in targets.lines(found)}
+    assert lines[f"step over plain: {title}"] == [
+        "at most +1.5%", "+1.2%", "yes",
+        "quartiles +0.2% to +3.2%; similarities computed: neither +1.0%, kernel +6.0%",
+    ]  # fmt: skip
+    assert lines["peak memory of a step over plain"][1:3] == ["+5.0%", "no"]
+    average, fullest = (line for name, line in lines.items() if "host" in name or "fullest" in name)
+    assert average[:3] == ["at most 0.40 ms", "0.30 ms", "yes"] and "+0.70" in average[3]
+    assert fullest[:3] == ["at most 1.00 ms", "1.10 ms", "no"]
+    assert lines["kernel R18 float32"][:3] == ["at most 1.00 x", "2.00 x", "no"]
+    consistency = lines["consistency 5 x 128 x 1000 float32"]
+    assert consistency == [
+        "at least 4.00 x", "4.50 x", "yes",
+        "torch.compile(torch) over fused; fused is at 50% of the floor",
+    ]  # fmt: skip
+    assert lines["what a busy process slows the ways down by, over plain"][1:3] == ["1.20 x", "no"]
+    unmeasured = set(lines) ^ {target.what for target in targets.TARGETS}
+    assert len(lines) == 7 and any("bfloat16" in what for what in unmeasured)
+
+
+def test_targets_are_of_rows_and_steps_that_are_measured() -> None:
+    measured = [one.name for one in step.steps(quick=False)] + [row.name for row in rows(False)]
+    named = [word for target in targets.TARGETS for word in getattr(target.find, "args", ())]
+    titles = {word for word in named if isinstance(word, str) and "float" in word}
+    assert len(titles) == 12 and titles <= set(measured)
+
+
 def test_the_steps_that_cost_the_least_and_the_most_are_shown() -> None:
     shown = render.TABLES["step-summary"](RESULTS).splitlines()
     assert shown[0].startswith("| the least and the most of 3 training steps | objective |")
@@ -577,7 +621,8 @@ def test_a_schedule_is_timed_by_its_kinds_of_steps(monkeypatch: pytest.MonkeyPat
     assert found["seconds"]["median"] == 1.5 * first
     assert found["overhead"] == (over + 1 + 2 * over) / 2
     assert found["overhead_quartiles"] == [over + (1 + over) / 4, over + 3 * (1 + over) / 4]
-    assert found["fullest"] == (2 + 5) / 2
+    assert found["kinds"] == {"representation": 2.0, "neither": 0.5, "kernel": 3.5}
+    assert found["fullest"] == 3.5
 
 
 def test_losing_passes_are_listed_and_only_those() -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from imcl_fast.machine import processor
 from imcl_fast.runs import files
 from imcl_fast.runs.folder import Run
 
-from ..facts import cpu
 from .study import PlannedRun, Study
 
 FOLDER = Path(__file__).parent / "results"
@@ -109,7 +109,7 @@ def of_run(
         seconds=round(seconds, 1),
         threads=threads,
         jobs=jobs,
-        machine=cpu() if on_cpu else machine["accelerator"],
+        machine=processor() if on_cpu else machine["accelerator"],
         torch=versions["torch"],
         commit=commit[:COMMIT_DIGITS],
         date=datetime.date.today().isoformat(),

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
+from imcl_fast.machine import processor
 from imcl_fast.runs.files import write_json
 
-from ..facts import commit, cpu
+from ..facts import commit
 from ..render import fill_places, table
 from .mutant import Mutant
 from .tree import KILLED, SURVIVED, TIMEOUT, Outcome
@@ -50,7 +51,7 @@ class Results:
         self._path, self._mutants, self._lock = path, mutants, Lock()
         # Now: the file itself will make the checkout dirty.
         self._where = {
-            "cpu": cpu(), "commit": commit(), "date": datetime.date.today().isoformat()
+            "cpu": processor(), "commit": commit(), "date": datetime.date.today().isoformat()
         }  # fmt: skip
 
     def add(self, mutant: Mutant, outcome: Outcome) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..machine import processor
 from ..runs import files, lock
 from ..runs.config import TrainConfig
 from ..runs.errors import UsageError
@@ -281,20 +282,10 @@ def machine() -> dict[str, Any]:
         name = accelerator.type
     return {
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "accelerator": name,
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
