@@ -32,13 +32,20 @@ autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 
 
+def _mathml(node: math | math_block, display: str) -> str:
+    # The bars of a norm are no operators, with space around them.
+    bars = '<mo stretchy="false">&#x0007C;</mo>'
+    tight = bars.replace("<mo", '<mo lspace="0" rspace="0"')
+    return convert(node.astext(), display=display).replace(bars, tight)
+
+
 def _inline(self, node: math) -> None:
-    self.body.append(convert(node.astext()))
+    self.body.append(_mathml(node, "inline"))
     raise SkipNode
 
 
 def _block(self, node: math_block) -> None:
-    self.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    self.body.append(f'<div class="formula">{_mathml(node, "block")}</div>')
     raise SkipNode
 
 
