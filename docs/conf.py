@@ -32,11 +32,18 @@ autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 
 
+# The bars of a norm are no operators, with space around them, and a logarithm is one.
+SPACED = {
+    '<mo stretchy="false">&#x0007C;</mo>': '<mo stretchy="false" lspace="0" rspace="0">|</mo>',
+    "<mi>log</mi>": '<mo lspace=".17em" rspace=".17em">log</mo>',
+}
+
+
 def _mathml(node: math | math_block, display: str) -> str:
-    # The bars of a norm are no operators, with space around them.
-    bars = '<mo stretchy="false">&#x0007C;</mo>'
-    tight = bars.replace("<mo", '<mo lspace="0" rspace="0"')
-    return convert(node.astext(), display=display).replace(bars, tight)
+    text = convert(node.astext(), display=display)
+    for made, wanted in SPACED.items():
+        text = text.replace(made, wanted)
+    return text
 
 
 def _inline(self, node: math) -> None:
