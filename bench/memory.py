@@ -3,15 +3,20 @@
 The resident set counts all there is, the working memory of compiled code too (of which the C++
 kernels keep up to 8 MiB per thread from call to call; that is not in it). It is exact to some
 hundred KiB. Linux only: elsewhere there is no figure.
+
+Of a whole training step it isn't: what malloc finds free in between varies, and with it the peak
+of one and the same step, by a quarter. There the tensors are counted, to the byte.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -40,6 +45,23 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     before = _kibibytes(STATUS, "VmRSS")
     run()
     return max(_kibibytes(STATUS, "VmHWM") - before, 0)
+
+
+def peak_of_tensors(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that the tensors made by ``run()`` hold at their peak, in all threads.
+
+    It runs twice. What it frees first was made before, as the gradients of the last step are, and
+    isn't counted, but if it was made under a profiler.
+    """
+    if device.type == "cuda":
+        return cast(int, peak_bytes(run, device))
+    run()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    found = cast(Any, profile.profiler).kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
 def available_bytes(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from imcl_fast.schedule import Schedule, Turn
 
 from . import networks
 from .facts import why_no_bfloat16
-from .memory import peak_bytes
+from .memory import peak_of_tensors
 from .operations import lost
 from .timing import Sample, interleaved, quartiles, wait
 
@@ -108,8 +108,8 @@ def measure(
     same round, less 1: the machine drifts by more than what is measured. Of a schedule each
     kind of step is timed once in a round; seconds and overhead are the period's mean, ``kinds``
     the overheads by what a step computes, ``fullest`` the largest of them. ``extra_memory``
-    compares peaks above what the idle networks take. ``kernels`` is the number of layers that
-    way 4 takes.
+    compares what the tensors that a step makes hold at their peak. ``kernels`` is the number of
+    layers that way 4 takes.
     """
     if PLAIN_COMPILED in step.methods:
         torch.compiler.reset()
@@ -138,7 +138,7 @@ def measure(
     times = interleaved(runs, seconds, fewest=fewest or step.rounds, most=30, warm_up=1)
     base = PLAIN_COMPILED if PLAIN_COMPILED in kinds else PLAIN
     (plain,) = kinds[base]
-    peaks = {name: peak_bytes(lambda run=run: run(0), device) for name, run in runs.items()}
+    peaks = {name: peak_of_tensors(lambda run=run: run(0), device) for name, run in runs.items()}
     methods = {}
     for name, shares_of in kinds.items():
         spent = [
@@ -150,7 +150,7 @@ def measure(
             kind.removeprefix(name).strip(): statistics.median(_over(times[kind], times[plain]))
             for kind in shares_of
         }
-        peak, least = _largest(peaks[kind] for kind in shares_of), peaks[plain]
+        peak = max(peaks[kind] for kind in shares_of)
         methods[name] = {
             "seconds": quartiles(spent),
             "rounds": len(spent),
@@ -160,7 +160,7 @@ def measure(
             "kinds": of_kinds,
             "fullest": max(of_kinds.values()),
             "peak_bytes": peak,
-            "extra_memory": peak / least - 1 if peak is not None and least else None,
+            "extra_memory": peak / peaks[plain] - 1,
         }
     return {
         "base": base, "methods": methods, "left_out": left_out,
@@ -175,11 +175,6 @@ def _over(spent: Iterable[float], plain: Iterable[float]) -> list[float]:
 def _kernels(step: Step) -> int:
     off = dict.fromkeys(("output_weight", "multilayer_weight", "representation_weight"), 0.0)
     return len(IMCL(network_of(step), torch.zeros(1, 3, step.size, step.size), **off).kernels)
-
-
-def _largest(peaks: Iterable[int | None]) -> int | None:
-    found = list(peaks)
-    return None if None in found else max(p for p in found if p is not None)
 
 
 def network_of(step: Step) -> nn.Module:

@@ -70,7 +70,7 @@ def _memory(results: Results) -> Found:
     found = {
         title: one["methods"][SCHEDULED]["extra_memory"]
         for title, one in results["steps"].items()
-        if one["methods"].get(SCHEDULED, {}).get("extra_memory") is not None
+        if SCHEDULED in one["methods"]
     }
     most = max(found, key=found.__getitem__, default=None)
     if most is None:

@@ -283,6 +283,23 @@ def test_peak_memory_counts_what_a_call_takes_and_gives_back() -> None:
     assert small is not None and small < 2**20
 
 
+def test_the_peak_of_tensors_is_to_the_byte_in_all_threads() -> None:
+    kilobyte = torch.ones(256, requires_grad=True)
+
+    def run() -> None:
+        kilobyte.grad = None
+        square = kilobyte * kilobyte  # kept for the backward pass, which runs in another thread
+        del square
+        (kilobyte.exp() * 2).sum().backward()
+
+    run()
+    # exp, its product, and of both the gradients, one of which is the leaf's: three at a time.
+    found = [memory.peak_of_tensors(run, CPU) for _ in range(3)]
+    assert found == [found[0]] * 3 and 3 * 1024 <= found[0] <= 3 * 1024 + 64
+    assert memory.peak_of_tensors(lambda: torch.ones(5), CPU) == 20
+    assert memory.peak_of_tensors(lambda: None, CPU) == 0
+
+
 # ---- what is counted -------------------------------------------------------------------
 
 
@@ -609,7 +626,7 @@ def test_a_schedule_is_timed_by_its_kinds_of_steps(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(IMCL, "forward", recording)
     monkeypatch.setattr(step, "interleaved", constant)
-    monkeypatch.setattr(step, "peak_bytes", lambda run, device: None)
+    monkeypatch.setattr(step, "peak_of_tensors", lambda run, device: 1)
     found = step.measure(
         step.Step("resnet18", 2, width=8, size=8, methods=(step.PLAIN, step.SCHEDULED)), CPU, 0
     )["methods"][step.SCHEDULED]

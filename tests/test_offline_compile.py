@@ -47,7 +47,6 @@ OLDEST = "3.6.0"  # which torch 2.11 comes with
 SPILLED = {  # bytes
     ("3.7.1", "representation bf16 NHWC centred", "forward_kernel", "sm_80"): 80,
     (OLDEST, "representation bf16 NHWC centred", "forward_kernel", "sm_80"): 80,
-    (OLDEST, "kernel bf16 square", "forward_kernel", "sm_80"): 88,
     # Outside of the loops over classes: of three blocks on a processor, where two spill nothing.
     ("3.7.1", "consistency bf16 8 x 4096 x 128256 teacher 0", "consistency_kernel", "sm_80"): 24,
     ("3.7.1", "consistency bf16 8 x 4096 x 128256 teacher 0", "consistency_kernel", "sm_90"): 152,
