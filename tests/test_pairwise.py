@@ -117,12 +117,28 @@ def test_layers_of_different_dtypes(impl: Impl, specs, dtypes) -> None:
 
 @pytest.mark.parametrize("center", [False, True])
 def test_dual_layers_of_one_tile_and_of_several(impl: Impl, center: bool) -> None:
-    """GPU kernels take rows of one tile at once, unless a layer beside them has longer ones."""
+    """GPU kernels take rows of one tile at once, as many as fit in shared memory, unless (Triton) a
+    layer beside them has longer ones."""
     for dtype in (torch.bfloat16, torch.float16):
-        for shapes in ([(2, 130, 10, 5), (1, 140, 7)], [(1, 130, 10, 5), (1, 150, 10, 7)]):
+        for shapes in (
+            [(2, 130, 10, 5), (1, 140, 7)],
+            [(1, 130, 10, 5), (1, 150, 10, 7)],
+            [(1, 290, 8, 5), (1, 290, 7, 4)],
+        ):
             xs = [Matrices(s, True, dead=0.1, offset=0.3, seed=3).build(dtype, impl.device)
                   for s in shapes]  # fmt: skip
             check_pairwise(impl, xs, batched=True, center=center)
+
+
+def test_the_order_of_layers_of_different_lengths_changes_no_bit(impl: Impl) -> None:
+    """csrc/cuda launches the longest first, and adds up in that order."""
+    if impl.name != "cuda":
+        pytest.skip("only csrc/cuda sorts its layers")
+    xs = [Matrices(s, True, seed=i).build(torch.float64, impl.device)
+          for i, s in enumerate([(2, 8, 9), (1, 9, 40), (3, 7, 130), (1, 30, 5)])]  # fmt: skip
+    losses = [F.representation_similarity(order, impl=impl.name)
+              for order in (xs, xs[::-1], xs[1:] + xs[:1])]  # fmt: skip
+    assert_same_bits(losses[:1] * 2, losses[1:])
 
 
 # --- every combination at the shapes that matter

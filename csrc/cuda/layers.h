@@ -105,16 +105,28 @@ std::vector<Typed<Each>> by_dtype(const std::vector<Tensor>& xs, const std::vect
   return types;
 }
 
+// How long a block of the forward takes: columns of a tile of the primal form, or as many rows
+// of 64.
+inline int64_t length_of(const Layer& layer) {
+  if (layer.form == Form::kPrimal) return layer.columns;
+  return int64_t{layer.rows} * layer.columns / kTile;
+}
+
 inline std::vector<TypedLayers> layers_by_dtype(const std::vector<Tensor>& xs,
                                                 const std::vector<Tensor>* dxs,
                                                 const PairwiseSettings& settings, bool batched) {
-  return by_dtype<Layer>(xs, dxs, batched, [&](TypedLayers& type, Layer& layer, std::size_t) {
+  auto types = by_dtype<Layer>(xs, dxs, batched, [&](TypedLayers& type, Layer& layer, std::size_t) {
     layer.form = form_of(settings.penalty, layer.rows, layer.columns);
     layer.state = type.state_size;
     type.state_size +=
         layer.batch * state_size(layer.form, settings.center, layer.rows, layer.columns);
     type.forward_programs += layer.batch * forward_programs(layer);
   });
+  // The blocks that take longest begin first: none is left to run alone in the end.
+  for (TypedLayers& type : types)
+    std::stable_sort(type.layers.begin(), type.layers.end(),
+                     [](const Layer& a, const Layer& b) { return length_of(a) > length_of(b); });
+  return types;
 }
 
 // Without scales, which are the forward's.

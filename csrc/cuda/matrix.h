@@ -72,6 +72,15 @@ inline Precision precision_of(const PairwiseSettings& settings) {
   return medium && settings.center ? Precision::kHigh : settings.precision;
 }
 
+// The same number, of which the compiler knows nothing: what it makes of it for one form it won't
+// keep in registers for the others.
+IMCL_DEVICE int opaque(int x) {
+#if !defined(IMCL_CUDA_ON_CPU)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // The layer whose program this is.
 template <class Arguments>
 IMCL_DEVICE const typename Arguments::Each& layer_of(const Arguments& in, int program) {

@@ -86,25 +86,39 @@ IMCL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 #endif
 
-// The same for every Operand. Of SplitTf32 it leaves out the product of what the first Tf32 of
-// a and of b round away: 22 bits of each factor count, where one Tf32 has 11.
+// A float32 as the sum of two Tf32: 22 bits of it count, where one has 11. The first is what comes
+// without its last bits, which takes a third of the instructions of rounding it; a product leaves
+// out the last 13 bits of the second, which is rounded by that.
+struct Parts {
+  uint32_t high, low;
+};
+
+IMCL_DEVICE Parts parts_of(float x) {
+  const uint32_t high = bits_of<uint32_t>(x) & ~uint32_t{0x1fff};
+  return {high, bits_of<uint32_t>(x - Tf32::decode(high)) + 0x1000};
+}
+
+// It leaves out the product of what the first Tf32 of a and of b leave; and of b, where that is
+// exact, what the first one leaves, which is nothing.
+template <bool kExact>
+IMCL_DEVICE void multiply(float (&d)[4], const Parts (&a)[4], const Parts (&b)[2]) {
+  const uint32_t high_a[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
+  const uint32_t high_b[2] = {b[0].high, b[1].high};
+  mma<Tf32>(d, {a[0].low, a[1].low, a[2].low, a[3].low}, high_b);
+  if constexpr (!kExact) mma<Tf32>(d, high_a, {b[0].low, b[1].low});
+  mma<Tf32>(d, high_a, high_b);
+}
+
+// The same for every Operand.
 template <class Operand>
 IMCL_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<Operand, SplitTf32>) {
-    uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
+    Parts parts_a[4], parts_b[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      high_a[i] = Tf32::encode(Tf32::decode(a[i]));
-      low_a[i] = Tf32::encode(Tf32::decode(a[i]) - Tf32::decode(high_a[i]));
-    }
+    for (int i = 0; i < 4; ++i) parts_a[i] = parts_of(Tf32::decode(a[i]));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      high_b[i] = Tf32::encode(Tf32::decode(b[i]));
-      low_b[i] = Tf32::encode(Tf32::decode(b[i]) - Tf32::decode(high_b[i]));
-    }
-    mma<Tf32>(d, low_a, high_b);
-    mma<Tf32>(d, high_a, low_b);
-    mma<Tf32>(d, high_a, high_b);
+    for (int i = 0; i < 2; ++i) parts_b[i] = parts_of(Tf32::decode(b[i]));
+    multiply<false>(d, parts_a, parts_b);
   } else {
     mma<Operand>(d, a, b);
   }

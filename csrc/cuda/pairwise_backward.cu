@@ -125,12 +125,16 @@ struct Backward {
   }
 
   // dual and signed: y of a tile is there. `along` is the thread's part of <y, x>.
-  IMCL_DEVICE void finish(const Position& at, int passes, bool last_p, Product& product,
+  IMCL_DEVICE void finish(const Position& at, int passes, bool last_p, int round, Product& product,
                           Acc (&along)[kColumns]) const {
+    using Operand = typename Product::Operand;
+    constexpr int depth = kDepth<Operand>;
     const View<T> view = z();
     const auto own = state();
     const bool is_signed = layer.form == Form::kSigned;
     const int p0 = at.p * kTile, q0 = at.q * kTile;
+    // Columns that two rounds hold are still in the panels, as the product had them.
+    const bool held = !is_signed && layer.columns <= 2 * depth;
     auto& y = product.sum;   // [p, q]
     Acc x[kRows][kColumns];  // [p, q]
     Acc inverse[kColumns];
@@ -144,7 +148,12 @@ struct Backward {
       for (int i = 0; i < kRows; ++i) {
         const int p = p0 + Product::row(i);
         const bool exists = inside && p < layer.columns;
-        x[i][j] = exists ? to_acc(view.at(q, p)) - mean : Acc(0);
+        if (held) {
+          uint4* const panel = shared.panel[(round - at.k / depth + p / depth) & 1][1];
+          x[i][j] = exists ? Operand::decode(number<Operand>(panel, q - q0, p % depth)) : Acc(0);
+        } else {
+          x[i][j] = exists ? to_acc(view.at(q, p)) - mean : Acc(0);
+        }
         if (is_signed) y[i][j] = exists ? own.core[p] : Acc(0);
       }
     }
@@ -253,7 +262,7 @@ IMCL_DEVICE void run(const Backward<T, Product, kPrimal>& work, int local) {
     }
     if constexpr (kPrimal)
       work.write(p0, q0, [&](int i, int j) { return product.sum[i][j] * work.grad; });
-    else work.finish(at, passes, at.p == last_p, product, along);
+    else work.finish(at, passes, at.p == last_p, round, product, along);
   }
 }
 

@@ -10,10 +10,15 @@
 // signed  s = sum_i x_i/n_i;             loss k (|s|^2 - N_live)
 //         one block for 64 elements of s
 //
+// Where a row of the dual or signed form fits in one tile, rows are read once, 64 to 256 at a time,
+// and a warp makes the norms of some of them; otherwise 256 rows are read in whole for their norms,
+// and the columns of the tile again.
+//
 // The primal form centres a row by a guess at its mean, taken off while loading, and makes up for
 // the rest later (docs/math.md, "Centred rows"): for x less a, of sums s_i, G_ij - s_i s_j/D is the
 // Gram matrix of the centred rows. The other forms, which need the norms before the product,
-// centre 64 rows at a time, in two passes.
+// centre rows before they sum squares, in two passes.
+#include "narrow.h"
 #include "product.h"
 #include "reduction.h"
 
@@ -26,11 +31,17 @@ constexpr int kShiftColumns = 16;           // that make the first guess at a me
 template <class Acc>
 struct Shared {
   union {
-    uint4 panel[2][2][kPanelUnits];  // two rounds of two panels
+    uint4 panel[2][2][kPanelUnits];  // two rounds of two panels, or (narrow) one of each warp
     Acc tile[kTile][kTile + 1];
   };
-  // Of the rows of both panels, or (dual, signed) of the rows under way.
-  Acc shift[2][kTile], sum[2][kTile], square[2][kTile], mean[2][kTile], inverse[2][kTile];
+  union {
+    struct {  // (primal) of the rows of both panels
+      Acc shift[2][kTile], sum[2][kTile], square[2][kTile], mean[2][kTile], inverse[2][kTile];
+    };
+    struct {  // (dual, signed) of the rows under way; narrow: a quarter for each warp
+      Acc means[kThreads / 32 * kTile], inverses[kThreads / 32 * kTile];
+    };
+  };
   double losses[kThreads / 32];
 };
 
@@ -52,7 +63,8 @@ IMCL_DEVICE Acc inverse_norm(const PairwiseArguments& in, Acc square, Acc mean, 
   return norm <= limit ? nothing : 1 / norm + nothing;
 }
 
-// Leaves value(i, j), i and j of the thread's sums, in shared.tile, all 64 x 64 of it.
+// Leaves value(i, j), i and j of the thread's sums, in shared.tile: of a diagonal tile what is not
+// below the diagonal, and some of the rest.
 template <class Product, class Value>
 IMCL_DEVICE void stage(Shared<typename Product::Acc>& shared, bool diagonal, const Value& value) {
   __syncthreads();  // the panels under the tile have been read
@@ -62,9 +74,7 @@ IMCL_DEVICE void stage(Shared<typename Product::Acc>& shared, bool diagonal, con
 #pragma unroll
       for (int j = 0; j < Product::kColumns; ++j) {
         const int row = Product::row(i), column = Product::column(j);
-        const auto v = value(i, j, row, column);
-        shared.tile[row][column] = v;
-        if (diagonal && warp_row() < warp_column()) shared.tile[column][row] = v;
+        shared.tile[row][column] = value(i, j, row, column);
       }
   }
   __syncthreads();
@@ -82,9 +92,13 @@ IMCL_DEVICE void emit(const Shared<Acc>& shared, const int (&first)[2], bool dia
       Acc sum = 0;
 #pragma unroll
       for (int c = lane(); c < kTile; c += 32) {
-        const Acc v = side ? shared.tile[c][r] : shared.tile[r][c];
         const int column = first[1 - side] + c;
-        if (column < edge) sum += summand(v);
+        const bool mirrored = side || (diagonal && c < r);
+        Acc v = 0;
+        if (column < edge) {
+          v = mirrored ? shared.tile[c][r] : shared.tile[r][c];
+          sum += summand(v);
+        }
         if (out && column < stride)
           out[(first[side] + r) * stride + column] = column < edge ? core(v, side, r, c) : Acc(0);
       }
@@ -106,7 +120,8 @@ struct Task {
   const PairwiseArguments& in;
   const Layer& layer;
   View<T> view;
-  int index, tile;  // of the matrix in its layer, and of the tile in that
+  uint32_t index;  // of the matrix in its layer
+  int tile;        // in the matrix
 
   IMCL_DEVICE State<Acc<T>> state() const { return {in, layer, index}; }
 };
@@ -117,6 +132,7 @@ IMCL_DEVICE double primal(const Task<T>& task, Acc<T> k_twice, Shared<Acc<T>>& s
   using Acc = imcl::Acc<T>;
   using Operand = typename Product::Operand;
   constexpr int depth = kDepth<Operand>;
+  constexpr bool on_tensor_cores = Product::kOnTensorCores;
   const PairwiseArguments& in = task.in;
   const View<T>& view = task.view;
   const int n = view.lanes(), d = view.depth();
@@ -143,6 +159,7 @@ IMCL_DEVICE double primal(const Task<T>& task, Acc<T> k_twice, Shared<Acc<T>>& s
   PanelReader<T, Operand> reader[2];
   Product product;
   clear(product);
+  typename Product::Squares squares;
   Acc sum = 0, square = 0;
   for (int k = -step, round = 0; k < d; k += step, round ^= 1) {
     uint4(&panel)[2][kPanelUnits] = shared.panel[round];
@@ -163,16 +180,20 @@ IMCL_DEVICE double primal(const Task<T>& task, Acc<T> k_twice, Shared<Acc<T>>& s
       __syncthreads();
     }
 #pragma unroll 1
-    for (int b = 0; b < (diagonal ? 2 : 1); ++b) product.add(panel[b], panel[diagonal ? b : 1]);
+    for (int b = 0; b < (diagonal ? 2 : 1); ++b) {
+      if constexpr (on_tensor_cores) product.add(panel[b], panel[diagonal ? b : 1], &squares);
+      else product.add(panel[b], panel[diagonal ? b : 1]);
+    }
+    if (on_tensor_cores && !center) continue;
     // Of this round alone first: thousands of numbers added one by one would drift.
     Acc round_sum = 0, round_square = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int u = 0; u < kUnits; ++u) {
       const auto unit = Unit<Operand>::of(panel[half][unit_index(mine, u)]);
 #pragma unroll
       for (int e = 0; e < kPerUnit<Operand>; ++e) {
         round_sum += unit[e];
-        round_square += unit[e] * unit[e];
+        if (!on_tensor_cores) round_square += unit[e] * unit[e];
       }
     }
     sum += round_sum;
@@ -181,11 +202,19 @@ IMCL_DEVICE double primal(const Task<T>& task, Acc<T> k_twice, Shared<Acc<T>>& s
 
   const auto state = task.state();
   shared.sum[half][mine] = sum;
-  shared.square[half][mine] = square;
+  if constexpr (!on_tensor_cores) {
+    shared.square[half][mine] = square;
+  } else if (!diagonal) {
+    const bool of_a = warp_row() == warp_column();
+    squares.put(shared.square[!of_a] + (of_a ? warp_row() : warp_column()));
+  } else if (warp_row() == warp_column()) {
+    product.put_squares(shared.square[0] + warp_row());
+  }
   __syncthreads();
+  square = shared.square[diagonal ? 0 : half][mine];
   if (diagonal) {
     sum = shared.sum[0][mine] + shared.sum[1][mine];
-    square = shared.square[0][mine] + shared.square[1][mine];
+    if (!on_tensor_cores) square += shared.square[1][mine];
   }
   Acc mean = 0, offset = 0;
   if (center) {
@@ -244,27 +273,188 @@ IMCL_DEVICE void visit_row(const Matrix<const T>& x, int row, int rank, int thre
   }
 }
 
-// A thread's part of the loss, but for k, of one tile of M, or of s. Lanes are columns here, and
-// the product adds up along the rows, 64 of them in a round (32 of float64): both panels' depths.
+// A thread's part of the loss, but for k, of a tile of M that shared.tile holds.
+template <class T>
+IMCL_DEVICE double emit_form(const Task<T>& task, const int (&first)[2], bool diagonal,
+                             const Shared<Acc<T>>& shared) {
+  using Acc = imcl::Acc<T>;
+  const auto state = task.state();
+  double loss = 0;
+  emit(
+      shared, first, diagonal, task.view.lanes(), state.core, state.stride,
+      [](Acc m, int, int, int) { return m; }, [](Acc m) { return m * m; },
+      [&](int, int, Acc squares) { loss += lane() == 0 ? static_cast<double>(squares) : 0.0; });
+  return loss;
+}
+
+// A thread's part of the loss, but for k, of M or s of no more than 64 columns, which are lanes: a
+// panel of rows for each warp at a time.
+template <class T, class Product, bool kSigned>
+IMCL_DEVICE double narrow(const Task<T>& task, Shared<Acc<T>>& shared) {
+  using Acc = imcl::Acc<T>;
+  using Rows = SegmentRows<T>;
+  using Operand = typename Rows::Operand;
+  constexpr int warps = kThreads / 32, depth = kDepth<Operand>;
+  constexpr bool on_tensor_cores = Product::kOnTensorCores;
+  const PairwiseArguments& in = task.in;
+  const int n = task.view.depth(), d = task.view.lanes();
+  const bool center = in.call.settings.center, corner = d <= kCorner;
+  const auto state = task.state();
+  const auto panel = [&](int of_warp) { return shared.panel[of_warp / 2][of_warp % 2]; };
+  const auto rows_of = [&](int of_warp, int segment) {
+    const int first = of_warp * kTile + segment * Rows::kRows;
+    return Rows{panel(of_warp), shared.means + first, shared.inverses + first, segment, d, center};
+  };
+
+  Product product;
+  clear(product);
+  Acc s[Rows::kGroups] = {};
+  int live = 0;
+  for (int k = 0; k < n; k += warps * depth) {
+    if (k > 0) __syncthreads();  // the panels have been read
+#pragma unroll 1
+    for (int w = 0; w < warps && k + w * depth < n; w += 2) {
+      PanelReader<T, Operand> reader[2];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) reader[b].load(task.view, 0, k + (w + b) * depth);
+#pragma unroll
+      for (int b = 0; b < 2; ++b)
+        reader[b].store(task.view, 0, k + (w + b) * depth, true, panel(w + b));
+    }
+    __syncthreads();  // the panels are there
+#pragma unroll 1
+    for (int segment = 0; segment < 2; ++segment) {
+      const Rows rows = rows_of(warp(), segment);
+      const int first = k + warp() * depth + segment * Rows::kRows;
+      if (first >= n) break;
+      Acc mean = 0;
+      if (center) {
+        mean = rows.template owned_sum<false>() / static_cast<Acc>(d);
+        if (Rows::owns()) rows.means[Rows::owned_row()] = mean;
+        __syncwarp();  // the means are there
+      }
+      const Acc inverse = inverse_norm(in, rows.template owned_sum<true>(), mean, d);
+      if (Rows::owns()) rows.inverses[Rows::owned_row()] = inverse;
+      __syncwarp();  // the norms are there
+      const int row = first + Rows::owned_row();
+      if (Rows::owns() && row < n) {
+        live += inverse != 0;
+        if (state.core) state.inverse[row] = inverse;
+        if (state.core && center) state.means[row] = mean;
+      }
+      if constexpr (kSigned) {
+        rows.add_to(s);
+      } else if constexpr (!on_tensor_cores) {
+        rows.normalize();
+      } else if (corner) {
+        if (d <= 16) add_segment<2>(product, rows, 0, 0);
+        else add_segment<4>(product, rows, 0, 0);
+      }
+    }
+    if constexpr (!kSigned) {
+      if (!corner) {
+        __syncthreads();  // the norms, or rows of norm 1, are there
+#pragma unroll 1
+        for (int w = 0; w < warps && k + w * depth < n; ++w) {
+          if constexpr (on_tensor_cores) {
+#pragma unroll 1
+            for (int segment = 0; segment < 2; ++segment) {
+              if (k + w * depth + segment * Rows::kRows >= n || is_left_out(true)) break;
+              add_segment<4>(product, rows_of(w, segment), warp_row() / 8, warp_column() / 8);
+            }
+          } else {
+            product.add(panel(w), panel(w));
+          }
+        }
+      } else if constexpr (!on_tensor_cores) {
+        __syncwarp();  // the warp's rows are of norm 1
+        if (k + warp() * depth < n) product.add(panel(warp()), panel(warp()), true);
+      }
+    }
+  }
+
+  if constexpr (kSigned) {
+    __syncthreads();  // nobody reads the panels any more
+    rows_sum<Rows>(s, shared.tile[warp()]);
+    __syncthreads();  // all warps' parts are there
+    double loss = 0;
+    if (thread() < d) {
+      Acc sum = 0;
+#pragma unroll
+      for (int w = 0; w < warps; ++w) sum += shared.tile[w][thread()];
+      loss = static_cast<double>(sum) * static_cast<double>(sum);
+      if (state.core) state.core[thread()] = sum;
+    }
+    return loss - live;
+  } else {
+    if (corner) {
+      __syncthreads();  // nobody reads the panels any more
+#pragma unroll 1
+      for (int w = 0; w < warps; ++w) {
+        if (warp() == w) put_corner(product, shared.tile, w == 0);
+        __syncthreads();  // one warp after the other
+      }
+    } else {
+      stage<Product>(shared, true, [&](int at, int to, int, int) { return product.sum[at][to]; });
+    }
+    const int first[2] = {0, 0};
+    return emit_form(task, first, true, shared) - live;
+  }
+}
+
+// Leaves means and inverse norms of some rows in shared memory, and for the first tile in the
+// state; how many of them a thread has found live.
+template <class T>
+IMCL_DEVICE int row_norms(const Task<T>& task, int first, int end, Shared<Acc<T>>& shared) {
+  using Acc = imcl::Acc<T>;
+  constexpr int threads = 4;  // of a row
+  const PairwiseArguments& in = task.in;
+  const Matrix<const T>& x = task.view.matrix;
+  const int rank = thread() % threads, d = x.columns();
+  const auto state = task.state();
+  int live = 0;
+#pragma unroll 1
+  for (int r = thread() / threads; first + r < end; r += kThreads / threads) {
+    const int row = first + r;
+    Acc mean = 0, square = 0;
+    for (int pass = in.call.settings.center ? 0 : 1; pass < 2; ++pass) {
+      Acc total = 0;
+      visit_row(x, row, rank, threads, [&](Acc v) { total += pass ? (v - mean) * (v - mean) : v; });
+      // Of one row alone: the others' threads may be done.
+      const unsigned mask = ((1u << threads) - 1) << (lane() / threads * threads);
+      for (int other = threads / 2; other > 0; other /= 2)
+        total += __shfl_xor_sync(mask, total, other);
+      if (pass) square = total;
+      else mean = total / static_cast<Acc>(d);
+    }
+    if (rank != 0) continue;
+    const Acc inverse = inverse_norm(in, square, mean, d);
+    shared.inverses[r] = inverse;
+    shared.means[r] = mean;
+    if (task.tile > 0) continue;
+    live += inverse != 0;
+    if (state.core) state.inverse[row] = inverse;
+    if (state.core && in.call.settings.center) state.means[row] = mean;
+  }
+  return live;
+}
+
+// A thread's part of the loss, but for k, of one tile of a wider M, or of s. Lanes are columns
+// here, and the product adds up along the rows, which get their norms 256 at a time.
 template <class T, class Product>
 IMCL_DEVICE double over_rows(const Task<T>& task, bool is_signed, Shared<Acc<T>>& shared) {
   using Acc = imcl::Acc<T>;
   using Operand = typename Product::Operand;
   using Raw = Plain<Acc>;
-  constexpr int depth = kDepth<Raw>, threads = kThreads / (2 * depth);
-  const PairwiseArguments& in = task.in;
+  constexpr int depth = kDepth<Raw>, at_once = kThreads / 32 * kTile;
   const View<T>& view = task.view;
   const int n = view.depth(), d = view.lanes();
   int i = task.tile, j = task.tile;
   if (!is_signed) upper_tile(task.tile, i, j);
-  const bool diagonal = i == j, narrow = d <= kTile;
+  const bool diagonal = i == j;
   const int first[2] = {i * kTile, j * kTile};
-  // Of the rows of a round, a thread adds up some columns of one.
-  const int row = thread() / threads, rank = thread() % threads;
-  const int half = row / depth, k_of_row = row % depth;
 
-  // On the diagonal both panels are of the same columns and make up a round, elsewhere of
-  // the same rows, and a round takes two steps.
+  // On the diagonal both panels are of the same columns, one after the other.
   const int ahead = diagonal ? depth : 0, step = depth + ahead;
   PanelReader<T, Raw> reader[2];
   Product product;
@@ -274,50 +464,24 @@ IMCL_DEVICE double over_rows(const Task<T>& task, bool is_signed, Shared<Acc<T>>
   for (int k = -step, at = 0; k < n; k += step, at ^= 1) {
     uint4(&panel)[2][kPanelUnits] = shared.panel[at];
     if (k >= 0) {
+      if (k % at_once == 0) {
+        if (k > 0) __syncthreads();  // the norms of the rows before have been read
+        live += row_norms(task, k, n < k + at_once ? n : k + at_once, shared);
+      }
 #pragma unroll
       for (int b = 0; b < 2; ++b) reader[b].store(view, first[b], k + b * ahead, true, panel[b]);
-      __syncthreads();
+      __syncthreads();  // the panels are there, and the norms
     }
 #pragma unroll
     for (int b = 0; b < 2; ++b) reader[b].load(view, first[b], k + step + b * ahead);
     if (k < 0) continue;
 
-    const bool starts = k % (2 * depth) == 0, inside = k + row < n;
-    if (starts) {
-      Acc mean = 0, square = 0;
-      for (int pass = in.call.settings.center ? 0 : 1; pass < 2; ++pass) {
-        Acc total = 0;
-        const auto visit = [&](Acc x) { total += pass ? (x - mean) * (x - mean) : x; };
-        if (!narrow) {
-          if (inside) visit_row(view.matrix, k + row, rank, threads, visit);
-        } else {
-#pragma unroll 4
-          for (int l = rank; l < d; l += threads)
-            visit(Raw::decode(number<Raw>(panel[half], l, k_of_row)));
-        }
-        for (int distance = threads / 2; distance; distance /= 2)
-          total += __shfl_xor_sync(~0u, total, distance);
-        if (pass) square = total;
-        else mean = total / static_cast<Acc>(d);
-      }
-      if (rank == 0) {
-        const Acc inverse = inside ? inverse_norm(in, square, mean, d) : Acc(0);
-        shared.inverse[half][k_of_row] = inverse;
-        shared.mean[half][k_of_row] = inside ? mean : Acc(0);
-        if (task.tile == 0 && inside) {
-          live += inverse != 0;
-          const auto state = task.state();
-          if (state.core) state.inverse[k + row] = inverse;
-          if (state.core && in.call.settings.center) state.means[k + row] = mean;
-        }
-      }
-      __syncthreads();
-    }
 #pragma unroll 1
     for (int b = 0; b < 2; ++b) {
-      const int rows = diagonal ? b : !starts;
+      const int row = k % at_once + b * ahead;
       change_panel<Raw, Operand>(panel[b], [&](Acc x, int, int of) {
-        return (x - shared.mean[rows][of]) * shared.inverse[rows][of];
+        const bool inside = k + b * ahead + of < n;
+        return inside ? (x - shared.means[row + of]) * shared.inverses[row + of] : Acc(0);
       });
     }
     __syncthreads();
@@ -348,10 +512,7 @@ IMCL_DEVICE double over_rows(const Task<T>& task, bool is_signed, Shared<Acc<T>>
     }
   } else {
     stage<Product>(shared, diagonal, [&](int at, int to, int, int) { return product.sum[at][to]; });
-    emit(
-        shared, first, diagonal, d, state.core, state.stride,
-        [](Acc m, int, int, int) { return m; }, [](Acc m) { return m * m; },
-        [&](int, int, Acc squares) { loss += lane() == 0 ? static_cast<double>(squares) : 0.0; });
+    loss = emit_form(task, first, diagonal, shared);
   }
   return loss - live;
 }
@@ -400,18 +561,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, Product>)
   const Layer& layer = layer_of(in, program);
   const bool is_primal = layer.form == Form::kPrimal;
   const int tiles = static_cast<int>(forward_programs(layer));
-  const int local = program - layer.first_program, index = local / tiles;
-  const Task<T> task{
-      in,
-      layer,
-      {Matrix<const T>(in, layer, kInput, static_cast<const T*>(layer.x), index), is_primal},
-      index,
-      local % tiles};
-  const double k = scale_of(in, layer);
+  const int local = program - layer.first_program;
+  const auto index = static_cast<uint32_t>(local / tiles);
+  // For each form anew: see opaque().
+  const auto task = [&] {
+    const Layer& own = in.layers[opaque(static_cast<int>(&layer - in.layers))];
+    const auto x = static_cast<const T*>(own.x);
+    return Task<T>{
+        in, own, {Matrix<const T>(in, own, kInput, x, index), is_primal}, index, local % tiles};
+  };
+  const bool is_signed = layer.form == Form::kSigned;
   double loss;
-  if (is_primal) loss = primal<T, Product>(task, static_cast<Acc>(2 * k), shared);
-  else loss = over_rows<T, FormProduct>(task, layer.form == Form::kSigned, shared);
-  finish(in, k * loss, shared.losses);
+  if (is_primal)
+    loss = primal<T, Product>(task(), static_cast<Acc>(2 * scale_of(in, layer)), shared);
+  else if (layer.columns > kTile) loss = over_rows<T, FormProduct>(task(), is_signed, shared);
+  else if (is_signed) loss = narrow<T, FormProduct, true>(task(), shared);
+  else loss = narrow<T, FormProduct, false>(task(), shared);
+  finish(in, scale_of(in, layer) * loss, shared.losses);
 }
 
 template <class T, class Product, class FormProduct>

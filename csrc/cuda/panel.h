@@ -65,13 +65,14 @@ class PanelReader {
 
   IMCL_DEVICE void load(const View<T>& view, int first_lane, int first_k) {
     if (!view.matrix.vectors()) return;
+    const int t = opaque(thread());
     const int64_t row = view.matrix.row_stride(), column = view.matrix.column_stride();
     const int64_t lane_stride = view.lanes_are_rows ? row : column;
     const int64_t k_stride = view.lanes_are_rows ? column : row;
     const int lanes = view.lanes() - first_lane, depth = view.depth() - first_k;
     const bool along = view.along_lanes();
-    const int lane = along ? lane_along() : lane_across(0);
-    const int k = along ? k_along(0) : k_across();
+    const int lane = along ? lane_along(t) : lane_across(t, 0);
+    const int k = along ? k_along(t, 0) : k_across(t);
     // The packs of a thread differ in k, along lanes, or else in their lane.
     int left = along ? depth - k : lanes - lane;
     if (lane >= lanes || k >= depth) left = 0;
@@ -90,12 +91,13 @@ class PanelReader {
   // `exact` leaves float32 as it is where the operand is Tf32: it is to be rounded later.
   IMCL_DEVICE void store(const View<T>& view, int first_lane, int first_k, bool exact,
                          uint4* panel) const {
+    const int t = opaque(thread());
     if (!view.matrix.vectors()) {
-      store_elements(view, first_lane, first_k, exact, panel);
+      store_elements(view, first_lane, first_k, exact, panel, t);
     } else if (view.along_lanes()) {
 #pragma unroll
       for (int j = 0; j < kPacks; j += kPair) {
-        const int lane = lane_along(), k = k_along(j);
+        const int lane = lane_along(t), k = k_along(t, j);
         const Piece piece = encoded(packs_[j], exact);
         const Piece next = encoded(packs_[j + kPair - 1], exact);
 #pragma unroll
@@ -111,7 +113,7 @@ class PanelReader {
     } else {
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
-        const int lane = lane_across(j), k = k_across();
+        const int lane = lane_across(t, j), k = k_across(t);
         const Piece piece = encoded(packs_[j], exact);
         if constexpr (sizeof(Piece) == 8) {
           reinterpret_cast<uint2&>(number<Operand>(panel, lane, k)) = bits_of<uint2>(piece);
@@ -143,20 +145,18 @@ class PanelReader {
 
   // Along lanes a warp takes 8 packs of them at 4 k (or pairs of k): 128 consecutive bytes each.
   static constexpr int kKStep = kThreads / (8 * kEights) * kPair;
-  static IMCL_DEVICE int lane_along() {
-    return (thread() % 8 + thread() / 32 % kEights * 8) * kVector;
-  }
-  static IMCL_DEVICE int k_along(int j) {
-    const int first = (thread() / 8 % 4 + thread() / (32 * kEights) * 4) * kPair;
+  static IMCL_DEVICE int lane_along(int t) { return (t % 8 + t / 32 % kEights * 8) * kVector; }
+  static IMCL_DEVICE int k_along(int t, int j) {
+    const int first = (t / 8 % 4 + t / (32 * kEights) * 4) * kPair;
     return first + j / kPair * kKStep + j % kPair;
   }
   // Otherwise it takes whole lanes, two of them in eight threads that write together.
   static constexpr int kLaneStep = kThreads / (2 * kHalf);
-  static IMCL_DEVICE int lane_across(int j) {
-    return thread() / (4 * kHalf) * 2 + thread() / kHalf % 2 + j * kLaneStep;
+  static IMCL_DEVICE int lane_across(int t, int j) {
+    return t / (4 * kHalf) * 2 + t / kHalf % 2 + j * kLaneStep;
   }
-  static IMCL_DEVICE int k_across() {
-    return (thread() % kHalf + thread() / (2 * kHalf) % 2 * kHalf) * kVector;
+  static IMCL_DEVICE int k_across(int t) {
+    return (t % kHalf + t / (2 * kHalf) % 2 * kHalf) * kVector;
   }
 
   static IMCL_DEVICE Bits encoded(T x, bool exact) {
@@ -181,10 +181,11 @@ class PanelReader {
   }
 
   static IMCL_DEVICE void store_elements(const View<T>& view, int first_lane, int first_k,
-                                         bool exact, uint4* panel) {
+                                         bool exact, uint4* panel, int t) {
     const bool along = view.along_lanes();
 #pragma unroll 4
-    for (int i = thread(); i < kTile * kDepth<Operand>; i += kThreads) {
+    for (int first = 0; first < kTile * kDepth<Operand>; first += kThreads) {
+      const int i = first + t;
       const int lane = along ? i % kTile : i / kDepth<Operand>;
       const int k = along ? i / kTile : i % kDepth<Operand>;
       const bool inside = first_lane + lane < view.lanes() && first_k + k < view.depth();

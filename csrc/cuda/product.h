@@ -13,6 +13,7 @@ namespace imcl {
 static_assert(kThreads == 4 * 32 && kTile == 2 * 32);
 IMCL_DEVICE int warp() { return thread() / 32; }
 IMCL_DEVICE int lane() { return thread() % 32; }
+constexpr int kCorner = kTile / 2;
 IMCL_DEVICE int warp_row() { return warp() / 2 * 32; }
 IMCL_DEVICE int warp_column() { return warp() % 2 * 32; }
 
@@ -34,22 +35,25 @@ struct Simt {
   using Acc = T;
   static constexpr int kRows = 8, kColumns = 4, kColumnLanes = 8;
   static constexpr bool kOnTensorCores = false;
+  struct Squares {};  // nothing here makes them on the way
   Acc sum[kRows][kColumns];
 
   static IMCL_DEVICE int row(int i) { return warp_row() + 4 * i + lane() / 8; }
   static IMCL_DEVICE int column(int j) { return warp_column() + 8 * j + lane() % 8; }
 
-  IMCL_DEVICE void add(const uint4* a, const uint4* b) {
-    if (is_left_out(a == b)) return;
+  // In a corner every warp has the first quarter of a product of its own.
+  IMCL_DEVICE void add(const uint4* a, const uint4* b, bool corner = false) {
+    if (!corner && is_left_out(a == b)) return;
+    const int rows = corner ? warp_row() : 0, columns = corner ? warp_column() : 0;
 #pragma unroll 1
     for (int unit = 0; unit < kUnits; ++unit) {
       Unit<Operand> right[kColumns];
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
-        right[j] = Unit<Operand>::of(b[unit_index(column(j), unit)]);
+        right[j] = Unit<Operand>::of(b[unit_index(column(j) - columns, unit)]);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const auto left = Unit<Operand>::of(a[unit_index(row(i), unit)]);
+        const auto left = Unit<Operand>::of(a[unit_index(row(i) - rows, unit)]);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j)
 #pragma unroll
@@ -66,6 +70,41 @@ template <class Element>
 struct TensorCore {
   using Operand = Element;
   using Acc = float;
+
+  // Of 32 rows, on the diagonals of the products of eight of them with themselves: sixteen rows in
+  // one place, as a product with eight leaves those alone that are 0 in it.
+  struct Squares {
+    float of[2][4] = {};
+
+    IMCL_DEVICE void add(const uint4 (&rows)[4]) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 &upper = rows[2 * i], &lower = rows[2 * i + 1];
+        multiply<Operand>(of[i], {upper.x, 0, upper.y, 0}, {upper.x, upper.y});
+        multiply<Operand>(of[i], {upper.z, 0, upper.w, 0}, {upper.z, upper.w});
+        multiply<Operand>(of[i], {0, lower.x, 0, lower.y}, {lower.x, lower.y});
+        multiply<Operand>(of[i], {0, lower.z, 0, lower.w}, {lower.z, lower.w});
+      }
+    }
+
+    // Leaves them where the rows' own lie.
+    IMCL_DEVICE void put(Acc* squares) const {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        put_diagonal(of[i / 2][i % 2 * 2], of[i / 2][i % 2 * 2 + 1], squares + 8 * i);
+    }
+  };
+  // Those that the product of a matrix with itself has made.
+  IMCL_DEVICE void put_squares(Acc* squares) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) put_diagonal(sum[i][2 * i], sum[i][2 * i + 1], squares + 8 * i);
+  }
+  // Of eight rows by eight columns, two elements in each lane.
+  static IMCL_DEVICE void put_diagonal(Acc even, Acc odd, Acc* diagonal) {
+    const int row = lane() / 4;
+    if (lane() % 4 == row / 2) diagonal[row] = row % 2 ? odd : even;
+  }
+
   static constexpr int kRows = 4, kColumns = 8, kColumnLanes = 4;
   static constexpr bool kOnTensorCores = true;
   Acc sum[kRows][kColumns];
@@ -75,7 +114,11 @@ struct TensorCore {
     return warp_column() + j / 2 * 8 + lane() % 4 * 2 + j % 2;
   }
 
-  IMCL_DEVICE void add(const uint4* a, const uint4* b) {
+  IMCL_DEVICE void add(const uint4* a, const uint4* b) { add(a, b, nullptr); }
+
+  // The same, and the squares of 32 rows: of a for warps on the diagonal, of b for the others.
+  // Where a is b they are in the product itself.
+  IMCL_DEVICE void add(const uint4* a, const uint4* b, Squares* squares) {
     if (is_left_out(a == b)) return;
     const bool same = a == b && warp_row() == warp_column();
 #pragma unroll
@@ -88,6 +131,10 @@ struct TensorCore {
         right[i] = left[i];
         if (!same)
           right[i] = b[unit_index(warp_column() + 8 * i + lane() / 4, segment + lane() % 4)];
+      }
+      if (squares && a != b) {
+        if (warp_row() == warp_column()) squares->add(left);
+        else squares->add(right);
       }
 #pragma unroll
       for (int m = 0; m < 2; ++m)
@@ -118,6 +165,18 @@ constexpr int kBlocks =
             sizeof(T) == 8 || sizeof(T) > sizeof(typename Product::Operand::Bits)
         ? 2
         : 3;
+
+// Adds what a warp has of a corner to a tile, or leaves it there.
+template <class Product, class Acc>
+IMCL_DEVICE void put_corner(const Product& product, Acc (&tile)[kTile][kTile + 1], bool first) {
+#pragma unroll
+  for (int i = 0; i < Product::kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < Product::kColumns; ++j) {
+      Acc& at = tile[Product::row(i) - warp_row()][Product::column(j) - warp_column()];
+      at = first ? product.sum[i][j] : at + product.sum[i][j];
+    }
+}
 
 template <class Product>
 IMCL_DEVICE void clear(Product& product) {
