@@ -8,7 +8,7 @@ TRITON ?= triton==3.7.1
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.map csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu \
     csrc/cuda/*.cpp csrc/cuda/*.h)
 SOURCES := setup.py pyproject.toml $(CSRC)
-CXX_FILES := $(filter-out %.map,$(CSRC)) $(wildcard tests/driver/*.cpp tests/driver/*.h bench/driver/*.cpp)
+CXX_FILES := $(filter-out %.map,$(CSRC)) $(wildcard tests/driver/*.cpp tests/driver/*.h bench/driver/*.c*)
 
 ifeq ($(shell $(PYTHON) -c 'import torch; print("yes")' 2>/dev/null),yes)
 RUN := $(PYTHON)

@@ -32,13 +32,27 @@ autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 
 
+# The bars of a norm are no operators, with space around them, and a logarithm is one.
+SPACED = {
+    '<mo stretchy="false">&#x0007C;</mo>': '<mo stretchy="false" lspace="0" rspace="0">|</mo>',
+    "<mi>log</mi>": '<mo lspace=".17em" rspace=".17em">log</mo>',
+}
+
+
+def _mathml(node: math | math_block, display: str) -> str:
+    text = convert(node.astext(), display=display)
+    for made, wanted in SPACED.items():
+        text = text.replace(made, wanted)
+    return text
+
+
 def _inline(self, node: math) -> None:
-    self.body.append(convert(node.astext()))
+    self.body.append(_mathml(node, "inline"))
     raise SkipNode
 
 
 def _block(self, node: math_block) -> None:
-    self.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    self.body.append(f'<div class="formula">{_mathml(node, "block")}</div>')
     raise SkipNode
 
 

@@ -71,12 +71,16 @@ class CollaborativeConsistency(Function):
             logits, target, weight, sample_weight, *options, keep
         )
         ctx.mark_non_differentiable(terms)
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # a gradient of the terms would be filled with zeros
         ctx.save_for_backward(*logits, *gradients)
         ctx.implementation, ctx.stacks = implementation, len(logits)
         return loss, terms
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _terms):
+    def backward(ctx, grad: Tensor | None, _terms):
+        if grad is None:  # whoever differentiates the loss has none
+            return (None,) * (5 + ctx.stacks)
         saved = ctx.saved_tensors
         logits, gradients = saved[: ctx.stacks], saved[ctx.stacks :]
         # (*samples, 1), or one number: without a dimension a GPU would round it to bfloat16 first,

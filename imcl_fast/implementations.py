@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -81,7 +82,10 @@ def _why_not_triton(device: str, dtypes: Sequence[torch.dtype]) -> str | None:
         return f"it runs on CUDA, ROCm and XPU tensors, and these are on {device}"
     if torch.float64 in dtypes and not interpreted:
         return "its kernels take float64 under TRITON_INTERPRET=1 only"
-    return _why_not_triton_version() or (_why_not_interpreter() if interpreted else None)
+    reason = _why_not_triton_version()
+    if reason is None and interpreted:
+        return _why_not_interpreter()
+    return _why_not_c_compiler() if reason is None and device == "cuda" else reason
 
 
 @functools.cache
@@ -92,6 +96,18 @@ def _why_not_interpreter() -> str | None:
     return (
         f"the interpreter of Triton {found} doesn't run with NumPy {numpy}; "
         "`pip install 'triton>=3.7'`, or 'numpy<2.4'"
+    )
+
+
+@functools.cache
+@tracing.constant
+def _why_not_c_compiler() -> str | None:
+    # Where Triton looks for the one that makes what launches a kernel.
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return (
+        "Triton needs a C compiler to launch its kernels, and there is no gcc or clang; install "
+        "one, or set CC"
     )
 
 

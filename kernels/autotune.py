@@ -20,11 +20,13 @@ import torch
 
 Config = TypeVar("Config", bound=tuple)
 
+_ASKED_FOR = os.environ.get("IMCL_FAST_AUTOTUNE") == "1"  # to look takes as long as a launch
+
 _winners: dict[str, int] | None = None  # indices of candidates; None until the file is read
 
 
 def wanted(device: torch.device) -> bool:
-    return os.environ.get("IMCL_FAST_AUTOTUNE") == "1" and device.type != "cpu"
+    return _ASKED_FOR and device.type != "cpu"
 
 
 def best(

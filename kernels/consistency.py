@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,14 @@ from .. import dense
 from ..algebra.consistency import PAIRWISE, REDUCE_NONE, kept_dtype
 from ..algebra.divergences import KL
 from . import autotune
+from .blank import blank
 from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
 from .consistency_constants import INDICES, NO_TARGET, PROBABILITIES, constants
 from .consistency_kernel import consistency_kernel
 from .constants import plain
-from .launch import launch
+from .kept import scratch
+from .launch import Launch
+from .plan import Layout, layout
 
 _POWERS = (1.0, 2.0, 3.0, 4.0)  # temperatures T at which exp(x) is a power of exp(x/T)
 _UNIT = 16  # elements
@@ -50,80 +53,148 @@ def forward(
     """Loss () or (B,), terms (2, H), and with ``keep`` the gradients, scaled completely, in the
     ``kept_dtype``: one (H, B, K) if all logits are contiguous, else one like each stack of logits.
     """
-    device, dtype = logits[0].device, logits[0].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    heads, given_classes = len(ce_weight), logits[0].shape[-1]
-    classes = 2 if binary else given_classes
-    other = any(name != KL for name in divergence)
-    samples = dense.samples(logits[0])
-    batch = math.prod(samples)
-    given = [x.stride()[: len(samples)] for x in (target, sample_weight) if x is not None]
-    geometry = _geometry(tuple((z.shape, z.stride()) for z in logits), tuple(given))
+    device = logits[0].device
+    given = [x for x in (target, weight, sample_weight) if x is not None]
+    options = _Options(
+        tuple(groups), tuple(teacher), tuple(detach), tuple(divergence),
+        tuple([int(t) if t in _POWERS else 0 for t in temperature]), label_smoothing > 0,
+        ignore_index, binary, reduction, keep,
+    )  # fmt: skip
+    has = target is not None, weight is not None
+    call = _call(layout(logits), layout(given), has, options, device)
+    geometry = call.geometry
+    loss, terms = call.loss(), call.terms()
     gradients: list[Tensor] = []
-    if keep and geometry.packed:
-        shape = (heads, *samples, given_classes)
-        gradients = [torch.empty(shape, dtype=kept_dtype(dtype), device=device)]
+    if call.gradient is not None:
+        gradients = [call.gradient()]
     elif keep:
-        gradients = [torch.empty_like(z, dtype=kept_dtype(dtype)) for z in logits]
-    per_sample = reduction == REDUCE_NONE
-    if batch == 0:
-        loss = torch.zeros(samples if per_sample else (), dtype=wide, device=device)
-        return loss, torch.zeros((2, heads), dtype=wide, device=device), gradients
+        gradients = [torch.empty_like(z, dtype=call.kept) for z in logits]
+    if call.batch == 0:
+        return loss.zero_(), terms.zero_(), gradients
 
-    numbers = tuple(map(float, (*ce_weight, *kl_weight, *temperature, label_smoothing)))
-    if other:
-        numbers += tuple(map(float, beta))
-    rests = _rests(numbers) if wide == torch.float64 else ()
-    loss = torch.empty(samples if per_sample else (), dtype=wide, device=device)
-    terms = torch.empty((2, heads), dtype=wide, device=device)
-
-    kind, labels = _labels(target, weight, sample_weight, geometry.given)
-    of_groups = {
-        "groups": tuple(groups), "teachers": tuple(teacher), "divergences": tuple(divergence),
-        "detach": tuple(detach),
-        "powers": tuple(int(t) if t in _POWERS else 0 for t in temperature),
-    }  # fmt: skip
+    numbers = (*ce_weight, *kl_weight, *temperature, label_smoothing)
+    if call.other:
+        numbers += tuple(beta)
+    numbers = tuple(map(float, numbers))
+    rests = _rests(numbers) if loss.dtype == torch.float64 else ()
+    of_target, of_classes, of_weight, of_samples = call.label_strides
 
     def run(config: ConsistencyConfig) -> None:
-        compiled_for = constants(
-            **of_groups, k=classes, heads=geometry.heads, gradient_heads=geometry.gradient_heads,
-            unit=geometry.unit, binary=binary, reduction=reduction, target=kind,
-            smooth=label_smoothing > 0, weighted=weight is not None,
-            shared=sample_weight is not None, keep=keep, samples=config.samples,
-            block=config.block, **_slices(config, geometry, classes, dtype),
-            lowest=torch.finfo(dtype).min,
-            acc=tl.float64 if wide == torch.float64 else tl.float32,
-        )  # fmt: skip
-        sums = plain(compiled_for.sums)
-        partials = torch.empty((sums, config.programs), dtype=wide, device=device)
+        launch, size = call.launch(config)
+        _, partials, ticket = scratch(device, size, loss.dtype)
         launch(
-            consistency_kernel,
-            config.programs,
-            device,
             (tuple(logits), geometry.sizes, geometry.strides),
-            labels,
+            (target, of_target, of_classes, weight, of_weight, sample_weight, of_samples),
             ignore_index,
             (numbers, rests),
             (tuple(gradients), geometry.sizes, geometry.gradient_strides),
-            (partials, torch.zeros((), dtype=torch.int32, device=device), loss, terms),
-            batch,
-            C=compiled_for,
-            num_warps=config.num_warps,
-            maxnreg=config.registers,
+            (partials, ticket, loss, terms),
+            call.batch,
         )
 
-    heavy = other or any(
-        size > 1 and (kind == PAIRWISE or not fixed)
-        for size, kind, fixed in zip(groups, teacher, detach, strict=True)
-    )
-    rich = kind == PROBABILITIES or weight is not None or len(geometry.sizes) > 1
-    config = consistency_config(max(groups), heavy and keep, rich, batch, classes, device)
+    config = call.config
     if autotune.wanted(device):
-        candidates = consistency_candidates(config, batch)
-        bucket = (heads, heavy and keep, rich, power_of_2(batch), power_of_2(classes))
-        config = autotune.best("consistency", bucket, dtype, device, candidates, run)
+        candidates = consistency_candidates(config, call.batch)
+        config = autotune.best(
+            "consistency", call.bucket, logits[0].dtype, device, candidates, run
+        )
     run(config)
     return loss, terms, gradients
+
+
+class _Options(NamedTuple):
+    """Those of a call, but for numbers: of these only what kernels are made for."""
+
+    groups: tuple[int, ...]
+    teachers: tuple[int, ...]
+    detach: tuple[bool, ...]
+    divergences: tuple[int, ...]
+    powers: tuple[int, ...]
+    smooth: bool
+    ignore_index: int
+    binary: bool
+    reduction: int
+    keep: bool
+
+
+class _Call:
+    """All of a call but its tensors and its numbers."""
+
+    def __init__(
+        self,
+        logits: Layout,
+        given: Layout,  # of the target, the weights of classes and of samples, of those there are
+        has: tuple[bool, bool],  # whether there are the first two
+        options: _Options,
+        device: torch.device,
+    ) -> None:
+        dtype, shape, *_ = logits[0]
+        left = list(given)
+        target = left.pop(0) if has[0] else None
+        weight = left.pop(0) if has[1] else None
+        sample_weight = left.pop(0) if left else None
+        geometry = _geometry(logits, [x for x in (target, sample_weight) if x is not None])
+        kind = NO_TARGET
+        if target is not None:
+            kind = PROBABILITIES if target[0].is_floating_point else INDICES
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        heads, classes = sum(options.groups), 2 if options.binary else shape[-1]
+        per_sample = options.reduction == REDUCE_NONE
+
+        self.geometry, self.batch = geometry, math.prod(geometry.samples)
+        self.loss = blank(geometry.samples if per_sample else (), wide, device)
+        self.terms = blank((2, heads), wide, device)
+        self.kept = kept_dtype(dtype)
+        packed = (heads, *geometry.samples, shape[-1])
+        self.gradient = None
+        if options.keep and geometry.packed:
+            self.gradient = blank(packed, self.kept, device)
+        self.label_strides = (
+            None if target is None else geometry.given[0],
+            0 if target is None or kind == INDICES else target[2][-1],
+            0 if weight is None else weight[2][0],
+            None if sample_weight is None else geometry.given[-1],
+        )
+        self.other = any(name != KL for name in options.divergences)
+        each = zip(options.groups, options.teachers, options.detach, strict=True)
+        heavy = self.other or any(
+            size > 1 and (teacher == PAIRWISE or not fixed) for size, teacher, fixed in each
+        )
+        rich = kind == PROBABILITIES or weight is not None or len(geometry.sizes) > 1
+        shares = heads, heavy and options.keep, rich
+        self.bucket = (*shares, power_of_2(self.batch), power_of_2(classes))
+        if self.batch:
+            self.config = consistency_config(
+                max(options.groups), *shares[1:], self.batch, classes, device
+            )
+        self._device = device
+        self._slices = functools.partial(_slices, geometry=geometry, classes=classes, dtype=dtype)
+        compiled_for = options._asdict()
+        del compiled_for["ignore_index"]  # that is an argument
+        self._constants = functools.partial(
+            constants, **compiled_for, k=classes, heads=geometry.heads,
+            gradient_heads=geometry.gradient_heads, unit=geometry.unit, target=kind,
+            weighted=weight is not None, shared=sample_weight is not None,
+            lowest=torch.finfo(dtype).min,
+            acc=tl.float64 if wide == torch.float64 else tl.float32,
+        )  # fmt: skip
+        self._launches: dict[ConsistencyConfig, tuple[Launch, int]] = {}
+
+    def launch(self, config: ConsistencyConfig) -> tuple[Launch, int]:
+        """With that configuration; and how many sums its programs store."""
+        if config not in self._launches:
+            found = self._constants(
+                samples=config.samples, block=config.block, **self._slices(config)
+            )
+            launch = Launch(
+                consistency_kernel, config.programs, self._device, C=found,
+                num_warps=config.num_warps, maxnreg=config.registers,
+            )  # fmt: skip
+            self._launches[config] = launch, plain(found.sums) * config.programs
+        return self._launches[config]
+
+
+_call = functools.lru_cache(maxsize=256)(_Call)
 
 
 def _slices(
@@ -156,15 +227,14 @@ class _Geometry(NamedTuple):
     given: tuple[tuple[int, ...], ...]  # strides of what each sample has, in elements
     unit: int
     packed: bool  # whether the gradients are one (H, *samples, K)
+    samples: torch.Size
 
 
-@functools.lru_cache(maxsize=256)
-def _geometry(
-    layouts: tuple[tuple[torch.Size, tuple[int, ...]], ...], given: tuple[tuple[int, ...], ...]
-) -> _Geometry:
-    """The geometry of stacks of logits of some shapes and strides, and of the strides of
-    targets and weights."""
-    stacks = [torch.empty_strided(shape, stride, device="meta") for shape, stride in layouts]
+def _geometry(logits: Layout, given: Iterable[tuple]) -> _Geometry:
+    """The geometry of stacks of logits, and of what each sample has: targets and weights."""
+    stacks = [
+        torch.empty_strided(shape, stride, device="meta") for _, shape, stride, _ in logits
+    ]
     heads = tuple(
         (s, i) for s, z in enumerate(stacks) for i in range(len(z) if z.dim() > 2 else 1)
     )
@@ -176,7 +246,8 @@ def _geometry(
         gradient_heads = tuple((0, h) for h in range(len(heads)))
         gradients = [torch.empty(whole, device="meta")]
     of_samples = [z.stride()[-len(samples) - 1 : -1] for z in (*stacks, *gradients)]
-    sizes, axes = _axes(samples, (*of_samples, *given))
+    of_given = [stride[: len(samples)] for _, _, stride, _ in given]
+    sizes, axes = _axes(samples, (*of_samples, *of_given))
     count = len(stacks) + len(gradients)
     of_heads = [z.stride(0) if z.dim() > 2 else 0 for z in (*stacks, *gradients)]
     unit = math.gcd(_UNIT, *of_heads, *(n for strides in axes[:count] for n in strides))
@@ -188,6 +259,7 @@ def _geometry(
     return _Geometry(
         sizes if len(sizes) > 1 else (), *_shared(heads, of_logits),
         *_shared(gradient_heads, of_gradients), axes[count:], unit, packed,
+        samples,
     )  # fmt: skip
 
 
@@ -217,23 +289,6 @@ def _axes(
     if not kept:
         return (1,), tuple((0,) for _ in strides)
     return tuple(kept), tuple(map(tuple, axes))
-
-
-def _labels(
-    target: Tensor | None,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    given: tuple[tuple[int, ...], ...],
-) -> tuple[tl.constexpr, tuple]:
-    """What kind of target it is; and what the kernel calls labels: the target, its strides, class
-    weights and their stride, weights of the samples and theirs."""
-    of_weights = (weight, 0 if weight is None else weight.stride(0), sample_weight,
-                  None if sample_weight is None else given[-1])  # fmt: skip
-    if target is None:
-        return NO_TARGET, (None, None, 0, *of_weights)
-    if target.is_floating_point():
-        return PROBABILITIES, (target, given[0], target.stride(-1), *of_weights)
-    return INDICES, (target, given[0], 0, *of_weights)
 
 
 def _rests(numbers: Sequence[float]) -> tuple[float, ...]:

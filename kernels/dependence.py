@@ -6,7 +6,7 @@ The signatures are those of ``algebra.dependence``; the formulas stand in the ke
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,30 +14,29 @@ import triton
 from torch import Tensor
 
 from . import numerics
+from .blank import blank
 from .config import DependenceConfig, dependence_config
 from .dependence_constants import DependenceConstants
 from .dependence_kernel import gram_kernel, product_kernel
 from .dependence_plan import DependencePlan, dependence_plan
-from .kept import capturing, keep_for_graph, tickets
-from .launch import launch
-from .plan import BY_COLUMNS, BY_ROWS, TILE, layer_of
+from .kept import hold, tickets
+from .launch import Launch
+from .plan import BY_COLUMNS, BY_ROWS, TILE, Layout, Typed, by_dtype, layout
 
 
-class _TypedLayers(NamedTuple):
-    """The representations of one dtype, which share a launch."""
+class _Part(NamedTuple):
+    """What the representations of one dtype take of a pass."""
 
-    dtype: torch.dtype
-    indices: tuple[int, ...]
-    xs: tuple[Tensor, ...]
+    typed: Typed
     plan: DependencePlan
-    config: DependenceConfig
+    launch: Launch
 
-    def constants(self, block: int, depth: int) -> DependenceConstants:
-        batch = self.xs[0].shape[0]
-        of_plan = len(self.xs), self.plan.paths, self.plan.rows_unit
-        of_batch = batch <= TILE, batch % 4 == 0
-        sizes = block, self.config.gathered, depth, self.config.fan
-        return _constants(of_plan, of_batch, self.dtype, sizes)
+
+class _Forward(NamedTuple):
+    parts: tuple[_Part, ...]
+    grams: Callable[[], Tensor]
+    means: tuple[Callable[[], Tensor], ...]  # of each part
+    summands: tuple[Callable[[], Tensor], ...]  # of each part
 
 
 def forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
@@ -45,34 +44,16 @@ def forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[
 
     One launch for each dtype; another where a scale isn't 1.
     """
-    batch, device = xs[0].shape[0], xs[0].device
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in xs) else torch.float32
-    grams = torch.empty(len(xs), batch, batch, dtype=dtype, device=device)
-    state = []
-    for typed in _by_dtype(xs):
-        accumulation = numerics.accumulation(typed.dtype)
-        means = torch.empty(typed.plan.means, dtype=accumulation, device=device)
-        state.append(means)
-        span, programs = typed.plan.gram
-        if not programs:
-            continue
-        summands = programs if typed.plan.divided else 0
-        launch(
-            gram_kernel,
-            programs,
-            device,
-            typed.xs,
-            typed.plan.table,
-            grams,
-            means,
-            torch.empty(summands, TILE, TILE, dtype=accumulation, device=device),
-            tickets(device, summands),
-            span,
-            C=typed.constants(typed.config.gram_block, 0),
-            num_warps=typed.config.gram_warps,
-            num_stages=typed.config.gram_stages,
-            maxnreg=typed.config.registers,
-        )
+    device = xs[0].device
+    parts, blank_grams, blank_means, blank_summands = _forward(layout(xs), device)
+    grams = blank_grams()
+    state = [means() for means in blank_means]
+    for (typed, plan, launch), means, summands in zip(parts, state, blank_summands, strict=True):
+        span, programs = plan.gram
+        if programs:
+            hold(plan.table, device)
+            counters = tickets(device, programs if plan.divided else 0)
+            launch(typed.of(xs), plan.table, grams, means, summands(), counters, span)
     if any(factor != 1 for factor in scale):
         torch._foreach_mul_(grams.unbind(), list(scale))
     return grams, state
@@ -81,27 +62,76 @@ def forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[
 def backward(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[Tensor]:
     """S X_a of every x, shaped and strided like x; S (n, B, B) is symmetric and contiguous, its
     rows sum to 0."""
+    device = xs[0].device
     gradients = [torch.empty_like(x) for x in xs]
-    for typed, shifts in zip(_by_dtype(xs), means, strict=True):
-        span, programs = typed.plan.product
-        if not programs:
-            continue
-        launch(
-            product_kernel,
-            programs,
-            xs[0].device,
-            typed.xs,
-            tuple(gradients[i] for i in typed.indices),
-            typed.plan.table,
-            s,
-            shifts,
-            span,
-            C=typed.constants(typed.config.product_block, typed.config.product_depth),
-            num_warps=typed.config.product_warps,
-            num_stages=typed.config.product_stages,
-            maxnreg=typed.config.registers,
-        )
+    parts = _backward(layout(xs), layout((s, *means)), device)
+    for (typed, plan, launch), shifts in zip(parts, means, strict=True):
+        span, programs = plan.product
+        if programs:
+            hold(plan.table, device)
+            launch(typed.of(xs), typed.of(gradients), plan.table, s, shifts, span)
     return gradients
+
+
+@functools.lru_cache(maxsize=256)
+def _forward(layers: Layout, device: torch.device) -> _Forward:
+    (_, (batch, *_), *_), *_ = layers
+    dtypes = [dtype for dtype, *_ in layers]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    parts, means, summands = [], [], []
+    for typed in by_dtype(layers):
+        config, plan, constants = _planned(typed, device)
+        launch = Launch(
+            gram_kernel, plan.gram.programs, device, C=constants(config.gram_block, 0),
+            num_warps=config.gram_warps, num_stages=config.gram_stages,
+            maxnreg=config.registers,
+        )  # fmt: skip
+        parts.append(_Part(typed, plan, launch))
+        accumulation = numerics.accumulation(typed.dtype)
+        means.append(blank((plan.means,), accumulation, device))
+        tiles = plan.gram.programs if plan.divided else 0
+        summands.append(blank((tiles, TILE, TILE), accumulation, device))
+    grams = blank((len(layers), batch, batch), dtype, device)
+    return _Forward(tuple(parts), grams, tuple(means), tuple(summands))
+
+
+@functools.lru_cache(maxsize=256)
+def _backward(
+    layers: Layout,
+    _given: Layout,  # S and the means: the kernel is compiled for them too
+    device: torch.device,
+) -> tuple[_Part, ...]:
+    parts = []
+    for typed in by_dtype(layers):
+        config, plan, constants = _planned(typed, device)
+        launch = Launch(
+            product_kernel, plan.product.programs, device,
+            C=constants(config.product_block, config.product_depth),
+            num_warps=config.product_warps, num_stages=config.product_stages,
+            maxnreg=config.registers,
+        )  # fmt: skip
+        parts.append(_Part(typed, plan, launch))
+    return tuple(parts)
+
+
+def _planned(
+    typed: Typed, device: torch.device
+) -> tuple[DependenceConfig, DependencePlan, Callable[[int, int], DependenceConstants]]:
+    """The configuration, the plan, and what kernels of a block and a depth are compiled for."""
+    batch = typed.layers[0].shape[0]
+    config = dependence_config(typed.dtype, batch, device)
+    plan = dependence_plan(
+        typed.layers, typed.indices, typed.dtype.itemsize, config.gram_block,
+        config.product_block, config.programs, device,
+    )  # fmt: skip
+    of_plan = len(typed.layers), plan.paths, plan.rows_unit
+    of_batch = batch <= TILE, batch % 4 == 0
+
+    def constants(block: int, depth: int) -> DependenceConstants:
+        sizes = block, config.gathered, depth, config.fan
+        return _constants(of_plan, of_batch, typed.dtype, sizes)
+
+    return config, plan, constants
 
 
 @functools.lru_cache(maxsize=256)
@@ -129,21 +159,3 @@ def _constants(
         product=numerics.careful_product(dtype),
         acc=numerics.TRITON[numerics.accumulation(dtype)],
     )
-
-
-def _by_dtype(xs: Sequence[Tensor]) -> list[_TypedLayers]:
-    indices: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(xs):
-        indices.setdefault(x.dtype, []).append(i)
-    types = []
-    for dtype, members in indices.items():
-        mine, device = tuple(xs[i] for i in members), xs[0].device
-        config = dependence_config(dtype, xs[0].shape[0], device)
-        made = dependence_plan(
-            tuple(layer_of(x) for x in mine), tuple(members), dtype.itemsize, config.gram_block,
-            config.product_block, config.programs, device,
-        )
-        if capturing(device):
-            keep_for_graph(made.table)
-        types.append(_TypedLayers(dtype, tuple(members), mine, made, config))
-    return types

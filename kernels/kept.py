@@ -1,4 +1,4 @@
-"""Device memory that outlives calls and CUDA graphs: tickets, and the tables of plans.
+"""Device memory that outlives calls and CUDA graphs: scratch, tickets, and the tables of plans.
 
 What is made within a call may lie in the private pool of a CUDA graph that is captured or
 warmed up just then, and such a pool is taken back. So it is made by another thread, whose
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_TICKETS = 4096  # of a device; one for every stream, and one for every launch in a graph
-_APART = 4  # int32: every ticket starts at a multiple of 16 bytes, as every tensor does
+_TICKETS = 4096  # of a device, one for every launch in a graph
+_APART = 16  # bytes: every ticket starts at a multiple of them, as every tensor does
 
-_FEWEST = 1024  # of the counters that a stream has for its launches
+_FEWEST = 1024  # of the elements that a launch has, or counters
 
 _of_graphs: dict[int, Tensor] = {}  # by address; a graph may read them as long as it lives
 
@@ -44,43 +45,57 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
         return other.submit(values.to, device).result()
 
 
-def keep_for_graph(memory: Tensor) -> None:
-    """Hold on to memory that a graph being captured will read."""
-    _of_graphs[memory.data_ptr()] = memory
-
-
-class _Tickets:
-    """Those of a device: free ones, and those that streams have."""
-
-    def __init__(self, device: torch.device) -> None:
-        memory = on_device(torch.zeros(_TICKETS, _APART, dtype=torch.int32), device)
-        self.free = list(memory[:, 0].unbind())
-        self.of_stream: dict[int, Tensor] = {}
-
-
-_tickets: dict[torch.device, _Tickets] = {}
-
-
-def ticket(device: torch.device) -> Tensor:
-    """A counter () int32 that is 0, for one launch, whose last program leaves it at 0.
-
-    The launches of a stream follow one another and share one. A graph may be replayed
-    beside any stream, so each launch captured has its own; where none is left, or none was
-    made before the capture, one that the graph sets to 0 itself.
-    """
-    mine = _tickets.get(device)
+def hold(memory: Tensor, device: torch.device) -> None:
+    """Keep the memory, made by ``on_device``, for what is launched now, though it be let go of:
+    as long as a graph being captured may read it, or until another stream than its own has."""
     if capturing(device):
-        if mine is None or not mine.free:
-            return torch.zeros((), dtype=torch.int32, device=device)
-        return mine.free.pop()
-    if mine is None:
-        mine = _tickets[device] = _Tickets(device)
-    stream = _stream(device)
-    if stream not in mine.of_stream:
-        if not mine.free:
-            return torch.zeros((), dtype=torch.int32, device=device)
-        mine.of_stream[stream] = mine.free.pop()
-    return mine.of_stream[stream]
+        _of_graphs[memory.data_ptr()] = memory
+    elif device.type == "cuda" and _stream(device):
+        memory.record_stream(torch.cuda.current_stream(device))
+
+
+class Scratch(NamedTuple):
+    """What the programs of a launch leave for the last of them."""
+
+    size: int
+    partials: Tensor  # (size,)
+    ticket: Tensor  # () int32, 0 before a launch and after
+
+
+_scratch: dict[tuple, list[Scratch]] = {}
+_tickets: dict[torch.device, list[Tensor]] = {}  # that no graph has yet
+
+
+def scratch(device: torch.device, size: int, dtype: torch.dtype) -> Scratch:
+    """At least ``size`` elements and a counter that is 0, for one call, whose last program leaves
+    that at 0.
+
+    The launches of a stream follow one another and share one, but for those of other threads, for
+    a call may have several launches. A graph may be replayed beside any stream, so each call
+    captured has its own; where no counter is left, or none was made before the capture, one that
+    the graph sets to 0 itself.
+    """
+    if capturing(device):
+        free = _tickets.get(device)
+        ticket = free.pop() if free else torch.zeros((), dtype=torch.int32, device=device)
+        return Scratch(size, torch.empty(size, dtype=dtype, device=device), ticket)
+    key = device, _stream(device), threading.get_ident(), dtype
+    mine = _scratch.get(key)
+    if mine is None or mine[-1].size < size:
+        # Those that were too small are kept: launches on their way may still use them.
+        mine = _scratch.setdefault(key, [])
+        mine.append(_new_scratch(device, max(_FEWEST, 1 << (size - 1).bit_length()), dtype))
+    return mine[-1]
+
+
+def _new_scratch(device: torch.device, size: int, dtype: torch.dtype) -> Scratch:
+    if device not in _tickets:
+        counters = torch.zeros(_TICKETS, _APART // 4, dtype=torch.int32, device="cpu")
+        _tickets[device] = list(on_device(counters, device)[:, 0].unbind())
+    memory = torch.zeros(_APART + size * dtype.itemsize, dtype=torch.uint8, device="cpu")
+    memory = on_device(memory, device)
+    ticket = memory[:4].view(torch.int32).squeeze()
+    return Scratch(size, memory[_APART:].view(dtype), ticket)
 
 
 _counters: dict[tuple[torch.device, int], list[Tensor]] = {}
@@ -94,13 +109,14 @@ def tickets(device: torch.device, count: int) -> Tensor:
     mine = _counters.setdefault((device, _stream(device)), [])
     if not mine or len(mine[-1]) < count:
         size = max(_FEWEST, 1 << (count - 1).bit_length())
-        mine.append(on_device(torch.zeros(size, dtype=torch.int32), device))
+        mine.append(on_device(torch.zeros(size, dtype=torch.int32, device="cpu"), device))
     return mine[-1]
 
 
 def _stream(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.current_stream(device).cuda_stream
+        # As torch.cuda.current_stream has it, but for the object around it.
+        return torch._C._cuda_getCurrentRawStream(device.index)
     if device.type == "xpu":
         return torch.xpu.current_stream(device).sycl_queue
     return threading.get_ident()  # under the interpreter

@@ -6,7 +6,7 @@ The signatures are those of ``algebra.pairwise``; the formulas stand in the kern
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,29 +15,29 @@ import triton.language as tl
 from torch import Tensor
 
 from . import numerics
+from .blank import blank
 from .config import PairwiseConfig, PassConfig, pairwise_config
-from .kept import capturing, keep_for_graph, ticket
-from .launch import launch
+from .kept import hold, scratch
+from .launch import Launch
 from .pairwise_backward import backward_kernel
 from .pairwise_constants import PairwiseConstants
 from .pairwise_forward import forward_kernel
-from .plan import BY_COLUMNS, BY_ROWS, Plan, layer_of, plan
+from .plan import BY_COLUMNS, BY_ROWS, Layout, Plan, Typed, by_dtype, layout, plan
 
 
-class _TypedLayers(NamedTuple):
-    """The layers of one dtype, which share a launch."""
+class _Part(NamedTuple):
+    """What the layers of one dtype take of a pass."""
 
-    dtype: torch.dtype
-    indices: list[int]
-    xs: tuple[Tensor, ...]
+    typed: Typed
     plan: Plan
-    config: PairwiseConfig
+    launch: Launch
 
-    @property
-    def of_plan(self) -> tuple[int, int, int, bool, bool]:
-        """What kernels are compiled for of it."""
-        of = self.plan
-        return len(self.xs), of.forms, of.paths, of.narrow, of.rows_unit
+
+class _Forward(NamedTuple):
+    parts: tuple[_Part, ...]
+    programs: int  # of all
+    loss: Callable[[], Tensor]
+    state: tuple[Callable[[], Tensor], ...]  # of each part
 
 
 def forward(
@@ -50,42 +50,25 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The penalty (), and per dtype of the layers what the backward needs."""
-    types = _by_dtype(xs, penalty, center, batched, precision)
-    wide = any(typed.dtype == torch.float64 for typed in types)
-    loss_type = torch.float64 if wide else torch.float32
     device = xs[0].device
-    programs = sum(typed.plan.forward for typed in types)
+    parts, programs, blank_loss, blank_state = _forward(
+        layout(xs), penalty, center, batched, precision, keep, device
+    )
+    loss = blank_loss()
+    state = [kept() for kept in blank_state]
     if programs == 0:
-        loss = torch.zeros((), dtype=loss_type, device=device)
-    else:
-        loss = torch.empty((), dtype=loss_type, device=device)
-    partials = torch.empty(programs, dtype=loss_type, device=device)
-    tickets = ticket(device) if programs else partials
-    state, first = [], 0
-    for typed in types:
-        accumulation = numerics.accumulation(typed.dtype)
-        kept = torch.empty(typed.plan.state if keep else 0, dtype=accumulation, device=device)
-        state.append(kept)
-        if typed.plan.forward:
-            launch(
-                forward_kernel,
-                typed.plan.forward,
-                device,
-                typed.xs,
-                typed.plan.table,
-                kept if keep else partials,
-                (partials, tickets, loss),
-                eps,
-                first,
-                programs,
-                len(xs),
-                C=_constants(typed.of_plan, typed.dtype, penalty, center, keep,
-                             typed.config.forward, _gram_product(typed.dtype, center, precision),
-                             loss_type),
-                **_built(typed.config.forward),
-            )
-        first += typed.plan.forward
-    return loss, state if keep else []
+        return loss.zero_(), state
+    _, partials, ticket = scratch(device, programs, loss.dtype)
+    first = 0
+    for i, part in enumerate(parts):
+        if part.plan.forward:
+            hold(part.plan.table, device)
+            part.launch(
+                part.typed.of(xs), part.plan.table, state[i] if keep else partials,
+                (partials, ticket, loss), eps, first, programs, len(xs),
+            )  # fmt: skip
+            first += part.plan.forward
+    return loss, state
 
 
 def backward(
@@ -99,25 +82,85 @@ def backward(
     precision: int,
 ) -> list[Tensor]:
     """The gradient of every layer, scaled by ``grad`` () on its device."""
+    device = xs[0].device
     gradients = [torch.empty_like(x) for x in xs]
-    for typed, kept in zip(_by_dtype(xs, penalty, center, batched, precision), state, strict=True):
-        if not typed.plan.backward:
-            continue
-        launch(
-            backward_kernel,
-            typed.plan.backward,
-            xs[0].device,
-            typed.xs,
-            tuple(gradients[i] for i in typed.indices),
-            typed.plan.table,
-            kept,
-            grad,
-            len(xs),
-            C=_constants(typed.of_plan, typed.dtype, penalty, center, True,
-                         typed.config.backward, _gradient_product(typed.dtype, precision), None),
-            **_built(typed.config.backward),
-        )
+    parts = _backward(
+        layout(xs), layout((grad, *state)), penalty, center, batched, precision, device
+    )
+    for part, kept in zip(parts, state, strict=True):
+        if part.plan.backward:
+            hold(part.plan.table, device)
+            part.launch(
+                part.typed.of(xs), part.typed.of(gradients), part.plan.table, kept, grad, len(xs)
+            )
     return gradients
+
+
+@functools.lru_cache(maxsize=256)
+def _forward(
+    layers: Layout,
+    penalty: int,
+    center: bool,
+    batched: bool,
+    precision: int,
+    keep: bool,
+    device: torch.device,
+) -> _Forward:
+    typed_layers = by_dtype(layers)
+    wide = any(typed.dtype == torch.float64 for typed in typed_layers)
+    loss = torch.float64 if wide else torch.float32
+    parts, states, programs = [], [], 0
+    for typed in typed_layers:
+        found, config = _planned(typed, penalty, center, batched, precision, device)
+        constants = _constants(
+            _of_plan(found, typed), typed.dtype, penalty, center, keep, config.forward,
+            _gram_product(typed.dtype, center, precision), loss,
+        )  # fmt: skip
+        launch = Launch(
+            forward_kernel, found.forward, device, C=constants, **_built(config.forward)
+        )
+        parts.append(_Part(typed, found, launch))
+        if keep:
+            states.append(blank((found.state,), numerics.accumulation(typed.dtype), device))
+        programs += found.forward
+    return _Forward(tuple(parts), programs, blank((), loss, device), tuple(states))
+
+
+@functools.lru_cache(maxsize=256)
+def _backward(
+    layers: Layout,
+    _given: Layout,  # the gradient that comes in and the state: the kernel is compiled for them too
+    penalty: int,
+    center: bool,
+    batched: bool,
+    precision: int,
+    device: torch.device,
+) -> tuple[_Part, ...]:
+    parts = []
+    for typed in by_dtype(layers):
+        found, config = _planned(typed, penalty, center, batched, precision, device)
+        constants = _constants(
+            _of_plan(found, typed), typed.dtype, penalty, center, True, config.backward,
+            _gradient_product(typed.dtype, precision), None,
+        )  # fmt: skip
+        launch = Launch(
+            backward_kernel, found.backward, device, C=constants, **_built(config.backward)
+        )
+        parts.append(_Part(typed, found, launch))
+    return tuple(parts)
+
+
+def _planned(
+    typed: Typed, penalty: int, center: bool, batched: bool, precision: int, device: torch.device
+) -> tuple[Plan, PairwiseConfig]:
+    found = plan(typed.layers, typed.dtype.itemsize, penalty, center, batched, device)
+    on_tensor_cores = _gradient_product(typed.dtype, precision) != numerics.IEEE
+    return found, pairwise_config(typed.dtype, on_tensor_cores, center, found, device)
+
+
+def _of_plan(found: Plan, typed: Typed) -> tuple[int, int, int, bool, bool]:
+    """What kernels are compiled for of it."""
+    return len(typed.layers), found.forms, found.paths, found.narrow, found.rows_unit
 
 
 def _built(config: PassConfig) -> dict[str, int]:
@@ -159,26 +202,6 @@ def _constants(
         acc=numerics.TRITON[accumulation],
         loss=numerics.TRITON[loss or accumulation],
     )
-
-
-def _by_dtype(
-    xs: Sequence[Tensor], penalty: int, center: bool, batched: bool, precision: int
-) -> list[_TypedLayers]:
-    indices: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(xs):
-        indices.setdefault(x.dtype, []).append(i)
-    types = []
-    for dtype, members in indices.items():
-        mine = tuple(xs[i] for i in members)
-        layers = tuple(layer_of(x) for x in mine)
-        device = mine[0].device
-        geometry = plan(layers, dtype.itemsize, penalty, center, batched, device)
-        on_tensor_cores = _gradient_product(dtype, precision) != numerics.IEEE
-        config = pairwise_config(dtype, on_tensor_cores, center, geometry, device)
-        if capturing(device):
-            keep_for_graph(geometry.table)
-        types.append(_TypedLayers(dtype, members, mine, geometry, config))
-    return types
 
 
 # The primal products follow the dtype and, for float32, torch's precision switch.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,8 +95,35 @@ class Plan(NamedTuple):
     backward: int
 
 
-def layer_of(x: Tensor) -> Layer:
-    return Layer(tuple(x.shape), x.stride(), x.data_ptr() % 16 == 0)
+# Of each tensor its dtype and what a Layer has, in the plain types that are quickest to compare.
+Layout = tuple[tuple[torch.dtype, torch.Size, tuple[int, ...], bool], ...]
+
+
+def layout(tensors: Iterable[Tensor]) -> Layout:
+    """What of the tensors that a call is given decides what it launches, and code for what; the key
+    of all that is kept of it."""
+    return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in tensors])
+
+
+class Typed(NamedTuple):
+    """The layers of one dtype, which share a launch, and where they are among all."""
+
+    dtype: torch.dtype
+    indices: tuple[int, ...]
+    layers: tuple[Layer, ...]
+
+    def of(self, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(xs) if len(xs) == len(self.indices) else tuple([xs[i] for i in self.indices])
+
+
+def by_dtype(layers: Layout) -> list[Typed]:
+    """Sorted by dtype, in order of appearance."""
+    found: dict[torch.dtype, tuple[list[int], list[Layer]]] = {}
+    for i, (dtype, shape, stride, aligned) in enumerate(layers):
+        indices, same = found.setdefault(dtype, ([], []))
+        indices.append(i)
+        same.append(Layer(shape, stride, aligned))
+    return [Typed(dtype, tuple(i), tuple(same)) for dtype, (i, same) in found.items()]
 
 
 @functools.lru_cache(maxsize=256)

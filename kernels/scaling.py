@@ -6,17 +6,20 @@ without waiting for the device, reads and writes the gradient all the same.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .config import LARGE_GRADIENT, processors_of
 from .constants import Constants
-from .launch import launch
+from .launch import Launch
 from .numerics import rounded
+from .plan import Layout, layout
 
 _BLOCK, _PROGRAMS = 2048, 8  # elements at a time; programs of a processor
 
@@ -35,9 +38,14 @@ def scale_(gradient: Tensor, scale: Tensor) -> Tensor:
     if not large or scale.numel() != 1 or not gradient.is_contiguous():
         return gradient.mul_(scale)
     count = gradient.numel()
-    programs = min(_PROGRAMS * processors_of(gradient.device), -(-count // _BLOCK))
-    launch(_scale_kernel, programs, gradient.device, gradient, scale, count, C=_CONSTANTS)
+    _launch(layout((gradient, scale)), count, gradient.device)(gradient, scale, count)
     return gradient
+
+
+@functools.lru_cache(maxsize=256)
+def _launch(_: Layout, count: int, device: torch.device) -> Launch:
+    programs = min(_PROGRAMS * processors_of(device), -(-count // _BLOCK))
+    return Launch(_scale_kernel, programs, device, C=_CONSTANTS)
 
 
 @triton.jit

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import ast
 import collections
+import contextlib
 import functools
 import itertools
 import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ import triton
 
 from bench.gpu import consistency_model
 from bench.gpu.model import CODE
-from imcl_fast.kernels import config, consistency, pairwise
+from imcl_fast.kernels import config, launch, pairwise
 from imcl_fast.kernels.constants import plain
 
 KERNELS = Path(pairwise.__file__).parent
@@ -221,17 +222,28 @@ def described(kernel, args, options, forms: Mapping[str, set[str]]) -> dict[str,
             "loops": made_of(made.asm["cubin"], forms)}  # fmt: skip
 
 
+@contextlib.contextmanager
+def caught() -> Iterator[list[tuple[launch.Launch, tuple]]]:
+    """Launches with their arguments, in place of launching."""
+    launches: list[tuple[launch.Launch, tuple]] = []
+    before = launch.Launch.__call__
+    launch.Launch.__call__ = lambda self, *args: launches.append((self, args))
+    try:
+        yield launches
+    finally:
+        launch.Launch.__call__ = before
+
+
 def compiled() -> dict[str, dict[str, Any]]:
     config.processors_of = lambda device: 132
     found = {}
     calls = dict(offline_compile.benched())
     for case in CASES:
-        caught: list = []
-        pairwise.launch = lambda kernel, programs, device, *args, caught=caught, **options: (
-            caught.append((kernel, args, options)))
-        calls[case]()
-        for kernel, args, options in caught:
-            found[f"{case}, {kernel.__name__}"] = described(kernel, args, options, FORMS)
+        with caught() as launches:
+            calls[case]()
+        for launched, args in launches:
+            kernel = launched.kernel
+            found[f"{case}, {kernel.__name__}"] = described(kernel, args, launched.options, FORMS)
     return found | of_consistencies()
 
 
@@ -243,14 +255,13 @@ def of_consistencies() -> dict[str, dict[str, Any]]:
              "samples": every - OF_LABELS - OF_PARTIALS}  # fmt: skip
     found = {}
     for case in consistency_model.cases():
-        caught: list = []
-        consistency.launch = lambda kernel, programs, device, *args, caught=caught, **options: (
-            caught.append((kernel, programs, args, options)))
-        offline_compile.consistency_of(*case.sizes, case.row.dtype)
-        ((kernel, programs, args, options),) = caught
-        planned = {"programs": programs, "samples": plain(options["C"].samples),
-                   "block": plain(options["C"].block)}  # fmt: skip
-        found[case.code] = planned | described(kernel, args, options, forms)
+        with caught() as launches:
+            offline_compile.consistency_of(*case.sizes, case.row.dtype)
+        ((launched, args),) = launches
+        made_for = launched.options["C"]
+        planned = {"programs": launched.programs, "samples": plain(made_for.samples),
+                   "block": plain(made_for.block)}  # fmt: skip
+        found[case.code] = planned | described(launched.kernel, args, launched.options, forms)
     return found
 
 

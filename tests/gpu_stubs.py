@@ -43,16 +43,16 @@ def key(kernel: Any, args: tuple, options: dict[str, Any]) -> str:
         if parameter.is_constexpr:
             parts.append(repr(value))
         else:
-            parts.append(_specialised(value, not parameter.do_not_specialize))
+            parts.append(specialised(value, not parameter.do_not_specialize))
     build = {k: options[k] for k in ("num_warps", "num_stages", "maxnreg") if k in options}
     return repr((*parts, build))
 
 
-def _specialised(value: Any, by_value: bool) -> object:
+def specialised(value: Any, by_value: bool) -> object:
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
     if isinstance(value, tuple):
-        return tuple(_specialised(v, by_value) for v in value)
+        return tuple(specialised(v, by_value) for v in value)
     if isinstance(value, int) and not isinstance(value, bool):
         kind = "i32" if -(2**31) <= value < 2**31 else "i64"
         if not by_value:
@@ -61,8 +61,8 @@ def _specialised(value: Any, by_value: bool) -> object:
     return type(value).__name__ if isinstance(value, float) else value
 
 
-def _record(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
-    KEYS[key(kernel, args, options)] += 1
+def _record(launched: launch.Launch, *args: Any) -> None:
+    KEYS[key(launched.kernel, args, launched.options)] += 1
 
 
 def few_rows(of: Callable[[], list[rows.Row]] = rows.gpu_rows) -> list[rows.Row]:
@@ -143,8 +143,8 @@ def record_launches() -> None:
     sizes_of = config.dependence_config
     dependence.dependence_config = lambda *sizes: sizes_of(*sizes[:-1], Device)
     config.processors_of = lambda device: PROCESSORS
-    pairwise.launch = consistency.launch = dependence.launch = launch.launch = _record
-    kept.capturing = pairwise.capturing = dependence.capturing = lambda device: capturing
+    launch.Launch.__call__ = _record
+    kept.capturing = lambda device: capturing
     implementations._why_not_triton = _why_not_triton
     implementations._why_not_cuda = lambda device: "there is no GPU for it"
     pairwise.forward, pairwise.backward = _forward, _backward

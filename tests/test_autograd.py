@@ -213,6 +213,37 @@ def test_a_gradient_is_scaled_where_it_lies_unless_the_graph_is_kept(
         assert scalings.seen == [expected]
 
 
+def test_a_backward_fills_nothing(impl: Impl) -> None:
+    """The terms have no gradient, and none is made for them: on a GPU it would be a launch."""
+
+    class Filled(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    z = leaf(torch.randn(3, 5, 7, device=impl.device))
+    loss = F.collaborative_consistency(z, None, impl=impl.name)
+    one, seen = torch.ones((), device=impl.device), []
+    with Filled():
+        torch.autograd.grad(loss, z, one)
+    assert seen and not [name for name in seen if "zero" in name or "fill" in name]
+
+
+def test_no_grad_output_is_no_gradient(impl: Impl) -> None:
+    class Forgetful(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    z = leaf(torch.randn(3, 5, 7, device=impl.device))
+    Forgetful.apply(F.collaborative_consistency(z, None, impl=impl.name)).backward()
+    assert z.grad is None or not z.grad.any()
+
+
 @pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
 def test_without_a_gradient(impl: Impl, kind: str, name: str) -> None:
     function, xs = case(kind, name, impl)

@@ -170,7 +170,7 @@ def test_html_is_one_whole_page(runs, tmp_path, capsys):
     [
         (["nowhere"], "expected a run folder"),
         (["--baseline", "song-chai-2"], "baseline: expected one of 'ce', 'imcl'"),
-        (["--csv", "no/such/folder.csv"], "No such file or directory"),
+        (["--csv", "no/such/folder.csv"], "there is no such folder: 'no/such'"),
         (["twin"], "the same settings and the same seed (0); leave one of them out"),
         (["going"], "expected at least one finished run, got none"),
     ],

@@ -228,7 +228,7 @@ def test_charts_can_be_read_on_a_phone(tmp_path):
     assert len(widths) > 10 and len(re.findall("conv1</text>", text)) == 40
     for width in widths:
         scale = room / width
-        assert charts.STYLE["font.size"] * scale >= 8, f"{width} points"
+        assert charts.STYLE["font.size"] * scale >= 10, f"{width} points"
     # Nothing asks for more room than there is, but for tables, which scroll.
     for least in re.findall(r"minmax\(([^,]*(?:\([^)]*\))?),", text):
         assert least.startswith("min("), least

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imcl_fast import functional as F
-from imcl_fast.kernels import numerics
+from imcl_fast.kernels import consistency, dependence, numerics, pairwise, scaling
+from imcl_fast.kernels.launch import Launch
 
 if "triton" not in TESTED:
     pytest.skip("Triton runs on a GPU or under TRITON_INTERPRET=1", allow_module_level=True)
@@ -25,16 +26,14 @@ if "triton" not in TESTED:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels launched."""
-    from imcl_fast.kernels import consistency, dependence, launch, pairwise, scaling
-
     names: list[str] = []
+    launch_it = Launch.__call__
 
-    def counted(kernel, *args, **options):
-        names.append(kernel.__name__)
-        launch.launch(kernel, *args, **options)
+    def counted(self, *args):
+        names.append(self.kernel.__name__)
+        launch_it(self, *args)
 
-    for module in (pairwise, consistency, dependence, scaling):
-        monkeypatch.setattr(module, "launch", counted)
+    monkeypatch.setattr(Launch, "__call__", counted)
     return names
 
 
@@ -56,8 +55,6 @@ def test_a_large_gradient_is_scaled_in_one_launch(
     launches: list[str], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     """To what PyTorch's multiplication makes of it."""
-    from imcl_fast.kernels import scaling
-
     z = torch.randn(3, 5, 3000, device=DEVICE, dtype=dtype, requires_grad=True)
 
     def scaled(by: float) -> Tensor:
@@ -142,6 +139,31 @@ def test_geometry_is_made_once() -> None:
     assert plan.cache_info().misses == before + 1
 
 
+def test_calls_are_planned_once() -> None:
+    """Whatever their numbers are; and what a kernel is compiled for is another plan."""
+    heads = [torch.randn(4, 10, device=DEVICE, requires_grad=True) for _ in range(3)]
+    target = torch.arange(4, device=DEVICE)
+    views = [torch.randn(5, 7, device=DEVICE, requires_grad=True) for _ in range(2)]
+    plans = (pairwise._forward, pairwise._backward, consistency._call, dependence._forward,
+             dependence._backward)  # fmt: skip
+
+    def step(weight: float, eps: float, smoothing: float = 0.1, **options) -> int:
+        """How many plans it makes."""
+        before = sum(made.cache_info().misses for made in plans)
+        loss = F.kernel_similarity(heads, eps=eps, impl="triton")
+        loss = loss + F.collaborative_consistency(
+            [3.0 * head for head in heads], target, kl_weight=weight, label_smoothing=smoothing,
+            temperature=2.5 + weight, impl="triton", **options,
+        )  # fmt: skip
+        (loss + F.dependence(*views, impl="triton")).backward()
+        return sum(made.cache_info().misses for made in plans) - before
+
+    step(1.0, 1e-12)
+    assert step(0.3, 1e-6) == step(2.1, 0.0) == 0
+    assert step(1.0, 1e-12, 0.0) == 1
+    assert step(1.0, 1e-12, ignore_index=2**40) == 1
+
+
 def test_a_step_fills_nothing() -> None:
     """The ticket lasts: the last program leaves it at 0, where each call would launch a fill."""
     from imcl_fast.kernels import kept
@@ -152,7 +174,7 @@ def test_a_step_fills_nothing() -> None:
         losses += [F.representation_similarity(x, impl="triton") for _ in range(2)]
     assert not [name for name in seen.names if "zero" in name or "fill" in name]
     assert losses[1].equal(losses[0]) and losses[2].equal(losses[0])
-    assert kept.ticket(x.device).item() == 0
+    assert kept.scratch(x.device, 1, losses[0].dtype).ticket.item() == 0
 
 
 class Operators(TorchDispatchMode):
@@ -169,25 +191,26 @@ class Operators(TorchDispatchMode):
 
 def test_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every launch has a ticket of its own, tables are kept, and nothing new is uploaded."""
-    from imcl_fast.kernels import dependence, kept, pairwise
+    from imcl_fast.kernels import kept
 
     x = torch.randn(2, 5, 4, 4, device=DEVICE)
     F.representation_similarity(x, impl="triton")
     F.dependence(*x.flatten(2).mT.contiguous(), impl="triton", estimator="biased")
-    for module in (kept, pairwise, dependence):
-        monkeypatch.setattr(module, "capturing", lambda device: True)
-    mine = [kept.ticket(x.device).data_ptr() for _ in range(3)]
+    monkeypatch.setattr(kept, "capturing", lambda device: True)
+    mine = [kept.scratch(x.device, 1, x.dtype).ticket.data_ptr() for _ in range(3)]
     assert len(set(mine)) == 3 and all(address % 16 == 0 for address in mine)
-    tables = len(kept._of_graphs)
+    monkeypatch.setattr(kept, "_of_graphs", {})
     F.representation_similarity(x, impl="triton")
     F.representation_similarity(x, impl="triton")
-    assert len(kept._of_graphs) in (tables, tables + 1)
+    assert len(kept._of_graphs) == 1
     F.dependence(*x.flatten(2).mT.contiguous(), impl="triton", estimator="biased")
+    assert len(kept._of_graphs) == 2
     assert kept.tickets(x.device, 3).tolist() == [0, 0, 0]
     with pytest.raises(RuntimeError, match="run the step once before"):
         kept.on_device(torch.zeros(1), torch.device("meta"))
-    monkeypatch.setattr(kept._tickets[x.device], "free", [])
-    assert kept.ticket(x.device).item() == 0  # one that the graph sets to 0 itself
+    monkeypatch.setitem(kept._tickets, x.device, [])
+    ticket = kept.scratch(x.device, 1, x.dtype).ticket
+    assert ticket.item() == 0  # one that the graph sets to 0 itself
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -200,7 +223,7 @@ def test_the_fast_path_is_taken(layout: str) -> None:
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     made = plans.plan(
-        (plans.layer_of(x),), 4, 0, False, True, torch.device("cpu")
+        (plans.Layer(*plans.layout([x])[0][1:]),), 4, 0, False, True, torch.device("cpu")
     )
     record = made.table[2 : 2 + plans.FIELDS].tolist()
     assert record[plans.FAST] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -322,6 +323,34 @@ def test_integers_and_bools_may_be_numpys() -> None:
     centred = [imcl_fast.RepresentationSimilarityLoss(center=c, impl="torch")(X)
                for c in (True, np.True_)]  # fmt: skip
     assert torch.equal(*centred)
+
+
+def test_triton_on_a_gpu_needs_a_c_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    cache = implementations._why_not_c_compiler
+
+    def chosen(path: Path) -> tuple[str | None, str]:
+        monkeypatch.setenv("PATH", str(path))
+        cache.cache_clear()
+        return (implementations.why_not("triton", "cuda"),
+                implementations.choose("auto", "pairwise", torch.device("cuda")))  # fmt: skip
+
+    try:
+        implementations._warn_fallback.cache_clear()
+        with pytest.warns(RuntimeWarning, match="no gcc or clang; install one, or set CC"):
+            reason, auto = chosen(tmp_path)
+        assert "C compiler" in (reason or "") and auto == "torch"
+        compiler = tmp_path / "gcc"
+        compiler.write_text("#!/bin/sh\n")
+        compiler.chmod(0o755)
+        assert chosen(tmp_path) == (None, "triton")
+    finally:
+        cache.cache_clear()
+        implementations._warn_fallback.cache_clear()
 
 
 def test_the_interpreter_of_an_old_triton_needs_an_old_numpy(

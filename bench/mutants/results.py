@@ -88,11 +88,19 @@ class Results:
         alike = sum(verdict == SURVIVED and bool(mutant.equivalent) for mutant, verdict in verdicts)
         not_run = sum(verdict == NOT_RUN for _, verdict in verdicts)
         left = len(verdicts) - killed - alike - not_run
-        places = sorted({(row["cpu"], row["commit"], row["date"]) for row in rows.values()})
-        run = "; ".join(f"{cpu}, commit {commit}, {date}" for cpu, commit, date in places)
+        run = ""
+        if rows:
+            cpus = " and ".join(sorted({row["cpu"] for row in rows.values()}))
+            dates = sorted({row["date"] for row in rows.values()})
+            days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+            commits = len({row["commit"] for row in rows.values()})
+            run = (
+                f" Run on {cpus}, {days}, at {commits} commit{'s' * (commits > 1)}, which "
+                "bench/mutants/results.json names for each."
+            )
         return (
             f"Of {len(verdicts)} mutants {killed} are killed, {alike} can't be seen by any test, "
-            f"{left} survive or don't run, {not_run} have not been tried out. Run on {run}."
+            f"{left} survive or don't run, {not_run} have not been tried out.{run}"
         )
 
     def _table(self, rows: Rows) -> str:

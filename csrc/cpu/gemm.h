@@ -14,11 +14,19 @@
 namespace imcl {
 inline namespace IMCL_ISA {
 
-// kVectors vectors of lanes times kStrip broadcasts must fit the register file.
+#if defined(__aarch64__)
+inline constexpr bool kByLane = true;  // the CPU multiplies by a lane of a register
+#else
+inline constexpr bool kByLane = false;
+#endif
+
+// kVectors vectors of lanes times kStrip rows must fit the register file, which has 32 vectors
+// with AVX-512 and on aarch64, else 16. A panel is a number of whole strips.
 inline constexpr int kVectors = 2;
-inline constexpr int kStrip = kVectorBytes == 64 ? 8 : 4;
 template <class E>
 inline constexpr int kPanel = kVectors * kLanes<E>;
+template <class E>
+inline constexpr int kStrip = std::min(kVectorBytes == 64 || kByLane ? 8 : 4, kPanel<E>);
 
 // Two consecutive k of one lane, in bfloat16: the operand of a dot instruction.
 struct BFloat16Pair {
@@ -72,28 +80,66 @@ struct MultiplyAdd<BFloat16Pair> {
 };
 #endif
 
+#if defined(__aarch64__)
+// load() of what is used lane by lane: GCC would take it into general registers first.
+IMCL_INLINE Vec<float> load_lanes(const float* p) {
+  return reinterpret_cast<Vec<float>>(vld1q_f32(p));
+}
+IMCL_INLINE Vec<double> load_lanes(const double* p) {
+  return reinterpret_cast<Vec<double>>(vld1q_f64(p));
+}
+#endif
+
+// acc += lhs(r) b[lane] of one k, for kStrip rows r and Vectors vectors of lanes.
+template <int Vectors, class E, class Lhs>
+IMCL_INLINE void multiply_add(Vec<typename Packed<E>::Acc> (&acc)[kStrip<E>][Vectors], const E* b,
+                              const Lhs& lhs) {
+  using Op = MultiplyAdd<E>;
+  typename Op::Operand rhs[Vectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < Vectors; ++v) rhs[v] = Op::lanes(b + v * kLanes<typename Packed<E>::Acc>);
+#pragma GCC unroll 8
+  for (int r = 0; r < kStrip<E>; ++r) {
+    const typename Op::Operand factor = lhs(r);
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) Op::apply(acc[r][v], factor, rhs[v]);
+  }
+}
+
 // c[r * c_stride + lane] (+)= sum_k a[r * a_row + k * a_k] b[k * kPanel + lane]
 // for kStrip rows r and Vectors vectors of lanes.
 template <int Vectors, class E>
 IMCL_INLINE void micro_kernel(const E* a, int64_t a_row, int64_t a_k, const E* b, int64_t depth,
                               typename Packed<E>::Acc* c, int64_t c_stride, bool accumulate) {
   using Acc = typename Packed<E>::Acc;
-  using Op = MultiplyAdd<E>;
-  constexpr int lanes = kLanes<Acc>, panel = kPanel<Acc>;
-  Vec<Acc> acc[kStrip][Vectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    typename Op::Operand rhs[Vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) rhs[v] = Op::lanes(b + k * panel + v * lanes);
+  constexpr int lanes = kLanes<Acc>, panel = kPanel<Acc>, rows = kStrip<E>;
+  Vec<Acc> acc[rows][Vectors] = {};
+  int64_t k = 0;
+  if constexpr (kByLane) {
+    if (a_k == 1) {
+      for (const int64_t whole = depth / lanes * lanes; k < whole; k += lanes) {
+        Vec<E> factors[rows];  // a row's of so many k
 #pragma GCC unroll 8
-    for (int r = 0; r < kStrip; ++r) {
-      const typename Op::Operand lhs = Op::broadcast(a + r * a_row + k * a_k);
+        for (int r = 0; r < rows; ++r) factors[r] = load_lanes(a + r * a_row + k);
+#pragma GCC unroll 4
+        for (int i = 0; i < lanes; ++i)
+          multiply_add(acc, b + (k + i) * panel, [&](int r) { return splat(factors[r][i]); });
+      }
+    } else if (a_row == 1) {
+      for (; k < depth; ++k) {
+        Vec<E> factors[rows / lanes];  // all rows' of one k
 #pragma GCC unroll 2
-      for (int v = 0; v < Vectors; ++v) Op::apply(acc[r][v], lhs, rhs[v]);
+        for (int v = 0; v < rows / lanes; ++v) factors[v] = load_lanes(a + k * a_k + v * lanes);
+        multiply_add(acc, b + k * panel,
+                     [&](int r) { return splat(factors[r / lanes][r % lanes]); });
+      }
     }
   }
+  for (; k < depth; ++k)
+    multiply_add(acc, b + k * panel,
+                 [&](int r) { return MultiplyAdd<E>::broadcast(a + r * a_row + k * a_k); });
 #pragma GCC unroll 8
-  for (int r = 0; r < kStrip; ++r) {
+  for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) {
       Acc* out = c + r * c_stride + v * lanes;
@@ -170,7 +216,7 @@ void pack_strip(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t d
                 int64_t stride) {
   using Acc = AccOf<T>;
   constexpr int width = kLanes<Acc>;
-  for (int64_t r = 0; r < kStrip; ++r) {
+  for (int64_t r = 0; r < kStrip<Acc>; ++r) {
     Acc* row = out + r * stride;
     if (r >= lanes) {
       std::fill_n(row, depth, Acc(0));

@@ -34,7 +34,7 @@ inline constexpr bool kOnMatrixUnit = kHasMatrixUnit && std::is_same_v<E, BFloat
 
 // Rows of A that are taken at a time.
 template <class E>
-inline constexpr int64_t kRows = kOnMatrixUnit<E> ? kPanel<float> : kStrip;
+inline constexpr int64_t kRows = kOnMatrixUnit<E> ? kPanel<float> : kStrip<E>;
 
 // Elements of E along k that a panel or a strip is filled up to with zeros.
 template <class E>

@@ -66,15 +66,15 @@ struct Backward {
 
   // Y^T of the dual and signed forms and what they subtract, x being one packed panel.
   void correct(const Acc* values, int64_t first, int64_t lanes, const Acc* scale) const {
-    const int64_t padded = divide_up(k_count, kStrip) * kStrip;
+    const int64_t padded = divide_up(k_count, kStrip<Acc>) * kStrip<Acc>;
     Scratch scratch;
     Acc* y = scratch.get<Acc>(padded * panel);
-    for (int64_t k = 0; k < k_count; k += kStrip) {
+    for (int64_t k = 0; k < k_count; k += kStrip<Acc>) {
       if (symmetric) {
         micro_kernel<2>(symmetric_panel(k / panel) + k % panel, 1, panel, values, depth(),
                         y + k * panel, panel, false);
       } else {
-        for (int64_t j = k; j < std::min(k + kStrip, k_count); ++j)
+        for (int64_t j = k; j < std::min(k + kStrip<Acc>, k_count); ++j)
           std::fill_n(y + j * panel, panel, s[j]);
       }
     }
@@ -126,16 +126,16 @@ struct Backward {
         return;
       }
     }
-    for (int64_t r = 0; r < kRows<E>; r += kStrip)
-      strip_of_pairs(first + r, std::clamp<int64_t>(rows - r, 0, kStrip), stride, values,
+    for (int64_t r = 0; r < kRows<E>; r += kStrip<Acc>)
+      strip_of_pairs(first + r, std::clamp<int64_t>(rows - r, 0, kStrip<Acc>), stride, values,
                      pairs + r * depth());
   }
 
   void strip_of_pairs(int64_t first, int64_t rows, int64_t stride, Acc* values, E* pairs) const {
     pack_strip(x, first, rows, k_count, values, stride);
-    for (int64_t r = 0; r < kStrip; ++r)
+    for (int64_t r = 0; r < kStrip<Acc>; ++r)
       std::fill(values + r * stride + k_count, values + (r + 1) * stride, Acc(0));
-    for (int64_t i = 0; i < kStrip * stride / 2; ++i) {
+    for (int64_t i = 0; i < kStrip<Acc> * stride / 2; ++i) {
       const uint32_t low = from_acc<BFloat16>(values[2 * i]).bits;
       const uint32_t high = from_acc<BFloat16>(values[2 * i + 1]).bits;
       pairs[i].bits = low | (high << 16);
@@ -147,7 +147,7 @@ struct Backward {
     const int64_t first = index * kRows<E>, rows = std::min(kRows<E>, free_count - first);
     const int64_t panels = divide_up(k_count, panel), stride = panels * panel;
     Scratch scratch;
-    Acc* values = scratch.get<Acc>(kStrip * std::max(stride, Packed<E>::kDepth * depth()));
+    Acc* values = scratch.get<Acc>(kStrip<Acc> * std::max(stride, Packed<E>::kDepth * depth()));
     Acc* y = scratch.get<Acc>(kRows<E> * stride);
     LeftOperand<E> left{nullptr, stride, 1};
     if constexpr (std::is_same_v<E, Acc>) {

@@ -26,7 +26,7 @@ class Tiles {
       : rows_(x.rows),
         columns_(x.columns),
         panels_(divide_up(x.rows, panel)),
-        depth_(divide_up(x.columns, kStrip) * kStrip),
+        depth_(divide_up(x.columns, kStrip<Acc>) * kStrip<Acc>),
         inverse_(inverse),
         packed_(scratch.get<Acc>(panels_ * depth_ * panel)) {
     const Source<T> source{x.x, x.row, x.column, mean};
@@ -76,7 +76,7 @@ class Tiles {
             store(at, slope * inverse[v] * splat(inverse_[q * panel + j]));
           }
         }
-        for (int64_t d = 0; d < depth_; d += kStrip)
+        for (int64_t d = 0; d < depth_; d += kStrip<Acc>)
           micro_kernel<kVectors>(packed_panel(q) + d * panel, panel, 1, tile, panel, y + d * panel,
                                  panel, true);
       }
@@ -94,11 +94,12 @@ class Tiles {
  private:
   const Acc* packed_panel(int64_t p) const { return packed_ + p * depth_ * panel; }
 
-  // c_ji of the rows j of panel q and i of panel p; 0 for i = j, dead rows and the padding.
-  void cosines(int64_t q, int64_t p, Acc* c) const {
+  // c_ji of the rows j of panel q and i of panel p; 0 for i = j, dead rows and the padding. Not
+  // inline: what a caller keeps in registers would leave too few for the sums.
+  [[gnu::noinline]] void cosines(int64_t q, int64_t p, Acc* c) const {
     int64_t k = 0;
     do {  // without columns once as well: the products are 0
-      for (int64_t j = 0; j < panel; j += kStrip)
+      for (int64_t j = 0; j < panel; j += kStrip<Acc>)
         micro_kernel<kVectors>(packed_panel(q) + k * panel + j, 1, panel,
                                packed_panel(p) + k * panel, std::min(kDepthBlock, columns_ - k),
                                c + j * panel, panel, k > 0);

@@ -121,7 +121,7 @@ def layers(
     drawn = []
     for title, names, series in panels:
         with _style():
-            figure, (axis,) = _figure(4.6, 0.9 + 0.19 * len(names))
+            figure, (axis,) = _figure(_beside(names), 0.9 + 0.19 * len(names))
             for i, (label, values) in enumerate(series.items()):
                 axis.plot(
                     _numbers(values), range(len(names)), color=COLOURS[i], marker=MARKERS[i],
@@ -152,7 +152,7 @@ def shares(parts: Mapping[str, float]) -> str:
 def means(names: Sequence[str], points: Sequence[Sequence[float]], label: str) -> str:
     """A line per name: its points, and their mean with the standard deviation, as SVG."""
     with _style():
-        figure, (axis,) = _figure(4.6, 0.8 + 0.32 * len(names))
+        figure, (axis,) = _figure(3.8, 0.8 + 0.32 * len(names))
         for i, values in enumerate(points):
             if not values:
                 continue
@@ -208,9 +208,9 @@ def alignments(panels: Sequence[tuple[str, Sequence[str], Sequence[Sequence[floa
     drawn = []
     for title, names, cells in panels:
         with _style():
-            figure, (axis,) = _figure(4.2, 0.6 + 0.15 * len(names))
+            figure, (axis,) = _figure(_beside(names), 0.6 + 0.15 * len(names))
             axis.imshow(cells, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            axis.set_yticks(range(len(names)), names, fontsize=8)
+            axis.set_yticks(range(len(names)), names)
             axis.set_xticks([])  # in the same order
             axis.set_title(title)
             axis.grid(False)
@@ -279,6 +279,11 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list
     return figure, list(figure.subplots(1, columns, squeeze=False).flat)
 
 
+def _beside(names: Sequence[str]) -> float:
+    """The width of a chart beside such names: on a phone all of it is as small as it is wide."""
+    return min(4.6, 2.5 + 0.055 * max(map(len, names), default=0))
+
+
 def _file(figure: Figure, kind: str) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format=kind, dpi=150)
@@ -300,7 +305,7 @@ def _svg(figure: Figure, salt: str) -> str:
     # proportions.
     svg = re.sub(
         r'width="([\d.]+)pt" height="[\d.]+pt"',
-        lambda m: f'class="chart" role="img" style="max-width: {2 * float(m[1]):.0f}px"',
+        lambda m: f'class="chart" role="img" style="max-width: {1.7 * float(m[1]):.0f}px"',
         svg, count=1,
     )  # fmt: skip
     # Each chart's groups are named figure_1, axes_1 ...; only what is referred to needs a name.

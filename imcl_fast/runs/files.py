@@ -25,6 +25,8 @@ def write(path: Path, content: bytes) -> None:
         DiskFullError: there is no room; ``path`` is as it was.
         OSError: it can't be written for another reason; ``path`` is as it was.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     with disk_full_named(path):
         temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
         try:
