@@ -85,12 +85,16 @@ def fault(
     allowed = TOLERANCE[row.dtype]
     if row.precision == "medium":
         allowed = max(allowed, MEDIUM_TOLERANCE)
-    for index, (g, t) in enumerate(zip(got, truth, strict=True)):
-        error = float((g.double() - t).abs().max() / t.abs().max())
-        if not error <= allowed:
-            what = f"the gradient of input {index - 1}" if index else "the loss"
-            return f"{what} is off by {error:.1e} of its largest value, {allowed:.0e} is allowed"
-    return None
+    errors = {
+        f"the gradient of input {index - 1}" if index else "the loss":
+        float((g.double() - t).abs().max() / t.abs().max())
+        for index, (g, t) in enumerate(zip(got, truth, strict=True))
+    }  # fmt: skip
+    wrong = [f"{what} is off by {error:.1e}" for what, error in errors.items()
+             if not error <= allowed]  # fmt: skip
+    if not wrong:
+        return None
+    return f"{', '.join(wrong)} of its largest value, {allowed:.0e} is allowed"
 
 
 def lost(error: Exception) -> bool:

@@ -14,7 +14,9 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
-# How a product of two tiles is made. TF32 holds float16 exactly, with float32's exponents;
+# How a product of two tiles is made. TF32 holds float16 exactly, with float32's exponents; of a
+# float32 the tensor cores cut off what it does not hold, twice the error of rounding and always
+# towards 0, so numbers are rounded before;
 # TF32X3 sums three products of it, and is nearly as good as float32. So are BFLOAT16X3 and TF32X2,
 # whose a is of half a float32's bytes and taken as it is, times the parts of a float32 b.
 IEEE, TF32, TF32X3, BFLOAT16, FLOAT16, BFLOAT16X3, TF32X2 = (tl.constexpr(i) for i in range(7))
@@ -35,13 +37,18 @@ def careful_product(dtype: torch.dtype) -> tl.constexpr:
 def dot(a, b, sums, PRODUCT: tl.constexpr):
     """sums + a @ b, accumulated in the dtype of sums."""
     if _INTERPRETED:
+        if PRODUCT == TF32:  # as the tensor cores take them
+            a, _ = tf32_parts(nearest_tf32(a))
+            b, _ = tf32_parts(nearest_tf32(b))
+        elif PRODUCT == BFLOAT16:
+            a, b = rounded(a, tl.bfloat16), rounded(b, tl.bfloat16)
         return sums + tl.dot(a.to(sums.dtype), b.to(sums.dtype), out_dtype=sums.dtype)
     elif PRODUCT == BFLOAT16:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
     elif PRODUCT == FLOAT16:
         return tl.dot(a.to(tl.float16), b.to(tl.float16), sums)
     elif PRODUCT == TF32:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32")
+        return tl.dot(nearest_tf32(a), nearest_tf32(b), sums, input_precision="tf32")
     elif PRODUCT == TF32X3:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="tf32x3")
     elif PRODUCT == BFLOAT16X3:
@@ -64,6 +71,17 @@ def rounded(x, DTYPE: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(DTYPE)
+
+
+@triton.jit
+def nearest_tf32(x):
+    """x as a float32 of which the tensor cores take what TF32 holds that is nearest: half of that
+    one's last place is added to the bits, and what is left below it they cut off."""
+    if x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True) + 0x1000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # a NaN's could overflow
+    else:  # it holds these
+        return x.to(tl.float32)
 
 
 @triton.jit

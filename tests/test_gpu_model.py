@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import consistency_model, machine, model
+from bench.gpu import consistency_model, machine, model, stored
 from bench.render import marked
 from bench.rows import consistency, gpu_rows
 from imcl_fast.kernels import plan
@@ -22,10 +22,10 @@ HERE = Path(__file__).parent
 TOLERANCE = 0.03  # of instructions: another ptxas may order them otherwise
 
 
-def test_the_page_has_the_table_of_the_model() -> None:
+def test_the_page_has_the_tables_of_the_model_and_of_the_latest_run() -> None:
     """Else: python -m bench.gpu.model"""
-    ((_, name, text, _),) = marked("gpu").findall(model.PAGE.read_text())
-    assert (name, text) == ("model", model.table())
+    places = {name: text for _, name, text, _ in marked("gpu").findall(model.PAGE.read_text())}
+    assert places == {"model": model.table(), "run": stored.tables()}
 
 
 def test_no_floor_is_below_what_must_be_moved() -> None:

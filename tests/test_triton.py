@@ -251,11 +251,13 @@ def test_parts_of_a_number_add_up_to_it() -> None:
     thirds = torch.empty(3, 256, dtype=torch.bfloat16, device=DEVICE)
     halves = torch.empty(2, 256, device=DEVICE)
     parts_kernel[(1,)](x, thirds, halves)
-    error = (thirds.double().sum(0) - x.double()).abs()
-    assert (error <= 2.0**-23 * x.abs().double()).all()
-    assert halves.double().sum(0).equal(x.double())
+    # On the CPU: powers of 2 are not exact on a GPU.
+    x, thirds, halves = x.double().cpu(), thirds.double().cpu(), halves.double().cpu()
+    error = (thirds.sum(0) - x).abs()
+    assert (error <= 2.0**-23 * x.abs()).all()
+    assert halves.sum(0).equal(x)
     for bits, part in zip((10, 12), halves, strict=True):  # after the leading one
-        mantissa = part.double() / 2.0 ** part.double().abs().clamp_min(1e-300).log2().floor()
+        mantissa = part / 2.0 ** part.abs().clamp_min(1e-300).log2().floor()
         assert (mantissa * 2**bits).frac().eq(0).all()
 
 

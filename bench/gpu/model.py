@@ -20,7 +20,7 @@ from imcl_fast.kernels import config, plan
 
 from .. import render
 from ..rows import gpu_rows
-from . import consistency_model, machine
+from . import consistency_model, machine, stored
 from .machine import BANDWIDTH, BFLOAT16, CLOCK, FLOAT32, SPLIT_TF32, Launch
 
 CODE = Path(__file__).with_name("code.json")
@@ -241,4 +241,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    render.fill_places(PAGE, "gpu", {"model": table})
+    render.fill_places(PAGE, "gpu", {"model": table, "run": stored.tables})

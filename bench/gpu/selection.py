@@ -84,6 +84,21 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         raise
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Failures(config))
+
+
+class _Failures:
+    """Tells of them at once: the summary is never written where the time is over before."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.config.get_terminal_writer().line(f"\n{report.longreprtext}")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, parts = map(int, os.environ.get("IMCL_FAST_PART", "0/1").split("/"))
     chosen = [item for item in items if wanted(item)]
