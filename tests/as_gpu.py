@@ -11,6 +11,12 @@ import os
 from pathlib import Path
 
 import gpu_stubs
+import pytest
+
+# That a kernel of its own has made, and none runs here.
+LOOK_AT_NUMBERS = (
+    "test_a_large_gradient_is_scaled_in_one_launch", "test_parts_of_a_number_add_up_to_it",
+)  # fmt: skip
 
 gpu_stubs.record_launches()  # before conftest.py asks what can run
 
@@ -19,6 +25,12 @@ def pytest_sessionstart() -> None:
     import conftest
 
     conftest.Impl.interpreted = property(lambda self: False)  # as many cases as on a GPU
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left = [item for item in items if getattr(item, "originalname", item.name) in LOOK_AT_NUMBERS]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
 
 
 def pytest_sessionfinish() -> None:

@@ -30,4 +30,6 @@ def tests() -> str:
             counts[outcome] = counts.get(outcome, 0) + number
     said = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
     late = sum(isinstance(one.get("exit"), str) for one in found.values())
-    return f"Tests: {said}; of {len(found)} processes {late} were stopped when their time was over.\n"
+    return (
+        f"Tests: {said}; of {len(found)} processes {late} were stopped when their time was over.\n"
+    )
