@@ -19,11 +19,11 @@ from .algebra import pairwise as algebra_pairwise
 IMPLEMENTATIONS = ("auto", "cpp", "triton", "cuda", "torch", "reference")
 
 # What ``impl="auto"`` tries in turn on tensors of a GPU, the faster one first, for each
-# operation. No GPU has measured the two against each other: on the first one "cuda" crashed.
+# operation. "cuda" isn't among them: on the first GPU its backward pass crashed (docs/gpu.md).
 GPU_PREFERENCE = {
-    "pairwise": ("triton", "cuda"),
-    "consistency": ("triton", "cuda"),
-    "dependence": ("triton", "cuda"),
+    "pairwise": ("triton",),
+    "consistency": ("triton",),
+    "dependence": ("triton",),
 }
 TRITON_VERSION = (3, 6)  # the oldest that takes tuples of tensors as the kernels pass them
 
