@@ -56,7 +56,7 @@ def dependence(
             these two is not positive, as it is for constant features and may be for unbiased
             estimates.
         impl: see the module. That ``"auto"`` is ``"triton"`` on a GPU, and not ``"torch"``, follows
-            a prediction, which no GPU has measured yet: of 64 samples ``"torch"`` moves 4 (float32) to
+            a prediction, which no GPU has measured: of 64 samples ``"torch"`` moves 4 (float32) to
             11 (bfloat16) times the bytes forward and 2 to 7 times backward, in several launches
             for each view of each layer instead of one for all. ``"cuda"`` shares the work out as
             ``"triton"`` does; that it isn't the quicker one is a guess.
