@@ -69,6 +69,8 @@ def test_inputs_and_welch():
     weight = torch.randn(6, 4, 3, 3, dtype=torch.float64)
     of_inputs = F.kernel_similarity(weight.transpose(0, 1), impl="reference")
     torch.testing.assert_close(penalty(weight, (1, 1), parse("inputs")), of_inputs)
+    grey = weight[:, :1]  # a layer of one input channel has no pair of inputs
+    assert penalty(grey, (1, 1), parse("inputs")) == 0
     wide = torch.randn(12, 3, dtype=torch.float64)
     least = (12 - 3) / (3 * 11)
     excess = F.kernel_similarity(wide, impl="reference") - least

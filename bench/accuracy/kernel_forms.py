@@ -130,6 +130,8 @@ def penalty(weight: Tensor, stride: Sequence[int], form: Form) -> Tensor:
     if form.kind == "shifts":
         return at_shifts(weight if weight.dim() > 2 else weight.unsqueeze(-1), stride, form)
     if form.kind == "inputs":
+        if weight.shape[1] < 2:  # the first layer of grey images: one input, and no pair
+            return weight.new_zeros(())
         return functional.kernel_similarity(weight.transpose(0, 1))
     n, d = weight.flatten(1).shape
     least = max(0, (n - d) / (d * (n - 1)))  # Welch's bound
