@@ -17,12 +17,13 @@ _CHUNK_WARPS = 4  # where a program takes the classes in chunks: of 8 fewer fit 
 
 class PassConfig(NamedTuple):
     """Columns (forward) or rows (backward) that a product sums at a time, stages of loads, warps, a
-    thread's registers."""
+    thread's registers, whether products are settled before the next load (numerics.settled)."""
 
     depth: int
     stages: int
     num_warps: int
     registers: int
+    settle: bool = False
 
 
 class PairwiseConfig(NamedTuple):
@@ -46,10 +47,10 @@ def pairwise_config(
     """What needs no register spilled (test_offline_compile.py, test_compiled_code.py), and of that
     what bench/gpu/model.py, which knows Hopper only, says is quickest.
 
-    There four warps do what a tile of 64 x 64 takes besides its products with fewer instructions
-    than eight, where products don't need many registers. Centred rows do, and code for layers that
-    aren't fast. Elsewhere a program has all the registers that there are, as its operands take
-    them too. Products of float32 without tensor cores take theirs in thinner slices.
+    There products on tensor cores have four warps: of more, one group of four overwrites what
+    another's products still read (triton-lang/triton#11047, in every release up to 3.7). Elsewhere
+    a program has all the registers that there are, as its operands take them too. Products of
+    float32 without tensor cores take theirs in thinner slices.
     """
     half, bfloat16 = dtype.itemsize == 2, dtype == torch.bfloat16
     if not operands_in_shared_memory(device):
@@ -59,17 +60,19 @@ def pairwise_config(
         )
     lean = of.paths == EVERY and not center
     if half and center:
-        return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(64, 3, 8, 128))
+        return PairwiseConfig(
+            PassConfig(32, 3, 4, 255), PassConfig(64, 3, 4, 168 if bfloat16 else 255)
+        )
     if half and lean:
         return PairwiseConfig(
-            PassConfig(64, 3, 4, 168), PassConfig(64, 3, 4, 128 if bfloat16 else 168)
+            PassConfig(64, 3, 4, 168, True), PassConfig(64, 3, 4, 128 if bfloat16 else 168)
         )
-    if bfloat16:
-        return PairwiseConfig(PassConfig(64, 3, 8, 128), PassConfig(64, 3, 4, 168))
     if half:
-        return PairwiseConfig(PassConfig(64, 3, 4, 255), PassConfig(64, 3, 4, 255))
+        return PairwiseConfig(
+            PassConfig(64, 3, 4, 255, True), PassConfig(64, 3, 4, 168 if bfloat16 else 255)
+        )
     if tensor_cores:
-        return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(32, 3, 8, 255))
+        return PairwiseConfig(PassConfig(32, 3, 4, 255), PassConfig(32, 3, 4, 255))
     heavy = of.rows_unit or of.paths != EVERY
     return PairwiseConfig(PassConfig(16, 2, 8, 128), PassConfig(16, 3, 8, 255 if heavy else 128))
 

@@ -98,3 +98,19 @@ def tf32_parts(x):
     """What TF32 holds of a float32 x, and what is left, of which it holds all but two bits."""
     first = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     return first, x - first
+
+
+@triton.jit
+def settled(sums, SETTLE: tl.constexpr):
+    """sums; SETTLE: which the tensor cores have finished.
+
+    On Hopper they read what was loaded where it lies in shared memory, and go on while the next
+    load is begun. Triton gives loads one buffer more for that, but not those that other code
+    takes too (triton-lang/triton#6691): there the next one would go where they still read. Code
+    that uses the sums, though it does nothing, makes a program wait.
+    """
+    if SETTLE and not _INTERPRETED:
+        sums = tl.inline_asm_elementwise(
+            "", "=f,0", [sums], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return sums

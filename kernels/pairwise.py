@@ -199,6 +199,7 @@ def _constants(
         depth=config.depth,
         product=product,
         form_product=_form_product(dtype, center),
+        settle=config.settle,
         acc=numerics.TRITON[accumulation],
         loss=numerics.TRITON[loss or accumulation],
     )

@@ -24,6 +24,7 @@ class PairwiseConstants(Constants):
         depth: columns (forward) or rows (backward) that a product sums at a time.
         product, form_product: how the products of the primal form and of the dual one are made,
             see numerics.py.
+        settle: whether a product is waited for before the next load, see numerics.settled.
         acc, loss: dtypes of the sums and of the loss.
     """
 
@@ -42,5 +43,6 @@ class PairwiseConstants(Constants):
     depth: Any
     product: Any
     form_product: Any
+    settle: Any
     acc: Any
     loss: Any

@@ -36,7 +36,7 @@ from .matrices import (
     select,
     triangle,
 )
-from .numerics import dot
+from .numerics import dot, settled
 from .reduction import BLOCK as _REDUCTION
 from .reduction import draws_last_ticket, total
 
@@ -114,7 +114,7 @@ def _gram(
             square_j += _shares(exact * exact, LAYOUT, C.vector)
             if C.center:
                 sum_j += _shares(exact, LAYOUT, C.vector)
-        gram = dot(a, tl.trans(b), gram, C.product)
+        gram = settled(dot(a, tl.trans(b), gram, C.product), C.settle)
     squares_i, sums_i = tl.sum(square_i, 1), tl.sum(sum_i, 1)  # [TILE]
     if DIAGONAL:
         return gram, squares_i, squares_i, sums_i, sums_i, shift_i, shift_i

@@ -19,6 +19,7 @@ from pathlib import Path
 import sass
 import torch
 import triton
+import wgmma
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -95,6 +96,7 @@ def compile_launch(case: str, name: str, kernel, args, options) -> None:
         row["blocks"] = blocks(name, row["registers"], row["shared"], build["num_warps"])
         code = sass.disassembled(compiled.asm["cubin"])
         row["tensor_cores"] = re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", code) is not None
+        row["races"] = wgmma.races(compiled.asm["ttgir"])
         row["loops"] = [loop._asdict() for loop in sass.main_loops(code)]
     print(json.dumps(row), flush=True)
 

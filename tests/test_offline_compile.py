@@ -130,3 +130,9 @@ def test_products_of_halves_use_the_tensor_cores(compiled: list[dict]) -> None:
     assert all(r["tensor_cores"] for r in rows if "fp32 high" in r["case"])
     full = [r for r in rows if r["case"] == "kernel fp32 square"]
     assert len(full) == 6 and not any(r["tensor_cores"] for r in full)
+
+
+def test_tensor_cores_read_nothing_that_is_overwritten(compiled: list[dict]) -> None:
+    rows = [r for r in compiled if "races" in r]
+    assert {r["target"] for r in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert not {(r["case"], r["kernel"], r["target"]): r["races"] for r in rows if r["races"]}
