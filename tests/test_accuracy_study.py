@@ -261,6 +261,23 @@ def test_a_confirmation_runs_the_same_on_seeds_that_the_study_did_not_have() -> 
     assert {run.seed for run in fresh.runs} == {4, 5, 6}
 
 
+def test_forms_of_way_4_are_studied_on_seeds_that_the_screening_did_not_have() -> None:
+    seen, fresh = study_file.load("kernel-shifts-screening"), study_file.load("kernel-shifts")
+    assert {**fresh.train, "validation_images": 5000} == seen.train and fresh.ways == seen.ways
+    assert fresh.conditions == seen.conditions
+    for name in ("ce", "kernel", "imcl", "inputs-100"):
+        assert fresh.methods[name].settings == seen.methods[name].settings
+        assert fresh.methods[name].form == seen.methods[name].form
+    stages = seen.methods["shifts-stages-300"]
+    assert fresh.methods["stages-300"].settings == stages.settings
+    for name in ("stages-300", "inputs-100"):  # all four with a form differ in the ways alone
+        alone, together = fresh.methods[name], fresh.methods[f"all-{name}"]
+        assert alone.form == together.form
+        assert alone.settings == {"ways": ["kernel"], **together.settings}
+    assert {run.seed for run in seen.runs} == {1, 2, 3}
+    assert {run.seed for run in fresh.runs} == {4, 5, 6, 7, 8}
+
+
 def test_schedules_are_compared_in_float32_under_the_settings_of_the_cpu_study() -> None:
     final, schedules = study_file.load("cpu"), study_file.load("cpu-schedule")
     assert schedules.train == {**final.train, "amp": "off"}
@@ -746,7 +763,7 @@ def test_the_document_has_places_for_tables_that_exist(tmp_path) -> None:
     assert {place.partition(":")[0] for place in filled} == {
         "cpu", "cpu-quality", "cpu-quality-screening", "cpu-regimes", "cpu-schedule",
         "cpu-screening", "cpu-wide", "cpu-wide-confirmation", "cpu-wide-screening", "gpu",
-        "kernel-shifts-screening", "migrations", "penalties",
+        "kernel-shifts", "kernel-shifts-screening", "migrations", "penalties",
     }  # fmt: skip
     assert "(accuracy-cpu" not in document.read_text()  # no link to a plot that isn't there
 
