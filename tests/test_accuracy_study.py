@@ -722,6 +722,8 @@ def test_tables_say_what_was_tried_and_what_there_is(found) -> None:
     # One condition hasn't run.
     assert "| kernel | all four |  | -1.00 | 1 |  |" in tables.tried(found)
     assert "| all four | plain CE |  | +3.67 | 3 |  |" in tables.tried(found)
+    # It has run on one of its two networks.
+    assert "| label smoothing | plain CE |  | +0.50 | 1 |  |" in tables.tried(found)
 
     def with_clean(ce: float, imcl: float, kernel: float) -> str:
         clean = [result("clean", network, method, 1, accuracy) for network in "ab" for method,

@@ -145,16 +145,21 @@ def compare(found: Analysis) -> str:
 
 
 def tried(found: Analysis) -> str:
-    """Variants beside what each is a variant of: won where it did better in every condition."""
+    """Variants beside what each is a variant of: won where it did better in every condition. Of
+    networks those that any run of it is of."""
     study = found.study
     titles = [part.title for part in study.conditions.values()]
     lines = []
     for method in study.methods.values():
         if method.name == study.baseline:
             continue
+        networks = [
+            network for network in method.networks
+            if any(found.runs(c, network, method.name) for c in study.conditions)
+        ]  # fmt: skip
         means = {}
         for condition in study.conditions:
-            point = found.difference(condition, method.networks, method.name, method.versus)
+            point = found.difference(condition, networks, method.name, method.versus)
             if point is not None:
                 means[condition] = point.mean
         if not means:
@@ -163,7 +168,7 @@ def tried(found: Analysis) -> str:
         if len(means) == len(study.conditions):  # all have run
             least, most = min(means.values()), max(means.values())
             verdict = "won" if least > 0 else "lost" if most <= 0 else ""
-        seeds = max(len(found.points(c, method.networks, method.name, method.versus))
+        seeds = max(len(found.points(c, networks, method.name, method.versus))
                     for c in means)  # fmt: skip
         cells = [f"{100 * means[c]:+.2f}" if c in means else "" for c in study.conditions]
         versus = study.methods[method.versus].title
