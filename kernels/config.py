@@ -44,8 +44,8 @@ class ConsistencyConfig(NamedTuple):
 def pairwise_config(
     dtype: torch.dtype, tensor_cores: bool, center: bool, of: Plan, device: torch.device
 ) -> PairwiseConfig:
-    """What needs no register spilled (test_offline_compile.py, test_compiled_code.py), and of that
-    what bench/gpu/model.py, which knows Hopper only, says is quickest.
+    """What spills no register, but for what test_offline_compile.py and test_compiled_code.py
+    list, and of that what bench/gpu/model.py, which knows Hopper only, says is quickest.
 
     There products on tensor cores have four warps: of more, one group of four overwrites what
     another's products still read (triton-lang/triton#11047, in every release up to 3.7). Elsewhere
