@@ -56,10 +56,7 @@ def _of_loop(lines: list[str], first: int, last: int) -> list[str]:
             elif wait := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
                 oldest = products - int(wait[1])
                 running = [read for read in running if read[2] > oldest]
-            elif "ttg.async_copy_global_to_local" in line:
-                ring = _ring(_names(line.split("global_to_local")[1])[1], lines, i)
-                if ring is None:
-                    continue
+            elif ring := _loaded(lines, i):
                 to = step + _ahead(ring, lines, first)
                 for read, of, _ in running:
                     if read == ring and (to - of) % ring.buffers == 0:
@@ -83,11 +80,13 @@ def _innermost_loops(lines: list[str]) -> Iterator[tuple[int, int]]:
 
 def _ahead(ring: _Ring, lines: list[str], loop: int) -> int:
     """Loads into a ring before its loop: so many steps are they ahead."""
-    return sum(
-        "ttg.async_copy_global_to_local" in line
-        and _ring(_names(line.split("global_to_local")[1])[1], lines, i) == ring
-        for i, line in enumerate(lines[ring.line : loop], ring.line)
-    )
+    return sum(_loaded(lines, i) == ring for i in range(ring.line, loop))
+
+
+def _loaded(lines: list[str], i: int) -> _Ring | None:
+    """The buffers into one of which that line loads, if it does."""
+    _, load, operands = lines[i].partition("ttg.async_copy_global_to_local")
+    return _ring(_names(operands)[1], lines, i) if load else None
 
 
 def _ring(name: str, lines: list[str], use: int) -> _Ring | None:
