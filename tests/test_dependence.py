@@ -176,10 +176,12 @@ def test_drawn(impl: Impl, drawn: Views, dtype: torch.dtype, options: dict) -> N
 
 @pytest.mark.parametrize("turn", range(len(OPTIONS)))
 def test_options(impl: Impl, turn: int) -> None:
-    """More columns than a task takes, and a batch wider than a panel."""
+    """More columns than a task takes, and than one works on at a time, in layouts of dense rows and
+    of none; a batch wider than a panel."""
     dtype, options = DTYPES[turn % len(DTYPES)], OPTIONS[5 * turn % len(OPTIONS)]
-    many = (3, 7, 11) if impl.interpreted else (3, 20, 25)
-    views = Views(34, ((7, 60), many), 3, offset=0.5).build(dtype, impl.device)
+    many = (3, 7, 11) if impl.interpreted else (3, 20, 41)
+    layouts = ("contiguous", "sliced", "channels_last")
+    views = Views(34, ((7, 60), many), 3, layouts, offset=0.5).build(dtype, impl.device)
     check(run(views, impl.name, **options), views, **options)
 
 

@@ -9,9 +9,8 @@
 namespace imcl {
 namespace {
 
-// Columns of a task: with their rows they stay in the second-level cache, and all partials together
-// are smaller than the representation.
-int64_t columns_of_task(const Representation& s) { return std::max<int64_t>(1024, 4 * s.x.rows); }
+// Columns of a task: all partials together are smaller than the representation.
+int64_t columns_of_task(const Representation& s) { return std::max<int64_t>(2048, 4 * s.x.rows); }
 
 struct Task {
   const Representation* representation;

@@ -52,6 +52,9 @@ void column_means(const Matrix<T>& x, AccOf<T>* mean) {
   for (int64_t k = 0; k < x.columns; ++k) mean[k] /= static_cast<Acc>(x.rows);
 }
 
+// Columns whose means are taken and that are multiplied while they are in cache.
+inline constexpr int64_t kGramColumns = 128;
+
 template <class Acc>
 int64_t padded_rows(const Representation& s) {
   return divide_up(s.x.rows, kPanel<Acc>) * kPanel<Acc>;
@@ -60,11 +63,14 @@ int64_t padded_rows(const Representation& s) {
 template <class T>
 void partial_of(const Representation& s, int64_t first, int64_t count, void* partial) {
   using Acc = AccOf<T>;
-  const Matrix<T> x = columns_of<T>(s, first, count);
-  Acc* mean = static_cast<Acc*>(s.mean) + first;
-  column_means(x, mean);
-  const Source<T> source{x.x, x.row, x.column, nullptr, mean};
-  gram<Acc>(source, x.rows, count, static_cast<Acc*>(partial), padded_rows<Acc>(s), kSerial);
+  Acc* upper = static_cast<Acc*>(partial);
+  for (int64_t done = 0; done < count; done += kGramColumns) {
+    const Matrix<T> x = columns_of<T>(s, first + done, std::min(kGramColumns, count - done));
+    Acc* mean = static_cast<Acc*>(s.mean) + first + done;
+    column_means(x, mean);
+    const Source<T> source{x.x, x.row, x.column, nullptr, mean};
+    gram<Acc>(source, x.rows, x.columns, upper, padded_rows<Acc>(s), kSerial, done > 0);
+  }
 }
 
 template <class Acc>
@@ -84,21 +90,25 @@ void finish_gram(const Representation& s, const Acc* partials, int64_t count) {
   }
 }
 
+// Columns of a product that are copied first where they lie side by side. Panel by panel a few
+// bytes of many distant rows would be read, which neither the hardware foresees nor, with strides
+// that are powers of two, the caches hold: the rows fall into the same few sets.
+template <class T>
+int64_t copied_columns(int64_t rows) {
+  constexpr int64_t panel = kPanel<AccOf<T>>, kBytes = 128 * 1024, kMost = 256;
+  const int64_t columns = kBytes / (std::max<int64_t>(rows, 1) * static_cast<int64_t>(sizeof(T)));
+  return std::clamp(columns / panel * panel, panel, kMost);
+}
+
 template <class T>
 void product_of(const Representation& s, int64_t first, int64_t count) {
   using Acc = AccOf<T>;
-  const Matrix<T> x = columns_of<T>(s, first, count);
-  const Rest out = rest_of(s.x.dx_column_axis, first);
+  constexpr int64_t panel = kPanel<Acc>, kLine = 64 / static_cast<int64_t>(sizeof(T));
   Backward<Acc, T> work{};
-  work.x = Source<T>{x.x, x.column, x.row, static_cast<const Acc*>(s.mean) + first};
-  work.dx = static_cast<T*>(s.x.dx) + out.offset;
-  work.dx_free = out.axis;
   work.dx_k = s.x.dx_row_axis;
-  work.free_count = count;
   work.k_count = s.x.rows;
   work.grad = 1;
 
-  constexpr int64_t panel = kPanel<Acc>;
   const int64_t panels = divide_up(work.k_count, panel), panel_size = panel * work.depth();
   Scratch scratch;
   Acc* packed = scratch.get<Acc>(panels * panel_size);
@@ -109,7 +119,23 @@ void product_of(const Representation& s, int64_t first, int64_t count) {
          packed + p * panel_size);
   work.symmetric = packed;
   work.s = static_cast<const Acc*>(s.gram);
-  work.run(kSerial);
+
+  const bool copied = s.x.column_axis.is_unit();
+  const int64_t step = copied ? copied_columns<T>(s.x.rows) : count;
+  const Axis copy_row{step + kLine, nullptr};  // not a power of two
+  T* copy = copied ? scratch.get<T>(s.x.rows * copy_row.stride) : nullptr;
+  for (int64_t at = first; at < first + count; at += step) {
+    const Matrix<T> x = columns_of<T>(s, at, std::min(step, first + count - at));
+    for (int64_t i = 0; copied && i < x.rows; ++i)
+      std::copy_n(x.x + x.row[i], x.columns, copy + copy_row[i]);
+    const Rest out = rest_of(s.x.dx_column_axis, at);
+    work.x = {copied ? copy : x.x, x.column, copied ? copy_row : x.row,
+              static_cast<const Acc*>(s.mean) + at};
+    work.dx = static_cast<T*>(s.x.dx) + out.offset;
+    work.dx_free = out.axis;
+    work.free_count = x.columns;
+    work.run(kSerial);
+  }
 }
 
 // Calls run with a null pointer of the tensor's type.

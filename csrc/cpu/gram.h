@@ -52,10 +52,11 @@ void pack(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k
 }
 
 // g (panels, panels) tiles of X X^T, x seen as `lanes` rows by `depth`: the upper ones, and
-// of the diagonal tiles at least the upper triangle. Lanes beyond `lanes` come out 0.
+// of the diagonal tiles at least the upper triangle. Lanes beyond `lanes` come out 0. If
+// `accumulate` they are added to what is there.
 template <class E, class T>
 void gram(const Source<T>& x, int64_t lanes, int64_t depth, AccOf<T>* g, int64_t stride,
-          const Parallel& parallel) {
+          const Parallel& parallel, bool accumulate = false) {
   using Acc = AccOf<T>;
   constexpr int64_t panel = kPanel<Acc>, width = kLanes<Acc>;
   const int64_t panels = divide_up(lanes, panel);
@@ -63,7 +64,7 @@ void gram(const Source<T>& x, int64_t lanes, int64_t depth, AccOf<T>* g, int64_t
   Scratch scratch;
   E* packed = scratch.get<E>(panels * panel_size);
   E* left = kOnMatrixUnit<E> ? scratch.get<E>(panels * panel_size) : packed;
-  if (depth == 0) std::fill_n(g, panels * panel * stride, Acc(0));
+  if (depth == 0 && !accumulate) std::fill_n(g, panels * panel * stride, Acc(0));
   for (int64_t k = 0; k < depth; k += kDepthBlock) {
     const int64_t block = std::min(kDepthBlock, depth - k), elements = packed_depth<E>(block);
     const int64_t next = std::min(kDepthBlock, depth - k - block);
@@ -84,9 +85,9 @@ void gram(const Source<T>& x, int64_t lanes, int64_t depth, AccOf<T>* g, int64_t
         Acc* out = g + (i * panel + r) * stride + j * panel;
         const LeftOperand<E> rows = multiplier.rows_of_panel(a, r, elements);
         if (i == j && r >= width) {  // left of the diagonal in its first vector
-          multiplier.template multiply<1>(rows, b, elements, out, stride, k > 0);
+          multiplier.template multiply<1>(rows, b, elements, out, stride, accumulate || k > 0);
         } else {
-          multiplier.multiply(rows, b, elements, out, stride, k > 0);
+          multiplier.multiply(rows, b, elements, out, stride, accumulate || k > 0);
         }
       }
     });
