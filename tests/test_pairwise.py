@@ -56,6 +56,8 @@ WEIGHT_SHAPES = [
     (300, 37),
     (150, 70),
 ]
+# Large enough for all threads of a CPU to work on one matrix: in halves of the columns, and not.
+SHARED_SHAPES = [(180, 260, 2, 2), (330, 400)]
 
 
 # --- the reference itself, from the definition
@@ -457,7 +459,7 @@ def test_thread_count_changes_no_bit(impl: Impl, batched: bool, penalty: str) ->
     function = F.representation_similarity if batched else F.kernel_similarity
     for dtype in (torch.float32, torch.bfloat16):
         xs = [leaf(Matrices(s, batched, seed=i).build(dtype))
-              for i, s in enumerate(LARGE if batched else WEIGHT_SHAPES)]
+              for i, s in enumerate(LARGE if batched else [*WEIGHT_SHAPES, *SHARED_SHAPES])]
         results = []
         for count in (1, 2, 3):
             with threads(count):
@@ -465,6 +467,18 @@ def test_thread_count_changes_no_bit(impl: Impl, batched: bool, penalty: str) ->
                 results.append([loss, *torch.autograd.grad(loss, xs)])
         assert_same_bits(results[0], results[1])
         assert_same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("shape", SHARED_SHAPES, ids=str)
+def test_matrices_that_threads_share(impl: Impl, shape: tuple[int, ...], layout: str) -> None:
+    if impl.interpreted:
+        pytest.skip(f"{impl.name}: shares out tiles of any matrix, and would take a minute for it")
+    x = Matrices(shape, False, layout).build(torch.float32, impl.device)
+    for count in (1, 2, 3):
+        with threads(count):
+            check_pairwise(impl, [x], batched=False)
+            check_pairwise(impl, [x[None]], batched=True, center=True, penalty="abs")
 
 
 def test_a_tensor_is_a_list_of_one(impl: Impl) -> None:

@@ -13,26 +13,11 @@ namespace imcl {
 inline namespace IMCL_ISA {
 namespace {
 
-const Parallel kSerial{1, [](int64_t count, void (*body)(int64_t, void*), void* context) {
-                         for (int64_t i = 0; i < count; ++i) body(i, context);
-                       }};
-
-// An axis from one of its indices on, and how far into the tensor that lies.
-struct Rest {
-  int64_t offset;
-  Axis axis;
-};
-
-Rest rest_of(const Axis& axis, int64_t first) {
-  if (axis.table) return {0, {axis.stride, axis.table + first}};
-  return {first * axis.stride, axis};
-}
-
 template <class T>
 Matrix<T> columns_of(const Representation& s, int64_t first, int64_t count) {
-  const Rest columns = rest_of(s.x.column_axis, first);
-  return {static_cast<const T*>(s.x.x) + columns.offset, s.x.row_axis, columns.axis, s.x.rows,
-          count};
+  const Matrix<T> all{static_cast<const T*>(s.x.x), s.x.row_axis, s.x.column_axis, s.x.rows,
+                      s.x.columns};
+  return columns_of(all, first, count);
 }
 
 // mean[k] of the columns k: rows are read one after the other where they are dense.

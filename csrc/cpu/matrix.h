@@ -21,6 +21,23 @@ struct Matrix {
   int64_t rows, columns;
 };
 
+// An axis from one of its indices on, and how far into the tensor that lies.
+struct Rest {
+  int64_t offset;
+  Axis axis;
+};
+
+IMCL_INLINE Rest rest_of(const Axis& axis, int64_t first) {
+  if (axis.table) return {0, {axis.stride, axis.table + first}};
+  return {first * axis.stride, axis};
+}
+
+template <class T>
+Matrix<T> columns_of(const Matrix<T>& x, int64_t first, int64_t count) {
+  const Rest columns = rest_of(x.column, first);
+  return {x.x + columns.offset, x.row, columns.axis, x.rows, count};
+}
+
 // What the forward keeps of one matrix; see state_size(). Without a core all are null.
 template <class Acc>
 struct State {

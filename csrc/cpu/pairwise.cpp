@@ -7,9 +7,7 @@
 namespace imcl {
 namespace {
 
-// Multiply-adds above which one matrix is worth waking all threads several times, and
-// below which a task takes several matrices.
-constexpr double kShared = 3e7, kTask = 2e5;
+constexpr double kTask = 2e5;  // multiply-adds below which a task takes several matrices
 
 double cost(const Matrices& m, Penalty penalty) {
   const double n = static_cast<double>(m.rows), d = static_cast<double>(m.columns);

@@ -28,6 +28,18 @@ IMCL_INLINE bool in_tiles(const PairwiseSettings& settings, int64_t rows, int64_
          form_of(Penalty::kSquare, rows, columns) == Form::kDual;
 }
 
+// Multiply-adds above which one matrix is worth waking all threads several times.
+inline constexpr double kShared = 3e7;
+
+// Whether the Gram of the rows is made in two halves of the columns, each by one thread of two.
+// They share nothing then, where what one of them packs the other would have to fetch from its
+// cache. By its shape alone: a sum doesn't depend on the threads.
+IMCL_INLINE bool in_halves(int64_t rows, int64_t columns) {
+  return columns >= 2 * rows &&
+         static_cast<double>(rows) * static_cast<double>(rows) * static_cast<double>(columns) >
+             kShared;
+}
+
 // State of one matrix: A (rows^2), or in tiles 1/n | M (columns^2), 1/n | s (columns), 1/n;
 // then the row means if centred.
 IMCL_INLINE int64_t state_size(const PairwiseSettings& settings, int64_t rows, int64_t columns) {

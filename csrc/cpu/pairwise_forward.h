@@ -63,6 +63,34 @@ double finish_lanes(const Acc* g, int64_t stride, int64_t n, int64_t first, cons
   return total;
 }
 
+// gram() of the rows, the second half of the columns added to the first.
+template <class E, class T>
+void gram_in_halves(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* g, int64_t padded,
+                    const Parallel& parallel) {
+  using Acc = AccOf<T>;
+  constexpr int64_t panel = kPanel<Acc>, width = kLanes<Acc>, kLine = 64;
+  Scratch scratch;
+  Acc* halves[] = {g, scratch.get<Acc>(padded * padded)};
+  const int64_t first = divide_up(x.columns, 2 * kLine) * kLine;
+  const auto make = [&](int64_t half, const Parallel& inner) {
+    const Matrix<T> part = columns_of(x, half * first, half == 0 ? first : x.columns - first);
+    gram<E>(Source<T>{part.x, part.row, part.column, mean}, x.rows, part.columns, halves[half],
+            padded, inner);
+  };
+  if (parallel.threads == 2) {
+    parallel(2, [&](int64_t half) { make(half, kSerial); });
+  } else {
+    for (int64_t half = 0; half < 2; ++half) make(half, parallel);
+  }
+  parallel(padded / panel, [&](int64_t p) {
+    for (int64_t i = p * panel; i < (p + 1) * panel; ++i)
+      for (int64_t j = p * panel; j < padded; j += width) {
+        const int64_t at = i * padded + j;
+        store(g + at, load(g + at) + load(halves[1] + at));
+      }
+  });
+}
+
 template <class E, class T>
 double forward_primal(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSettings& settings,
                       double scale, const Parallel& parallel) {
@@ -75,7 +103,11 @@ double forward_primal(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseS
     mean = state.mean ? state.mean : scratch.get<Acc>(n);
     row_means(x, mean);
   }
-  gram<E>(Source<T>{x.x, x.row, x.column, mean}, n, x.columns, g, padded, parallel);
+  if (in_halves(n, x.columns)) {
+    gram_in_halves<E>(x, mean, g, padded, parallel);
+  } else {
+    gram<E>(Source<T>{x.x, x.row, x.column, mean}, n, x.columns, g, padded, parallel);
+  }
 
   Acc* inverse = scratch.get<Acc>(padded);
   std::fill_n(inverse + n, padded - n, Acc(0));
