@@ -59,8 +59,9 @@ class CollaborativeConsistency(Function):
     -> (loss () or (B,), terms (2, H)).
 
     The forward already makes the gradient, in the logits' dtype, while the exponentials are at
-    hand; the backward only scales it, in place unless the graph is kept for another. That of
-    float16 is kept in float32, and rounded after a GradScaler's factor, not before.
+    hand; the backward only scales it, in place unless the graph is kept for another, and on a CPU
+    by 1 not at all. That of float16 is kept in float32, and rounded after a GradScaler's factor,
+    not before.
     """
 
     @staticmethod

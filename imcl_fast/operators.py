@@ -232,4 +232,11 @@ triton_gram = Gram(
 
 def scaling_of(consistency: Callable) -> Callable:
     """What multiplies the gradients of an implementation of the consistency where they lie."""
-    return _triton_scale_ if consistency is triton_consistency else Tensor.mul_
+    return _triton_scale_ if consistency is triton_consistency else _scale_
+
+
+def _scale_(gradient: Tensor, scale: Tensor) -> Tensor:
+    # Where the number lies in the host's memory, looking at it waits for no device.
+    if scale.device.type == "cpu" and scale.dim() == 0 and scale.item() == 1:
+        return gradient
+    return gradient.mul_(scale)

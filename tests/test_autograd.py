@@ -193,7 +193,8 @@ def test_only_the_gradients_needed(impl: Impl, kind: str, name: str) -> None:
 def test_a_gradient_is_scaled_where_it_lies_unless_the_graph_is_kept(
     impl: Impl, dtype: torch.dtype
 ) -> None:
-    """The one that the forward has made: a second would take as much memory as the logits."""
+    """The one that the forward has made: a second would take as much memory as the logits. By 1
+    nothing is done where the number is at hand."""
 
     class Scalings(TorchDispatchMode):
         def __init__(self):
@@ -206,11 +207,22 @@ def test_a_gradient_is_scaled_where_it_lies_unless_the_graph_is_kept(
             return function(*args, **(kwargs or {}))
 
     z = leaf(torch.randn(3, 5, 7, device=impl.device, dtype=dtype))
-    loss = F.collaborative_consistency(z, None, impl=impl.name)
-    for kept, expected in ((True, "aten.mul.Tensor"), (False, "aten.mul_.Tensor")):
-        with Scalings() as scalings:
-            torch.autograd.grad(loss, z, retain_graph=kept)
-        assert scalings.seen == [expected]
+    once = {}
+    for last in (2.0, 1.0):
+        loss = F.collaborative_consistency(z, None, impl=impl.name)
+        at_hand = impl.device == "cpu" and impl.name != "triton"
+        in_place = [] if last == 1 and at_hand else ["aten.mul_.Tensor"]
+        for factor, kept, expected in (
+            (1.0, True, ["aten.mul.Tensor"]),
+            (2.0, True, ["aten.mul.Tensor"]),
+            (last, False, in_place),
+        ):
+            grad = torch.tensor(factor, device=impl.device)
+            with Scalings() as scalings:
+                (got,) = torch.autograd.grad(loss, z, grad, retain_graph=kept)
+            assert scalings.seen == expected
+            assert_same_bits([once.setdefault(factor, got.clone())], [got])
+    assert torch.equal(2 * once[1.0], once[2.0])
 
 
 def test_a_backward_fills_nothing(impl: Impl) -> None:
