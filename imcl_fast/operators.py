@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import dense
 from .algebra.consistency import REDUCE_NONE, kept_dtype
-from .algebra.pairwise import ABS, SIGNED, SQUARE, is_dual
+from .algebra.pairwise import SIGNED, is_dual
 from .build_facts import BuildFacts
 from .kernels.dependence_plan import means_size
 from .kernels.plan import state_size
@@ -97,7 +97,7 @@ def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
             size = d + n + means
         elif is_dual(penalty, n, d):
             size = d * d + n + means
-        elif penalty == ABS and is_dual(SQUARE, n, d):  # in tiles
+        elif n > d:  # in tiles
             size = n + means
         else:
             size = n * n + means

@@ -68,7 +68,7 @@ def pairwise_samples(device: str = "cpu") -> list[tuple]:
     empty = [torch.zeros(0, 4, 3, device=device), torch.zeros(0, 9, 2, device=device)]
     samples.append((empty, *square._replace(center=True), True))
     # Remainders of what a state is padded to, and more tiles than one.
-    sizes = ((67, 70), (131, 5), (9, 1))
+    sizes = ((67, 70), (131, 5), (9, 1), (70, 41))
     tiles = [torch.randn(1, n, d, device=device) for n, d in sizes]
     for penalty in range(3):
         options = schemas.PairwiseOptions(penalty, penalty > 0, 1e-12, True, 0)
@@ -138,6 +138,15 @@ def test_pairwise(impl: Impl, pairwise: operators.Pairwise, sample: int) -> None
     xs, options = arguments[0], arguments[1:-1]
     grad = torch.ones_like(loss)
     torch.library.opcheck(backward, (grad, xs, state, *options), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("penalty", range(3))
+def test_what_a_cpu_keeps_is_no_larger_than_the_input(penalty: int) -> None:
+    """But for two numbers of each row, in the accumulation dtype."""
+    for n, d in ((128, 65), (130, 129), (100, 100), (64, 300), (201, 100), (300, 20), (5, 1)):
+        x = torch.randn(8, n, d)
+        _, (state,) = operators.pairwise.forward([x], penalty, True, 1e-12, True, 0, True)
+        assert state.numel() < x.numel() + 8 * 2 * n + 16
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])

@@ -20,12 +20,10 @@ struct Matrices {
   double scale;  // 1 / (layers * batch * rows * (rows - 1))
 };
 
-// Whether the primal form makes A again in the backward, tile by tile, instead of keeping it:
-// where the dual form would be taken if the penalty had one. So no state is larger than twice
-// X, and the tall matrices are quicker for it, for A would not stay in cache.
+// Whether the primal form makes A again in the backward, tile by tile, instead of keeping it: where
+// it would be larger than X. Tall matrices are quicker for it, for A would not stay in cache.
 IMCL_INLINE bool in_tiles(const PairwiseSettings& settings, int64_t rows, int64_t columns) {
-  return settings.penalty == Penalty::kAbs &&
-         form_of(Penalty::kSquare, rows, columns) == Form::kDual;
+  return rows > columns && form_of(settings.penalty, rows, columns) == Form::kPrimal;
 }
 
 // Multiply-adds above which one matrix is worth waking all threads several times.

@@ -1,10 +1,10 @@
-// The primal form of tall matrices under |c|, without its N x N matrix. Only the norms are kept;
+// The primal form of tall matrices without its N x N matrix. Only the norms are kept;
 // the backward makes each tile of A again, uses it while it is in cache and forgets it. For a
 // panel of rows i, in the lanes, and one of rows j after the other,
 //
-//   G_ji = <x_j, x_i>, c_ji = G_ji/(n_i n_j), A_ji = a sgn(c_ji)/(n_i n_j)   (panel, panel)
+//   G_ji = <x_j, x_i>, c_ji = G_ji/(n_i n_j), A_ji = a phi'(c_ji)/(n_i n_j)   (panel, panel)
 //   Y_i += X_j^T A_ji                                                        (D, panel)
-//   dx_i = Y_i - a sum_j |c_ji|/n_i^2 x_i, a = 2 scale
+//   dx_i = Y_i - a sum_j phi'(c_ji) c_ji/n_i^2 x_i, a = 2 scale
 #pragma once
 
 #include "pairwise_backward.h"
@@ -14,7 +14,7 @@ namespace imcl {
 inline namespace IMCL_ISA {
 namespace {  // what is handed to Parallel must be no symbol that ISA levels could share
 
-template <class T>
+template <Penalty P, class T>
 class Tiles {
  public:
   using Acc = AccOf<T>;
@@ -46,7 +46,7 @@ class Tiles {
       for (int64_t q = p; q < panels_; ++q) {
         cosines(q, p, c);
         Vec<Acc> sum = {};
-        for (int64_t i = 0; i < panel * panel; i += width) sum += phi<Penalty::kAbs>(load(c + i));
+        for (int64_t i = 0; i < panel * panel; i += width) sum += phi<P>(load(c + i));
         losses[p] += (q == p ? 1 : 2) * static_cast<double>(sum_lanes<Acc>(sum));
       }
     });
@@ -71,7 +71,7 @@ class Tiles {
         for (int64_t j = 0; j < panel; ++j) {
           for (int v = 0; v < kVectors; ++v) {
             Acc* at = tile + j * panel + v * width;
-            const Vec<Acc> c = load(at), slope = slope_scale * phi_slope<Penalty::kAbs>(c);
+            const Vec<Acc> c = load(at), slope = slope_scale * phi_slope<P>(c);
             diagonal[v] += slope * c;
             store(at, slope * inverse[v] * splat(inverse_[q * panel + j]));
           }
@@ -117,6 +117,14 @@ class Tiles {
   Acc* packed_;  // (panels, depth, panel)
 };
 
+// run() of the penalty, one of the two that have tiles, as a constant.
+template <class Run>
+auto with_penalty(const PairwiseSettings& settings, const Run& run) {
+  if (settings.penalty == Penalty::kAbs)
+    return run(std::integral_constant<Penalty, Penalty::kAbs>{});
+  return run(std::integral_constant<Penalty, Penalty::kSquare>{});
+}
+
 template <class T>
 double forward_tiles(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSettings& settings,
                      double scale, const Parallel& parallel) {
@@ -128,8 +136,11 @@ double forward_tiles(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSe
   row_norms(x, settings, mean, inverse);
   std::fill(inverse + x.rows, inverse + padded, Acc(0));
   if (state.inverse_norm) std::copy_n(inverse, x.rows, state.inverse_norm);
-  const Tiles<T> tiles(x, settings.center ? mean : nullptr, inverse, scratch, parallel);
-  return scale * tiles.loss(parallel);
+  return scale * with_penalty(settings, [&](auto penalty) {
+           const Tiles<penalty(), T> tiles(x, settings.center ? mean : nullptr, inverse, scratch,
+                                           parallel);
+           return tiles.loss(parallel);
+         });
 }
 
 template <class T>
@@ -142,14 +153,17 @@ void backward_tiles(const Matrix<T>& x, const Matrices& m, T* dx, State<AccOf<T>
   Acc* inverse = scratch.get<Acc>(padded);
   std::copy_n(state.inverse_norm, x.rows, inverse);
   std::fill(inverse + x.rows, inverse + padded, Acc(0));
-  const Tiles<T> tiles(x, settings.center ? state.mean : nullptr, inverse, scratch, parallel);
   const auto emit = [&](int64_t p, const Acc* y) {
     const int64_t first = p * panel, lanes = std::min(panel, x.rows - first);
     for (int64_t k = 0; k < x.columns; ++k)
       store_axis(dx + m.dx_column_axis[k], m.dx_row_axis, first, y + k * panel, lanes);
   };
   // The incoming gradient is a factor of A, as the scale is.
-  tiles.gradient(m.scale * grad, parallel, emit);
+  with_penalty(settings, [&](auto penalty) {
+    const Tiles<penalty(), T> tiles(x, settings.center ? state.mean : nullptr, inverse, scratch,
+                                    parallel);
+    tiles.gradient(m.scale * grad, parallel, emit);
+  });
 }
 
 }  // namespace
