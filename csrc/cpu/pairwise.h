@@ -21,7 +21,7 @@ struct Matrices {
 };
 
 // Whether the primal form makes A again in the backward, tile by tile, instead of keeping it: where
-// it would be larger than X. Tall matrices are quicker for it, for A would not stay in cache.
+// it would be larger than X. That takes about as long, and less where A would not stay in cache.
 IMCL_INLINE bool in_tiles(const PairwiseSettings& settings, int64_t rows, int64_t columns) {
   return rows > columns && form_of(settings.penalty, rows, columns) == Form::kPrimal;
 }

@@ -22,6 +22,14 @@ IMCL_INLINE V phi_slope(V c) {
   return c > 0 ? one : (c < 0 ? -one : c);
 }
 
+// run() of the penalty, one of the two that compare pairs, as a constant.
+template <class Run>
+auto with_penalty(const PairwiseSettings& settings, const Run& run) {
+  if (settings.penalty == Penalty::kAbs)
+    return run(std::integral_constant<Penalty, Penalty::kAbs>{});
+  return run(std::integral_constant<Penalty, Penalty::kSquare>{});
+}
+
 // Loss, unscaled, of the rows of one vector of lanes, and their columns of A (null: none).
 template <Penalty P, class Acc>
 double finish_lanes(const Acc* g, int64_t stride, int64_t n, int64_t first, const Acc* inverse,
@@ -68,10 +76,11 @@ template <class E, class T>
 void gram_in_halves(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* g, int64_t padded,
                     const Parallel& parallel) {
   using Acc = AccOf<T>;
-  constexpr int64_t panel = kPanel<Acc>, width = kLanes<Acc>, kLine = 64;
+  constexpr int64_t panel = kPanel<Acc>, width = kLanes<Acc>;
+  constexpr int64_t kWhole = 64;  // columns: a half begins at a cache line in every dtype
   Scratch scratch;
   Acc* halves[] = {g, scratch.get<Acc>(padded * padded)};
-  const int64_t first = divide_up(x.columns, 2 * kLine) * kLine;
+  const int64_t first = divide_up(x.columns, 2 * kWhole) * kWhole;
   const auto make = [&](int64_t half, const Parallel& inner) {
     const Matrix<T> part = columns_of(x, half * first, half == 0 ? first : x.columns - first);
     gram<E>(Source<T>{part.x, part.row, part.column, mean}, x.rows, part.columns, halves[half],
@@ -116,10 +125,10 @@ double forward_primal(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseS
   constexpr int64_t width = kLanes<Acc>;
   const int64_t vectors = divide_up(n, width);
   double* losses = scratch.get<double>(vectors);
-  parallel(vectors, [&](int64_t v) {
-    const auto finish = settings.penalty == Penalty::kSquare ? finish_lanes<Penalty::kSquare, Acc>
-                                                             : finish_lanes<Penalty::kAbs, Acc>;
-    losses[v] = finish(g, padded, n, v * width, inverse, scale, state.core);
+  with_penalty(settings, [&](auto penalty) {
+    parallel(vectors, [&](int64_t v) {
+      losses[v] = finish_lanes<penalty(), Acc>(g, padded, n, v * width, inverse, scale, state.core);
+    });
   });
   double loss = 0;
   for (int64_t v = 0; v < vectors; ++v) loss += losses[v];

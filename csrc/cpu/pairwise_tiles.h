@@ -117,14 +117,6 @@ class Tiles {
   Acc* packed_;  // (panels, depth, panel)
 };
 
-// run() of the penalty, one of the two that have tiles, as a constant.
-template <class Run>
-auto with_penalty(const PairwiseSettings& settings, const Run& run) {
-  if (settings.penalty == Penalty::kAbs)
-    return run(std::integral_constant<Penalty, Penalty::kAbs>{});
-  return run(std::integral_constant<Penalty, Penalty::kSquare>{});
-}
-
 template <class T>
 double forward_tiles(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSettings& settings,
                      double scale, const Parallel& parallel) {
