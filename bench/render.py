@@ -27,6 +27,7 @@ HEADLINES = (
 )
 
 NOT_YET = "Not measured yet.\n"
+TELLING = 0.05  # between an overhead's quartiles, at most, where a run can tell how large it is
 WITHOUT = "fused, without "  # one of the ways: stored results have such steps
 
 Results = Mapping
@@ -206,15 +207,18 @@ def _over_plain(method: Mapping) -> str:
 
 
 def step_summary(results: Results) -> str:
-    """The training steps in which the fused ways cost the least and the most."""
-    over = {
-        title: one["overhead"]
+    """The training steps in which the fused ways cost the least, of those of which the run can
+    tell, and the most of all."""
+    fused = {
+        title: one
         for title, found in results["steps"].items()
         for name, one in found["methods"].items() if name.startswith(FUSED_WAYS)
     }  # fmt: skip
-    if not over:
+    if not fused:
         return "None in this run.\n"
-    least, most = (pick(over, key=over.__getitem__) for pick in (min, max))
+    over = {title: one["overhead"] for title, one in fused.items()}
+    told = [title for title, one in fused.items() if _spread(one) <= TELLING] or over
+    least, most = min(told, key=over.__getitem__), max(over, key=over.__getitem__)
     lines = [
         [title, name, ms, images, overhead, more]
         for title, name, ms, _, images, overhead, _, more in _steps(
@@ -224,6 +228,12 @@ def step_summary(results: Results) -> str:
     head = [f"the least and the most of {len(over)} training steps", "objective", "ms",
             "images/s", "over plain", "more memory"]  # fmt: skip
     return table(head, lines)
+
+
+def _spread(method: Mapping) -> float:
+    """How far the quartiles of an overhead lie apart, which results of older versions don't have."""
+    low, high = method.get("overhead_quartiles", (0.0, 0.0))
+    return high - low
 
 
 def naive(results: Results) -> str:

@@ -549,6 +549,17 @@ def test_the_steps_that_cost_the_least_and_the_most_are_shown() -> None:
     steps = dict(reversed(RESULTS["steps"].items()))
     again = render.TABLES["step-summary"]({**RESULTS, "steps": steps})
     assert again.splitlines() == shown
+    # What a run can't tell is not quoted as the least, but never hidden where it is the most.
+    def blurred(name: str) -> dict:
+        found = RESULTS["steps"][name]
+        of = {title: {**one, "overhead_quartiles": [-0.1, one["overhead"] + 0.1]}
+              for title, one in found["methods"].items()}  # fmt: skip
+        return {**RESULTS, "steps": {**RESULTS["steps"], name: {**found, "methods": of}}}
+
+    noisy = render.TABLES["step-summary"](blurred("a step")).splitlines()
+    assert noisy[2].startswith("| a middling step |") and noisy[0] == shown[0]
+    dear = render.TABLES["step-summary"](blurred("a dear step, compiled")).splitlines()
+    assert dear[4].startswith("| a dear step, compiled |")
     one = {"a step": RESULTS["steps"]["a step"]}
     assert len(render.TABLES["step-summary"]({**RESULTS, "steps": one}).splitlines()) == 4
 
