@@ -231,7 +231,7 @@ def step_summary(results: Results) -> str:
 
 
 def _spread(method: Mapping) -> float:
-    """How far the quartiles of an overhead lie apart, which results of older versions don't have."""
+    """Between the quartiles of an overhead; results of older versions don't have them."""
     low, high = method.get("overhead_quartiles", (0.0, 0.0))
     return high - low
 
