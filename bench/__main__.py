@@ -19,6 +19,7 @@ import torch
 from imcl_fast.runs.files import write_json
 
 from . import (
+    allocator,
     contention,
     facts,
     host,
@@ -39,7 +40,8 @@ QUICK = ROOT / "build/bench"
 
 # Seconds to spend on a row, a training step, those on the host, steps beside a busy process and a
 # point of the scaling, warm-up not included.
-FULL_SECONDS = {"row": 2.0, "step": 20.0, "host": 20.0, "contention": 20.0, "point": 0.4}
+FULL_SECONDS = {"row": 2.0, "step": 20.0, "host": 20.0, "contention": 20.0, "point": 0.4,
+                "allocator": 10.0}  # fmt: skip
 QUICK_SECONDS = {"row": 1.5, "step": 10.0, "host": 5.0, "contention": 1.0, "point": 0.1}
 
 
@@ -52,6 +54,12 @@ def run(device: torch.device, quick: bool) -> dict:
         print(f"{time.monotonic() - start:6.0f} s  {what}", flush=True)
 
     found: dict = {"facts": facts.facts(device), "quick": quick, "operations": {}, "steps": {}}
+    if device.type == "cpu":
+        say("freed memory")
+        if not quick:
+            found["allocator"] = allocator.measure(device, seconds["allocator"])
+        if allocator.keep_freed_memory():
+            found["facts"]["freed memory"] = "kept"
     say("copy and multiply rates")
     found["rates"] = rates = roofline.measure_rates(device)
     for row in rows.rows(quick):

@@ -11,7 +11,7 @@ from typing import Any
 
 from imcl_fast.runs.files import write
 
-from . import targets
+from . import allocator, targets
 from .rows import OPERATIONS
 from .step import FUSED as FUSED_WAYS
 from .step import PLAIN
@@ -101,6 +101,7 @@ def machine(results: Results) -> str:
     facts = results["facts"]
     what = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
     more = f", ISA level {facts['ISA']}" if "ISA" in facts and "gpu" not in facts else ""
+    more += ", freed memory kept" if facts.get("freed memory") == "kept" else ""
     rates = results.get("rates")
     speed = ""
     if rates:
@@ -294,6 +295,25 @@ def contention(results: Results) -> str:
     return table(head, lines)
 
 
+def freed(results: Results) -> str:
+    """A training step with freed memory given back to the system, and kept."""
+    if not results.get("allocator"):
+        return NOT_YET
+    lines = []
+    for name, one in results["allocator"].items():
+        given, kept = one[allocator.GIVEN_BACK], one[allocator.KEPT]
+        saved = kept["seconds"]["median"] / given["seconds"]["median"] - 1
+        lines.append([
+            name,
+            *(f(which[what]["median"]) for which in (given, kept)
+              for f, what in ((milliseconds, "seconds"), ("{:,.0f}".format, "faults"))),
+            percent(saved),
+        ])  # fmt: skip
+    head = ["training step", "freed memory given back, ms", "page faults", "kept, ms",
+            "page faults", "kept over given back"]  # fmt: skip
+    return table(head, lines)
+
+
 def reached(results: Results) -> str:
     """The project's targets that the run has measured."""
     found = list(targets.lines(results))
@@ -414,6 +434,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "naive": naive,
     "host": host,
     "contention": contention,
+    "freed": freed,
     "targets": reached,
     "scaling": scaling,
     "memory": memory,

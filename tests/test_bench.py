@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import (
+    allocator,
     competitors,
     contention,
     host,
@@ -228,6 +230,52 @@ def test_a_process_is_busy_as_long_as_the_steps_beside_it_take(
     assert found[step.FUSED]["over plain"] == {"quiet": 0, "busy": 0}
 
 
+FAULTS = """
+import torch
+from bench.allocator import _faults, keep_freed_memory
+
+def faults_of_another() -> int:
+    torch.ones(2**24)  # 64 MiB, freed at once
+    before = _faults()
+    torch.ones(2**24)
+    return _faults() - before
+
+given_back = faults_of_another()
+print(int(keep_freed_memory()), given_back, faults_of_another())
+"""
+
+
+def test_freed_memory_is_kept_and_faults_no_more() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    kept, given_back, faults = map(int, done.stdout.split())
+    if not kept:
+        pytest.skip("the C library is not glibc: freed memory is where it puts it")
+    assert given_back > 8 > faults
+
+
+def test_memory_is_given_back_before_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def timed(runs, *_, **__):
+        order.append("timed")
+        return {name: [run(0) for _ in range(2)] for name, run in runs.items()}
+
+    monkeypatch.setattr(allocator, "interleaved", timed)
+    monkeypatch.setattr(allocator, "STEP", step.Step("resnet18", 2, width=8, size=8))
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: bool(order.append("kept")) or True)
+    found = allocator.measure(CPU, 0)
+    assert order == ["timed", "kept", "timed"]
+    assert set(found) == {step.PLAIN, step.FUSED}
+    for one in found.values():
+        assert set(one) == {allocator.GIVEN_BACK, allocator.KEPT}
+        assert all(c["seconds"]["median"] > 0 <= c["faults"]["median"] for c in one.values())
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: False)
+    assert allocator.measure(CPU, 0) == {}
+
+
 def test_rounds_take_everybody_in_turn_and_begin_with_another() -> None:
     calls: list[tuple[str, int]] = []
     runs = {name: (lambda i, n=name: calls.append((n, i)) or i) for name in "abc"}
@@ -435,6 +483,12 @@ RESULTS = {
                "over plain": {"quiet": 0.06, "busy": 0.09}}
         for name, busy in (("plain cross entropy", 5.0), ("four ways, fused", 6.0))
     },
+    "allocator": {
+        "plain cross entropy": {
+            which: {"seconds": quartiles([seconds]), "faults": quartiles([faults])}
+            for which, seconds, faults in (("given back", 2.0, 200000.0), ("kept", 1.5, 0.0))
+        },
+    },
     "scaling": {"batch": {"cpp": {"points": [(8, 1e-3), (16, 2e-3)], "slope": 1.0}}},
     "memory": {"auto": [(1024, 2**22)], "reference": []},
     "instructions": {"reason": "valgrind is not installed"},
@@ -461,9 +515,14 @@ def test_tables_say_what_was_measured() -> None:
     busy = render.TABLES["contention"](RESULTS).splitlines()[2:]
     assert busy == ["| plain cross entropy | 1000 | 5000 | 5.0 |  |  |",
                     "| four ways, fused | 1000 | 6000 | 6.0 | +6.0 % | +9.0 % |"]  # fmt: skip
-    older = {name: found for name, found in RESULTS.items() if name != "host"}
-    assert render.TABLES["host"](older) == "Not measured yet.\n"
+    assert render.TABLES["freed"](RESULTS).splitlines()[2:] == [
+        "| plain cross entropy | 2000 | 200,000 | 1500 | 0 | -25.0 % |"
+    ]
+    older = {name: found for name, found in RESULTS.items() if name not in ("host", "allocator")}
+    assert render.TABLES["host"](older) == render.TABLES["freed"](older) == "Not measured yet.\n"
     assert "A CPU, 2 threads" in render.TABLES["machine"](RESULTS)
+    kept = {**RESULTS, "facts": {**RESULTS["facts"], "freed memory": "kept"}}
+    assert ", freed memory kept;" in render.TABLES["machine"](kept)
 
 
 def test_bfloat16_is_shown_of_whoever_measured_it_last(tmp_path: Path) -> None:
