@@ -90,7 +90,7 @@ def steps(quick: bool) -> list[Step]:
         Step("resnet18", 128, width=16, bfloat16=True, methods=few),
         Step("vgg16_bn", 64, methods=(*few, *ANCESTORS)),
         Step("vgg16_bn", 64, bfloat16=True, methods=few),
-        Step("resnet50", 32, methods=(*few, *ANCESTORS)),
+        Step("resnet50", 32, methods=few),
         Step("resnet50", 32, bfloat16=True, methods=few),
         Step("vit", 64, width=128, methods=few),
         Step("vit", 64, width=128, bfloat16=True, methods=few),
