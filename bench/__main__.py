@@ -40,7 +40,7 @@ QUICK = ROOT / "build/bench"
 
 # Seconds to spend on a row, a training step, those on the host, steps beside a busy process and a
 # point of the scaling, warm-up not included.
-FULL_SECONDS = {"row": 2.0, "step": 20.0, "host": 20.0, "contention": 20.0, "point": 0.4,
+FULL_SECONDS = {"row": 2.0, "step": 15.0, "host": 20.0, "contention": 20.0, "point": 0.4,
                 "allocator": 10.0}  # fmt: skip
 QUICK_SECONDS = {"row": 1.5, "step": 10.0, "host": 5.0, "contention": 1.0, "point": 0.1}
 

@@ -65,7 +65,7 @@ class Step:
     size: int = 32
     bfloat16: bool = False  # autocast
     methods: tuple[str, ...] = tuple(MAIN)
-    rounds: int = 6  # at least
+    rounds: int = 5  # at least
 
     @property
     def name(self) -> str:

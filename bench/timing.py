@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 WARM_UP = 2  # rounds that aren't counted
+LONG = 1.0  # seconds of a round after which everything is warm
 FEWEST, MOST = 5, 200  # rounds that are
 MOST_SETS, MOST_SET_BYTES = 256, 2**30
 UNKNOWN_CACHE = 32 * 2**20
@@ -105,7 +106,7 @@ def interleaved(
     Args:
         runs: by name; run(i) measures itself, on the i-th of rotating inputs.
         seconds: about how long to go on, within ``fewest`` and ``most`` rounds.
-        warm_up: rounds before that, whose last says how long a round takes.
+        warm_up: rounds before that, whose last says how long a round takes; one of a long round.
     """
     names = list(runs)
     found: dict[str, list] = {name: [] for name in names}
@@ -119,12 +120,13 @@ def interleaved(
                 found[name].append(result)
         return time.perf_counter() - start
 
-    spent = math.inf
-    for index in range(warm_up):
+    spent, index = math.inf, 0
+    while index < warm_up and (index == 0 or spent < LONG):
         spent = one_round(index, keep=False)
-    rounds = min(max(int(seconds / spent), fewest), most)
-    for index in range(rounds):
-        one_round(warm_up + index, keep=True)
+        index += 1
+    for _ in range(min(max(int(seconds / spent), fewest), most)):
+        one_round(index, keep=True)
+        index += 1
     return found
 
 

@@ -28,6 +28,7 @@ from bench import (
     shapes,
     step,
     targets,
+    timing,
 )
 from bench.rows import Row, consistency, rows
 from bench.timing import Sample, interleaved, quartiles, sets_needed
@@ -286,6 +287,13 @@ def test_rounds_take_everybody_in_turn_and_begin_with_another() -> None:
     assert [one[0][0] for one in rounds] == ["a", "b", "c", "a", "b"]
     assert all(len({index for _, index in one}) == 1 for one in rounds)
     assert found == dict.fromkeys("abc", [1, 2, 3, 4])  # the warm-up isn't among them
+
+
+def test_a_long_round_is_warm_up_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {"a": lambda i: i}
+    assert interleaved(runs, 0, fewest=1, most=1, warm_up=3) == {"a": [3]}
+    monkeypatch.setattr(timing, "LONG", 0.0)
+    assert interleaved(runs, 0, fewest=1, most=1, warm_up=3) == {"a": [1]}
 
 
 def test_competitors_of_a_round_have_inputs_of_their_own() -> None:
