@@ -236,9 +236,10 @@ import torch
 from bench.allocator import _faults, keep_freed_memory
 
 def faults_of_another() -> int:
-    torch.ones(2**24)  # 64 MiB, freed at once
+    # Freed at once, and larger than what comes next: whatever else lands in the gap.
+    torch.ones(2**26)
     before = _faults()
-    torch.ones(2**24)
+    torch.ones(2**24)  # 64 MiB
     return _faults() - before
 
 given_back = faults_of_another()
