@@ -24,7 +24,7 @@ from .algebra.pairwise import SIGNED, is_dual
 from .build_facts import BuildFacts
 from .kernels.dependence_plan import means_size
 from .kernels.plan import state_size
-from .schemas import SCHEMAS
+from .schemas import LAYOUT, SCHEMAS
 
 LIBRARY = Path(__file__).with_name("_operators.so")
 
@@ -50,6 +50,11 @@ def _load() -> tuple[ModuleType | BuildFacts | None, str]:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return None, f"the compiled extension doesn't load: {error}"
+    if not all(hasattr(getattr(torch.ops.imcl_fast, name, None), LAYOUT) for name in SCHEMAS):
+        return None, (
+            "the compiled extension is of another version than the Python code: build it again, "
+            "or install the package again"
+        )
     try:
         from . import _build_info  # type: ignore[attr-defined]
     except ImportError:  # a wheel for every Python
@@ -149,9 +154,13 @@ def _gram_backward(s, xs, means):
     return [torch.empty_like(x) for x in xs]
 
 
+def _overload(name: str) -> Callable:
+    return getattr(getattr(torch.ops.imcl_fast, name), LAYOUT)
+
+
 def _registered(name: str, fake: Callable) -> Callable:
-    torch.library.register_fake(f"imcl_fast::{name}")(fake)
-    return getattr(torch.ops.imcl_fast, name).default
+    torch.library.register_fake(f"imcl_fast::{name}.{LAYOUT}")(fake)
+    return _overload(name)
 
 
 if build_info is not None:
@@ -208,10 +217,11 @@ _triton = torch.library.Library("imcl_fast", "FRAGMENT")
 def _as_operator(operation: str, launch: Callable, fake: Callable) -> Callable:
     """The launcher itself, or its operator while ``torch.compile`` traces."""
     name = f"triton_{operation}"
-    _triton.define(name + SCHEMAS[operation])
-    _triton.impl(name, launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"imcl_fast::{name}", lib=_triton)(fake)
-    operator = getattr(torch.ops.imcl_fast, name).default
+    overload = f"{name}.{LAYOUT}"
+    _triton.define(overload + SCHEMAS[operation])
+    _triton.impl(overload, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"imcl_fast::{overload}", lib=_triton)(fake)
+    operator = _overload(name)
 
     def call(*args):
         return (operator if torch.compiler.is_compiling() else launch)(*args)

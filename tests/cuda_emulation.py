@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 
 from imcl_fast import operators
+from imcl_fast.schemas import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc/cuda"
 DRIVER = Path(__file__).resolve().parent / "driver"
 EMULATOR = DRIVER / "cuda_on_cpu.h"
-NAMES = ("pairwise", "pairwise_backward", "consistency", "gram_forward", "gram_backward")
 JOBS = 2  # compilers at once
 
 # g++ doesn't know nvcc's pragmas; shared memory is carved out of bytes.
@@ -134,9 +134,8 @@ def load() -> Emulated:
         operators._gpu_pairwise_forward, operators._pairwise_backward, operators._consistency,
         operators._gpu_gram_forward, operators._gram_backward,
     )  # fmt: skip
-    for name, fake in zip(NAMES, fakes, strict=True):
-        schema = str(getattr(torch.ops.imcl_fast, name).default._schema)
-        registered.define(schema.removeprefix("imcl_fast::"))
+    for name, fake in zip(SCHEMAS, fakes, strict=True):
+        registered.define(name + SCHEMAS[name])
         torch.library.register_fake(f"imcl_fast_emulated::{name}", lib=registered)(fake)
     torch.ops.load_library(library())
     ops = torch.ops.imcl_fast_emulated

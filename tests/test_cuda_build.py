@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from imcl_fast import operators
-from imcl_fast.schemas import SCHEMAS
+from imcl_fast.schemas import LAYOUT, SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {75, 80, 86, 87, 89, 90, 100, 120}
@@ -223,8 +223,9 @@ def test_extension_has_both_devices(built: None) -> None:
     """One library serves this torch, CUDA or not."""
     assert operators.LOAD_ERROR == ""
     for name in SCHEMAS:
+        operator = f"imcl_fast::{name}.{LAYOUT}"
         for key in ("CPU", "CUDA"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"imcl_fast::{name}", key)
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 def cuobjdump() -> str:

@@ -23,7 +23,8 @@ def pairwise(impl: Impl) -> operators.Pairwise:
     if impl.name == "triton":  # called as they are, but by a compiler
         registered = torch.ops.imcl_fast
         return operators.Pairwise(
-            registered.triton_pairwise.default, registered.triton_pairwise_backward.default
+            getattr(registered.triton_pairwise, schemas.LAYOUT),
+            getattr(registered.triton_pairwise_backward, schemas.LAYOUT),
         )
     return implementations.pairwise(_with_operators(impl))
 
@@ -31,7 +32,7 @@ def pairwise(impl: Impl) -> operators.Pairwise:
 @pytest.fixture
 def consistency(impl: Impl) -> Callable:
     if impl.name == "triton":
-        return torch.ops.imcl_fast.triton_consistency.default
+        return getattr(torch.ops.imcl_fast.triton_consistency, schemas.LAYOUT)
     return implementations.consistency(_with_operators(impl))
 
 
@@ -40,7 +41,8 @@ def gram(impl: Impl) -> operators.Gram:
     if impl.name == "triton":
         registered = torch.ops.imcl_fast
         return operators.Gram(
-            registered.triton_gram_forward.default, registered.triton_gram_backward.default
+            getattr(registered.triton_gram_forward, schemas.LAYOUT),
+            getattr(registered.triton_gram_backward, schemas.LAYOUT),
         )
     return implementations.dependence(_with_operators(impl))
 
