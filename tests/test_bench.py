@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -356,6 +357,27 @@ def test_the_peak_of_tensors_is_to_the_byte_in_all_threads() -> None:
     assert found == [found[0]] * 3 and 3 * 1024 <= found[0] <= 3 * 1024 + 64
     assert memory.peak_of_tensors(lambda: torch.ones(5), CPU) == 20
     assert memory.peak_of_tensors(lambda: None, CPU) == 0
+
+
+def test_the_peak_of_tensors_is_of_those_that_the_call_makes() -> None:
+    """Not less what it frees, where a profiler before saw another tensor at the same address."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True):
+        seen = torch.ones(2**14 + 64)
+    address = seen.data_ptr()
+    del seen
+    others = []
+    while len(others) < 1000 and (not others or others[-1].data_ptr() != address):
+        others.append(torch.ones(2**14))  # that fits where the larger one lay
+    assert others[-1].data_ptr() == address, "malloc has used no such place again"
+    made, runs = [], itertools.count()
+
+    def run() -> None:
+        if next(runs):  # the second time
+            others.pop()
+        made.append(torch.ones(2**14))
+
+    assert memory.peak_of_tensors(run, CPU) == 2**16
 
 
 # ---- what is counted -------------------------------------------------------------------
