@@ -1,8 +1,9 @@
 """``python -m bench``: measure everything, write bench/results/<machine>.json and the plot, and
 fill the tables of README.md and docs/performance.md.
 
-A full run takes a quarter to half an hour of two cores. ``--quick`` takes a few minutes, prints its
-tables and writes to build/bench only: too few rounds to be quoted.
+A full run takes a quarter to half an hour of two cores. ``--again`` measures some rows of the last
+one anew, where something else had slowed the machine meanwhile. ``--quick`` takes a few minutes,
+prints its tables and writes to build/bench only: too few rounds to be quoted.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ QUICK = ROOT / "build/bench"
 FULL_SECONDS = {"row": 2.0, "step": 15.0, "host": 20.0, "contention": 20.0, "point": 0.4,
                 "allocator": 10.0}  # fmt: skip
 QUICK_SECONDS = {"row": 1.5, "step": 10.0, "host": 5.0, "contention": 1.0, "point": 0.1}
+
+
+# Facts that say whether two runs are of one machine.
+SAME_MACHINE = ("cpu", "gpu", "threads", "ISA", "torch")
 
 
 def run(device: torch.device, quick: bool) -> dict:
@@ -86,6 +91,35 @@ def run(device: torch.device, quick: bool) -> dict:
     return found
 
 
+def again(results: dict, names: list[str], device: torch.device) -> None:
+    """Measures rows of stored results anew, and notes in them when and at which commit.
+
+    Raises:
+        ValueError: there is no such row, or the results are of another machine.
+    """
+    now = facts.facts(device)
+    other = [key for key in SAME_MACHINE if now.get(key) != results["facts"].get(key)]
+    if other:
+        key = other[0]
+        raise ValueError(
+            f"the stored results are of another machine: {key} was {results['facts'].get(key)}, "
+            f"and is {now.get(key)}; run `make bench`"
+        )
+    known = {row.name: row for row in rows.rows(quick=False)}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--again {name!r}: no such row; there are {', '.join(known)}")
+    if device.type == "cpu":
+        allocator.keep_freed_memory()
+    for name in names:
+        row = known[name]
+        results["operations"][name] = {
+            **roofline.entry(row, results["rates"]),
+            **operations.measure(row, device, FULL_SECONDS["row"]).as_json(),
+            "again": {key: now[key] for key in ("commit", "date")},
+        }
+
+
 def counted() -> dict:
     """Instruction counts, or the reason why there are none."""
     try:
@@ -126,6 +160,8 @@ def main() -> int:
     what.add_argument("--quick", action="store_true", help="a few rows, nothing published")
     what.add_argument("--render", type=Path, metavar="RESULTS",
                       help="measure nothing, fill the documents from these results")  # fmt: skip
+    what.add_argument("--again", nargs="+", metavar="ROW",
+                      help="measure these rows of the stored results anew")  # fmt: skip
     what.add_argument("--check", action="store_true",
                       help="compare instruction counts with bench/baseline.json")  # fmt: skip
     what.add_argument("--update-baseline", action="store_true",
@@ -138,10 +174,19 @@ def main() -> int:
         publish(json.loads(args.render.read_text()))
         return 0
     device = torch.device(args.device)
-    results = run(device, args.quick)
     folder = QUICK if args.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts.machine(device)}.json"
+    if args.again:
+        if not path.exists():
+            parser.error(f"--again: there is no {path.relative_to(ROOT)}; run `make bench` first")
+        results = json.loads(path.read_text())
+        try:
+            again(results, args.again, device)
+        except ValueError as error:
+            parser.error(str(error))
+    else:
+        results = run(device, args.quick)
     write_json(path, results)
     print(f"wrote {path.relative_to(ROOT)}")
     if args.quick:

@@ -113,7 +113,20 @@ def machine(results: Results) -> str:
     quick = " A quick run: few rounds." if results.get("quick") else ""
     return (
         f"Measured on {what}{more}; torch {facts['torch']}, Python {facts['python']}, commit "
-        f"{facts['commit']}, {facts['date']}.{speed}{quick}\n"
+        f"{facts['commit']}, {facts['date']}.{speed}{quick}{_again(results)}\n"
+    )
+
+
+def _again(results: Results) -> str:
+    """Which rows are of a later run of their own."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, row in results.get("operations", {}).items():
+        if "again" in row:
+            found.setdefault((row["again"]["commit"], row["again"]["date"]), []).append(name)
+    return "".join(
+        f" Something else slowed the machine in between; measured again, commit {commit}, {date}: "
+        f"{', '.join(names)}."
+        for (commit, date), names in found.items()
     )
 
 

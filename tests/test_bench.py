@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import __main__ as command
 from bench import (
     allocator,
     competitors,
     contention,
+    facts,
     host,
     instructions,
     memory,
@@ -361,23 +363,59 @@ def test_the_peak_of_tensors_is_to_the_byte_in_all_threads() -> None:
 
 def test_the_peak_of_tensors_is_of_those_that_the_call_makes() -> None:
     """Not less what it frees, where a profiler before saw another tensor at the same address."""
+    numel = 2**24  # so many that malloc maps them by themselves, and the next ones where they lay
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True):
-        seen = torch.ones(2**14 + 64)
+        seen = torch.empty(numel)
     address = seen.data_ptr()
     del seen
-    others = []
-    while len(others) < 1000 and (not others or others[-1].data_ptr() != address):
-        others.append(torch.ones(2**14))  # that fits where the larger one lay
-    assert others[-1].data_ptr() == address, "malloc has used no such place again"
+    others = [torch.empty(numel)]
+    while len(others) < 100 and others[-1].data_ptr() != address:
+        others.append(torch.empty(numel))
+    assert others[-1].data_ptr() == address, "no tensor came to lie there again"
     made, runs = [], itertools.count()
 
     def run() -> None:
         if next(runs):  # the second time
             others.pop()
-        made.append(torch.ones(2**14))
+        made.append(torch.empty(numel))
 
-    assert memory.peak_of_tensors(run, CPU) == 2**16
+    assert memory.peak_of_tensors(run, CPU) == 4 * numel
+
+
+def stored_run() -> dict:
+    return {
+        "facts": facts.facts(CPU) | {"commit": "before", "date": "then"},
+        "rates": {"copy_bytes_per_s": 1e10, "float32_flops_per_s": 1e11,
+                  "bfloat16_flops_per_s": 1e11},
+        "operations": {"kernel R18 float32": {"old": 1}, "kernel R50 float32": {"old": 2}},
+    }  # fmt: skip
+
+
+def test_a_row_measured_again_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = operations.Measured({}, {}, {}, {"torch": "a reason"}, ())
+    monkeypatch.setattr(operations, "measure", lambda *_: measured)
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(facts, "commit", lambda: "after")
+    results = stored_run()
+    command.again(results, ["kernel R18 float32"], CPU)
+    row = results["operations"]["kernel R18 float32"]
+    assert "old" not in row and row["left_out"] == {"torch": "a reason"} and row["floors"]
+    assert row["again"] == {"commit": "after", "date": facts.facts(CPU)["date"]}
+    assert results["operations"]["kernel R50 float32"] == {"old": 2}
+    line = render.machine(results)
+    assert "commit before, then." in line
+    assert line.endswith(f"commit after, {row['again']['date']}: kernel R18 float32.\n")
+
+
+def test_rows_of_another_machine_are_not_mixed() -> None:
+    results = stored_run()
+    results["facts"]["cpu"] = "another CPU"
+    with pytest.raises(ValueError, match="of another machine: cpu was another CPU, and is"):
+        command.again(results, ["kernel R18 float32"], CPU)
+    with pytest.raises(ValueError, match="'kernel R19': no such row; there are .*kernel R18"):
+        command.again(stored_run(), ["kernel R19"], CPU)
+    assert results["operations"]["kernel R18 float32"] == {"old": 1}
 
 
 # ---- what is counted -------------------------------------------------------------------
