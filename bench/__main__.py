@@ -45,7 +45,6 @@ FULL_SECONDS = {"row": 2.0, "step": 15.0, "host": 20.0, "contention": 20.0, "poi
                 "allocator": 10.0}  # fmt: skip
 QUICK_SECONDS = {"row": 1.5, "step": 10.0, "host": 5.0, "contention": 1.0, "point": 0.1}
 
-
 # Facts that say whether two runs are of one machine.
 SAME_MACHINE = ("cpu", "gpu", "threads", "ISA", "torch")
 
@@ -69,10 +68,7 @@ def run(device: torch.device, quick: bool) -> dict:
     found["rates"] = rates = roofline.measure_rates(device)
     for row in rows.rows(quick):
         say(row.name)
-        found["operations"][row.name] = {
-            **roofline.entry(row, rates),
-            **operations.measure(row, device, seconds["row"]).as_json(),
-        }
+        found["operations"][row.name] = _measured(row, rates, device, seconds["row"])
     for one in step.steps(quick):
         say(one.name)
         found["steps"][one.name] = step.measure(one, device, seconds["step"])
@@ -97,14 +93,13 @@ def again(results: dict, names: list[str], device: torch.device) -> None:
     Raises:
         ValueError: there is no such row, or the results are of another machine.
     """
-    now = facts.facts(device)
-    other = [key for key in SAME_MACHINE if now.get(key) != results["facts"].get(key)]
-    if other:
-        key = other[0]
-        raise ValueError(
-            f"the stored results are of another machine: {key} was {results['facts'].get(key)}, "
-            f"and is {now.get(key)}; run `make bench`"
-        )
+    before, now = results["facts"], facts.facts(device)
+    for key in SAME_MACHINE:
+        if now.get(key) != before.get(key):
+            raise ValueError(
+                f"the stored results are of another machine: {key} was {before.get(key)}, and is "
+                f"{now.get(key)}; run `make bench`"
+            )
     known = {row.name: row for row in rows.rows(quick=False)}
     for name in names:
         if name not in known:
@@ -112,12 +107,18 @@ def again(results: dict, names: list[str], device: torch.device) -> None:
     if device.type == "cpu":
         allocator.keep_freed_memory()
     for name in names:
-        row = known[name]
         results["operations"][name] = {
-            **roofline.entry(row, results["rates"]),
-            **operations.measure(row, device, FULL_SECONDS["row"]).as_json(),
+            **_measured(known[name], results["rates"], device, FULL_SECONDS["row"]),
             "again": {key: now[key] for key in ("commit", "date")},
         }
+
+
+def _measured(row: rows.Row, rates: dict, device: torch.device, seconds: float) -> dict:
+    """A row as it is stored: its floors at the machine's rates, and its competitors."""
+    return {
+        **roofline.entry(row, rates),
+        **operations.measure(row, device, seconds).as_json(),
+    }
 
 
 def counted() -> dict:

@@ -51,7 +51,8 @@ def peak_of_tensors(run: Callable[[], object], device: torch.device) -> int:
     """Bytes that the tensors made by ``run()`` hold at their peak, in all threads.
 
     It runs twice. What it frees first was made before, as the gradients of the last step are, and
-    isn't counted: a profiler takes it for a tensor that another one saw at the same address.
+    isn't counted; a profiler may take it for a tensor that one before saw at the same address, so
+    that its sums of what is held can't be used.
     """
     if device.type == "cuda":
         return cast(int, peak_bytes(run, device))

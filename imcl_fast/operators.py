@@ -154,13 +154,14 @@ def _gram_backward(s, xs, means):
     return [torch.empty_like(x) for x in xs]
 
 
-def _overload(name: str) -> Callable:
+def overload(name: str) -> Callable:
+    """The registered operator of the present layout."""
     return getattr(getattr(torch.ops.imcl_fast, name), LAYOUT)
 
 
 def _registered(name: str, fake: Callable) -> Callable:
     torch.library.register_fake(f"imcl_fast::{name}.{LAYOUT}")(fake)
-    return _overload(name)
+    return overload(name)
 
 
 if build_info is not None:
@@ -217,11 +218,11 @@ _triton = torch.library.Library("imcl_fast", "FRAGMENT")
 def _as_operator(operation: str, launch: Callable, fake: Callable) -> Callable:
     """The launcher itself, or its operator while ``torch.compile`` traces."""
     name = f"triton_{operation}"
-    overload = f"{name}.{LAYOUT}"
-    _triton.define(overload + SCHEMAS[operation])
-    _triton.impl(overload, launch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"imcl_fast::{overload}", lib=_triton)(fake)
-    operator = _overload(name)
+    full_name = f"{name}.{LAYOUT}"
+    _triton.define(full_name + SCHEMAS[operation])
+    _triton.impl(full_name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"imcl_fast::{full_name}", lib=_triton)(fake)
+    operator = overload(name)
 
     def call(*args):
         return (operator if torch.compiler.is_compiling() else launch)(*args)

@@ -21,10 +21,8 @@ MIXTURE = len(DIVERGENCES)
 @pytest.fixture
 def pairwise(impl: Impl) -> operators.Pairwise:
     if impl.name == "triton":  # called as they are, but by a compiler
-        registered = torch.ops.imcl_fast
         return operators.Pairwise(
-            getattr(registered.triton_pairwise, schemas.LAYOUT),
-            getattr(registered.triton_pairwise_backward, schemas.LAYOUT),
+            operators.overload("triton_pairwise"), operators.overload("triton_pairwise_backward")
         )
     return implementations.pairwise(_with_operators(impl))
 
@@ -32,17 +30,15 @@ def pairwise(impl: Impl) -> operators.Pairwise:
 @pytest.fixture
 def consistency(impl: Impl) -> Callable:
     if impl.name == "triton":
-        return getattr(torch.ops.imcl_fast.triton_consistency, schemas.LAYOUT)
+        return operators.overload("triton_consistency")
     return implementations.consistency(_with_operators(impl))
 
 
 @pytest.fixture
 def gram(impl: Impl) -> operators.Gram:
     if impl.name == "triton":
-        registered = torch.ops.imcl_fast
         return operators.Gram(
-            getattr(registered.triton_gram_forward, schemas.LAYOUT),
-            getattr(registered.triton_gram_backward, schemas.LAYOUT),
+            operators.overload("triton_gram_forward"), operators.overload("triton_gram_backward")
         )
     return implementations.dependence(_with_operators(impl))
 

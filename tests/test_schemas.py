@@ -1,4 +1,5 @@
-"""What C++ says of the operators, their arguments and their enumerations is what Python says."""
+"""What C++ says of the operators, their arguments and their enumerations is what Python says, and
+their names are those of the layout of what they return."""
 
 from __future__ import annotations
 
@@ -19,6 +20,9 @@ from imcl_fast.algebra import consistency, divergences, pairwise
 from imcl_fast.dependence import dependence
 from imcl_fast.schemas import LAYOUT, SCHEMAS, ConsistencyOptions, PairwiseOptions
 
+LOADED = pytest.mark.skipif(
+    operators.build_info is None, reason=operators.LOAD_ERROR or "it is loaded"
+)
 CSRC = Path(__file__).parents[1] / "csrc"
 ENUMERATIONS = {
     "Penalty": functional.PENALTIES,
@@ -43,11 +47,11 @@ def test_the_registration_has_these_schemas() -> None:
     ]
 
 
-@pytest.mark.skipif(operators.build_info is None, reason=operators.LOAD_ERROR or "it is loaded")
+@LOADED
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_what_was_compiled_has_them_too(name: str) -> None:
     ours = torch._C.parse_schema(f"imcl_fast::{name}.{LAYOUT}{SCHEMAS[name]}")
-    assert str(getattr(getattr(torch.ops.imcl_fast, name), LAYOUT)._schema) == str(ours)
+    assert str(operators.overload(name)._schema) == str(ours)
 
 
 def results(fake: Callable, *args) -> list[str]:
@@ -91,6 +95,7 @@ def test_what_compiled_code_is_told_goes_with_the_layout() -> None:
     )
 
 
+@LOADED
 def test_a_compiled_graph_names_the_layout() -> None:
     """Or else the name would be none of what the caches of ``torch.compile`` go by."""
     graphs = []
@@ -116,7 +121,7 @@ def test_a_compiled_graph_names_the_layout() -> None:
     assert set(called) == {(name, LAYOUT) for name in SCHEMAS}
 
 
-@pytest.mark.skipif(operators.build_info is None, reason=operators.LOAD_ERROR or "it is loaded")
+@LOADED
 def test_an_extension_of_another_layout_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "LAYOUT", "v0")
     info, error = operators._load()
