@@ -74,7 +74,7 @@ def fault(
     except Exception as error:  # whatever foreign code raises is its reason
         if lost(error):
             raise
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return reason_of(error)
     got = [value.detach(), *gradients]
     if not all(bool(g.isfinite().all()) for g in got):
         return "its loss or gradients are not finite"
@@ -95,6 +95,11 @@ def fault(
     if not wrong:
         return None
     return f"{', '.join(wrong)} of its largest value, {allowed:.0e} is allowed"
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line, for a table."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def lost(error: Exception) -> bool:
@@ -142,6 +147,6 @@ def measure(
             try:
                 graphs[one.name] = replayed(one.loss, sets, len(samples[one.name]))
             except RuntimeError as error:  # which ends the capture with an error of the GPU's
-                left_out[f"{one.name}, as a graph"] = str(error).splitlines()[0]
+                left_out[f"{one.name}, as a graph"] = reason_of(error)
     comparable = tuple(one.name for one in right if not one.same)
     return Measured(samples, peaks, graphs, left_out, comparable)

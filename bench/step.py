@@ -19,7 +19,7 @@ from imcl_fast.schedule import Schedule, Turn
 from . import networks
 from .facts import why_no_bfloat16
 from .memory import peak_of_tensors
-from .operations import lost
+from .operations import lost, reason_of
 from .timing import Sample, interleaved, quartiles, wait
 
 PLAIN, FUSED = "plain cross entropy", "four ways, fused"
@@ -100,7 +100,12 @@ def steps(quick: bool) -> list[Step]:
 
 
 def measure(
-    step: Step, device: torch.device, seconds: float, *, fewest: int | None = None
+    step: Step,
+    device: torch.device,
+    seconds: float,
+    *,
+    fewest: int | None = None,
+    strict: bool = False,
 ) -> dict:
     """Per method: seconds, images per second, and what it adds to the plain step.
 
@@ -109,13 +114,20 @@ def measure(
     kind of step is timed once in a round; seconds and overhead are the period's mean, ``kinds``
     the overheads by what a step computes, ``fullest`` the largest of them. ``extra_memory``
     compares what the tensors that a step makes hold at their peak. ``kernels`` is the number of
-    layers that way 4 takes.
+    layers that way 4 takes. A method that fails, built or in any round, is left out with its
+    reason; a ``strict`` measurement ends with its error.
     """
     if PLAIN_COMPILED in step.methods:
         torch.compiler.reset()
     kinds: dict[str, dict[str, float]] = {}  # competitors of every method, and their shares
     runs: dict[str, Callable[[int], float]] = {}
     left_out: dict[str, str] = {}
+
+    def leave_out(name: str, error: Exception) -> None:
+        if strict or lost(error):
+            raise error
+        left_out[name] = reason_of(error)
+
     for name in step.methods:
         reason = why_no_bfloat16(device) if step.bfloat16 else None
         impl = METHODS[name].get("impl")
@@ -127,18 +139,24 @@ def measure(
         try:
             found = runs_of(step, METHODS[name], device, compiled=name in COMPILED)
         except Exception as error:  # the reason goes into the report
-            if lost(error):
-                raise
-            left_out[name] = f"{type(error).__name__}: {error}"
+            leave_out(name, error)
             continue
         kinds[name] = {f"{name} {kind}": share for kind, (share, _) in found.items()}
         runs |= {f"{name} {kind}": run for kind, (_, run) in found.items()}
-    if not runs:
-        return {"base": PLAIN, "methods": {}, "left_out": left_out, "kernels": 0}
-    times = interleaved(runs, seconds, fewest=fewest or step.rounds, most=30, warm_up=1)
-    base = PLAIN_COMPILED if PLAIN_COMPILED in kinds else PLAIN
+
+    def drop(kind: str, error: Exception) -> None:
+        leave_out(next(name for name in kinds if kind in kinds[name]), error)
+
+    times = interleaved(runs, seconds, fewest=fewest or step.rounds, most=30, warm_up=1, drop=drop)
+    kinds = {name: of for name, of in kinds.items() if name not in left_out}
+    base = PLAIN_COMPILED if PLAIN_COMPILED in step.methods else PLAIN
+    if base not in kinds:  # which all others are compared with
+        return {"base": base, "methods": {}, "left_out": left_out, "kernels": 0}
     (plain,) = kinds[base]
-    peaks = {name: peak_of_tensors(lambda run=run: run(0), device) for name, run in runs.items()}
+    peaks = {
+        kind: peak_of_tensors(lambda run=runs[kind]: run(0), device)
+        for shares_of in kinds.values() for kind in shares_of
+    }  # fmt: skip
     methods = {}
     for name, shares_of in kinds.items():
         spent = [

@@ -100,6 +100,7 @@ def interleaved(
     fewest: int = FEWEST,
     most: int = MOST,
     warm_up: int = WARM_UP,
+    drop: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list]:
     """What every run returned in each round; run(i) is given the number of its turn.
 
@@ -107,15 +108,24 @@ def interleaved(
         runs: by name; run(i) measures itself, on the i-th of rotating inputs.
         seconds: about how long to go on, within ``fewest`` and ``most`` rounds.
         warm_up: rounds before that, whose last says how long a round takes; one of a long round.
+        drop: is told who failed and why, and raises what is to end the measurement; who failed
+            takes part no longer, nor in what is returned. By default every error ends it.
     """
-    names = list(runs)
-    found: dict[str, list] = {name: [] for name in names}
+    found: dict[str, list] = {name: [] for name in runs}
 
     def one_round(index: int, keep: bool) -> float:
         start = time.perf_counter()
-        first = index % len(names)
+        names = list(found)
+        first = index % max(len(names), 1)
         for name in names[first:] + names[:first]:
-            result = runs[name](index)
+            try:
+                result = runs[name](index)
+            except Exception as error:
+                if drop is None:
+                    raise
+                drop(name, error)
+                del found[name]
+                continue
             if keep:
                 found[name].append(result)
         return time.perf_counter() - start

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,21 @@ def test_rounds_take_everybody_in_turn_and_begin_with_another() -> None:
     assert [one[0][0] for one in rounds] == ["a", "b", "c", "a", "b"]
     assert all(len({index for _, index in one}) == 1 for one in rounds)
     assert found == dict.fromkeys("abc", [1, 2, 3, 4])  # the warm-up isn't among them
+
+
+def test_who_fails_takes_part_no_longer() -> None:
+    def run(name: str, index: int) -> int:
+        if (name, index) in (("b", 0), ("c", 3)):
+            raise ValueError(f"{name} at {index}")
+        return index
+
+    runs = {name: partial(run, name) for name in "abc"}
+    told: list[tuple[str, Exception]] = []
+    found = interleaved(runs, 0, fewest=4, most=4, warm_up=1, drop=lambda *who: told.append(who))
+    assert found == {"a": [1, 2, 3, 4]}
+    assert [(name, str(error)) for name, error in told] == [("b", "b at 0"), ("c", "c at 3")]
+    with pytest.raises(ValueError, match="b at 0"):
+        interleaved(runs, 0)
 
 
 def test_a_long_round_is_warm_up_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -780,6 +796,36 @@ def test_a_schedule_is_timed_by_its_kinds_of_steps(monkeypatch: pytest.MonkeyPat
     assert found["overhead_quartiles"] == [over + (1 + over) / 4, over + 3 * (1 + over) / 4]
     assert found["kinds"] == {"representation": 2.0, "neither": 0.5, "kernel": 3.5}
     assert found["fullest"] == 3.5
+
+
+@pytest.mark.parametrize("who", [step.PLAIN, step.FUSED, step.SCHEDULED])
+def test_a_step_that_fails_is_left_out_and_the_others_are_measured(
+    who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = step.training
+
+    def failing(one, options, device, *, compiled):
+        run, schedule = made(one, options, device, compiled=compiled)
+        if options is not step.METHODS[who]:
+            return run, schedule
+
+        def fails_in_the_second_round(index: int):
+            if index == 1:
+                raise RuntimeError("out of luck\nand of memory")
+            return run(index)
+
+        return fails_in_the_second_round, schedule
+
+    monkeypatch.setattr(step, "training", failing)
+    methods = (step.PLAIN, step.FUSED, step.SCHEDULED)
+    one = step.Step("resnet18", 2, width=8, size=8, methods=methods, rounds=2)
+    found = step.measure(one, CPU, 0)
+    assert found["left_out"] == {who: "RuntimeError: out of luck"}
+    right = [] if who == step.PLAIN else [name for name in methods if name != who]
+    assert list(found["methods"]) == right
+    assert "out of luck" in render.left_out({"operations": {}, "steps": {one.name: found}})
+    with pytest.raises(RuntimeError, match="out of luck"):
+        step.measure(one, CPU, 0, strict=True)
 
 
 def test_losing_passes_are_listed_and_only_those() -> None:

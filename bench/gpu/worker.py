@@ -34,7 +34,8 @@ def answer(asked: dict[str, Any]) -> Any:
     if kind == "rates":
         return roofline.measure_rates(DEVICE)
     if kind == "step":
-        return step.measure(replace(STEP, methods=(step.PLAIN, name)), DEVICE, 0, fewest=rounds)
+        one = replace(STEP, methods=(step.PLAIN, name))
+        return step.measure(one, DEVICE, 0, fewest=rounds, strict=True)
     row = next(row for row in rows.gpu_rows() if row.name == asked["row"])
     if kind == "compile":  # what it compiles stays in the caches on disk
         for one in competitors(row, DEVICE, [name])[0]:
@@ -58,9 +59,8 @@ def main(answer: Callable[[dict[str, Any]], Any] = answer) -> None:
             pipe.send({"found": answer(asked)})
         except Exception as error:
             print(asked, traceback.format_exc(), sep="\n", file=sys.stderr, flush=True)
-            failed = f"{type(error).__name__}: {error}".splitlines()[0]
             gone = operations.lost(error)
-            pipe.send({"failed": failed, "gone": gone})
+            pipe.send({"failed": operations.reason_of(error), "gone": gone})
             if gone:
                 sys.exit(1)
 
