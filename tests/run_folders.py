@@ -144,3 +144,14 @@ def write_run(
         (folder / "redundancy_after.json").write_text(json.dumps(after))
         (folder / "cka_after.json").write_text(json.dumps(cka(0.5)))
     return folder
+
+
+def add_columns(folder, values):
+    """Columns of metrics.csv, one value for all epochs."""
+    path = Path(folder) / "metrics.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *values], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **values} for row in rows)

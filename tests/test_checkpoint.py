@@ -128,6 +128,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3
 
 
+def test_a_damaged_one_is_not_kept_for_a_good_one(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    CheckpointStore(tmp_path, keep=2).save(50, {"step": 50})
+    (tmp_path / "step-00000100.pt").write_bytes(b"PK")
+    assert store.load_newest([].append) == {"step": 50}
+    store.save(60, {"step": 60})
+    assert [path.name for path in store.paths()] == ["step-00000060.pt"]
+
+
 def test_a_damaged_one_falls_back_with_a_warning(tmp_path):
     store = CheckpointStore(tmp_path, keep=3)
     warnings = []

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from run_folders import WAYS, write_run
+from run_folders import WAYS, add_columns, write_run
 
 from imcl_fast.reports import compare
 from imcl_fast.reports.paired import interval
@@ -122,6 +122,38 @@ def test_settings_left_open_are_named_as_they_turned_out(tmp_path, capsys):
     assert compare.main([str(path) for path in sorted(tmp_path.iterdir())]) == 0
     said = capsys.readouterr().out
     assert "imcl views=2" in said and "imcl views=3" in said and "default" not in said
+
+
+def test_accuracies_of_other_qualities_are_not_compared(tmp_path, capsys):
+    """A qad run without --qualities is measured at two of them, plain cross entropy at none."""
+    for name, method, qualities, seen in (
+        ("ce", "imcl", None, []),
+        ("ce-raw", "imcl", ["raw"], ["raw"]),
+        ("ce-both", "imcl", ["raw", "jpeg20"], ["raw", "jpeg20"]),
+        ("qad", "qad", None, ["raw", "jpeg20"]),
+    ):
+        folder = write_run(tmp_path / name, ways=[], method=method, qualities=qualities,
+                           accuracy=0.8 if method == "qad" else 0.7,
+                           seed=7 if name == "ce-raw" else 0)  # fmt: skip
+        add_columns(folder, {f"test_accuracy_{quality}": 0.5 for quality in seen})
+    assert compare.main([str(tmp_path / name) for name in ("ce", "qad")]) == 0
+    lines = table(capsys)
+    assert list(lines) == ["ce qualities=raw", "qad qualities=raw,jpeg20"]
+    assert not any("+10.00" in cell for cells in lines.values() for cell in cells)
+    assert compare.main([str(tmp_path / name) for name in ("ce-both", "qad")]) == 0
+    assert "+10.00" in table(capsys)["qad"]  # which is right: both are measured at the same
+    assert compare.main([str(tmp_path / name) for name in ("ce", "ce-raw")]) == 0
+    assert table(capsys)["ce"][1] == "2"  # two seeds of one group
+
+
+def test_runs_of_a_network_of_ones_own_are_not_taken_for_others(runs, tmp_path, capsys):
+    own = {"own": {"dataset": "toy", "model": "Net"}, "settings": {}}
+    folder = write_run(tmp_path / "own", ways=WAYS, accuracy=0.9, seed=0, used=own)
+    assert compare.main([*runs, str(folder)]) == 0
+    lines = table(capsys)
+    assert "imcl dataset=toy model=Net" in lines
+    assert lines["imcl dataset=digits model=resnet18"][1] == "3"  # seeds: that of "own" isn't one
+    assert "baseline" in lines["ce dataset=digits model=resnet18"]
 
 
 @pytest.mark.parametrize("baseline", ["imcl", "four-1"])

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ QUIET = Observer()
 
 
 class Own(Dataset):
-    """Digits through transforms of one's own, which draw from two generators."""
+    """Digits through transforms of one's own, which draw from three generators."""
 
     def __init__(self, split, count, kind="float", jitter=False):
         self.images, self.digits = split.images[:count], split.labels[:count].tolist()
@@ -40,7 +41,8 @@ class Own(Dataset):
             return image, self.digits[index]
         image = image / 255
         if self.jitter:
-            image = image + 0.1 * torch.rand(1) + 0.1 * random.random()
+            drawn = torch.rand(1) + random.random() + numpy.random.random()
+            image = image + 0.1 * drawn
         return image, self.digits[index]
 
 
@@ -85,14 +87,15 @@ def batches(found, epoch=0, first=0, workers=0):
 def test_what_the_transforms_draw_depends_on_seed_epoch_and_step_alone():
     found = from_torch(*pair(jitter=True))
     whole = batches(found)
-    torch.rand(5), random.random()
-    states = torch.get_rng_state(), random.getstate()
+    torch.rand(5), random.random(), numpy.random.random()
+    states = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
     for again in (batches(found), batches(found, workers=2)):
         for (x, y), (images, labels) in zip(whole, again, strict=True):
             assert torch.equal(x, images) and torch.equal(y, labels)
     for (x, _), (images, _) in zip(whole[2:], batches(found, first=2), strict=True):
         assert torch.equal(x, images)
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert str(numpy.random.get_state()) == states[2]
     drawn = torch.cat([(x - x.amin((1, 2, 3), True)).flatten() for x, _ in whole])
     assert drawn.isfinite().all()
     lowest = torch.cat([x.amin((1, 2, 3)) for x, _ in whole])
@@ -107,10 +110,41 @@ def test_labels_are_read_from_lists_where_these_are_the_items():
     found = from_torch(Subset(train, range(0, 200, 2)), test)
     assert train.read <= 150  # those that were measured, and the first of all
     assert torch.equal(found.train.labels, DIGITS.train.labels[:200:2])
-    train.targets = [9 - label for label in train.digits]  # before a target_transform
+    train.targets = [9 - label for label in train.digits]  # and not what its items say
     found = from_torch(train, TensorDataset(torch.rand(8, 1, 16, 16), torch.arange(8)))
     assert torch.equal(found.train.labels, DIGITS.train.labels[:200])
     assert torch.equal(found.test.labels, torch.arange(8))
+
+
+class InFives(Dataset):
+    """Labels of its items are those of its list modulo 5; it may say so."""
+
+    def __init__(self, labels, says_so):
+        self.targets = labels
+        if says_so:
+            self.target_transform = lambda label: label % 5
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return torch.zeros(1, 8, 8), self.targets[index] % 5
+
+
+@pytest.mark.parametrize("says_so", [False, True])
+def test_labels_are_those_of_the_items_wherever_the_lists_differ(says_so):
+    train, test = InFives([6, 1, 7, 9], says_so), InFives([3, 2, 6, 8], says_so)
+    found = from_torch(train, Subset(test, [0, 3, 2]))  # whose first label is the list's
+    assert found.train.labels.tolist() == [1, 1, 2, 4]
+    assert found.test.labels.tolist() == [3, 3, 1]
+    assert len(found.classes) == 5
+
+
+def test_a_target_transform_is_heeded_where_few_labels_differ():
+    labels = [4] * 2000
+    labels[777] = 9  # not among the items that are looked at
+    found = from_torch(InFives(labels, True), InFives([0, 1], True))
+    assert found.train.labels.unique().tolist() == [4]
 
 
 class Streamed(IterableDataset):

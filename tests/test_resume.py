@@ -124,18 +124,41 @@ def test_with_no_checkpoint_at_all_it_starts_anew(uninterrupted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run)
     shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()  # it was killed before the first
     (run / "steps.csv").write_text("step,epoch\n1,1\n1,")
     command = start(run)
     assert command.wait() == 0, command.err
     assert_identical(run, uninterrupted[0])
 
 
+@pytest.mark.parametrize("left", ["summary.json", "checkpoints/best.pt"])
+@pytest.mark.parametrize("more", [(), ("--epochs", "4")])
+def test_results_without_checkpoints_are_not_overwritten(uninterrupted, tmp_path, left, more):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    for path in (*checkpoints(run), run / "summary.json", run / "checkpoints" / "best.pt"):
+        if path != run / left:
+            path.unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    command = start(run, *more)
+    assert command.wait() == 2
+    assert command.err.count("\n") == 1
+    assert f"{run} has {left} of a run, but none of its checkpoints" in command.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_complete_run_is_left_as_it_is(uninterrupted, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run)
+    # What only the process that trained could measure.
+    summary = json.loads((run / "summary.json").read_text())
+    measured = {"peak_memory_bytes": 1, "peak_memory_of": "test", "way_seconds": {"kernel": 2.0}}
+    (run / "summary.json").write_text(json.dumps({**summary, **measured}))
     command = start(run)
     assert command.wait() == 0, command.err
     assert "resumed after step 12 of 12" in command.out and "last test accuracy" in command.out
+    summary = json.loads((run / "summary.json").read_text())
+    assert {name: summary[name] for name in measured} == measured
     assert_identical(run, uninterrupted[0])
 
 

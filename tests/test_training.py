@@ -24,6 +24,8 @@ from imcl_fast import (
     objectives,
     training,
 )
+from imcl_fast.data.quality import Quality
+from imcl_fast.reports import inspect
 from imcl_fast.runs.errors import (
     CheckpointError,
     DiskFullError,
@@ -574,6 +576,80 @@ def test_schedules(settings, expected):
         assert rates[3] == max(rates) == pytest.approx(1) and rates[0] < 0.1 and rates[-1] < 0.1
     else:
         assert rates == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup"), [(1, 0.25), (1, 0.75), (1, 0.9), (2, 0.25), (2, 1), (2, 1.75), (2, 1.9)]
+)
+def test_onecycle_takes_any_warm_up(epochs, warmup):
+    settings = config(epochs=epochs, lr=1, schedule="onecycle", warmup_epochs=warmup)
+    optimizer = build_optimizer(small_network(), settings)
+    steps = 4 * epochs
+    schedule = build_schedule(optimizer, settings, steps_per_epoch=4)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    highest = min(round(warmup * 4), steps - 1)  # it neither begins nor ends there
+    assert rates.index(max(rates)) in (highest - 1, highest) and rates[0] <= 0.05
+    assert max(rates) > 0.7 and rates[-1] < 0.1
+
+
+@pytest.mark.parametrize("anywhere", [torch.inf, -torch.inf])
+def test_a_mask_of_infinities_is_no_weight_that_is_spoilt(digits, tmp_path, anywhere):
+    network = small_network()
+    network.register_buffer("mask", torch.full((2, 2), anywhere).triu(1))
+    settings = config(ways=(), run_dir=tmp_path / "run", checkpoint_every="1")
+    Trainer(settings, data_set=digits, network=network, observer=QUIET).fit()
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) > 1
+
+    class Poison(Observer):
+        def stepped(self, values):
+            with torch.no_grad():
+                network[1].weight[0, 0] = anywhere
+
+    settings = replace(settings, run_dir=tmp_path / "poisoned")
+    with pytest.raises(NonFiniteError, match=r"the weights model\.1\.weight are not finite$"):
+        Trainer(settings, data_set=digits, network=network, observer=Poison()).fit()
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_images_are_made_outside_of_autocast(digits, monkeypatch, amp):
+    made = []
+    seen = Quality.__call__
+
+    def watched(self, images, seeds):
+        made.append(torch.is_autocast_enabled("cpu"))
+        return seen(self, images, seeds)
+
+    monkeypatch.setattr(Quality, "__call__", watched)
+    settings = config(ways=(), qualities=("raw", "blur1"), amp=amp)
+    trainer = Trainer(settings, data_set=digits, observer=QUIET)
+    passes = []
+    network = small_network()
+    network.register_forward_pre_hook(
+        lambda *_: passes.append(torch.is_autocast_enabled("cpu"))
+    )
+    trainer.network = network
+    trainer.fit()
+    assert made and not any(made)
+    assert (amp == "bf16") == (sum(passes) > len(made))  # and the network's passes are within
+
+
+def test_a_run_with_data_and_network_of_ones_own_says_so(tmp_path, capsys):
+    folder = tmp_path / "run"
+    own = replace(data.load("digits"), name="toy")
+    settings = config(ways=(), run_dir=folder)
+    summary = Trainer(settings, data_set=own, network=small_network(), observer=QUIET).fit()
+    assert (summary["dataset"], summary["model"]) == ("toy", "Sequential")
+    run = read_run(folder)
+    assert (run.setting("dataset"), run.setting("model")) == ("toy", "Sequential")
+    assert inspect.main([str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "its run was given dataset toy and model Sequential" in said and "--model" in said
+    again = replace(settings, resume="auto")
+    assert Trainer(again, data_set=own, network=small_network(), observer=QUIET).fit()
 
 
 def test_the_cost_of_a_way_is_measured_on_copies_without_it():

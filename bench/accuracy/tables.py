@@ -168,11 +168,11 @@ def tried(found: Analysis) -> str:
         if len(means) == len(study.conditions):  # all have run
             least, most = min(means.values()), max(means.values())
             verdict = "won" if least > 0 else "lost" if most <= 0 else ""
-        seeds = max(len(found.points(c, networks, method.name, method.versus))
-                    for c in means)  # fmt: skip
+        counts = [len(found.points(c, networks, method.name, method.versus)) for c in means]
+        seeds = counts[:1] if len(set(counts)) == 1 else counts
         cells = [f"{100 * means[c]:+.2f}" if c in means else "" for c in study.conditions]
         versus = study.methods[method.versus].title
-        lines.append([method.title, versus, *cells, str(seeds), verdict])
+        lines.append([method.title, versus, *cells, ", ".join(map(str, seeds)), verdict])
     return table(["tried", "over", *titles, "seeds", "in both" if len(titles) == 2 else "in all"],
                  lines)  # fmt: skip
 

@@ -79,17 +79,21 @@ class PaddedCrop:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Have torch's generator on the CPU and Python's start from ``seed``, and be afterwards as
-    they were."""
+    """Have torch's generator on the CPU, Python's and NumPy's global one start from ``seed``, and
+    be afterwards as they were."""
+    import numpy
+
     # torch.manual_seed would set the generators of other devices too, which dropout draws from.
-    state = random.getstate()
+    state, of_numpy = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
+        numpy.random.seed(seed % 2**32)  # it takes no more
         try:
             yield
         finally:
             random.setstate(state)
+            numpy.random.set_state(of_numpy)
 
 
 class _BySeed:
@@ -121,8 +125,8 @@ class ResizedCrop(_BySeed):
 class OwnTransforms(_BySeed):
     """The random transforms inside a Dataset of a user's own; for functions that read an image.
 
-    What they take from torch's generator on the CPU and from Python's is seeded for each sample;
-    NumPy's generators are left alone.
+    What they take from torch's generator on the CPU, from Python's and from NumPy's global one is
+    seeded for each sample; ``numpy.random.Generator``s of their own are theirs to seed.
     """
 
     def __call__(self, image: Any, draw: Tensor) -> Tensor:

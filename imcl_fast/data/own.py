@@ -17,6 +17,7 @@ from .dataset import DataError, DataSet, Split, statistics
 NAME = "own"
 LABELS = ("targets", "labels")  # what torchvision's data sets call them
 MEASURED = 256  # images that mean and deviation are taken of
+COMPARED = 32  # items whose labels are compared with the list
 
 
 def from_torch(train: Any, test: Any) -> DataSet:
@@ -25,8 +26,8 @@ def from_torch(train: Any, test: Any) -> DataSet:
     Args:
         train, test: items are (image, label), or more; images are PIL's or Tensors (C, H, W),
             all of one size; uint8 ones are normalised, floating ones are taken as they are. Labels
-            are ints from 0; where a Dataset has them as ``targets`` or ``labels``, they are not
-            read from its items.
+            are ints from 0; where a Dataset has them as ``targets`` or ``labels``, without a
+            ``target_transform``, and some dozens of items agree, they are not read from its items.
 
     Returns:
         Images are read when they are needed, through the transforms of the Dataset; what these
@@ -83,17 +84,29 @@ def _image(items: Any, index: int) -> Tensor:
 
 
 def _labels(name: str, side: Any) -> Tensor:
-    first, found = side[0][1], _listed(side)
+    first, found = side[0][1], None if _transforms_labels(side) else _listed(side)
     if not validation.is_integer(first) and not isinstance(first, Tensor):
         raise DataError(f"data_set: expected int labels in {name}, got {type(first).__name__}")
     try:
-        if found is None or int(found[0]) != int(first):  # there is a target_transform
+        if found is None or any(int(found[i]) != int(side[i][1]) for i in _some(side, COMPARED)):
             found = [side[index][1] for index in range(len(side))]
         return torch.as_tensor([int(label) for label in found])
     except (TypeError, ValueError) as error:
         raise DataError(
             f"data_set: expected int labels in {name}, got {type(found[0]).__name__}"
         ) from error
+
+
+def _some(side: Any, count: int) -> range:
+    """Places of ``count`` items or more, less than twice as many, all over them."""
+    return range(0, len(side), max(len(side) // count, 1))
+
+
+def _transforms_labels(side: Any) -> bool:
+    """Whether a Dataset says that its items' labels are not those it has as a list."""
+    if isinstance(side, Subset):
+        return _transforms_labels(side.dataset)
+    return getattr(side, "target_transform", None) is not None
 
 
 def _listed(side: Any) -> Any:
@@ -110,9 +123,8 @@ def _listed(side: Any) -> Any:
 
 def _measured(train: Any) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int, int]]:
     """Mean, deviation and shape of training images; 0 and 1 of those that are floating."""
-    some = range(0, len(train), max(len(train) // MEASURED, 1))
     read = OwnTransforms()
-    images = [read.central(partial(_image, train, index)) for index in some]
+    images = [read.central(partial(_image, train, index)) for index in _some(train, MEASURED)]
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1 or images[0].dim() != 3:
         raise DataError(

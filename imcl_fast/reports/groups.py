@@ -116,7 +116,9 @@ def group(runs: Sequence[Run], baseline: str | None = None) -> list[Group]:
 def _settings(run: Run) -> tuple[Key, Key]:
     """The run's treatment and its context."""
     treatment, context = [("label", run.label)], list[tuple[str, str]]()
-    for name, value in sorted(run.config.items()):
+    # Whatever the configuration leaves open: accuracies of other qualities can't be compared.
+    actual = {**run.config, **run.own, "qualities": run.measured_at}
+    for name, value in sorted(actual.items()):
         known = SETTINGS.get(name)
         if name in PROVENANCE or name in ("seed", *NAMED) or (known and not known.fixed):
             continue

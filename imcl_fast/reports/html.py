@@ -229,7 +229,7 @@ def _card(
 def _configuration(run: Run) -> dict[str, list[tuple[str, str]]]:
     """Names and values by the heading they stand under."""
     groups: dict[str, list[tuple[str, str]]] = {}
-    for name, value in run.config.items():
+    for name, value in {**run.config, **run.own}.items():
         if name not in PROVENANCE:
             group = SETTINGS[name].group if name in SETTINGS else "other"
             shown = name.replace("_", " "), _setting(run, name, value)

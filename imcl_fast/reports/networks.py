@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .. import data
 from ..models import import_torchvision
 from ..runs import checkpoint
+from ..runs.checkpoint import BEST
 from ..runs.config import TrainConfig
 from ..runs.errors import CheckpointError, UsageError, one_line
-from ..runs.folder import CHECKPOINTS, CONFIG, WEIGHTS
+from ..runs.folder import CHECKPOINTS, CONFIG, WEIGHTS, UnreadableRun, read_own
 from ..runs.network import build_network, named
 
-BEST = "best.pt"
 OBJECTIVE_PREFIX = "model."  # of the plain network in its objective's state_dict
 AVERAGED_PREFIX = "module."  # of it in a moving average's
 
@@ -147,9 +147,17 @@ def _config_of(path: Path) -> TrainConfig | None:
     for folder in (path.parent, path.parent.parent):
         if (folder / CONFIG).is_file():
             try:
-                return TrainConfig.read(folder / CONFIG)
-            except (OSError, TypeError, ValueError) as error:
+                own = read_own(folder)
+                config = TrainConfig.read(folder / CONFIG)
+            except (OSError, TypeError, ValueError, UnreadableRun) as error:
                 raise UnknownNetwork(str(error)) from error
+            if own:
+                what = " and ".join(f"{name} {value}" for name, value in own.items())
+                raise UnknownNetwork(
+                    f"{path}: its run was given {what}, which no file says how to make; say with "
+                    "--model which network it is, as package.module:factory"
+                )
+            return config
     return None
 
 

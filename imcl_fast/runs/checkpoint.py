@@ -22,6 +22,7 @@ from .errors import CheckpointError
 KIND = "imcl_fast checkpoint"
 VERSION = 1
 NAME = re.compile(r"step-(\d{8})\.pt")
+BEST = "best.pt"
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -91,7 +92,8 @@ class CheckpointStore:
         return sorted(numbered, key=lambda path: path.name, reverse=True)
 
     def save(self, step: int, content: dict[str, Any], *, best: bool = False) -> Path:
-        """Write the checkpoint of ``step``, then delete those too many.
+        """Write the checkpoint of ``step``, then delete those too many, and those of later steps:
+        that the run is at this one says that they can't be read.
 
         Raises:
             DiskFullError, OSError: it can't be written; those there are stay.
@@ -101,9 +103,12 @@ class CheckpointStore:
         path = self.folder / f"step-{step:08d}.pt"
         save(path, content)
         if best:
-            files.replace_by_link(self.folder / "best.pt", path)
-        for old in self.paths()[self.keep :]:
-            old.unlink(missing_ok=True)
+            files.replace_by_link(self.folder / BEST, path)
+        there = self.paths()
+        kept = [one for one in there if one.name <= path.name][: self.keep]
+        for other in there:
+            if other not in kept:
+                other.unlink(missing_ok=True)
         return path
 
     def load_newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:

@@ -67,8 +67,9 @@ class Run:
         cka_before, cka_after: ``rows`` and ``columns``, names of layers, and ``cka`` between them;
             empty where there is none.
         used: ``settings`` by their names, those that the configuration left open among them, the
-            ``weights`` and the ``paths`` of the ways that are on, by way. Empty for a run of a
-            version that didn't write it.
+            ``weights`` and the ``paths`` of the ways that are on, by way; in ``own`` the
+            ``dataset`` and the ``model`` that were given in place of those that the configuration
+            names. Empty for a run of a version that didn't write it.
     """
 
     folder: Path
@@ -104,9 +105,19 @@ class Run:
             if name.startswith(AT_QUALITY)
         }
 
+    @property
+    def own(self) -> dict[str, str]:
+        """What took the place of the configuration's ``dataset`` and ``model``; see ``used``."""
+        return self.used.get("own", {})
+
+    @property
+    def measured_at(self) -> str:
+        """The qualities that ``test_accuracy`` is the mean over."""
+        return ",".join(self.qualities.values()) or "raw"
+
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting of the configuration, or else of the summary."""
-        value = self.config.get(name)
+        """A setting of the configuration as the run had it, or else of the summary."""
+        value = self.own.get(name, self.config.get(name))
         return self.summary.get(name, default) if value is None else value
 
     @property
@@ -162,6 +173,15 @@ def read_run(folder: str | Path) -> Run:
         cka_before=_read_cka(folder / CKA_BEFORE),
         cka_after=_read_cka(folder / CKA_AFTER),
     )
+
+
+def read_own(folder: Path) -> dict[str, str]:
+    """``Run.own`` alone.
+
+    Raises:
+        UnreadableRun: the file that has it can't be read.
+    """
+    return _read_json(folder / USED, dict).get("own", {})
 
 
 def _read_json(path: Path, kind: type) -> Any:

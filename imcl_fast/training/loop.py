@@ -96,6 +96,7 @@ class Loop:
         if config.run_dir is not None:
             self.store = CheckpointStore(config.run_dir / CHECKPOINTS, config.keep)
         self.last_batch: tuple[Tensor, Tensor] | None = None
+        self._meant = frozenset(non_finite.not_finite(objective))
         self._save_steps, self._save_seconds = _interval(config.checkpoint_every)
         self._saved = time.monotonic()
 
@@ -343,10 +344,8 @@ class Loop:
     def _predict(self, split: Split, quality: Quality | None = None) -> tuple[Tensor, float]:
         """Predictions (N,) on the CPU for a whole split, and its summed cross entropy."""
         batches = self.material.test_loader(split, self.config, self.processes, quality)
-        with self._autocast():
-            predictions, loss = predict(
-                self.measured, ((self._laid_out(images), labels) for images, labels in batches)
-            )
+        laid_out = ((self._laid_out(images), labels) for images, labels in batches)
+        predictions, loss = predict(self.measured, laid_out, self._autocast())
         everyones = self.processes.gather(predictions.cpu())
         return torch.cat(everyones), self.processes.sum(loss.to(self.processes.device)).item()
 
@@ -358,10 +357,9 @@ class Loop:
             return
         if state.sums.batches:
             self._read(state.sums)
-        if (name := non_finite.spoilt(state.objective)) is not None:
+        if (name := non_finite.spoilt(state.objective, self._meant)) is not None:
             raise NonFiniteError(
-                f"after step {state.step} the weights {name} are not finite; the checkpoints "
-                "there are were saved before"
+                f"after step {state.step} the weights {name} are not finite{self._saved_before()}"
             )
         content = {
             **state.state_dict(self.processes),
@@ -397,9 +395,12 @@ class Loop:
     def _fail(self, values: Mapping[str, float], images: Tensor) -> NoReturn:
         if self.config.trained_on:
             images = images.flatten(0, 1)
-        reason = non_finite.describe(self.state.objective, images, values)
-        saved = "" if self.store is None else "; the checkpoints there are were saved before"
-        raise NonFiniteError(f"step {self.state.step + 1}: {reason}{saved}")
+        reason = non_finite.describe(self.state.objective, images, values, self._meant)
+        raise NonFiniteError(f"step {self.state.step + 1}: {reason}{self._saved_before()}")
+
+    def _saved_before(self) -> str:
+        any_saved = self.store is not None and self.store.paths()
+        return "; the checkpoints there are were saved before" if any_saved else ""
 
     def _images(self, batches: int) -> int:
         """Images in ``batches`` batches of all processes."""

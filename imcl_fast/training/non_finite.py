@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,21 @@ from torch import Tensor, nn
 from ..taps import observed
 
 
-def describe(objective: nn.Module, images: Tensor, values: Mapping[str, float]) -> str:
+def describe(
+    objective: nn.Module,
+    images: Tensor,
+    values: Mapping[str, float],
+    meant: Collection[str] = (),
+) -> str:
     """Which terms of the loss are not finite, and the first layer that makes such features.
 
     Args:
         images: the batch at which it was noticed; the network is run on it once.
         values: the loss and its terms.
+        meant: see ``spoilt``.
     """
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    weights = spoilt(objective)
+    weights = spoilt(objective, meant)
     layer = _first_bad_layer(objective.model, images)  # type: ignore[arg-type]
     where = []
     if weights is not None:
@@ -29,12 +35,19 @@ def describe(objective: nn.Module, images: Tensor, values: Mapping[str, float]) 
     return "; ".join([", ".join(bad), *where])
 
 
-def spoilt(module: nn.Module) -> str | None:
-    """Name of the first parameter or buffer with an element that is not finite."""
-    for name, value in module.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
-            return name
-    return None
+def not_finite(module: nn.Module) -> list[str]:
+    """Names of the parameters and buffers with an element that is not finite."""
+    return [
+        name
+        for name, value in module.state_dict().items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+
+
+def spoilt(module: nn.Module, meant: Collection[str] = ()) -> str | None:
+    """Name of the first of them that isn't among ``meant``, those that were so from the beginning:
+    a mask of -inf, an observer's least and largest."""
+    return next((name for name in not_finite(module) if name not in meant), None)
 
 
 def _first_bad_layer(network: nn.Module, images: Tensor) -> str | None:

@@ -43,11 +43,14 @@ def build_schedule(
     steps = config.epochs * steps_per_epoch
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "onecycle":
+        # It divides by the number of steps between its turning points, the highest of which is
+        # after pct_start * total - 1 steps: neither on the first step nor on the last.
+        total = max(steps, 2)
         return lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=config.lr,
-            total_steps=max(steps, 2),  # it divides by the number of steps between
-            pct_start=warmup / steps if warmup else 0.3,
+            total_steps=total,
+            pct_start=min(max(warmup, 1.5), total - 0.5) / total if warmup else 0.3,
             cycle_momentum=config.momentum > 0,
         )
 

@@ -18,6 +18,7 @@ import torch
 from .. import __version__
 from ..machine import processor
 from ..runs import files, lock
+from ..runs.checkpoint import BEST, CheckpointStore
 from ..runs.config import TrainConfig
 from ..runs.errors import UsageError
 from ..runs.folder import (
@@ -30,6 +31,9 @@ from ..runs.folder import (
     TENSORBOARD,
     USED,
 )  # fmt: skip
+
+# Of the summary: what only the process that trained can measure.
+MEASURED_ONCE = ("peak_memory_bytes", "peak_memory_of", "way_seconds")
 
 
 class Records:
@@ -89,6 +93,14 @@ class Records:
                 f"run_dir: {folder} already holds a run; --resume auto goes on with it, or name "
                 "another folder"
             )
+        if not CheckpointStore(folder / CHECKPOINTS, config.keep).paths():
+            left = [name for name in (SUMMARY, f"{CHECKPOINTS}/{BEST}") if (folder / name).exists()]
+            if left:
+                raise UsageError(
+                    f"resume: {folder} has {' and '.join(left)} of a run, but none of its "
+                    "checkpoints to go on from, and to train anew would overwrite them; name "
+                    "another folder"
+                )
         names = existing.differences(config)
         if names == ["epochs"] and (folder / SUMMARY).exists() and config.epochs > existing.epochs:
             return  # a run that has ended, and is to go on
@@ -125,6 +137,14 @@ class Records:
         if content["epochs"] != config.epochs:
             self.json(CONFIG, {**content, "epochs": config.epochs})
             (self.folder / SUMMARY).unlink(missing_ok=True)
+
+    def measured_before(self) -> dict[str, Any]:
+        """What the summary of the run, if it has one, says that can't be measured any more."""
+        try:
+            summary = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+            return {key: summary[key] for key in MEASURED_ONCE if key in summary}
+        except (OSError, ValueError, TypeError):  # it is written anew
+            return {}
 
     def go_on(self, step: int, rows: Sequence[Mapping[str, Any]]) -> str | None:
         """Make the tables what they were after ``step``, when ``rows`` were complete.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,10 +126,10 @@ class Trainer:
             try:
                 with as_usage_error(DataError):  # an image file can't be read
                     with Interruption() as interruption:
-                        _begin(loop)
+                        _begin(loop, self._own(material))
                         loop.train(interruption)
                     observer.finished()
-                    summary = _finish(loop)
+                    summary = _finish(loop, self._own(material))
             finally:
                 observer.finished()
                 if records is not None:
@@ -137,8 +137,17 @@ class Trainer:
             self.network, self.rows = loop.measured.eval(), loop.state.rows
         return summary
 
+    def _own(self, material: Material) -> dict[str, str]:
+        """What was given in place of what the configuration names, as it is called."""
+        own = {}
+        if self._data_set is not None:
+            own["dataset"] = material.data_set.name
+        if self.network is not None:
+            own["model"] = type(self.network).__name__
+        return own
 
-def _begin(loop: Loop) -> None:
+
+def _begin(loop: Loop, own: Mapping[str, str]) -> None:
     """Take up what there is of the run, or write down what it starts from."""
     config, material, records = loop.config, loop.material, loop.records
     resumed = loop.resume()
@@ -152,7 +161,8 @@ def _begin(loop: Loop) -> None:
             noise = None
             if material.noisy:
                 noise = {"original": material.true_labels, "noisy": material.train.labels}
-            records.begin(config, _used(loop), noise)
+            used = _used(loop)
+            records.begin(config, {**used, "own": dict(own)} if own else used, noise)
             if config.report:
                 _look(loop, records, BEFORE, CKA_BEFORE)
         if config.tensorboard and not records.open_board(loop.state.step):
@@ -212,13 +222,15 @@ def _names(qualities: Sequence[Quality]) -> str:
     return ", ".join(quality.name for quality in qualities)
 
 
-def _finish(loop: Loop) -> dict[str, Any]:
+def _finish(loop: Loop, own: Mapping[str, str]) -> dict[str, Any]:
     """The results, written down with all that is made of them."""
-    summary = _summary(loop)
+    summary = _summary(loop) | own
     config, records = loop.config, loop.records
     if records is None:
         return summary
     records.tensors(WEIGHTS, loop.measured.state_dict())
+    if loop.last_batch is None:  # nothing was left to train: what it took is known from before
+        summary |= records.measured_before()
     costs = _way_seconds(loop, summary["seconds"])
     if costs is not None:
         summary["way_seconds"] = costs
