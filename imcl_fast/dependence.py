@@ -173,8 +173,9 @@ def _dependence(
         values = algebra.hsic(kernels, how)  # [L, V, V]
         if normalize:
             values = algebra.cka(values)
-        pairs = views * (views - 1)
-        of_layers = values.sum((-2, -1)) - values.diagonal(dim1=-2, dim2=-1).sum(-1)
+        pairs = views * (views - 1) / 2
+        # Not the sum of all less the diagonal, beside which what is looked for can be small.
+        of_layers = values.triu(1).sum((-2, -1))
         total = sum(w / pairs * each for w, each in zip(layer_weight, of_layers, strict=True))
         return total.to(_accumulation(xs[0]))
 

@@ -445,16 +445,24 @@ def _checked(
     heads = sum(stack.shape[0] if stack.dim() > 2 else 1 for stack in stacks)
     if heads < 1:
         raise ValueError("logits: expected at least 1 head, got none")
-    if len({stack.dtype for stack in stacks}) > 1:
-        widest = stacks[0].dtype
-        for stack in stacks[1:]:
-            widest = torch.promote_types(widest, stack.dtype)
-        stacks = [stack.to(widest) for stack in stacks]
+    stacks = _of_one_dtype(stacks)
     target = validation.target(target, stacks, ignore_index, sigmoid)
     if isinstance(sample_weight, Tensor) and sample_weight.shape == samples[:1]:
         sample_weight = sample_weight.view(-1, *[1] * (len(samples) - 1)).expand(samples)
     sample_weight = validation.weights("sample_weight", sample_weight, samples, stacks)
     return stacks, target, sample_weight, heads
+
+
+def _of_one_dtype(stacks: list[Tensor]) -> list[Tensor]:
+    """Logits in the widest of their dtypes; the lowest number of a narrower one, which masks a
+    class, becomes -inf, for in a wider one it is a number like others."""
+    widest = functools.reduce(torch.promote_types, [stack.dtype for stack in stacks])
+    return [
+        stack
+        if stack.dtype == widest
+        else stack.masked_fill(stack <= torch.finfo(stack.dtype).min, -math.inf).to(widest)
+        for stack in stacks
+    ]
 
 
 # What the functions above do once their arguments are known to be right: for callers that have
@@ -569,12 +577,8 @@ def _consistency(
     sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the terms (2, H): cross entropies and KL."""
-    dtype = stacks[0].dtype
-    if any(stack.dtype != dtype for stack in stacks):
-        for stack in stacks:
-            dtype = torch.promote_types(dtype, stack.dtype)
-        stacks = [stack.to(dtype) for stack in stacks]
-    device = stacks[0].device
+    stacks = _of_one_dtype(stacks)
+    dtype, device = stacks[0].dtype, stacks[0].device
     impl = implementations.choose(impl, "consistency", device, [dtype])
     with without_autocast(device):
         if impl == "reference":

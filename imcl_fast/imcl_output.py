@@ -63,6 +63,20 @@ class IMCLOutput:
         return ((self.loss,) if self.logits is None else (self.loss, self.logits))[index]
 
 
+class _Whole:
+    """What a network returned, in a place where pytree compares and hashes: outputs of one kind are
+    alike, whatever is in there."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Whole)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 _TENSORS = ("loss", "logits", "_criterion", "_head_terms", "_representation", "_kernel")
 
 
@@ -72,7 +86,8 @@ def _flatten_with_keys(output: IMCLOutput) -> tuple[list, tuple]:
         (pytree.GetAttrKey(name), [x for x in [getattr(output, name)] if x is not None])
         for name in _TENSORS
     ]
-    return keyed, (output._own, output._auxiliary, output._views)
+    counts = output._own, output._auxiliary, output._views
+    return keyed, (*counts, _Whole(output.output))
 
 
 def _flatten(output: IMCLOutput) -> tuple[list, tuple]:
@@ -80,9 +95,11 @@ def _flatten(output: IMCLOutput) -> tuple[list, tuple]:
     return [part for _, part in keyed], counts
 
 
-def _unflatten(parts: Iterable[Any], counts: tuple) -> IMCLOutput:
-    tensors: list[Any] = [next(iter(part), None) for part in parts]
-    return IMCLOutput(*tensors, *counts)
+def _unflatten(parts: Iterable[Any], context: tuple) -> IMCLOutput:
+    *counts, whole = context
+    values: list[Any] = [next(iter(part), None) for part in parts]
+    values += [*counts, whole.output]
+    return IMCLOutput(*values)
 
 
 # DistributedDataParallel(static_graph=True) hooks onto the tensors that it finds in what a

@@ -154,14 +154,26 @@ def _why_not_cuda(device: str) -> str | None:
 def _why_not_capability(index: int) -> str | None:
     assert operators.build_info is not None
     major, minor = torch.cuda.get_device_capability(index)
-    names = operators.build_info.cuda_architectures().split(";")
-    built = [int(name.rstrip("af")) for name in names]
-    if 10 * major + minor >= min(built):
+    built = operators.build_info.cuda_architectures().split(";")
+    sources = list(filter(None, operators.build_info.cuda_ptx().split(";")))
+    if any(_runs(name, major, minor) for name in built):
+        return None
+    # The driver compiles PTX for what is newer, but for that of one architecture's own.
+    if any(name.isdigit() and int(name) <= 10 * major + minor for name in sources):
         return None
     return (
-        f"the compiled extension holds kernels from sm_{min(built)} on, and this GPU is "
+        f"the compiled extension holds kernels for sm_{', sm_'.join(built)}, and this GPU is "
         f"sm_{major}{minor}; build it again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
     )
+
+
+def _runs(name: str, major: int, minor: int) -> bool:
+    """Whether machine code made for ``name``, 80 or 90a, runs on a GPU: within its major version,
+    and of one architecture's own ("a") on that alone."""
+    number = int(name.rstrip("af"))
+    if number // 10 != major:
+        return False
+    return number % 10 == minor if name.endswith("a") else number % 10 <= minor
 
 
 def choose(

@@ -11,9 +11,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .kernel_weights import locate
 from .layers import unknown
 
-# Names of linear layers that make queries, keys and values at once, each a third of the rows.
-QUERIES_KEYS_VALUES = ("qkv", "Wqkv", "qkv_proj", "query_key_value", "in_proj_weight")
-GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}  # of a recurrent layer's weights
+# Names of linear layers that make queries, keys and values at once, each a third of the rows. Not
+# "query_key_value": GPT-NeoX and BLOOM have those three of each head side by side.
+QUERIES_KEYS_VALUES = ("qkv", "Wqkv", "qkv_proj", "in_proj_weight")
+# Of a recurrent layer's weights, but for an LSTM's projection.
+GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
+GATED = ("weight_ih", "weight_hh")
 
 
 def find_kernels(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
@@ -38,7 +41,11 @@ def find_kernels(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]
     among = weights.keys() - set(leave_out)
     if 2 * sum(math.prod(weights[name]) for name in larger) >= everything:
         among &= larger
-    grouped = {name for name, module in model.named_modules() if getattr(module, "groups", 1) > 1}
+    grouped = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd) and module.groups > 1
+    }
     stems = larger - grouped  # those of so few channels that 2D <= N
     return [
         name
@@ -90,6 +97,11 @@ def check_kernels(model: nn.Module, kernels: Sequence[str]) -> list[str]:
                 "kernels: expected modules with a weight of at least 2 rows, (Cout, Cin, *k) or "
                 f"(out, in), or the path of such a weight; {name!r}{found or shape}"
             )
+        if len(weight) < 2 * (shares := roles(model, name)):
+            raise ValueError(
+                f"kernels: expected weights of at least 2 rows for each of the {shares} roles that "
+                f"they have in {name!r}, its weight has shape {tuple(weight.shape)}"
+            )
     return list(kernels)
 
 
@@ -98,6 +110,9 @@ def roles(model: nn.Module, path: str) -> int:
     and values, or the gates of a recurrent layer. Rows are compared within their role."""
     module, attribute = locate(model, path)
     if not isinstance(module, nn.Linear):
-        return 3 if attribute in QUERIES_KEYS_VALUES else GATES.get(type(module).__name__, 1)
-    fused = path.rpartition(".")[2] in QUERIES_KEYS_VALUES and module.out_features % 3 == 0
-    return 3 if fused else 1
+        if attribute in QUERIES_KEYS_VALUES:
+            return 3
+        return GATES.get(type(module).__name__, 1) if attribute.startswith(GATED) else 1
+    # With fewer keys than queries their shares aren't equal.
+    thirds = module.out_features == 3 * module.in_features
+    return 3 if thirds and path.rpartition(".")[2] in QUERIES_KEYS_VALUES else 1

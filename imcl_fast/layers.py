@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from . import dense_outputs, outputs
 from .dense_outputs import Resize
 from .modes import evaluating
-from .residual import Additions
+from .residual import Additions, Dropouts
 from .taps import observed
 from .tracing import eager
 
@@ -36,12 +36,19 @@ class Call(NamedTuple):
 
     input: Tensor | None
     output: Tensor | None
-    version: int  # of the output when the call ended
+    version: int  # of the output when the call ended; none has -1
 
     @property
     def overwritten(self) -> bool:
-        """Whether something later in the network changed the output in place."""
+        """Whether something later in the network changed the output in place, or would in
+        training."""
         return _version(self.output) != self.version
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    if torch.strided != x.layout or torch.strided != y.layout:
+        return x is y
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _version(x: Tensor | None) -> int:
@@ -143,8 +150,15 @@ def trace(
         additions.finished.append(additions.running.pop())
         calls.setdefault(call[0], []).append(Call(first, result, _version(result)))
 
+    def overwrites(x: Tensor) -> None:
+        for of_module in calls.values():
+            for i, call in enumerate(of_module):
+                if call.output is not None and _share_memory(call.output, x):
+                    of_module[i] = call._replace(version=-1)
+
     seen_by = observed(model, record, additions.running.append)
-    with evaluating(model), torch.no_grad(), eager(), additions, seen_by:
+    dropouts = Dropouts(overwrites)
+    with evaluating(model), torch.no_grad(), eager(), additions, dropouts, seen_by:
         output = model(*args, **kwargs)
     channels_last = _channels_last(model, calls)
     shape, rivals = None, frozenset[str]()
@@ -174,6 +188,9 @@ def trace(
         if seen.logits is not None and seen.class_dim is not None:
             taken = [x for all_of in calls.values() for x, *_ in all_of if x is not None]
             rivals = dense_outputs.rivals(found, last, linear, taken, seen.class_dim)
+    # What became the logits by a change in place of its output hasn't computed these.
+    own = {name: how for name, how in seen.makers.items() if not calls[name][-1].overwritten}
+    seen = seen._replace(makers=own)
     batch = len(args[0]) if args and isinstance(args[0], Tensor) else None
     if batch is None:
         batch = next((len(x) for x in kwargs.values() if isinstance(x, Tensor) and x.dim()), None)

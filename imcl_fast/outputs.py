@@ -36,7 +36,8 @@ def check_labels(model: nn.Module) -> None:
     Raises:
         ValueError: the model is a causal language model of transformers.
     """
-    name = getattr(model, "loss_type", None) or type(model).__name__
+    kind = getattr(model, "loss_type", None)
+    name = kind if isinstance(kind, str) and kind else type(model).__name__
     if name.endswith(CAUSAL):
         raise ValueError(
             "labels: a causal language model predicts the next token and shifts labels by one, "

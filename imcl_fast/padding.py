@@ -27,17 +27,23 @@ def zeroed(features: Tensor, mask: Tensor) -> Tensor:
 
 def mean(zeroed: Tensor, mask: Tensor) -> Tensor:
     """(B, C): that over the positions that count, 0 where there are none."""
+    return _wide_mean(zeroed, mask).to(zeroed.dtype)
+
+
+def _wide_mean(zeroed: Tensor, mask: Tensor) -> Tensor:
+    """The same in float32, of float64 in that."""
     positions = tuple(range(2, zeroed.dim()))
     dtype = zeroed.dtype if zeroed.dtype == torch.float64 else torch.float32
     count = mask.sum(positions, dtype=dtype).clamp(min=1)
-    return (zeroed.sum(positions, dtype=dtype) / count).to(zeroed.dtype)
+    return zeroed.sum(positions, dtype=dtype) / count
 
 
 def neutral(features: Tensor, mask: Tensor, center: bool) -> Tensor:
-    """``features`` with values at padded positions that count for nothing."""
+    """``features`` with values at padded positions that count for nothing; where centred in float32
+    or more: a mean that is rounded to less isn't that of the others any more."""
     filled = zeroed(features, mask)
     if not center:
         return filled
     with torch.no_grad():
-        means = mean(filled, mask)
+        means = _wide_mean(filled, mask)
     return torch.where(mask, features, means.reshape(*means.shape, *[1] * (features.dim() - 2)))

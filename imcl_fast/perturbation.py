@@ -53,7 +53,7 @@ class Perturbation:
         self._model, self._ways = model, ways
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
         self._weights: list[tuple[nn.Parameter, Tensor]] = []
-        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
         self._turn: Tensor | None = None
         self._moved = False
 
@@ -62,7 +62,8 @@ class Perturbation:
             raise RuntimeError("Perturbation: each block needs one of its own")
         modules = [self._model] if self._ways is None else [self._model, self._ways]
         parameters = dict.fromkeys(p for module in modules for p in module.parameters())
-        self._gradients = [(p, p.grad) for p in parameters]
+        # Copied, for DistributedDataParallel may have them in buckets that it writes to.
+        self._gradients = [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
         for parameter in parameters:
             parameter.grad = None
         self._turn = None if self._ways is None else self._ways.get_extra_state()
@@ -78,7 +79,11 @@ class Perturbation:
             if parameter.grad is not None and parameter.dim() > 1:
                 self._weights.append((parameter, parameter.clone()))
                 parameter.add_(_step(parameter, parameter.grad, self.gamma))
-        self._buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+        self._buffers = [
+            (module, name, buffer, None if buffer is None else buffer.clone())
+            for module in self._model.modules()
+            for name, buffer in module._buffers.items()
+        ]
         for parameter, _ in self._gradients:
             parameter.grad = None
         if self._ways is not None and self._turn is not None:
@@ -87,13 +92,17 @@ class Perturbation:
 
     @torch.no_grad()
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for tensor, was in [*self._weights, *self._buffers]:
-            tensor.copy_(was)
+        for weight, was in self._weights:
+            weight.copy_(was)
+        for module, name, buffer, value in self._buffers:
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+            module._buffers[name] = buffer  # which a module may have put another in place of
         self._weights, self._buffers = [], []
         torch.clear_autocast_cache()
         for parameter, before in self._gradients:
             if before is not None:
-                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+                parameter.grad = before if parameter.grad is None else parameter.grad.add_(before)
         if kind is None and not self._moved:
             raise RuntimeError(
                 "Perturbation: expected a move() in the block, between the backward pass that "

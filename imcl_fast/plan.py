@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from . import kernel_weights
 from .imcl_state import IMCLState
+from .modes import evaluating
 
 
 def share(model: nn.Module, kernels: Sequence[str]) -> float:
@@ -78,4 +80,5 @@ def _weight(model: nn.Module, path: str) -> Tensor:
     for candidate in made_of:
         if candidate in module._parameters:
             return cast(Tensor, module._parameters[candidate])
-    return cast(Tensor, getattr(module, name))
+    with evaluating(module), torch.no_grad():  # training, to read spectral_norm's changes it
+        return cast(Tensor, getattr(module, name))

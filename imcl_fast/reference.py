@@ -302,6 +302,8 @@ def _sample_kernel(x: Tensor, kernel: str, bandwidth: float | None) -> Tensor:
 
 def _hsic(k: Tensor, l: Tensor, estimator: str) -> Tensor:  # noqa: E741
     batch = len(k)
+    # HSIC is the same, and that of a constant kernel exactly 0.
+    k, l = (m - m[0, 1].detach() for m in (k, l))  # noqa: E741
     if estimator == "biased":
         h = torch.eye(batch, dtype=k.dtype, device=k.device) - 1 / batch
         return (k @ h @ l @ h).trace() / (batch - 1) ** 2

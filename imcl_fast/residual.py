@@ -1,5 +1,6 @@
-"""Which modules of a network are residual blocks: what they compute is added to what they get.
+"""What functions, and not modules, show while a network runs.
 
+Which modules are residual blocks: what they compute is added to what they get.
 What leaves such a block is the network's state at that depth. What runs inside is a branch of
 it, seen through windows, with other widths, or before it is added: no place to teach from.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
@@ -17,6 +19,30 @@ from torch.overrides import TorchFunctionMode
 ADDITIONS = frozenset(
     [torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__]
 )
+
+DROPOUTS = frozenset(
+    [F.dropout, F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout]
+)  # fmt: skip
+
+
+class Dropouts(TorchFunctionMode):
+    """While a network runs in eval mode: what it would overwrite in place in training.
+
+    Args:
+        overwrites: is called with each Tensor that a dropout in place would.
+    """
+
+    def __init__(self, overwrites: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.overwrites = overwrites
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Sequence = (), kwargs: dict | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if function in DROPOUTS and given.get("inplace") and given.get("p", 0.5) > 0:
+            self.overwrites(args[0])
+        return function(*args, **given)
 
 
 class Additions(TorchFunctionMode):

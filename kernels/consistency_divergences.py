@@ -48,13 +48,14 @@ def _parts(log_q, q, log_p, p, beta, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def _log_mixture(tile, numbers, states):
-    """log2 m, [S, K], of a label and heads in proportion to their weights."""
+    """log2 m, [S, K], of a label and heads in proportion to their weights; 0 where m is, be it that
+    shares of the smallest probabilities round to 0."""
     m = numbers.beta * tile.soft
     rest = (1 - numbers.beta) / sum_of(numbers.kl)
     for i in tl.static_range(len(tile.z)):
         log_p = log_p_of(tile.z[i], numbers.inverse_t, states[i])
         m += tl.exp2(log_p) * (numbers.kl[i] * rest)
-    return tl.log2(m)
+    return tl.log2(tl.where(m == 0, 1.0, m))
 
 
 @triton.jit

@@ -63,6 +63,7 @@ class Scratch(NamedTuple):
 
 
 _scratch: dict[tuple, list[Scratch]] = {}
+_abandoned: list[list[Scratch]] = []
 _tickets: dict[torch.device, list[Tensor]] = {}  # that no graph has yet
 
 
@@ -86,6 +87,14 @@ def scratch(device: torch.device, size: int, dtype: torch.dtype) -> Scratch:
         mine = _scratch.setdefault(key, [])
         mine.append(_new_scratch(device, max(_FEWEST, 1 << (size - 1).bit_length()), dtype))
     return mine[-1]
+
+
+def abandon(memory: Scratch) -> None:
+    """Hand ``memory`` out no more: a call of several launches has ended after some of them, and the
+    counter isn't at 0. It is kept, for these may be under way."""
+    for key, mine in list(_scratch.items()):
+        if any(one is memory for one in mine):
+            _abandoned.append(_scratch.pop(key))
 
 
 def _new_scratch(device: torch.device, size: int, dtype: torch.dtype) -> Scratch:

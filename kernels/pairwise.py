@@ -17,7 +17,7 @@ from torch import Tensor
 from . import numerics
 from .blank import blank
 from .config import PairwiseConfig, PassConfig, pairwise_config
-from .kept import hold, scratch
+from .kept import abandon, hold, scratch
 from .launch import Launch
 from .pairwise_backward import backward_kernel
 from .pairwise_constants import PairwiseConstants
@@ -58,16 +58,20 @@ def forward(
     state = [kept() for kept in blank_state]
     if programs == 0:
         return loss.zero_(), state
-    _, partials, ticket = scratch(device, programs, loss.dtype)
+    _, partials, ticket = shared = scratch(device, programs, loss.dtype)
     first = 0
-    for i, part in enumerate(parts):
-        if part.plan.forward:
-            hold(part.plan.table, device)
-            part.launch(
-                part.typed.of(xs), part.plan.table, state[i] if keep else partials,
-                (partials, ticket, loss), eps, first, programs, len(xs),
-            )  # fmt: skip
-            first += part.plan.forward
+    try:
+        for i, part in enumerate(parts):
+            if part.plan.forward:
+                hold(part.plan.table, device)
+                part.launch(
+                    part.typed.of(xs), part.plan.table, state[i] if keep else partials,
+                    (partials, ticket, loss), eps, first, programs, len(xs),
+                )  # fmt: skip
+                first += part.plan.forward
+    except BaseException:  # a kernel that doesn't compile, or Ctrl-C while one does
+        abandon(shared)
+        raise
     return loss, state
 
 

@@ -9,7 +9,7 @@ from test_imcl import FlatCNN, only
 from torch import nn
 
 from imcl_fast import IMCL, functional, models
-from imcl_fast.kernel_choice import find_kernels, roles
+from imcl_fast.kernel_choice import check_kernels, find_kernels, roles
 from imcl_fast.models import import_torchvision
 from imcl_fast.reports.inspect import main
 
@@ -39,7 +39,8 @@ FOUND = {
     "timm:davit_tiny": (STAGES, "head.fc", 40, 66.3),
     "timm:pvt_v2_b0": (STAGES, "head", 34, 58.6),
     "timm:edgenext_small": (STAGES, "head.fc", 29, 53.0),
-    "timm:efficientformer_l1": (STAGES, "head", 22, 55.4),
+    # Its one attention has queries, keys and values of each head side by side.
+    "timm:efficientformer_l1": (STAGES, "head", 21, 49.8),
     "timm:convnext_tiny": (STAGES, "head.fc", 25, 50.7),
     "timm:efficientnet_b0": ([f"blocks.{i}" for i in (0, 1, 2, 4, 6)], "classifier", 33, 34.0),
     "timm:mobilenetv3_large_100": (
@@ -159,6 +160,34 @@ def test_kernels_of_several_roles_are_compared_within_them():
         IMCL(network, ids, **only("kernel_weight"), kernels=["lstm.bias_ih_l0"])
 
 
+def test_rows_without_roles_are_compared_with_one_another():
+    """Of heads' queries, keys and values side by side, of fewer keys than queries, and of a
+    projection that has no gates."""
+
+    class Others(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query_key_value = nn.Linear(8, 24)
+            self.qkv_proj = nn.Linear(8, 12)
+            self.lstm = nn.LSTM(3, 16, proj_size=4)
+
+    network = Others()
+    paths = ["query_key_value", "qkv_proj", "lstm.weight_hr_l0", "lstm.weight_hh_l0"]
+    assert [roles(network, path) for path in paths] == [1, 1, 1, 4]
+    assert check_kernels(network, paths) == paths
+    gates = nn.ModuleDict({"lstm": nn.LSTM(3, 1)})
+    with pytest.raises(ValueError, match=r"2 rows for each of the 4 roles.*shape \(4, 3\)"):
+        check_kernels(gates, ["lstm.weight_ih_l0"])
+
+
+@pytest.mark.parametrize("groups", [None, nn.ModuleList([nn.Linear(8, 5)])], ids=["None", "list"])
+def test_any_attribute_may_be_called_groups(groups):
+    pool = nn.AdaptiveAvgPool2d(1)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Flatten(), nn.Linear(8, 5))
+    network.groups = groups
+    assert find_kernels(network) == ["0"]
+
+
 def test_what_makes_the_output_is_no_kernel():
     network = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)
@@ -266,3 +295,57 @@ def test_the_share_counts_what_is_pruned():
     imcl = IMCL(network, torch.rand(2, 1, 16, 16), **only("kernel_weight"))
     weights = sum(math.prod(network.features[i].weight.shape) for i in (0, 4, 8))
     assert f"({weights / sum(p.numel() for p in network.parameters()):.1%} of" in repr(imcl)
+
+
+class Writing(nn.Module):
+    """Convolutions whose outputs and logits are changed in place, as ``how`` says."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU())
+        self.two = nn.Sequential(nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.SiLU())
+        self.drop = nn.Dropout2d(0.0 if how == "never" else 0.2, inplace=True)
+        self.fc = nn.Linear(12, 5)
+
+    def dropped(self, x):
+        if self.how == "function":
+            return nn.functional.dropout(x, 0.2, self.training, True)
+        return self.drop(x) if self.how in ("module", "never") else x
+
+    def forward(self, x):
+        x = self.dropped(self.two(self.dropped(self.one(x))))
+        logits = self.fc(x.mean((2, 3)))
+        if self.how == "logits":
+            logits *= 16
+        return logits
+
+
+@pytest.mark.parametrize("how", ["module", "function", "never", "not"])
+def test_what_is_overwritten_in_training_alone_is_no_layer(how):
+    network, x = Writing(how), torch.rand(4, 3, 8, 8)
+    kept = how in ("never", "not")
+    if kept:
+        imcl = IMCL(network, x, impl="torch")
+    else:
+        with pytest.warns(UserWarning, match="layers"):
+            imcl = IMCL(network, x, impl="torch")
+        with pytest.raises(ValueError, match="'one' is overwritten in place"):
+            IMCL(network, x, layers=["one", "fc"], impl="torch")
+    assert imcl.layers == (["one", "two"] if kept else [])
+    imcl(x, torch.arange(4)).loss.backward()
+
+
+def test_a_layer_whose_output_is_changed_in_place_is_no_classifier():
+    """Its views would be what the logits were before."""
+    x = torch.rand(4, 3, 8, 8)
+    assert IMCL(Writing("not"), x, impl="torch").classifier == "fc"
+    with pytest.warns(UserWarning, match="classifier"):
+        imcl = IMCL(Writing("logits"), x, impl="torch")
+    assert imcl.classifier is None and "output_consistency" not in imcl(x, torch.arange(4)).terms
+
+
+def test_a_loss_type_may_be_anything():
+    network, x = Writing("not"), torch.rand(4, 3, 8, 8)
+    network.loss_type = int
+    assert IMCL(network, x, impl="torch")(x, labels=torch.arange(4)).loss.isfinite()

@@ -314,6 +314,41 @@ def test_constant_features_depend_on_nothing(impl: Impl, options: dict) -> None:
         assert not g.any()
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=option_name)
+@pytest.mark.parametrize("value", [0.0, 0.1, 1000.7])
+def test_constant_features_depend_on_nothing_in_any_batch(
+    impl: Impl, options: dict, value: float
+) -> None:
+    """What rounding leaves of their variance is above 0 for some numbers of samples."""
+    for batch in (7, 13, 25, 50, 100):
+        x = torch.randn(batch, 6, generator=torch.Generator().manual_seed(batch)).to(impl.device)
+        first = leaf(torch.full((batch, 3), value, device=impl.device))
+        second = leaf(torch.full((batch, 5), 0.3, device=impl.device))
+        for other in (leaf(x), second):
+            loss = F.dependence(other, first, impl=impl.name, **options)
+            assert loss.item() == 0
+            for g in torch.autograd.grad(loss, [other, first]):
+                # HSIC's is a product with what rounding leaves of the centred features.
+                assert not g.any() if options["normalize"] else (g.abs() <= 1e-6).all()
+
+
+def test_a_dependence_is_not_lost_beside_variances(impl: Impl) -> None:
+    """Linear HSIC grows with the scale of both sides, and a variance with the square of its own."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 8, generator=generator).to(impl.device)
+    y = x + torch.randn(32, 8, generator=generator).to(impl.device)
+    expected = F.dependence(x, y, kernel="linear", impl=impl.name).item()
+    for scale in (2.0**10, 2.0**20, 2.0**30):
+        found = F.dependence(scale * x, y, kernel="linear", impl=impl.name).item()
+        assert found / scale**2 == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_median_by_sorting_is_the_median() -> None:
+    for count in (1, 2, 5, 6, 91):
+        x = torch.randn(3, count, generator=torch.Generator().manual_seed(count))
+        assert torch.equal(algebra._middle(x), x.median(-1).values)
+
+
 def test_what_has_no_features_depends_on_nothing(impl: Impl) -> None:
     """A Gram of no columns is made by somebody."""
     (x,), (y,) = Views(8, ((6,),)).build(torch.float32, impl.device)

@@ -417,6 +417,27 @@ def test_jsd_of_masked_classes_is_finite(impl: Impl) -> None:
         assert g.isfinite().all() and (g[z == -math.inf] == 0).all()
 
 
+@pytest.mark.parametrize("gap", [-100.0, -101.9, -102.5, -103.2, -103.6, -103.9, -104.5])
+def test_probabilities_of_which_shares_are_0(impl: Impl, gap: float) -> None:
+    """A share of the smallest numbers rounds to 0 where these don't, and with it a mixture."""
+    target = torch.tensor([0], device=impl.device)
+    for count, pi in ((1, 0.5), (5, 0.5), (5, 0.9), (2, 0.1)):
+        z = leaf(torch.tensor([[[0.0, gap]]]).expand(count, 1, 2).contiguous().to(impl.device))
+        losses = [F.jensen_shannon(z, target, pi=pi, impl=impl.name)]
+        if count > 1:
+            losses += [
+                F.collaborative_consistency(
+                    z, None, divergence="jsd", beta=beta, temperature=1.0, teacher=teacher,
+                    detach_teacher=False, impl=impl.name,
+                )
+                for beta in (0.1, 0.5) for teacher in ("others", "pairwise")
+            ]  # fmt: skip
+        for loss in losses:
+            (g,) = torch.autograd.grad(loss, z, retain_graph=True)
+            assert loss.item() == pytest.approx(0, abs=1e-6)
+            assert g.abs().max().item() == pytest.approx(0, abs=1e-6)
+
+
 def test_a_masked_label_does_not_hold(impl: Impl) -> None:
     """Masked in every head, and not to hold: as if it were not there."""
     z, y = numbers(3, 5, 4), probabilities(5, 4)

@@ -617,7 +617,10 @@ def test_torch_compile_takes_kernels_made_anew(batch, kind):
 def test_building_reads_no_weight_that_a_reading_changes(batch, kind):
     network = made_anew(kind, on=False)
     state, generator = copy.deepcopy(network.state_dict()), torch.get_rng_state()
-    IMCL(network, batch[0], **only("kernel_weight"), kernels=["features.0", "features.4"])
+    imcl = IMCL(network, batch[0], **only("kernel_weight"), kernels=["features.0", "features.4"])
+    network.train()
+    assert "features.4 (" in imcl.plan() and str(imcl)
+    assert network.training
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), generator)
 

@@ -523,7 +523,7 @@ def test_one_large_logit_is_not_subtracted_from_a_sum(
 
 
 def test_the_lowest_of_a_narrower_dtype(impl: Impl) -> None:
-    """Promoted to float32 it is a number as any, and as good as masked."""
+    """Promoted to float32 it would be a number as any, and hardly masked."""
     z = torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(6)).half()
     z[..., 3] = torch.finfo(torch.float16).min
     logits = [z[0].float(), z[1], z[2]]
@@ -536,3 +536,12 @@ def test_the_lowest_of_a_narrower_dtype(impl: Impl) -> None:
     assert all((g[..., 3] == 0).all() for g in got.gradients)
     got = got._replace(gradients=[g[..., open_] for g in got.gradients])
     assert_result(got, truth, scale_of([z[..., open_]], {}), torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        low = z[1].float().to(dtype)
+        low[:, 3] = torch.finfo(dtype).min
+        wide = logits[0].masked_fill(logits[0] < -1e4, torch.finfo(torch.float32).min)
+        for pair in ([low.to(impl.device), wide], [wide, low.to(impl.device)]):
+            terms = F.collaborative_consistency(
+                pair, target, label_smoothing=0.1, return_terms=True, impl=impl.name
+            )[1]
+            assert terms["cross_entropy"].tolist() == [math.inf, math.inf]  # of a masked class

@@ -80,6 +80,21 @@ def test_masks_in_lower_precision(dtype, center):
     assert (x.grad.double() - expected).norm() <= 64 * unit(dtype) * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("level", "spread"), [(1, 0.008), (10, 0.1), (30, 0.5)])
+def test_a_mask_is_exact_about_a_large_mean(dtype, level, spread):
+    """What is filled in must have the mean of the others, not that rounded to their dtype."""
+    generator = torch.Generator().manual_seed(0)
+    x = (level + spread * torch.randn(4, 8, 64, generator=generator)).to(dtype)
+    keep = torch.zeros(4, 64, dtype=torch.bool)
+    keep[:, :16] = True
+    masked, cut = leaf(x), leaf(x[:, :, :16].double())
+    functional.representation_similarity(masked, mask=keep, center=True).backward()
+    functional.representation_similarity(cut, center=True, impl="reference").backward()
+    error = masked.grad[:, :, :16].double() - cut.grad
+    assert error.norm() <= (2 * unit(dtype) + 2e-3) * cut.grad.norm()
+
+
 @pytest.mark.parametrize("mask_value", [float("nan"), float("inf")])
 def test_whatever_is_at_a_padded_position(mask_value):
     x = features(padded=12)

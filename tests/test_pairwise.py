@@ -342,6 +342,61 @@ def test_nearly_constant_rows_are_accurate_when_centred(impl: Impl, shape, penal
         check_pairwise(impl, [x], batched=True, penalty=penalty, center=True)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
+@pytest.mark.parametrize("size", [32, 56, pytest.param(112, marks=pytest.mark.slow)])
+def test_constant_maps_are_dead_when_centred(impl: Impl, size: int, layout: str) -> None:
+    """However large they are: the error of a mean must not grow with the numbers in it."""
+    if impl.interpreted and size > 32:
+        pytest.skip("the interpreter takes minutes for maps of this size; those of 32 x 32 run")
+    for dtype in (t for t in (torch.float32, torch.bfloat16) if t in DTYPES):
+        levels = torch.tensor([0.1, 0.3, 0.7, 1.1, 1.9, 2.3]).to(dtype)
+        x = laid_out(levels.view(1, -1, 1, 1).expand(1, 6, size, size), layout)
+        x = x.to(impl.device)
+        x = x.requires_grad_()
+        for penalty in PENALTIES:
+            loss = F.representation_similarity(x, center=True, penalty=penalty, impl=impl.name)
+            (g,) = torch.autograd.grad(loss, x)
+            assert loss.item() == 0 and not g.any()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
+@pytest.mark.parametrize("bordered", [False, True])
+def test_nearly_constant_maps_are_accurate_when_centred(
+    impl: Impl, layout: str, bordered: bool
+) -> None:
+    """Deviations of 1e-4 of the mean, with another row of pixels first or without."""
+    if impl.interpreted:
+        pytest.skip("the interpreter takes minutes for maps of this size")
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.tensor([0.1, 0.3, 0.7, 1.1, 1.9, 2.3]).view(1, -1, 1, 1)
+    x = levels * (1 + 1e-4 * torch.randn(1, 6, 64, 64, generator=generator))
+    if bordered:
+        x[:, ::2, :4] = 0.0
+    x = laid_out(x, layout).to(impl.device).requires_grad_()
+    wide = x.detach().double().cpu().requires_grad_()
+    for penalty in PENALTIES:
+        losses = [
+            F.representation_similarity(each, center=True, penalty=penalty, impl=name)
+            for each, name in ((x, impl.name), (wide, "reference"))
+        ]
+        got, truth = (torch.autograd.grad(loss, each)[0]
+                      for loss, each in zip(losses, (x, wide), strict=True))  # fmt: skip
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=5e-3, abs=1e-6)
+        assert (got.double().cpu() - truth).norm() <= 2e-2 * truth.norm()
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """(1, C, H, W) as it is, channels_last, or without the border of a larger map."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "contiguous":
+        return x.contiguous()
+    rows, columns = x.shape[2:]
+    larger = torch.full((*x.shape[:2], rows + 2, columns + 4), torch.nan, dtype=x.dtype)
+    larger[..., 1:-1, 2:-2] = x
+    return larger[..., 1:-1, 2:-2]
+
+
 def test_centred_is_correlation(impl: Impl) -> None:
     x = torch.randn(1, 6, 40, device=impl.device) + 2
     got = F.representation_similarity(x, center=True, penalty="signed", impl=impl.name)

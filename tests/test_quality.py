@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as torch_F
 from conftest import assert_same_bits
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 import imcl_fast
@@ -354,6 +356,53 @@ def test_gradients_of_before_are_added_to_and_show_no_way() -> None:
             task(each, x, y).backward()
     for p, q, g in zip(network.parameters(), alone.parameters(), before, strict=True):
         torch.testing.assert_close(p.grad, q.grad + g)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_gradients_of_before_are_added_to_in_ddps_buckets_too(views: bool, tmp_path: Path) -> None:
+    (x,), y = data(1)
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 3)).double()
+    parallel = copy.deepcopy(alone)
+    y = y % 3
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(parallel, gradient_as_bucket_view=views)
+        for step in range(3):  # the buckets are there from the second on
+            for each, called in ((alone, alone), (parallel, wrapped)):
+                if step != 1:
+                    each.zero_grad(set_to_none=False)
+                for _ in range(2):  # two blocks are accumulated
+                    with Perturbation(each, 0.1) as perturbation:
+                        task(called, x, y).backward()
+                        perturbation.move()
+                        task(called, x, y).backward()
+            for p, q in zip(parallel.parameters(), alone.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=0)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_buffer_that_is_put_in_place_of_another_comes_back() -> None:
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+            self.register_buffer("ema", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.linear(x)
+            self.ema = 0.9 * self.ema + 0.1 * z.detach().mean(0)
+            return z
+
+    network, x = Averaging(), torch.randn(5, 4)
+    with Perturbation(network, 0.5) as perturbation:
+        network(x).sum().backward()
+        was = network.ema
+        value = was.clone()
+        perturbation.move()
+        network(x).sum().backward()
+    assert network.ema is was and torch.equal(was, value)
 
 
 def test_autocast_sees_the_perturbed_weights_and_those_of_before() -> None:

@@ -177,6 +177,32 @@ def test_a_step_fills_nothing() -> None:
     assert kept.scratch(x.device, 1, losses[0].dtype).ticket.item() == 0
 
 
+def test_a_call_that_ends_between_its_launches_spoils_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C while the kernel for a second dtype compiles: the counter isn't at 0 then."""
+    from imcl_fast.kernels import launch
+
+    xs = [torch.randn(2, 4, 3, 3), torch.randn(2, 5, 2, 2).half()]
+    ys = [torch.randn(3, 6, 3, 3), torch.randn(3, 5, 2, 2).half()]
+    given = [[x.to(DEVICE) for x in part] for part in (xs, ys, ys[:1])]
+    expected = [F.representation_similarity(part, impl="triton") for part in given]
+    real, launched = launch.Launch.__call__, []
+
+    def interrupted(self, *arguments) -> None:
+        launched.append(self)
+        if len(launched) == 2:
+            raise KeyboardInterrupt
+        real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.Launch, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            F.representation_similarity(given[0], impl="triton")
+    for part, loss in zip(given, expected, strict=True):
+        assert F.representation_similarity(part, impl="triton").equal(loss)
+
+
 class Operators(TorchDispatchMode):
     """The names of those that run."""
 

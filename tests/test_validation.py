@@ -390,6 +390,39 @@ def test_the_capability_asked_for_is_that_of_the_tensors_device(
     assert asked == [1]
 
 
+@pytest.mark.parametrize(
+    ("built", "sources", "gpu", "runs"),
+    [
+        ("80", "", (8, 0), True),
+        ("80", "", (8, 9), True),
+        ("80", "", (9, 0), False),
+        ("89", "", (8, 0), False),
+        ("90a", "", (9, 0), True),
+        ("90a", "90a", (10, 0), False),
+        ("100f", "", (10, 3), True),
+        ("100a", "", (10, 3), False),
+        ("80;90;100;120", "120", (11, 0), False),
+        ("80;90;100;120", "120", (12, 1), True),
+        ("80;90", "90", (12, 0), True),
+        ("80;90", "", (7, 5), False),
+    ],
+)
+def test_kernels_run_where_their_machine_code_or_its_source_does(
+    built: str, sources: str, gpu: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Info:
+        cuda_architectures = staticmethod(lambda: built)
+        cuda_ptx = staticmethod(lambda: sources)
+
+    monkeypatch.setattr(implementations.operators, "build_info", Info)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpu)
+    reason = implementations._why_not_capability.__wrapped__(0)
+    assert (reason is None) == runs
+    if reason is not None:
+        number = f"{gpu[0]}.{gpu[1]}"
+        assert f"TORCH_CUDA_ARCH_LIST={number}" in reason and built.split(";")[0] in reason
+
+
 def test_a_value_is_validated_whatever_was_remembered():
     """1 and True are one key of a dict, and so are 1 and 1.0."""
     logits, target = torch.randn(2, 3, 5), torch.tensor([0, 4, 2])

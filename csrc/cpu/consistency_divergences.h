@@ -63,7 +63,8 @@ Vec<Acc> mixture_parts(int64_t n, const Vec<Acc>* log_p, const Vec<Acc>* p, cons
                        Vec<Acc> beta, Vec<Acc> y, Parts<Vec<Acc>>* parts) {
   Vec<Acc> mixed = beta * y;
   for (int64_t h = 0; h < n; ++h) mixed += p[h] * splat(pi[h]);
-  const Vec<Acc> log_m = log_of(mixed);
+  // Shares of the smallest probabilities round to 0, while these don't.
+  const Vec<Acc> log_m = unless_0(mixed, log_of(mixed));
   for (int64_t h = 0; h < n; ++h) {
     const Vec<Acc> value = unless_0(p[h], p[h] * (log_p[h] - log_m));
     parts[h] = {value, value, Vec<Acc>{}};

@@ -54,41 +54,81 @@ State<Acc> state_of(Acc* state, Form form, bool tiled, const Matrices& m) {
   return {state, state + core, state + core + m.rows};
 }
 
-// out[i] = sum over the columns j of term(x_ij, mean[i]); mean may be null.
+// A sum of many numbers, as exact as one of few: blocks of kBlock are added up by themselves, and
+// what is lost when their sums are added is added to the next one (Kahan). Of numbers that are all
+// alike every addition rounds the same way: the error of a single chain would grow with its length.
+template <class V>
+struct LongSum {
+  static constexpr int64_t kBlock = 32;
+
+  V sum = {}, lost = {};
+
+  IMCL_INLINE void add(V block) {
+    const V more = block - lost, next = sum + more;
+    lost = (next - sum) - more;
+    sum = next;
+  }
+};
+
+// out[i] = sum over the columns j of term(x_ij, mean[i]); mean may be null, or be out.
 template <class T, class Term>
 void sum_columns(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* out, Term term) {
   using Acc = AccOf<T>;
   constexpr int width = kLanes<Acc>;
+  constexpr int64_t block = LongSum<Acc>::kBlock;
   int64_t i = 0;
   if (x.row.is_unit()) {
     for (; i + width <= x.rows; i += width) {
-      Vec<Acc> sum = {};
+      LongSum<Vec<Acc>> total;
       const Vec<Acc> shift = mean ? load(mean + i) : Vec<Acc>{};
-      for (int64_t j = 0; j < x.columns; ++j) sum += term(load_acc(x.x + i + x.column[j]), shift);
-      store(out + i, sum);
+      for (int64_t j = 0; j < x.columns;) {
+        Vec<Acc> sum = {};
+        for (const int64_t end = std::min(j + block, x.columns); j < end; ++j)
+          sum += term(load_acc(x.x + i + x.column[j]), shift);
+        total.add(sum);
+      }
+      store(out + i, total.sum);
     }
   }
   for (; i < x.rows; ++i) {
     const T* row = x.x + x.row[i];
     const Acc shift = mean ? mean[i] : Acc(0);
-    Vec<Acc> sum[4] = {};
-    Acc tail = 0;
+    LongSum<Vec<Acc>> total;
+    LongSum<Acc> tail;
     int64_t j = 0;
     if (x.column.is_unit()) {
-      for (; j + 4 * width <= x.columns; j += 4 * width)
-        for (int u = 0; u < 4; ++u) sum[u] += term(load_acc(row + j + u * width), splat(shift));
+      const int64_t whole = x.columns - x.columns % (4 * width);
+      while (j < whole) {
+        Vec<Acc> sum[4] = {};
+        for (const int64_t end = std::min(j + 4 * block * width, whole); j < end; j += 4 * width)
+          for (int u = 0; u < 4; ++u) sum[u] += term(load_acc(row + j + u * width), splat(shift));
+        total.add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      }
     }
-    for (; j < x.columns; ++j) tail += term(to_acc(row[x.column[j]]), shift);
-    out[i] = sum_lanes<Acc>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+    while (j < x.columns) {
+      Acc sum = 0;
+      for (const int64_t end = std::min(j + block, x.columns); j < end; ++j)
+        sum += term(to_acc(row[x.column[j]]), shift);
+      tail.add(sum);
+    }
+    out[i] = sum_lanes<Acc>(total.sum) + tail.sum;
   }
 }
 
+// Of each row the mean of what it is more than its first element: of rows that are nearly constant,
+// whose differences are all that counts, it is as exact as of others.
 template <class T>
 void row_means(const Matrix<T>& x, AccOf<T>* mean) {
-  sum_columns(x, nullptr, mean, [](auto v, auto) { return v; });
-  // Of no columns it is 0: such a row is dead.
-  const auto count = static_cast<AccOf<T>>(std::max<int64_t>(x.columns, 1));
-  for (int64_t i = 0; i < x.rows; ++i) mean[i] /= count;
+  using Acc = AccOf<T>;
+  if (x.columns == 0) {  // such a row is dead
+    std::fill_n(mean, x.rows, Acc(0));
+    return;
+  }
+  const T* first = x.x + x.column[0];
+  for (int64_t i = 0; i < x.rows; ++i) mean[i] = to_acc(first[x.row[i]]);
+  sum_columns(x, mean, mean, [](auto v, auto shift) { return v - shift; });
+  const auto count = static_cast<Acc>(x.columns);
+  for (int64_t i = 0; i < x.rows; ++i) mean[i] = to_acc(first[x.row[i]]) + mean[i] / count;
 }
 
 // 1/n of a row from n^2, or 0 where the row is dead, or NaN where a square was too large for its

@@ -678,7 +678,8 @@ class Work {
       const Values log_p = log_p_of(h, z_of(h, slice));
       each([&](int i) { log_m.at[i] += share * exp_of(log_p.at[i]); });
     }
-    each([&](int i) { log_m.at[i] = log_of(log_m.at[i]); });
+    // Shares of the smallest probabilities round to 0, while these don't.
+    each([&](int i) { log_m.at[i] = log_m.at[i] == 0 ? A(0) : log_of(log_m.at[i]); });
     return log_m;
   }
 

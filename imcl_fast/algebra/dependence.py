@@ -64,13 +64,23 @@ def median_of_pairs(distances: Tensor) -> Tensor:
     """The (lower) median over pairs i < j, (..., 1, 1); 1 where it is 0. A constant to autograd."""
     batch = distances.shape[-1]
     i, j = torch.triu_indices(batch, batch, 1, device=distances.device)
-    median = distances.detach()[..., i, j].median(-1).values
+    pairs = distances.detach()[..., i, j]
+    # Of CUDA tensors median() has no deterministic form.
+    ordered = pairs.is_cuda and torch.are_deterministic_algorithms_enabled()
+    median = _middle(pairs) if ordered else pairs.median(-1).values
     return torch.where(median == 0, 1.0, median)[..., None, None]
+
+
+def _middle(x: Tensor) -> Tensor:
+    """``x.median(-1).values`` by sorting."""
+    return x.sort(-1).values[..., (x.shape[-1] - 1) // 2]
 
 
 def hsic(kernels: Tensor, estimator: int) -> Tensor:
     """HSIC (..., V, V) of all pairs of V kernels (..., V, B, B)."""
     batch = kernels.shape[-1]
+    # HSIC is the same, and that of a constant kernel is 0 and not what rounding leaves.
+    kernels = kernels - kernels[..., :1, 1:2].detach()
     if estimator == BIASED:
         rows = kernels.mean(-1, keepdim=True)
         centred = kernels - rows - rows.mT + rows.mean(-2, keepdim=True)

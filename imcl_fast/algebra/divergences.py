@@ -9,7 +9,9 @@ jsd         head = (1 - beta) p log(p/m), teacher = beta q log(q/m), value = hea
 mixture     of a label y and heads, m = pi_0 y + sum_h pi_h p_h: ``sum_h pi_h KL(p_h || m)`` and
             ``pi_0 KL(y || m)``; the head is pi_h p_h log(p_h/m)
 
-Logits of masked classes are -inf: what is multiplied with a probability of 0 is left out.
+Logits of masked classes are -inf: what is multiplied with a probability of 0 is left out. Shares
+of the smallest probabilities round to 0, so that m can be 0 where p isn't: its logarithm counts as
+0, and what p times it should have been is below the smallest number too.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ def times(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(weight == 0, 0, weight * x)
 
 
+def _log(m: Tensor) -> Tensor:
+    return torch.where(m == 0, 1, m).log()
+
+
 def parts(
     divergence: int, beta: float, log_q: Tensor, log_p: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +42,7 @@ def parts(
         value = times(p, log_p - log_q)
         return value, value, -p
     q = log_q.exp()
-    log_m = (beta * q + (1 - beta) * p).log()
+    log_m = _log(beta * q + (1 - beta) * p)
     head = (1 - beta) * times(p, log_p - log_m)
     teacher = beta * times(q, log_q - log_m)
     return head + teacher, head, teacher
@@ -79,7 +85,7 @@ def mixture(
     pi_0 KL(y || m), over pi_h."""
     p = log_p.exp()
     of_heads = torch.tensor(pi[1:], dtype=p.dtype).to(p.device).view(-1, 1, 1)
-    log_m = (pi[0] * labels + (of_heads * p).sum(0)).log()
+    log_m = _log(pi[0] * labels + (of_heads * p).sum(0))
     of_label = times(labels, labels.log() - log_m).sum(-1)
     heads = times(p, log_p - log_m)
     return of_label, heads.sum(-1), pull(heads, p)

@@ -84,7 +84,8 @@ def _image(items: Any, index: int) -> Tensor:
 
 
 def _labels(name: str, side: Any) -> Tensor:
-    first, found = side[0][1], None if _transforms_labels(side) else _listed(side)
+    first: Any = side[0][1]
+    found: Any = None if _transforms_labels(side) else _listed(side)
     if not validation.is_integer(first) and not isinstance(first, Tensor):
         raise DataError(f"data_set: expected int labels in {name}, got {type(first).__name__}")
     try:

@@ -224,7 +224,7 @@ def _names(qualities: Sequence[Quality]) -> str:
 
 def _finish(loop: Loop, own: Mapping[str, str]) -> dict[str, Any]:
     """The results, written down with all that is made of them."""
-    summary = _summary(loop) | own
+    summary = {**_summary(loop), **own}
     config, records = loop.config, loop.records
     if records is None:
         return summary
