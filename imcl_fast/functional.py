@@ -457,12 +457,14 @@ def _of_one_dtype(stacks: list[Tensor]) -> list[Tensor]:
     """Logits in the widest of their dtypes; the lowest number of a narrower one, which masks a
     class, becomes -inf, for in a wider one it is a number like others."""
     widest = functools.reduce(torch.promote_types, [stack.dtype for stack in stacks])
-    return [
-        stack
-        if stack.dtype == widest
-        else stack.masked_fill(stack <= torch.finfo(stack.dtype).min, -math.inf).to(widest)
-        for stack in stacks
-    ]
+    return [stack if stack.dtype == widest else _widened(stack, widest) for stack in stacks]
+
+
+def _widened(stack: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad():  # added, for a gradient comes back through that as it is
+        masked = torch.zeros_like(stack, dtype=dtype)
+        masked.masked_fill_(stack <= torch.finfo(stack.dtype).min, -math.inf)
+    return stack.to(dtype) + masked
 
 
 # What the functions above do once their arguments are known to be right: for callers that have

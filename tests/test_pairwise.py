@@ -385,6 +385,24 @@ def test_nearly_constant_maps_are_accurate_when_centred(
         assert (got.double().cpu() - truth).norm() <= 2e-2 * truth.norm()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
+def test_errors_do_not_grow_with_the_length_of_a_row(impl: Impl, layout: str) -> None:
+    """Of numbers that are nearly alike each addition rounds the same way."""
+    if impl.name != "cpp":
+        pytest.skip("sums of PyTorch's are its own, and the interpreters take minutes for such maps")
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.tensor([0.1, 0.7, 1.9]).view(1, -1, 1, 1)
+    x = levels * (1 + 3e-5 * torch.randn(1, 3, 192, 192, generator=generator))
+    x[:, :, 0] = 0.0
+    x = laid_out(x, layout).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    got, truth = (
+        torch.autograd.grad(F.representation_similarity(each, center=True, impl=name), each)[0]
+        for each, name in ((x, "cpp"), (wide, "reference"))
+    )
+    assert (got.double() - truth).norm() <= 0.02 * truth.norm()
+
+
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     """(1, C, H, W) as it is, channels_last, or without the border of a larger map."""
     if layout == "channels_last":
