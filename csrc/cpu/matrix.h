@@ -54,64 +54,66 @@ State<Acc> state_of(Acc* state, Form form, bool tiled, const Matrices& m) {
   return {state, state + core, state + core + m.rows};
 }
 
-// A sum of many numbers, as exact as one of few: blocks of kBlock are added up by themselves, and
-// what is lost when their sums are added is added to the next one (Kahan). Of numbers that are all
-// alike every addition rounds the same way: the error of a single chain would grow with its length.
-template <class V>
-struct LongSum {
-  static constexpr int64_t kBlock = 32;
-
-  V sum = {}, lost = {};
-
-  IMCL_INLINE void add(V block) {
-    const V more = block - lost, next = sum + more;
+// A sum over [first, last) as exact as one of few numbers: block(j, end) adds up at most `step` by
+// themselves, and what is lost when their sums are added is added to the next one (Kahan). Of
+// numbers that are all alike every addition rounds the same way: the error of a single chain would
+// grow with its length.
+template <class Block>
+IMCL_INLINE auto long_sum(int64_t first, int64_t last, int64_t step, const Block& block) {
+  int64_t end = std::min(first + step, last);
+  auto sum = block(first, end);
+  auto lost = decltype(sum){};
+  while (end < last) {
+    const int64_t j = end;
+    end = std::min(j + step, last);
+    const auto more = block(j, end) - lost, next = sum + more;
     lost = (next - sum) - more;
     sum = next;
   }
-};
+  return sum;
+}
+
+inline constexpr int64_t kSumBlock = 32;  // numbers in a lane's chain
 
 // out[i] = sum over the columns j of term(x_ij, mean[i]); mean may be null, or be out.
 template <class T, class Term>
 void sum_columns(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* out, Term term) {
   using Acc = AccOf<T>;
   constexpr int width = kLanes<Acc>;
-  constexpr int64_t block = LongSum<Acc>::kBlock;
   int64_t i = 0;
   if (x.row.is_unit()) {
     for (; i + width <= x.rows; i += width) {
-      LongSum<Vec<Acc>> total;
       const Vec<Acc> shift = mean ? load(mean + i) : Vec<Acc>{};
-      for (int64_t j = 0; j < x.columns;) {
-        Vec<Acc> sum = {};
-        for (const int64_t end = std::min(j + block, x.columns); j < end; ++j)
-          sum += term(load_acc(x.x + i + x.column[j]), shift);
-        total.add(sum);
-      }
-      store(out + i, total.sum);
+      store(out + i, long_sum(0, x.columns, kSumBlock, [&](int64_t j, int64_t end) {
+              Vec<Acc> sum = {};
+              for (; j < end; ++j) sum += term(load_acc(x.x + i + x.column[j]), shift);
+              return sum;
+            }));
     }
   }
   for (; i < x.rows; ++i) {
     const T* row = x.x + x.row[i];
     const Acc shift = mean ? mean[i] : Acc(0);
-    LongSum<Vec<Acc>> total;
-    LongSum<Acc> tail;
-    int64_t j = 0;
-    if (x.column.is_unit()) {
-      const int64_t whole = x.columns - x.columns % (4 * width);
-      while (j < whole) {
-        Vec<Acc> sum[4] = {};
-        for (const int64_t end = std::min(j + 4 * block * width, whole); j < end; j += 4 * width)
-          for (int u = 0; u < 4; ++u) sum[u] += term(load_acc(row + j + u * width), splat(shift));
-        total.add((sum[0] + sum[1]) + (sum[2] + sum[3]));
-      }
+    if (!x.column.is_unit()) {
+      out[i] = long_sum(0, x.columns, kSumBlock, [&](int64_t j, int64_t end) {
+        Acc sum = 0;
+        for (; j < end; ++j) sum += term(to_acc(row[x.column[j]]), shift);
+        return sum;
+      });
+      continue;
     }
-    while (j < x.columns) {
-      Acc sum = 0;
-      for (const int64_t end = std::min(j + block, x.columns); j < end; ++j)
-        sum += term(to_acc(row[x.column[j]]), shift);
-      tail.add(sum);
-    }
-    out[i] = sum_lanes<Acc>(total.sum) + tail.sum;
+    const auto vector = [&](int64_t j) { return term(load_acc(row + j), splat(shift)); };
+    int64_t j = x.columns - x.columns % (4 * width);
+    Vec<Acc> sums = long_sum(0, j, 4 * kSumBlock * width, [&](int64_t k, int64_t end) {
+      Vec<Acc> sum[4] = {};
+      for (; k < end; k += 4 * width)
+        for (int u = 0; u < 4; ++u) sum[u] += vector(k + u * width);
+      return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    });
+    for (; j + width <= x.columns; j += width) sums += vector(j);
+    Acc sum = sum_lanes<Acc>(sums);
+    for (; j < x.columns; ++j) sum += term(to_acc(row[j]), shift);
+    out[i] = sum;
   }
 }
 
