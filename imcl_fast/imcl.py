@@ -320,8 +320,9 @@ class IMCL(IMCLState):
         views' cross entropies and KL, and both similarities; without ``target`` the cross
         entropies are left out. ``ways.terms`` are its parts, as ``IMCLOutput.terms``;
         ``token_mask`` is that of ``forward``. Under DistributedDataParallel wrap the whole
-        ``IMCL``, and call that in the block. A network that is compiled must have been watched
-        once before it first runs.
+        ``IMCL``, and call that in the block; with ``find_unused_parameters`` call it with a target
+        instead, for the heads, of which the network's output tells nothing, count as unused. A
+        network that is compiled must have been watched once before it first runs.
 
         Raises:
             RuntimeError: on leaving the block, if the model has not run once in it.
