@@ -1,16 +1,22 @@
-# Two commands set everything up: `make demo` and `make test`. Where $(PYTHON) has torch
-# already, it is used and the extension built in place; else a .venv is made.
+# Two commands set everything up: `make demo` and `make test`. Where $(PYTHON) has torch already
+# and what else they need, it is used and the extension built in place; else a .venv is made.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
-TRITON ?= triton==3.7.1
+TRITON ?= $(if $(filter Linux,$(shell uname)),triton==3.7.1)  # it has wheels for no other system
 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.map csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu \
     csrc/cuda/*.cpp csrc/cuda/*.h)
 SOURCES := setup.py pyproject.toml $(CSRC)
 CXX_FILES := $(filter-out %.map,$(CSRC)) $(wildcard tests/driver/*.cpp tests/driver/*.h bench/driver/*.c*)
 
-ifeq ($(shell $(PYTHON) -c 'import torch; print("yes")' 2>/dev/null),yes)
+NEEDED := torch torchvision setuptools ninja pybind11 numpy scipy sklearn tqdm tabulate jinja2 \
+    pytest hypothesis
+HAS = $(shell $(PYTHON) -c 'import importlib.util as u, sys; \
+    print("yes" * all(map(u.find_spec, sys.argv[1:])))' $(1) 2>/dev/null)
+OWN_TORCH := $(call HAS,torch)
+
+ifeq ($(call HAS,$(NEEDED)),yes)
 RUN := $(PYTHON)
 READY := build/ready
 else
@@ -95,9 +101,9 @@ mutants: $(READY)
 
 # For a machine with a GPU and its own torch: measurements there, then tests, into $OUT. Without
 # a compiler, ninja or pybind11 there is no impl="cuda" to measure, but there is impl="triton".
-gpu: $(filter .venv/ready,$(READY))
-	-$(if $(filter build/ready,$(READY)),$(RUN) setup.py --quiet build_ext --inplace)
-	$(RUN) -m bench.gpu
+gpu: $(if $(OWN_TORCH),,$(READY))
+	-$(if $(OWN_TORCH),$(PYTHON) setup.py --quiet build_ext --inplace)
+	$(if $(OWN_TORCH),$(PYTHON),$(RUN)) -m bench.gpu
 
 # The site, into build/site: no network is needed to build it, nor to read it.
 docs: $(READY)

@@ -55,6 +55,7 @@ ISA_FLAGS = {
 }
 PRODUCTS_ONLY = ("amx",)  # levels of rounded products, which only the pairwise penalty has
 TORCH_ABI = "0x020b000000000000"  # runs under torch 2.11 and later
+OLDEST_TORCH = (2, 11)
 
 NVCCFLAGS = (
     "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xptxas -v"
@@ -63,6 +64,9 @@ OLDEST_GPU = 80
 DEFAULT_GPUS = (80, 90, 100, 120)  # those nvcc knows, and PTX of the newest
 # The names that PyTorch gives to some of them.
 GPU_NAMES = {
+    "Pascal": "6.0;6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
     "Ampere": "8.0;8.6+PTX",
     "Ada": "8.9+PTX",
     "Hopper": "9.0+PTX",
@@ -91,27 +95,38 @@ def torch_folder() -> Path:
     spec = find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
-    for place in places:
-        if (place / "include/torch/csrc/stable/library.h").exists():
+    found = "none"
+    for place in filter(Path.exists, places):
+        version = re.search(r"__version__ = '(\d+)\.(\d+)", (place / "version.py").read_text())
+        if version and (int(version[1]), int(version[2])) >= OLDEST_TORCH:
             return place
+        found = f"{version[1]}.{version[2]}" if version else "an unknown one"
     fail(
-        "building needs torch 2.11 or later, and none is installed. Run `pip install torch "
-        "setuptools ninja pybind11`, then `pip install --no-build-isolation .`."
+        f"building needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, and {found} is "
+        "installed. Run `pip install --upgrade torch setuptools ninja pybind11`, then "
+        "`pip install --no-build-isolation .`."
     )
     raise AssertionError
 
 
 def compiler() -> str:
-    wanted = os.environ.get("CXX")
-    found = shutil.which(wanted) if wanted else shutil.which("g++") or shutil.which("clang++")
+    """The command, as a shell takes it: CXX may be one of several words ("ccache g++")."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    found = shutil.which(wanted[0]) if wanted else shutil.which("g++") or shutil.which("clang++")
     if not found:
-        fail(f"no C++ compiler found ({wanted or 'g++ or clang++'}). Install one, or set CXX.")
-    return str(found)
+        fail(f"no C++ compiler found ({shlex.join(wanted) or 'g++ or clang++'}). Install one, or "
+             "set CXX.")
+    return shlex.join([str(found), *wanted[1:]])
+
+
+def program_of(cxx: str) -> str:
+    """The compiler itself in such a command, without what it is started by and its options."""
+    return [word for word in shlex.split(cxx) if not word.startswith("-")][-1]
 
 
 def machine_of(cxx: str) -> str:
     """The kind of machine that a compiler compiles for, as ``platform.machine`` names it."""
-    done = subprocess.run([cxx, "-dumpmachine"], capture_output=True, text=True)
+    done = subprocess.run([*shlex.split(cxx), "-dumpmachine"], capture_output=True, text=True)
     name = done.stdout.partition("-")[0].strip().lower()
     native = platform.machine().lower()
     # Apple's says arm64 or aarch64, and Windows' AMD64.
@@ -219,7 +234,7 @@ def wanted_gpus(known: set[int], arch_list: str | None) -> Gpus:
 
 def nvcc(cxx: str) -> Nvcc:
     """The nvcc to build with, tried out on a small kernel."""
-    program = find_nvcc()
+    program, cxx = find_nvcc(), program_of(cxx)
     release = re.search(r"release \S+ V(\S+)", output(program, "--version").replace(",", ""))
     listed = re.findall(r"compute_(\d+)", output(program, "--list-gpu-arch"))
     gpus = wanted_gpus(set(map(int, listed)), os.environ.get("TORCH_CUDA_ARCH_LIST"))
@@ -250,9 +265,11 @@ def nvcc(cxx: str) -> Nvcc:
 def chosen_nvcc(cxx: str) -> Nvcc | None:
     """What IMCL_FAST_BUILD wants and this machine has."""
     mode = build_mode()
-    if mode == "cpu":
+    if mode == "cpu" or (mode == "auto" and portable()):  # a wheel for others runs Triton's
         return None
     try:
+        if portable():
+            raise NoCuda("IMCL_FAST_PORTABLE=1 is for wheels, which have no CUDA kernels.")
         if is_cross(cxx):
             raise NoCuda(f"{cxx} compiles for {machine_of(cxx)}, another machine.")
         return nvcc(cxx)
@@ -261,6 +278,16 @@ def chosen_nvcc(cxx: str) -> Nvcc | None:
             fail(f"IMCL_FAST_BUILD=cuda: {reason}")
         print(f"imcl_fast: building without CUDA kernels: {reason}", file=sys.stderr)
         return None
+
+
+def word(text: object) -> str:
+    """A path in a command of a ninja file."""
+    return shlex.quote(str(text)).replace("$", "$$")
+
+
+def name_of(path: object) -> str:
+    """A path in what a ninja file says is built of what."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def ninja_file(operators: Path, build_info: Path | None = None) -> str:
@@ -274,8 +301,9 @@ def ninja_file(operators: Path, build_info: Path | None = None) -> str:
     csrc, cpu, cuda = ROOT / "csrc", ROOT / "csrc/cpu", ROOT / "csrc/cuda"
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     lines = [
-        f"cxx = {cxx}",
-        f"cxxflags = {CXXFLAGS} -I{cpu}" + (f" -include {csrc}/portable.h" * portable()),
+        f"cxx = {cxx.replace('$', '$$')}",
+        f"cxxflags = {CXXFLAGS} -I{word(cpu)}"
+        + f" -include {word(csrc / 'portable.h')}" * portable(),
         "rule compile",
         "  command = $cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -288,14 +316,15 @@ def ninja_file(operators: Path, build_info: Path | None = None) -> str:
     ]
 
     def compile_(source: Path, name: str, flags: str = "") -> str:
-        lines.extend([f"build {name}.o: compile {source}", f"  flags = {flags}"])
+        lines.extend([f"build {name}.o: compile {name_of(source)}", f"  flags = {flags}"])
         return f"{name}.o"
 
     kernels = []
     if gpu:  # first, for they take longest
         # ptxas's report of registers stays in the log beside the object.
         lines += [
-            f"nvcc = {gpu.program} -ccbin $cxx {NVCCFLAGS} {gpu.gpus.flags()}",
+            f"nvcc = {word(gpu.program)} -ccbin {word(program_of(cxx))} {NVCCFLAGS} "
+            f"{gpu.gpus.flags()}",
             "rule nvcc",
             "  command = $nvcc -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
             "{ cat $out.log; exit 1; }; grep -A 3 warning $out.log || true",
@@ -304,7 +333,7 @@ def ninja_file(operators: Path, build_info: Path | None = None) -> str:
         ]
         for source in CUDA_SOURCES:
             kernels.append(f"{source.stem}_cuda.o")
-            lines.append(f"build {kernels[-1]}: nvcc {source}")
+            lines.append(f"build {kernels[-1]}: nvcc {name_of(source)}")
     kernels += [
         compile_(cpu / f"{op}_kernels.cpp", f"{op}_{isa}", f"-DIMCL_ISA={isa} {ISA_FLAGS[isa]}")
         for op in ("pairwise", "consistency", "dependence")
@@ -316,7 +345,7 @@ def ninja_file(operators: Path, build_info: Path | None = None) -> str:
         for name in ("pairwise", "consistency", "dependence", "dispatch", "scratch")
     ]
     isa = compile_(cpu / "isa.cpp", "isa")
-    stable = f"-DTORCH_TARGET_VERSION={TORCH_ABI} -isystem {torch / 'include'}"
+    stable = f"-DTORCH_TARGET_VERSION={TORCH_ABI} -isystem {word(torch / 'include')}"
     on_tensors = [
         compile_(csrc / "tensors.cpp", "tensors", stable),
         compile_(cpu / "operators.cpp", "operators_cpu", stable),
@@ -324,7 +353,7 @@ def ninja_file(operators: Path, build_info: Path | None = None) -> str:
             csrc / "registration.cpp", "registration", stable + (" -DIMCL_WITH_CUDA" if gpu else "")
         ),
     ]
-    libraries = f"-L{torch / 'lib'} -ltorch_cpu -lc10"
+    libraries = f"-L{word(torch / 'lib')} -ltorch_cpu -lc10"
     definitions, names = "", ""
     if is_cross(cxx):  # the libraries of this torch are another machine's
         names = "libtorch_cpu.so libc10.so"
@@ -336,7 +365,7 @@ def ninja_file(operators: Path, build_info: Path | None = None) -> str:
         )
         # -ltorch brings in the CUDA libraries of a torch that has them.
         libraries = (
-            f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10 "
+            f"-L{word(torch / 'lib')} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10 "
             f"{gpu.libraries} -lcudart_static -Wl,--exclude-libs,libcudart_static.a "
             "-ldl -lrt -lpthread"
         )
@@ -349,16 +378,19 @@ def ninja_file(operators: Path, build_info: Path | None = None) -> str:
     facts = [compile_(csrc / "facts.cpp", "facts", definitions), isa]
     if portable():
         facts.append(compile_(csrc / "portable.cpp", "portable"))
-        libraries += f" -Wl,--version-script={csrc}/portable.map"
+        libraries += f" -Wl,--version-script={word(csrc / 'portable.map')}"
     linked = [(operators, [*on_tensors, *kernels, *facts], libraries)]
     if build_info:
         import pybind11
 
-        python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        folders = pybind11.get_include(), sysconfig.get_path("include")
+        python = " ".join(f"-isystem {word(folder)}" for folder in folders)
         info = compile_(csrc / "build_info.cpp", "build_info", python)
         linked.append((build_info, [info, *facts], ""))
     for out, objects, libs in linked:
-        lines.extend([f"build {out}: link {' '.join(objects)} | {names}", f"  libs = {libs}"])
+        lines.extend(
+            [f"build {name_of(out)}: link {' '.join(objects)} | {names}", f"  libs = {libs}"]
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -405,6 +437,8 @@ class SourceArchive(sdist):
         super().make_release_tree(base_dir, files)
         # setuptools follows the link; two copies of the kernels would go their own ways.
         link = Path(base_dir) / KERNELS
+        if link.is_symlink():  # of an archive that was interrupted
+            link.unlink()
         shutil.rmtree(link, ignore_errors=True)
         link.symlink_to(os.readlink(ROOT / KERNELS))
 

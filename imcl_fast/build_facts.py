@@ -7,6 +7,9 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+# Those of the facts that the build decided.
+BUILT = ("compiler", "isa_compiled", "cuda_architectures", "cuda_ptx", "nvcc")
+
 
 class BuildFacts:
     """The functions of ``_build_info``, of the library at ``path``, which is loaded already."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import dense
 from .algebra.consistency import REDUCE_NONE, kept_dtype
 from .algebra.pairwise import SIGNED, is_dual
-from .build_facts import BuildFacts
+from .build_facts import BUILT, BuildFacts
 from .kernels.dependence_plan import means_size
 from .kernels.plan import state_size
 from .schemas import LAYOUT, SCHEMAS
@@ -55,11 +55,16 @@ def _load() -> tuple[ModuleType | BuildFacts | None, str]:
             "the compiled extension is of another version than the Python code: build it again, "
             "or install the package again"
         )
+    facts = BuildFacts(LIBRARY)
     try:
         from . import _build_info  # type: ignore[attr-defined]
     except ImportError:  # a wheel for every Python
-        return BuildFacts(LIBRARY), ""
-    return _build_info, ""
+        return facts, ""
+    # In a checkout it may be of an earlier build than the library, which another Python shares.
+    of_one_build = all(
+        getattr(_build_info, name)() == getattr(facts, name)() for name in BUILT
+    )
+    return _build_info if of_one_build else facts, ""
 
 
 build_info, LOAD_ERROR = _load()

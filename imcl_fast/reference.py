@@ -275,6 +275,7 @@ def dependence(
                 if normalize:
                     variance = _hsic(k, k, estimator), _hsic(w, w, estimator)
                     degenerate = (variance[0] <= 0) | (variance[1] <= 0)
+                    degenerate = degenerate & ~value.isnan()
                     product = (variance[0] * variance[1]).masked_fill(degenerate, 1)
                     value = (value / product.sqrt()).masked_fill(degenerate, 0)
                 pairs.append(value)

@@ -173,13 +173,26 @@ def test_without_a_working_nvcc(
     assert message in str(stop.value)
 
 
+def test_wheels_for_others_have_no_cuda_kernels(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever nvcc is: it isn't even looked for."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("IMCL_FAST_PORTABLE", "1")
+    monkeypatch.setenv("IMCL_FAST_BUILD", "auto")
+    assert build.chosen_nvcc(build.compiler()) is None
+    monkeypatch.setenv("IMCL_FAST_BUILD", "cuda")
+    with pytest.raises(SystemExit, match="IMCL_FAST_PORTABLE=1 is for wheels"):
+        build.chosen_nvcc(build.compiler())
+
+
 def test_plan_with_nvcc(
     build: ModuleType, nvcc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IMCL_FAST_BUILD", "cuda")
     plan = build.ninja_file(tmp_path / "operators.so", tmp_path / "info.so")
     for source in (ROOT / "csrc/cuda").glob("*.cu"):
-        assert f"build {source.stem}_cuda.o: nvcc {source}" in plan
+        assert f"build {source.stem}_cuda.o: nvcc {build.name_of(source)}" in plan
     assert nvcc.gpus.flags() in plan and "-DIMCL_WITH_CUDA" in plan
     assert nvcc.version.split(".")[0].isdigit()
 

@@ -380,6 +380,9 @@ def test_what_is_no_number_gives_none(impl: Impl, options: dict, bad: float) -> 
     with torch.no_grad():
         x[2, 3] = bad
     assert F.dependence(x, y, impl=impl.name, **options).isnan()
+    constant = torch.ones_like(y)
+    assert F.dependence(x, constant, impl=impl.name, **options).isnan()
+    assert F.dependence(constant, x, impl=impl.name, **options).isnan()
 
 
 def test_an_empty_batch_gives_0(impl: Impl) -> None:

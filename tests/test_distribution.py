@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,73 @@ def test_a_cross_build_has_one_level_no_cuda_and_no_libraries_of_this_machine(
     assert "pairwise_baseline.o" in plan and "avx2" not in plan and "nvcc" not in plan
     assert "build libtorch_cpu.so: name" in plan and "-ltorch_cpu" not in plan
     assert "_build_info" not in plan
+
+
+def test_it_builds_in_any_folder(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ninja reads and what the shell does quote spaces in ways of their own."""
+    if shutil.which("ninja") is None:
+        pytest.skip("ninja is not installed")
+    folder = tmp_path / "my code: $HOME & more"
+    folder.mkdir()
+    (folder / "csrc").symlink_to(ROOT / "csrc")
+    monkeypatch.setattr(build, "ROOT", folder)
+    monkeypatch.setenv("IMCL_FAST_BUILD", "cpu")
+    monkeypatch.setenv("IMCL_FAST_PORTABLE", "1")
+    (folder / "build.ninja").write_text(build.ninja_file(folder / "imcl fast/_operators.so"))
+    plan = run("ninja", "-n", "-v", "-C", folder)
+    commands = [line.partition("] ")[2] for line in plan.splitlines() if "isa.cpp" in line]
+    assert commands and str(folder / "csrc/cpu/isa.cpp") in shlex.split(commands[0])
+    assert f"-I{folder}/csrc/cpu" in shlex.split(commands[0])
+    run("ninja", "-C", folder, "isa.o", "portable.o")
+    assert (folder / "isa.o").exists()
+
+
+def test_the_compiler_may_be_a_command_of_several_words(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/sh\nexec "$@"\n')
+    launcher.chmod(0o755)
+    real = build.program_of(build.compiler())
+    monkeypatch.setenv("CXX", f"{launcher} {real} -m64")
+    assert build.compiler() == f"{launcher} {real} -m64"
+    assert build.program_of(build.compiler()) == real
+    assert not build.is_cross(f"{launcher} {real}")
+    monkeypatch.setenv("CXX", "no-such-compiler --fast")
+    with pytest.raises(SystemExit, match="no C.. compiler found .no-such-compiler --fast"):
+        build.compiler()
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("2.10.0", "2.10 is"), ("2.11.1+cpu", None), ("3.0.0", None)]
+)
+def test_a_torch_that_is_too_old_is_named(
+    build: ModuleType, version: str, said: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/version.py").write_text(f"__version__ = '{version}'\n")
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(tmp_path))
+    if said is None:
+        assert build.torch_folder() == tmp_path / "torch"
+    else:
+        with pytest.raises(SystemExit, match=f"torch 2.11 or later, and {said} installed"):
+            build.torch_folder()
+
+
+def test_facts_are_of_the_library_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of another Python's build may lie beside it."""
+    if operators.build_info is None:
+        pytest.skip(operators.LOAD_ERROR)
+    module = pytest.importorskip("imcl_fast._build_info", reason="it is in no wheel for others")
+    assert operators._load()[0] is module
+    monkeypatch.setattr(module, "cuda_architectures", lambda: "35")
+    assert operators._load()[0].cuda_architectures() == BuildFacts(
+        operators.LIBRARY
+    ).cuda_architectures()
 
 
 def test_the_library_tells_what_the_module_of_this_python_tells(

@@ -99,7 +99,8 @@ def hsic(kernels: Tensor, estimator: int) -> Tensor:
 def cka(hsic: Tensor) -> Tensor:
     """HSIC_vw / sqrt(HSIC_vv HSIC_ww); 0, and its gradient, where one of these is not positive."""
     own = hsic.diagonal(dim1=-2, dim2=-1)
-    bad = (own <= 0).unsqueeze(-1) | (own <= 0).unsqueeze(-2)  # a NaN stays one
+    bad = (own <= 0).unsqueeze(-1) | (own <= 0).unsqueeze(-2)
+    bad = bad & ~hsic.isnan()  # which one stays, also beside a side that is constant
     product = own.unsqueeze(-1) * own.unsqueeze(-2)
     ratio = hsic / torch.where(bad, 1.0, product).sqrt()
     return torch.where(bad, 0.0, ratio)
