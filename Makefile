@@ -64,7 +64,8 @@ define run-tests
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest $(LONGEST) tests $(SELECT) \
 	    $(AT_ONCE) $(if $(AT_ONCE),--dist loadfile --no-loadscope-reorder)
 	@echo "the GPU kernels on the CPU: Triton's under its interpreter, then the CUDA kernels as C++"
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k triton $(SELECT) $(AT_ONCE)
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) tests/test_compile.py -k triton \
+	    $(SELECT) $(AT_ONCE)
 	CUDA_ON_CPU=1 $(RUN) -m pytest $(ON_EVERY_DEVICE) -k cuda $(SELECT) $(AT_ONCE)
 endef
 

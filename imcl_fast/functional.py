@@ -132,7 +132,8 @@ def kernel_similarity(
 
     Returns:
         A scalar; float64 if a weight is, float32 otherwise. The precision of its
-        products follows ``torch.get_float32_matmul_precision()``: ``"medium"`` may
+        products follows ``torch.get_float32_matmul_precision()`` (compiled code notices a change
+        from or to ``"highest"`` only, as PyTorch's compiler does): ``"medium"`` may
         round float32 inputs to bfloat16, and so may autocast to bfloat16; the others do
         not.
 

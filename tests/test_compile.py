@@ -8,6 +8,7 @@ from conftest import HALVES, Impl, assert_same_bits, dtype_name, leaf, matmul_pr
 from strategies import Matrices
 from torch import Tensor
 
+from imcl_fast import functional, implementations
 from imcl_fast import functional as F
 
 # Inductor takes seconds for each graph, so that most graphs here are only traced
@@ -181,6 +182,28 @@ def test_compiled_code_follows_the_matmul_precision(impl: Impl) -> None:
     for precision in ("highest", "medium", "highest"):
         with matmul_precision(precision):
             assert_same_bits(step(compiled, xs), step(function, xs))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("precision", functional.PRECISIONS)
+def test_the_matmul_precision_reaches_the_operation(
+    precision: str, autocast: bool, impl: Impl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this CPU makes of it; compiled code has it as it was at first."""
+    given: list[int] = []
+    real = implementations.pairwise(impl.name)
+
+    def forward(*arguments):
+        given.append(arguments[5])
+        return real.forward(*arguments)
+
+    monkeypatch.setitem(implementations._PAIRWISE, impl.name, real._replace(forward=forward))
+    expected = functional.PRECISIONS.index("medium" if autocast else precision)
+    x = torch.randn(4, 6, device=impl.device)
+    with matmul_precision(precision), torch.autocast(impl.device, torch.bfloat16, autocast):
+        F.kernel_similarity(x, impl=impl.name)
+        F.representation_similarity(x[None], impl=impl.name)
+    assert given == [expected, expected]
 
 
 def test_a_target_out_of_range_makes_a_traced_loss_nan(impl: Impl) -> None:
