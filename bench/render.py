@@ -28,7 +28,6 @@ HEADLINES = (
 
 NOT_YET = "Not measured yet.\n"
 TELLING = 0.05  # between an overhead's quartiles, at most, where a run can tell how large it is
-WITHOUT = "fused, without "  # one of the ways: stored results have such steps
 
 Results = Mapping
 
@@ -198,8 +197,6 @@ def _steps(results: Results, titles: Iterable[str]) -> Iterator[list[str]]:
     for title in titles:
         found = results["steps"][title]
         for name, one in found["methods"].items():
-            if name.startswith(WITHOUT):
-                continue
             spent = one["seconds"]
             plain = name == found["base"]
             yield [
@@ -215,9 +212,8 @@ def _steps(results: Results, titles: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _over_plain(method: Mapping) -> str:
-    """With its quartiles, which results of older versions don't have."""
-    between = " to ".join(map(percent, method.get("overhead_quartiles", ())))
-    return percent(method["overhead"]) + (f" ({between})" if between else "")
+    between = " to ".join(map(percent, method["overhead_quartiles"]))
+    return f"{percent(method['overhead'])} ({between})"
 
 
 def step_summary(results: Results) -> str:
@@ -245,8 +241,8 @@ def step_summary(results: Results) -> str:
 
 
 def _spread(method: Mapping) -> float:
-    """Between the quartiles of an overhead; results of older versions don't have them."""
-    low, high = method.get("overhead_quartiles", (0.0, 0.0))
+    """Between the quartiles of an overhead."""
+    low, high = method["overhead_quartiles"]
     return high - low
 
 
@@ -263,16 +259,9 @@ def naive(results: Results) -> str:
 
 
 def step_kernels(results: Results) -> str:
-    """Which kernels way 4 took in the training steps, by what the results know of it."""
-    counts = {title: found.get("kernels") for title, found in results["steps"].items()
-              if found["methods"]}  # fmt: skip
-    if None in counts.values():
-        return (
-            "These steps were measured when way 4 took the convolutions of more than one pixel "
-            "in every network. Since then it takes 1x1 convolutions and linear layers too where "
-            "those hold less than half of the weights.\n"
-        )
-    said = "; ".join(f"{title}: {count}" for title, count in counts.items())
+    """How many layers way 4 took in the training steps."""
+    said = "; ".join(f"{title}: {found['kernels']}" for title, found in results["steps"].items()
+                     if found["methods"])  # fmt: skip
     return f"Layers whose kernels way 4 takes: {said}.\n"
 
 

@@ -192,3 +192,13 @@ def write_folder(root: Path, *, test: str = "test", per_class: int = 3) -> None:
                 corners = generator.integers(0, 256, (2, 2, 3), dtype=np.uint8)
                 image = Image.fromarray(corners).resize((20 + 3 * i, 24), Image.Resampling.BILINEAR)
                 image.save(root / side / name / f"{i}.{'jpg' if i == 2 else 'png'}")
+
+
+# By the name of the data set.
+WRITERS = {
+    "fashion-mnist": write_fashion_mnist,
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "stl10": write_stl10,
+    "imagenet32": write_imagenet32,
+}

@@ -15,7 +15,6 @@ from torch import Tensor
 
 PENALTIES = ("square", "abs", "signed")
 TEACHERS = ("others", "mean", "final", "pairwise")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Sizes around the widths of vectors and tiles, where remainders are handled.
 SIZES = (1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 23, 31, 32, 33)

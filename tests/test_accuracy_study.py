@@ -800,13 +800,7 @@ def test_a_plot_is_the_same_for_the_same_results(found, tmp_path) -> None:
 
 # ---- the studies of the project --------------------------------------------------------
 
-WRITERS = {
-    "fashion-mnist": data_files.write_fashion_mnist,
-    "cifar10": data_files.write_cifar10,
-    "cifar100": data_files.write_cifar100,
-    "stl10": data_files.write_stl10,
-    "imagenet32": data_files.write_imagenet32,
-}
+
 
 
 def shrunk(config: TrainConfig, root: Path) -> TrainConfig:
@@ -820,7 +814,7 @@ def shrunk(config: TrainConfig, root: Path) -> TrainConfig:
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "imagenet32"])
 def test_studies_of_other_data_train_on_their_files(name, tmp_path) -> None:
     study = study_file.load(name)
-    WRITERS[study.runs[0].config.dataset](tmp_path)
+    data_files.WRITERS[study.runs[0].config.dataset](tmp_path)
     cells = cycle([(c, n) for c in study.conditions for n in study.networks])
     for cell, method in zip(cells, study.methods, strict=False):
         run = next(r for r in study.runs if (r.condition, r.network, r.method) == (*cell, method))

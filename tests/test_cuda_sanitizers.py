@@ -26,7 +26,6 @@ from test_sanitizers import ADDRESS, compiler, run, sanitizing_compiler
 # Locals that nobody set hold large numbers, as uninitialised registers may.
 POISONED_LOCALS = "-ftrivial-auto-var-init=pattern"
 SEEDS = 10  # of orders in which the kernels are checked for races
-BARRIER = "threads wait"  # what the emulator says of a barrier that not all come to
 
 
 def faults(folder: Path, cxx: str, *flags: str) -> Path:

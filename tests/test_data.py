@@ -41,13 +41,6 @@ def no_debian_package(monkeypatch, tmp_path):
 
 
 FASHION_IMAGES = "train-images-idx3-ubyte.gz"
-WRITERS = {
-    "fashion-mnist": data_files.write_fashion_mnist,
-    "cifar10": data_files.write_cifar10,
-    "cifar100": data_files.write_cifar100,
-    "stl10": data_files.write_stl10,
-    "imagenet32": data_files.write_imagenet32,
-}
 SHAPES = {
     "fashion-mnist": ((1, 28, 28), 10, PaddedCrop(2, flip=True)),
     "cifar10": ((3, 32, 32), 10, PaddedCrop(4, flip=True)),
@@ -66,9 +59,9 @@ def one_line(raised) -> str:
 # Data sets
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", data_files.WRITERS)
 def test_original_files_are_read(name, tmp_path):
-    written = WRITERS[name](tmp_path)
+    written = data_files.WRITERS[name](tmp_path)
     data = load(name, tmp_path)
     shape, classes, augmentation = SHAPES[name]
     assert (data.name, data.shape, data.augmentation) == (name, shape, augmentation)
@@ -255,7 +248,7 @@ def batch(**changes):
     ],
 )  # fmt: skip
 def test_damage_is_named(name, file, damage, message, tmp_path):
-    WRITERS[name](tmp_path)
+    data_files.WRITERS[name](tmp_path)
     damage(tmp_path / file)
     with pytest.raises(DataError, match=message) as raised:
         load(name, tmp_path)
@@ -286,7 +279,7 @@ class Evil:
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("name", ["cifar10", "imagenet32"])
 def test_pickles_run_no_code(name, protocol, tmp_path):
-    WRITERS[name](tmp_path)
+    data_files.WRITERS[name](tmp_path)
     mark = tmp_path / "mark"
     files = {"cifar10": TEST_BATCH, "imagenet32": "Imagenet32_train/train_data_batch_10"}
     path = tmp_path / files[name]
@@ -384,7 +377,7 @@ def archive_of(folder, path):
 def test_archives_are_downloaded_and_checked(
     name, theirs, folder, tmp_path, server, monkeypatch
 ):
-    written = WRITERS[name](tmp_path / "server")
+    written = data_files.WRITERS[name](tmp_path / "server")
     md5 = archive_of(tmp_path / "server" / folder, tmp_path / "server" / "set.tar.gz")
     theirs = getattr(import_torchvision().datasets, theirs)
     monkeypatch.setattr(theirs, "url", f"{server}set.tar.gz")

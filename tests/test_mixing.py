@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from training_processes import SMALL, Command, table
 
 from imcl_fast import objectives
-from imcl_fast.data import load
 from imcl_fast.data.loader import TrainLoader
 from imcl_fast.data.mixing import Mixing
 from imcl_fast.models import import_torchvision, resnet18
@@ -15,9 +14,7 @@ import_torchvision()
 BATCH = 16
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load("digits")
+
 
 
 def batches(digits, mixing, epoch=0, first=0, seed=5, **options):

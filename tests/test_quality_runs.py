@@ -23,7 +23,6 @@ from training_processes import (
 )
 
 from imcl_fast import Trainer, objectives
-from imcl_fast.data import load
 from imcl_fast.data.augmentation import PaddedCrop
 from imcl_fast.data.dataset import DataError, DataSet, Split
 from imcl_fast.data.loader import TestLoader, TrainLoader
@@ -40,11 +39,6 @@ from imcl_fast.training.preparation import prepare_data
 
 NAMES = ("raw", "jpeg20", "noise0.1", "down2", "blur1.5")
 SEEDS = torch.arange(4)
-
-
-@pytest.fixture(scope="module")
-def digits() -> DataSet:
-    return load("digits")
 
 
 def photos(channels: int = 3, size: int = 16, count: int = 4) -> Tensor:

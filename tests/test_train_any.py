@@ -95,16 +95,11 @@ def test_a_network_of_timms(tmp_path):
         ("{}:absent", r"absent: can't be built \(AttributeError"),
     ],
 )
-def test_other_names_are_refused(factories, name, message, digits_set):
+def test_other_names_are_refused(factories, name, message, digits):
     if name.startswith("timm"):
         pytest.importorskip("timm", reason="timm is not installed")
     with pytest.raises((UsageError, ValueError), match=message):
-        build_network(config(model=name.format(factories), width=64), digits_set)
-
-
-@pytest.fixture(scope="module")
-def digits_set():
-    return imcl_fast.data.load("digits")
+        build_network(config(model=name.format(factories), width=64), digits)
 
 
 def test_a_network_that_cannot_be_built_leaves_no_folder(factories, tmp_path, capsys):
@@ -116,9 +111,9 @@ def test_a_network_that_cannot_be_built_leaves_no_folder(factories, tmp_path, ca
     assert not run.exists()
 
 
-def test_settings_of_this_packages_networks_are_for_them_alone(factories, digits_set):
+def test_settings_of_this_packages_networks_are_for_them_alone(factories, digits):
     with pytest.raises(UsageError, match="width: expected none for .*:make, which has its own"):
-        build_network(config(model=f"{factories}:make", width=8), digits_set)
+        build_network(config(model=f"{factories}:make", width=8), digits)
     network = named(f"{factories}:make", 7)
     assert isinstance(network, nn.Module) and network[-1].out_features == 7
 

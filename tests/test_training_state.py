@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from training_processes import checkpoints, config, table
+from training_processes import assert_same, checkpoints, config, table
 
 from imcl_fast.runs.errors import CheckpointError
 from imcl_fast.training.distributed import Processes
@@ -61,21 +61,6 @@ def state(seed):
 
 def draws():
     return random.random(), float(numpy.random.rand()), float(torch.rand(()))
-
-
-def assert_same(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def test_a_state_comes_back_whole() -> None:

@@ -137,23 +137,23 @@ def results(run: Path) -> dict:
 def assert_identical(run: Path, other: Path) -> None:
     """Both runs ended with the same weights and tables, bit for bit, and nothing else."""
     first, second = results(run), results(other)
-    _same(first, second, "")
+    assert_same(first, second)
     names = [{str(path.relative_to(folder)) for path in folder.rglob("*")}
              for folder in (run, other)]  # fmt: skip
     assert names[0] == names[1]
 
 
-def _same(a: object, b: object, where: str) -> None:
+def assert_same(a: object, b: object, where: str = "") -> None:
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
         assert list(a) == list(b), where
         for key in a:
-            _same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            _same(x, y, f"{where}[{i}]")
+            assert_same(x, y, f"{where}[{i}]")
     else:
         assert a == b, where
 

@@ -24,7 +24,6 @@ COLUMNS = (
     ("effective_rank", "eff. rank", ".1f", 1.0),
 )
 
-Profile = Sequence[Mapping[str, Any]]
 
 
 def write_report(run_folder: str | Path) -> Path:

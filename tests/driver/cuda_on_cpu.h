@@ -83,21 +83,12 @@ struct uint3 {
   unsigned x, y, z;
 };
 
-#define IMCL_VECTOR_TYPES(Scalar, name)                                       \
-  struct alignas(2 * sizeof(Scalar)) name##2 { Scalar x, y; };                \
-  struct alignas(4 * sizeof(Scalar) < 16 ? 4 * sizeof(Scalar) : 16) name##4 { \
-    Scalar x, y, z, w;                                                        \
-  };                                                                          \
-  constexpr name##2 make_##name##2(Scalar x, Scalar y) { return {x, y}; }     \
-  constexpr name##4 make_##name##4(Scalar x, Scalar y, Scalar z, Scalar w) { return {x, y, z, w}; }
-IMCL_VECTOR_TYPES(float, float)
-IMCL_VECTOR_TYPES(double, double)
-IMCL_VECTOR_TYPES(int, int)
-IMCL_VECTOR_TYPES(unsigned, uint)
-IMCL_VECTOR_TYPES(short, short)
-IMCL_VECTOR_TYPES(unsigned short, ushort)
-IMCL_VECTOR_TYPES(long long, longlong)
-#undef IMCL_VECTOR_TYPES
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -105,13 +96,6 @@ struct __nv_bfloat16 {
 struct __half {
   uint16_t bits;
 };
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
-struct alignas(4) __half2 {
-  __half x, y;
-};
-
 namespace emulated {
 
 template <class To, class From>
@@ -262,7 +246,6 @@ struct Fiber {
   unsigned mask;   // in a warp operation for whom,
   const void* in;  // with what,
   void* out;       // and where its result belongs;
-  int vote;        // at a barrier with which predicate
 };
 
 inline thread_local Fiber* current = nullptr;
@@ -339,14 +322,12 @@ class Block {
     std::abort();
   }
 
-  // Waits for all threads of the block; the number of them whose predicate isn't 0.
-  int barrier(int predicate, Site site) {
+  // Waits for all threads of the block.
+  void barrier(Site site) {
     Fiber& self = *current;
     self.state = State::kAtBarrier;
     self.site = site;
-    self.vote = predicate != 0;
     leave(self);
-    return votes_;
   }
 
   // Waits for the lanes in `mask`; the last of them calls body(in, out), which are the lanes'
@@ -443,11 +424,7 @@ class Block {
 
   bool release_barrier() {
     unsigned waiting = 0;
-    votes_ = 0;
-    for (const Fiber& fiber : fibers_) {
-      waiting += fiber.state == State::kAtBarrier;
-      votes_ += fiber.state == State::kAtBarrier ? fiber.vote : 0;
-    }
+    for (const Fiber& fiber : fibers_) waiting += fiber.state == State::kAtBarrier;
     if (waiting != size()) return false;
     for (const Fiber& fiber : fibers_)
       if (!(fiber.site == fibers_[0].site)) complain("threads wait at different barriers");
@@ -520,7 +497,6 @@ class Block {
   Piece dynamic_;
   Context scheduler_;
   bool descending_ = false;
-  int votes_ = 0;
   std::string error_;
   const void* bottom_ = nullptr;  // the scheduler's own stack, for AddressSanitizer
   std::size_t bottom_size_ = 0;
@@ -708,20 +684,6 @@ inline T shuffle(unsigned mask, T value, unsigned source, Site site) {
       site);
 }
 
-template <class Fold>
-inline unsigned fold(unsigned mask, unsigned value, Site site, unsigned start, const Fold& join) {
-  return collective<unsigned>(
-      mask, value,
-      [&](const auto& in, const auto& out) {
-        unsigned result = start;
-        for (unsigned lane = 0; lane < kWarp; ++lane)
-          if (mask >> lane & 1) result = join(result, in(lane), lane);
-        for (unsigned lane = 0; lane < kWarp; ++lane)
-          if (mask >> lane & 1) out(lane) = result;
-      },
-      site);
-}
-
 template <class T, class Key>
 inline T& shared(Key key) {
   static_assert(std::is_trivially_default_constructible_v<T>);
@@ -754,16 +716,7 @@ inline T& shared(Key key) {
 constexpr int warpSize = 32;
 
 inline void __syncthreads(emulated::Site site = emulated::Site::here()) {
-  emulated::current->block->barrier(0, site);
-}
-inline int __syncthreads_count(int predicate, emulated::Site site = emulated::Site::here()) {
-  return emulated::current->block->barrier(predicate, site);
-}
-inline int __syncthreads_or(int predicate, emulated::Site site = emulated::Site::here()) {
-  return emulated::current->block->barrier(predicate, site) != 0;
-}
-inline int __syncthreads_and(int predicate, emulated::Site site = emulated::Site::here()) {
-  return emulated::current->block->barrier(!predicate, site) == 0;
+  emulated::current->block->barrier(site);
 }
 inline void __syncwarp(unsigned mask = ~0u, emulated::Site site = emulated::Site::here()) {
   const unsigned warp = emulated::current->warp;
@@ -773,48 +726,12 @@ inline void __syncwarp(unsigned mask = ~0u, emulated::Site site = emulated::Site
 }
 
 template <class T>
-inline T __shfl_sync(unsigned mask, T value, int source, int width = 32,
-                     emulated::Site site = emulated::Site::here()) {
-  const unsigned lane = emulated::current->lane, w = static_cast<unsigned>(width);
-  return emulated::shuffle(mask, value, lane / w * w + static_cast<unsigned>(source) % w, site);
-}
-template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int other, int width = 32,
                          emulated::Site site = emulated::Site::here()) {
   const unsigned lane = emulated::current->lane, w = static_cast<unsigned>(width);
   const unsigned source = lane ^ static_cast<unsigned>(other);
   return emulated::shuffle(mask, value, source / w <= lane / w ? source : lane, site);
 }
-template <class T>
-inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                          emulated::Site site = emulated::Site::here()) {
-  const unsigned lane = emulated::current->lane, w = static_cast<unsigned>(width);
-  return emulated::shuffle(mask, value, lane % w + delta < w ? lane + delta : lane, site);
-}
-template <class T>
-inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                        emulated::Site site = emulated::Site::here()) {
-  const unsigned lane = emulated::current->lane, w = static_cast<unsigned>(width);
-  return emulated::shuffle(mask, value, lane % w >= delta ? lane - delta : lane, site);
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              emulated::Site site = emulated::Site::here()) {
-  return emulated::fold(
-      mask, predicate != 0, site, 0,
-      [](unsigned all, unsigned one, unsigned lane) { return all | one << lane; });
-}
-inline int __any_sync(unsigned mask, int predicate, emulated::Site site = emulated::Site::here()) {
-  return __ballot_sync(mask, predicate, site) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, emulated::Site site = emulated::Site::here()) {
-  return __ballot_sync(mask, predicate, site) == mask;
-}
-inline unsigned __reduce_add_sync(unsigned mask, unsigned value,
-                                  emulated::Site site = emulated::Site::here()) {
-  return emulated::fold(mask, value, site, 0,
-                        [](unsigned all, unsigned one, unsigned) { return all + one; });
-}
-
 // ---- memory ----
 
 inline void __threadfence(emulated::Site site = emulated::Site::here()) {
@@ -828,69 +745,23 @@ template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
 inline T atomicAdd(T* address, std::common_type_t<T> value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
-template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
-inline T atomicExch(T* address, std::common_type_t<T> value) {
-  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+template <class T>
+inline T __ldg(const T* address) {
+  return *address;
 }
-template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
-inline T atomicOr(T* address, std::common_type_t<T> value) {
-  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+template <class T>
+inline T __ldcg(const T* address) {
+  return *address;
 }
-template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
-inline T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value) {
-  T found = expected;
-  __atomic_compare_exchange_n(address, &found, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-  return found;
-}
-
-#define IMCL_LOADS(name)            \
-  template <class T>                \
-  inline T name(const T* address) { \
-    return *address;                \
-  }
-IMCL_LOADS(__ldg)
-IMCL_LOADS(__ldca)
-IMCL_LOADS(__ldcg)
-IMCL_LOADS(__ldcs)
-IMCL_LOADS(__ldlu)
-IMCL_LOADS(__ldcv)
-#undef IMCL_LOADS
-#define IMCL_STORES(name)                                     \
-  template <class T>                                          \
-  inline void name(T* address, std::common_type_t<T> value) { \
-    *address = value;                                         \
-  }
-IMCL_STORES(__stcs)
-IMCL_STORES(__stcg)
-IMCL_STORES(__stwb)
-IMCL_STORES(__stwt)
-#undef IMCL_STORES
 
 // ---- arithmetic ----
 
 using std::max;
 using std::min;
 
-inline int __float_as_int(float x) { return emulated::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return emulated::bit_cast<unsigned>(x); }
-inline float __int_as_float(int x) { return emulated::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulated::bit_cast<float>(x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
-inline float __exp2f(float x) { return std::exp2(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __frcp_rn(float x) { return 1 / x; }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }
 
 inline float __bfloat162float(__nv_bfloat16 x) {
   return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
@@ -900,7 +771,6 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
 
 inline float __half2float(__half x) {
   const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
@@ -924,22 +794,6 @@ inline __half __float2half_rn(float x) {
   }
   return {static_cast<uint16_t>(sign | bits)};
 }
-inline __half __float2half(float x) { return __float2half_rn(x); }
-
-inline float2 __bfloat1622float2(__nv_bfloat162 v) {
-  return {__bfloat162float(v.x), __bfloat162float(v.y)};
-}
-inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
-  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
-}
-inline __half2 __floats2half2_rn(float x, float y) {
-  return {__float2half_rn(x), __float2half_rn(y)};
-}
-inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
-inline uint16_t __half_as_ushort(__half x) { return x.bits; }
-inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return {bits}; }
-inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
 
 // ---- the host's side ----
 
@@ -948,14 +802,10 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor,
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "a CUDA error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }  // launches throw theirs
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -963,9 +813,6 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 3; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulated::kMostShared; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
   }
   return cudaSuccess;
 }
