@@ -174,6 +174,11 @@ def makers(
         return {
             name: Resize() for name, x in outputs.items() if x is not None and is_same(x, logits)
         }
+    if logits.is_meta:
+        raise ValueError(
+            "example_input: expected a device that computes, for dense logits are told by their "
+            "values, got meta; build the IMCL on the CPU, and move it then"
+        )
     found = {}
     for name, output in outputs.items():
         if output is not None and output.dim() > 2:
@@ -251,8 +256,13 @@ def grid(count: int, size: Sequence[int]) -> tuple[int, ...] | None:
 
 def is_same(output: Tensor, other: Tensor) -> bool:
     """Whether two Tensors are the same numbers in the same order, not by chance."""
+    if output is other:
+        return True
+    # Not by data_ptr(), which is 0 of all that are on the meta device.
     return (
-        output.shape == other.shape
-        and output.data_ptr() == other.data_ptr()
+        output.layout == other.layout == torch.strided
+        and output.shape == other.shape
         and output.stride() == other.stride()
+        and output.storage_offset() == other.storage_offset()
+        and output.untyped_storage()._cdata == other.untyped_storage()._cdata
     )

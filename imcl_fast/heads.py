@@ -86,6 +86,8 @@ def average(features: Tensor) -> Tensor:
     channels_last, which makes adding it to their other gradients ten times as slow.
     """
     if features.dtype not in (torch.float32, torch.float64):
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return features.mean(dim=tuple(range(2, features.dim())))  # they take no Function
         return _Average.apply(features)
     # The same in fewer microseconds. In half precision a sum can be out of range, and autocast
     # would have a gradient as large as the features after all.

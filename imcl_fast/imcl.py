@@ -92,7 +92,9 @@ class IMCL(IMCLState):
             of the process, 0 if it has no layer; the mean over processes is the value.
             ``torch.distributed`` must be initialised, and all of it train together. Not with
             weights that FSDP2 has in shards: these are gathered whole in every process, in the
-            calls that compute way 4 (``kernel_interval``), which must be the same in all.
+            calls that compute way 4 (``kernel_interval``), which must be the same in all. Under
+            FSDP2 the classifier belongs to the outermost unit: another gives its weight back
+            before the backward pass of way 1 needs it.
         criterion: ``(output, target) -> scalar``, of what ``model`` returns, in place of the
             cross entropy of its logits; of heads and views, where there are any, the cross
             entropy stays. ``target`` is then whatever it takes, and for an output that is no
@@ -138,9 +140,17 @@ class IMCL(IMCLState):
     Only calls in training mode and with gradients enabled count, those of all batches that one
     optimizer step accumulates too; any other computes every way at its plain weight. How many
     have been made is in ``state_dict``, so that a resumed training goes on with the schedule; a
-    state_dict from before there was one begins it. Who calls twice on the same batch for one
-    optimizer step (SAM) wants odd intervals; a CUDA graph replays the ways of the call that it
+    state_dict from before there was one begins it. Who calls an even number of times for one
+    optimizer step (SAM; real and made images of a GAN) wants odd intervals, for otherwise the
+    same one of these calls has all turns; a CUDA graph replays the ways of the call that it
     captured.
+
+    ``torch.compile`` makes a graph for each set of ways that a call computes, for a batch of
+    another size (the last one of an epoch), and for calls in eval mode or without a target: with
+    the defaults more than the 8 that it takes, after which ``fullgraph=True`` is an error and
+    without it calls run uncompiled. Set ``torch._dynamo.config.recompile_limit`` to 16. The
+    weights of ways 1 and 2, temperatures and label smoothing are constants of a graph: one that
+    changes in every step makes a graph in every step.
 
     Under gradient checkpointing the work on a layer is done once, not again when its segment
     is run again. A layer inside a segment, other than at its end, needs
@@ -483,6 +493,18 @@ class IMCL(IMCLState):
         replica.__dict__.pop("forward", None)  # that of ``self``, see show_parameters_of
         return replica
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What forward shows is pickled as the class's own, and made again of the model.
+        state = self.__dict__.copy()
+        state["_shows_parameters"] = state.pop("forward", None) is not None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shows = state.pop("_shows_parameters", False)
+        super().__setstate__(state)
+        if shows:
+            outputs.show_parameters_of(self.model, self)
+
     def plan(self) -> str:
         """What each way acts on, and what share of the weights way 4; for people to read."""
         return plan.text(self, self._nothing)
@@ -534,7 +556,15 @@ class IMCL(IMCLState):
                 "shard_kernels: expected whole weights, got such as FSDP2 has in shards, which all "
                 "processes gather together; pass shard_kernels=False"
             )
-        weights = kernel_weights.by_role(kernel_weights.whole(weights), share.roles, where)
+        weights = kernel_weights.whole(weights)
+        for path, weight in zip(where, weights, strict=True):
+            if weight.dim() < 2:
+                raise RuntimeError(
+                    f"kernel_weight: the weight of {path!r} is not there whole, its shape is "
+                    f"{tuple(weight.shape)}: FSDP1 and ZeRO-3 take weights apart; use FSDP2, or "
+                    "set kernel_weight to 0"
+                )
+        weights = kernel_weights.by_role(weights, share.roles, where)
         kind = functional.PENALTIES.index(self.kernel_penalty)
         similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale

@@ -40,7 +40,7 @@ class Perturbation:
         model: whose weights are perturbed.
         gamma: at least 0, the length of the step in units of each weight's norm.
         ways: an ``IMCL`` whose calls these are: those after ``move`` are of the same turns of its
-            schedule as those before.
+            schedule as those before. None takes those that ``model`` is or has.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
@@ -50,23 +50,24 @@ class Perturbation:
     def __init__(self, model: nn.Module, gamma: float, ways: IMCL | None = None) -> None:
         validation.module("model", model)
         self.gamma = validation.number("gamma", gamma, low=0, high=math.inf)
-        self._model, self._ways = model, ways
+        self._model = model
+        self._ways = [ways] if ways is not None else _ways_in(model)
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
         self._weights: list[tuple[nn.Parameter, Tensor]] = []
         self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
-        self._turn: Tensor | None = None
+        self._turns: list[Tensor] = []
         self._moved = False
 
     def __enter__(self) -> Perturbation:
         if self._gradients:
             raise RuntimeError("Perturbation: each block needs one of its own")
-        modules = [self._model] if self._ways is None else [self._model, self._ways]
+        modules = [self._model, *self._ways]
         parameters = dict.fromkeys(p for module in modules for p in module.parameters())
         # Copied, for DistributedDataParallel may have them in buckets that it writes to.
         self._gradients = [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
         for parameter in parameters:
             parameter.grad = None
-        self._turn = None if self._ways is None else self._ways.get_extra_state()
+        self._turns = [ways.get_extra_state() for ways in self._ways]
         return self
 
     @torch.no_grad()
@@ -86,8 +87,9 @@ class Perturbation:
         ]
         for parameter, _ in self._gradients:
             parameter.grad = None
-        if self._ways is not None and self._turn is not None:
-            self._ways.set_extra_state(self._turn)
+        for ways, turn in zip(self._ways, self._turns, strict=True):
+            ways.set_extra_state(turn)
+            ways._heads_move.passes_over(ways.model.parameters())
         torch.clear_autocast_cache()  # of the weights as they were
 
     @torch.no_grad()
@@ -99,6 +101,8 @@ class Perturbation:
                 buffer.copy_(value)
             module._buffers[name] = buffer  # which a module may have put another in place of
         self._weights, self._buffers = [], []
+        for ways in self._ways:
+            ways._heads_move.passes_over(ways.model.parameters())
         torch.clear_autocast_cache()
         for parameter, before in self._gradients:
             if before is not None:
@@ -108,6 +112,12 @@ class Perturbation:
                 "Perturbation: expected a move() in the block, between the backward pass that "
                 "finds the way and the one to learn from, got none"
             )
+
+
+def _ways_in(model: nn.Module) -> list[IMCL]:
+    from .imcl import IMCL  # which imports a good deal
+
+    return [module for module in model.modules() if isinstance(module, IMCL)]
 
 
 def _step(weight: Tensor, grad: Tensor, gamma: float) -> Tensor:

@@ -193,6 +193,11 @@ class QualityAgnostic(nn.Module):
         """
         if target is None:
             return self.model(views)
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "QualityAgnostic can't be trained under nn.DataParallel, whose replicas share its "
+                "hooks; use nn.parallel.DistributedDataParallel"
+            )
         x, count = self._together(views)
         if not self.training:
             return self._objective(self.model(x), target, count)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+LONGEST = 100_000  # calls of a period, each of which has a place in memory
+
 
 class Turn:
     """A training call in a period, and the one after it.
@@ -35,18 +37,28 @@ class Schedule:
     Args:
         representation, kernel: the intervals k, at least 1.
         position: of the first call; only its remainder in the period counts.
+
+    Raises:
+        ValueError: the period, their least common multiple, is longer than ``LONGEST``.
     """
 
     def __init__(self, representation: int, kernel: int, position: int = 0) -> None:
         self.representation, self.kernel = representation, kernel
         shift = math.gcd(representation, kernel) // 2
+        period = math.lcm(representation, kernel)
+        if period > LONGEST:
+            raise ValueError(
+                "representation_interval, kernel_interval: expected a least common multiple of at "
+                f"most {LONGEST}, got {representation} and {kernel}; to switch a way off set its "
+                "weight to 0"
+            )
         turns = [
             Turn(
                 i,
                 representation if i % representation == 0 else 0,
                 kernel if i % kernel == shift else 0,
             )
-            for i in range(math.lcm(representation, kernel))
+            for i in range(period)
         ]
         for turn, following in zip(turns, turns[1:] + turns[:1], strict=True):
             turn.next = following

@@ -81,7 +81,9 @@ class Step:
         if _autograd_context() == self.context:
             self.take(layer, module, features)
         else:
-            self.waiting.append((layer, module, features, _inside_function()))
+            # A network that is compiled by itself can't be asked, and has no such function.
+            inside = not torch.compiler.is_compiling() and _inside_function()
+            self.waiting.append((layer, module, features, inside))
 
     def finish(self) -> None:
         """Do, outside all checkpointed segments, what had to wait.

@@ -22,8 +22,16 @@ class HeadsMove:
         self.moves = 0
         self.done = False
 
+    def passes_over(self, model: Iterable[Tensor]) -> None:
+        """What has changed the network since the last call was no optimizer."""
+        if self.seen is not None:
+            self.seen = _version(model)
+
     def look(self, model: Iterable[Tensor], heads: Iterable[Tensor]) -> None:
         """To be called in each training call, before the optimizer's step."""
+        model, heads = list(model), list(heads)
+        if any(hasattr(p, "full_tensor") for p in [*model, *heads]):
+            self.done = True  # FSDP2 writes to what it gathers, and the optimizer to shards
         moved = sum(p._version for p in heads if p.requires_grad)
         if self.seen is None:
             self.heads, self.done = moved, not any(p.requires_grad for p in heads)
@@ -31,7 +39,7 @@ class HeadsMove:
             self.done = True
         if self.done:
             return
-        version = max((p._version for p in model if p.requires_grad), default=0)
+        version = _version(model)
         self.moves += self.seen is not None and version != self.seen
         self.seen = version
         if self.moves == MOVES:
@@ -43,3 +51,7 @@ class HeadsMove:
                 "between the steps looks the same)",
                 stacklevel=6,  # where the IMCL is called
             )
+
+
+def _version(model: Iterable[Tensor]) -> int:
+    return max((p._version for p in model if p.requires_grad), default=0)

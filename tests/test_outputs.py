@@ -190,11 +190,13 @@ def test_the_signature_shows_what_the_model_takes():
     assert twin.forward.__self__ is twin and imcl.forward.__self__ is imcl
     with torch.no_grad():
         twin.model.fc.bias.add_(1)
-    assert torch.allclose(twin(X), imcl(X) + 1)
+    torch.testing.assert_close(twin(X), imcl(X) + 1)
     file = io.BytesIO()
     torch.save(imcl, file)
     file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False)(X), imcl(X))
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(X), imcl(X)) and loaded.forward.__self__ is loaded
+    assert list(inspect.signature(loaded.forward).parameters) == names
     with pytest.raises(RuntimeError, match="nn.DataParallel"):
         imcl._replicate_for_data_parallel()(X, Y)
     torch._dynamo.reset()

@@ -450,6 +450,34 @@ def test_an_exception_leaves_the_weights_as_they_were() -> None:
         assert_same_bits([value], [before[name]])
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_ways_in_what_is_perturbed_have_their_turns(wrapped: bool) -> None:
+    """Two calls to a step: without that, all turns would be in those that are thrown away."""
+    (x,), y = data(1)
+    imcl = IMCL(
+        Network().double(), x, representation_interval=8, kernel_interval=16, impl="torch"
+    )
+    model = nn.ModuleDict({"a": imcl}) if wrapped else imcl
+    seen = []
+    for _ in range(16):
+        with Perturbation(model, 0.01) as perturbation:
+            first = imcl(x, y)
+            first.loss.backward()
+            perturbation.move()
+            second = imcl(x, y)
+            second.loss.backward()
+        assert first.terms.keys() == second.terms.keys()
+        seen.append(second.terms.keys() & {"representation_similarity", "kernel_similarity"})
+    assert [len(ways) for ways in seen] == [i % 8 == 0 or i == 4 for i in range(16)]
+
+
+def test_no_replica_is_trained() -> None:
+    (x,), y = data(1)
+    replica = QualityAgnostic(Network().double(), x, impl="torch")._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="nn.DataParallel.*DistributedDataParallel"):
+        replica([x, x], y)
+
+
 def test_a_block_has_one_move() -> None:
     network = nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match="got none"), Perturbation(network, 0.1):

@@ -260,3 +260,9 @@ def test_intervals_are_whole_numbers(name):
     assert getattr(imcl, name) == 3
     with pytest.raises(AttributeError):
         setattr(imcl, name, 4)
+
+
+def test_a_period_has_an_end():
+    with pytest.raises(ValueError, match="least common multiple of at most 100000, got 499 and 50"):
+        Schedule(499, 503)
+    assert Schedule(1000, 64).turn.position == 0

@@ -8,12 +8,14 @@ import pytest
 import torch
 from test_distributed_objective import Small
 from test_imcl import WEIGHTS, FlatCNN, build
-from torch import distributed, multiprocessing
+from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from imcl_fast import IMCL
+from imcl_fast import IMCL, Perturbation
 from imcl_fast import functional as F
+from imcl_fast.heads import average
+from imcl_fast.imcl import EVERY_WAY
 
 X = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 4, 5])
@@ -59,6 +61,37 @@ def test_nothing_is_told_where_nothing_is_wrong():
     late(X, Y).loss.backward()
     optimizer.step()
     assert not trained(copy.deepcopy(late), late.parameters(), steps=1)
+
+
+def test_perturbed_weights_are_no_training():
+    """Two blocks are accumulated; what they write to the network they take back."""
+    network = FlatCNN()
+    imcl = build(network, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            with Perturbation(network, 0.01, imcl) as perturbation:
+                imcl(X, Y).loss.backward()
+                perturbation.move()
+                imcl(X, Y).loss.backward()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    with pytest.warns(UserWarning, match="the auxiliary heads have not"):
+        for _ in range(5):
+            with Perturbation(network, 0.01, imcl) as perturbation:
+                imcl(X, Y).loss.backward()
+                perturbation.move()
+                imcl(X, Y).loss.backward()
+            optimizer.step()
+
+
+def test_weights_that_were_taken_apart_are_named():
+    """As FSDP1 leaves a slice of all of a unit's parameters in each place."""
+    imcl = build(FlatCNN(), X)
+    first = imcl.kernels[0]
+    module = imcl.model.get_submodule(first)
+    module.weight = torch.nn.Parameter(module.weight.detach().flatten()[3:])
+    with pytest.raises(RuntimeError, match=f"kernel_weight: the weight of {first!r} is not there"):
+        imcl._kernel_similarity(imcl._kernel_weights(EVERY_WAY), EVERY_WAY)
 
 
 def test_training_without_a_target_is_told_of_once():
@@ -180,3 +213,30 @@ def test_fsdp2_with_sharded_modules_inside(tmp_path):
         *found, told = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(found, expected)
         assert told.startswith("shard_kernels: expected whole weights")
+
+
+# The meta device, and torch.func in half precision
+
+
+def test_on_the_meta_device_the_classifier_is_the_same():
+    def network():
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 5),
+        )  # fmt: skip
+
+    def dense():
+        return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1))
+
+    assert IMCL(network(), X).classifier == "8"
+    with torch.device("meta"):
+        assert IMCL(network(), torch.empty(2, 1, 16, 16)).classifier == "8"
+        with pytest.raises(ValueError, match="example_input: expected a device that computes"):
+            IMCL(dense(), torch.empty(2, 1, 16, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_heads_average_under_torch_func(dtype):
+    x = torch.rand(2, 3, 4, 4).to(dtype)
+    gradient = torch.func.grad(lambda x: average(x).float().sum())(x)
+    torch.testing.assert_close(gradient, torch.full_like(x, 1 / 16))

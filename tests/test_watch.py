@@ -155,6 +155,20 @@ def test_a_compiled_model_is_watched(network, compiled):
 # A criterion
 
 
+def test_a_network_compiled_whole_is_trained(network):
+    """The step is made outside of what is traced."""
+    imcl = build(network, X, dropout=0.0, impl="torch")
+    plain = build(copy.deepcopy(network), X, dropout=0.0, impl="torch")
+    plain.load_state_dict(imcl.state_dict())
+    torch._dynamo.reset()
+    imcl.model.compile(fullgraph=True, backend="eager")
+    for each in (imcl, plain):
+        each.zero_grad()
+        each(X, Y).loss.backward()
+    for name, gradient in gradients(plain).items():
+        torch.testing.assert_close(gradients(imcl)[name], gradient)
+
+
 def test_a_criterion_takes_the_place_of_the_cross_entropy(network):
     def smoothed(output, target):
         return F.cross_entropy(output, target, label_smoothing=0.3)
