@@ -147,8 +147,8 @@ class IMCL(IMCLState):
 
     ``torch.compile`` makes a graph for each set of ways that a call computes, for a batch of
     another size (the last one of an epoch), and for calls in eval mode or without a target: with
-    the defaults more than the 8 that it takes, after which ``fullgraph=True`` is an error and
-    without it calls run uncompiled. Set ``torch._dynamo.config.recompile_limit`` to 16. The
+    the defaults seven or more. It takes 8, after which ``fullgraph=True`` is an error and without
+    it calls run uncompiled: set ``torch._dynamo.config.recompile_limit`` to 16. The
     weights of ways 1 and 2, temperatures and label smoothing are constants of a graph: one that
     changes in every step makes a graph in every step.
 
