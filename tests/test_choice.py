@@ -30,7 +30,8 @@ FOUND = {
     "timm:resnet18": (LAYERS, "fc", 17, 94.1),
     "timm:resnet50": (LAYERS, "fc", 33, 61.3),
     "timm:vit_tiny_patch16_224": (OF_12, "head", 37, 64.5),
-    "timm:deit_tiny_distilled_patch16_224": (OF_12, "head", 37, 62.4),
+    # The logits of two heads, averaged: there is no one classifier.
+    "timm:deit_tiny_distilled_patch16_224": (OF_12, None, 37, 62.4),
     "timm:beit_base_patch16_224": (OF_12, "head", 37, 66.1),
     "timm:cait_xxs24_224": (OF_24, "head", 131, 65.4),
     "timm:mixer_s32_224": (OF_8, "head", 17, 52.7),
@@ -40,7 +41,7 @@ FOUND = {
     "timm:pvt_v2_b0": (STAGES, "head", 34, 58.6),
     "timm:edgenext_small": (STAGES, "head.fc", 29, 53.0),
     # Its one attention has queries, keys and values of each head side by side.
-    "timm:efficientformer_l1": (STAGES, "head", 21, 49.8),
+    "timm:efficientformer_l1": (STAGES, None, 21, 49.8),
     "timm:convnext_tiny": (STAGES, "head.fc", 25, 50.7),
     "timm:efficientnet_b0": ([f"blocks.{i}" for i in (0, 1, 2, 4, 6)], "classifier", 33, 34.0),
     "timm:mobilenetv3_large_100": (
