@@ -92,9 +92,7 @@ class IMCL(IMCLState):
             of the process, 0 if it has no layer; the mean over processes is the value.
             ``torch.distributed`` must be initialised, and all of it train together. Not with
             weights that FSDP2 has in shards: these are gathered whole in every process, in the
-            calls that compute way 4 (``kernel_interval``), which must be the same in all. Under
-            FSDP2 the classifier belongs to the outermost unit: another gives its weight back
-            before the backward pass of way 1 needs it.
+            calls that compute way 4 (``kernel_interval``), which must be the same in all.
         criterion: ``(output, target) -> scalar``, of what ``model`` returns, in place of the
             cross entropy of its logits; of heads and views, where there are any, the cross
             entropy stays. ``target`` is then whatever it takes, and for an output that is no
@@ -374,6 +372,9 @@ class IMCL(IMCLState):
             self._weight_handles += kernel_weights.tap(weights, self._tape)
         step = IMCLStep(self, turn, counts)
         step.mask, step.found_mask = token_mask, found
+        if self.classifier and sharding.world_size() > 1 and not torch.compiler.is_compiling():
+            weight = getattr(self.model.get_submodule(self.classifier), "weight", None)
+            step.sharded = hasattr(weight, "full_tensor")
         step.kernel, step.kernels = kernel, None if kernel_first else weights
         self._tape.step = step
         return step

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from . import functional, kernel_weights, outputs, padding
 from .imcl_state import IMCLState
@@ -13,6 +15,22 @@ from .schedule import Turn
 from .taps import Step
 
 EPS = 1e-12  # of the similarities
+
+
+class _Joined(Function):
+    """The logits and those of the views, whose backward passes begin together.
+
+    FSDP2 gathers the weights of a unit again when a gradient reaches what the unit returned. The
+    views were computed beside that, and their backward pass, as the later one, would come first.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+        return logits.view_as(logits), views.view_as(views)
+
+    @staticmethod
+    def backward(ctx, logits: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+        return logits, views
 
 
 class IMCLStep(Step):
@@ -31,6 +49,13 @@ class IMCLStep(Step):
         self.similarities: list[Tensor] = []
         self.head_logits: dict[int, Tensor] = {}
         self.views: Tensor | None = None
+        self.sharded = False  # whether FSDP2 has the classifier's weight
+
+    def instead_of(self, output: Any) -> Any:
+        if not self.sharded or self.views is None or not isinstance(output, Tensor):
+            return None
+        output, self.views = _Joined.apply(output, self.views)
+        return output
 
     def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
         if layer is None:

@@ -45,15 +45,16 @@ class Tap:
         self.layer = layer
         self.channels_last = channels_last
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         step = self.tape.step
         if step is None:
-            return
+            return None
         if self.layer is None:
-            features = args[0] if args else kwargs["input"]
-        else:
-            features = output if isinstance(output, Tensor) else output[0]
+            step.report(None, module, args[0] if args else kwargs["input"])
+            return step.instead_of(output)
+        features = output if isinstance(output, Tensor) else output[0]
         step.report(self.layer, module, features.movedim(-1, 1) if self.channels_last else features)
+        return None
 
 
 class Step:
@@ -75,6 +76,10 @@ class Step:
     def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
         """What to do with the features of a layer, or of the classifier (None)."""
         raise NotImplementedError
+
+    def instead_of(self, output: Any) -> Any:
+        """What the classifier is to return in place of its output; None: that."""
+        return None
 
     def report(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
         self.calls += 1

@@ -175,8 +175,8 @@ def process(rank, folder):
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     imcl, x, y = objective(kernel_interval=2)
     mesh = init_device_mesh("cpu", (2,))
-    for stage in (imcl.model.layer1, imcl.model.layer2, imcl.model.layer4):
-        fully_shard(stage, mesh=mesh)
+    for unit in (imcl.model.layer1, imcl.model.layer2, imcl.model.layer4, imcl.model.fc):
+        fully_shard(unit, mesh=mesh)
     fully_shard(imcl, mesh=mesh)
     found = []
     for _ in range(2):
