@@ -104,10 +104,12 @@ def machine(results: Results) -> str:
     rates = results.get("rates")
     speed = ""
     if rates:
+        single, half = (rates[f"{name}_flops_per_s"] for name in ("float32", "bfloat16"))
+        # Of bfloat16 the larger of both was stored once.
+        rounded = "and no more" if half == single else f"{half / 1e9:.0f}"
         speed = (
             f" In the same run it copied {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s (read and "
-            f"write) and multiplied {rates['float32_flops_per_s'] / 1e9:.0f} GFLOP/s in float32, "
-            f"{rates['bfloat16_flops_per_s'] / 1e9:.0f} in bfloat16."
+            f"write) and multiplied {single / 1e9:.0f} GFLOP/s in float32, {rounded} in bfloat16."
         )
     quick = " A quick run: few rounds." if results.get("quick") else ""
     return (
@@ -305,12 +307,12 @@ def freed(results: Results) -> str:
     for name, one in results["allocator"].items():
         given, kept = one[allocator.GIVEN_BACK], one[allocator.KEPT]
         saved = kept["seconds"]["median"] / given["seconds"]["median"] - 1
-        lines.append([
-            name,
-            *(f(which[what]["median"]) for which in (given, kept)
-              for f, what in ((milliseconds, "seconds"), ("{:,.0f}".format, "faults"))),
-            percent(saved),
-        ])  # fmt: skip
+        cells = []
+        for which in (given, kept):
+            spent, faults = which["seconds"], which["faults"]
+            between = f"{milliseconds(spent['q1'])} - {milliseconds(spent['q3'])}"
+            cells += [f"{milliseconds(spent['median'])} ({between})", f"{faults['median']:,.0f}"]
+        lines.append([name, *cells, percent(saved)])
     head = ["training step", "freed memory given back, ms", "page faults", "kept, ms",
             "page faults", "kept over given back"]  # fmt: skip
     return table(head, lines)

@@ -63,8 +63,10 @@ def work(row: Row) -> Work:
 def floors(row: Row, rates: Mapping[str, float]) -> dict[str, float]:
     """Seconds that a row's work takes at the measured rates, by pass."""
     needed = work(row)
-    rounded = row.dtype != torch.float32 or row.precision == "medium"
-    gemm = rates["bfloat16_flops_per_s" if rounded else "float32_flops_per_s"]
+    gemm = rates["float32_flops_per_s"]
+    if row.dtype != torch.float32 or row.precision == "medium":
+        # Without instructions for bfloat16 a product of it may be the slower one.
+        gemm = max(gemm, rates["bfloat16_flops_per_s"])
     copy = rates["copy_bytes_per_s"]
 
     def floor(moved: int, flops: int) -> float:
@@ -99,10 +101,6 @@ def measure_rates(device: torch.device) -> dict[str, float]:
         name = str(dtype).removeprefix("torch.")
         spent = _seconds(lambda a=a: a @ a, device)
         rates[f"{name}_flops_per_s"] = 2 * size**3 / spent
-    # Without instructions for bfloat16 a product of it may be the slower one.
-    rates["bfloat16_flops_per_s"] = max(
-        rates["bfloat16_flops_per_s"], rates["float32_flops_per_s"]
-    )
     return rates
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -599,7 +600,7 @@ def test_tables_say_what_was_measured() -> None:
     assert busy == ["| plain cross entropy | 1000 | 5000 | 5.0 |  |  |",
                     "| four ways, fused | 1000 | 6000 | 6.0 | +6.0 % | +9.0 % |"]  # fmt: skip
     assert render.TABLES["freed"](RESULTS).splitlines()[2:] == [
-        "| plain cross entropy | 2000 | 200,000 | 1500 | 0 | -25.0 % |"
+        "| plain cross entropy | 2000 (2000 - 2000) | 200,000 | 1500 (1500 - 1500) | 0 | -25.0 % |"
     ]
     older = {name: found for name, found in RESULTS.items() if name not in ("host", "allocator")}
     assert render.TABLES["host"](older) == render.TABLES["freed"](older) == "Not measured yet.\n"
@@ -634,12 +635,17 @@ def test_bfloat16_is_shown_of_whoever_measured_it_last(tmp_path: Path) -> None:
     assert "| a step, bfloat16 autocast |" in text and "| a step |" not in text
 
 
+def found_lines(results: dict) -> list[tuple[str, list[str]]]:
+    empty = {"steps": {}, "host": {}, "contention": {}}
+    return [(line[0], line[1:]) for line in targets.lines({**empty, **results})]
+
+
 def test_targets_say_what_was_reached_and_what_it_is_made_of() -> None:
     title = "resnet18, width 64, 32x32, batch 128, float32"
     scheduled = {**method(1.02, 0.012, 0.05), "kinds": {"neither": 0.01, "kernel": 0.06}}
     steps = {title: {"methods": {step.SCHEDULED: scheduled}, "left_out": {}}}
     times_ = {"average": 0.0003, "fullest": 0.0011, "least": 0.0002}
-    of_host = {host.SCHEDULE: {"both": times_}, host.ONE_AND_TWO: {"both": {"average": 0.0007}}}
+    of_host = {host.SCHEDULE: {"both": times_}, host.ONE_AND_TWO: {"both": {"least": 0.0006}}}
     operations = {
         **RESULTS["operations"],
         "consistency 5 x 128 x 1000 float32": {
@@ -657,7 +663,7 @@ def test_targets_say_what_was_reached_and_what_it_is_made_of() -> None:
     ]  # fmt: skip
     assert lines["peak memory of a step over plain"][1:3] == ["+5.0%", "no"]
     average, fullest = (line for name, line in lines.items() if "host" in name or "fullest" in name)
-    assert average[:3] == ["at most 0.40 ms", "0.30 ms", "yes"] and "+0.70" in average[3]
+    assert average[:3] == ["at most 0.40 ms", "0.30 ms", "yes"] and "+0.60" in average[3]
     assert fullest[:3] == ["at most 1.00 ms", "1.10 ms", "no"]
     assert lines["kernel R18 float32"][:3] == ["at most 1.00 x", "2.00 x", "no"]
     consistency = lines["consistency 5 x 128 x 1000 float32"]
@@ -666,6 +672,13 @@ def test_targets_say_what_was_reached_and_what_it_is_made_of() -> None:
         "torch.compile(torch) over fused; fused is at 50% of the floor",
     ]  # fmt: skip
     assert lines["what a busy process slows the ways down by, over plain"][1:3] == ["1.20 x", "no"]
+    medium = {"kernel R18 float32 medium": operations["kernel R18 float32"]}
+    found = {"operations": {**operations, **medium}}
+    (ratio,) = (line for name, line in found_lines(found) if "medium" in name)
+    assert ratio[1] == "1.00 x"
+    again = {"kernel R18 float32 medium": {**medium["kernel R18 float32 medium"], "again": {}}}
+    found = {"operations": {**operations, **again}}  # rows of two runs have no ratio
+    assert not [name for name, _ in found_lines(found) if "medium" in name]
     unmeasured = set(lines) ^ {target.what for target in targets.TARGETS}
     assert len(lines) == 7 and any("bfloat16" in what for what in unmeasured)
 
@@ -902,6 +915,8 @@ def test_counts_of_another_compiler_are_not_compared() -> None:
 def test_the_baseline_has_every_case_of_the_driver() -> None:
     baseline = instructions.read_baseline()
     assert {"compiler", "isa", "valgrind"} < set(baseline)
-    driver = instructions.DRIVER.read_text()
-    for case in baseline["instructions"]:
-        assert f'"{case.removesuffix(", forward").removesuffix(", backward")}"' in driver
+    cases = {case.removesuffix(", forward").removesuffix(", backward")
+             for case in baseline["instructions"]}  # fmt: skip
+    named = re.findall(r'"((?:representation|kernel|consistency) \d[^"]*)"',
+                       instructions.DRIVER.read_text())  # fmt: skip
+    assert cases == set(named) and len(named) >= 12
