@@ -96,7 +96,9 @@ def torch_folder() -> Path:
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
     found = "none"
-    for place in filter(Path.exists, places):
+    for place in places:
+        if not (place / "version.py").is_file():  # nor is what an uninstall may have left
+            continue
         version = re.search(r"__version__ = '(\d+)\.(\d+)", (place / "version.py").read_text())
         if version and (int(version[1]), int(version[2])) >= OLDEST_TORCH:
             return place

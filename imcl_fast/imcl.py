@@ -372,7 +372,7 @@ class IMCL(IMCLState):
             self._weight_handles += kernel_weights.tap(weights, self._tape)
         step = IMCLStep(self, turn, counts)
         step.mask, step.found_mask = token_mask, found
-        if self.classifier and sharding.world_size() > 1 and not torch.compiler.is_compiling():
+        if self.classifier and sharding.initialised() and not torch.compiler.is_compiling():
             weight = getattr(self.model.get_submodule(self.classifier), "weight", None)
             step.sharded = hasattr(weight, "full_tensor")
         step.kernel, step.kernels = kernel, None if kernel_first else weights
@@ -497,7 +497,9 @@ class IMCL(IMCLState):
     def __getstate__(self) -> dict[str, Any]:
         # What forward shows is pickled as the class's own, and made again of the model.
         state = self.__dict__.copy()
-        state["_shows_parameters"] = state.pop("forward", None) is not None
+        if outputs.shows_parameters(self):
+            del state["forward"]
+            state["_shows_parameters"] = True
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -528,7 +530,9 @@ class IMCL(IMCLState):
         if self.classifier is not None:
             tap = Tap(self._tape, None)
             classifier = self.model.get_submodule(self.classifier)
-            handles.append(classifier.register_forward_hook(tap, with_kwargs=True))
+            # Before hooks that are there: FSDP2's gives the weight back that the views need.
+            handle = classifier.register_forward_hook(tap, with_kwargs=True, prepend=True)
+            handles.append(handle)
         return handles
 
     def _kernel_weights(self, turn: Turn) -> kernel_weights.Weights:

@@ -26,7 +26,7 @@ class _Joined(Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
-        return logits.view_as(logits), views.view_as(views)
+        return logits.clone(), views.view_as(views)  # FSDP2 wants no views
 
     @staticmethod
     def backward(ctx, logits: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,3 +103,12 @@ def show_parameters_of(model: nn.Module, wrapper: nn.Module) -> None:
     twin.__doc__ = forward.__doc__
     twin.__signature__ = own.replace(parameters=[*named, *shown, rest])  # type: ignore[attr-defined]
     wrapper.forward = MethodType(twin, wrapper)
+
+
+def shows_parameters(wrapper: nn.Module) -> bool:
+    """Whether its ``forward`` is what ``show_parameters_of`` has put there."""
+    forward = getattr(wrapper.__dict__.get("forward"), "__func__", None)
+    own = type(wrapper).forward
+    return isinstance(forward, FunctionType) and forward is not own and (
+        forward.__code__ is own.__code__
+    )

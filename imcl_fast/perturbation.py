@@ -52,7 +52,9 @@ class Perturbation:
         self.gamma = validation.number("gamma", gamma, low=0, high=math.inf)
         self._model = model
         self._ways = [ways] if ways is not None else _ways_in(model)
-        self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        # Of each parameter the gradient there was, and what it held: DistributedDataParallel may
+        # have it in a bucket that it writes to.
+        self._gradients: list[tuple[nn.Parameter, Tensor | None, Tensor | None]] = []
         self._weights: list[tuple[nn.Parameter, Tensor]] = []
         self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
         self._turns: list[Tensor] = []
@@ -63,8 +65,9 @@ class Perturbation:
             raise RuntimeError("Perturbation: each block needs one of its own")
         modules = [self._model, *self._ways]
         parameters = dict.fromkeys(p for module in modules for p in module.parameters())
-        # Copied, for DistributedDataParallel may have them in buckets that it writes to.
-        self._gradients = [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
+        self._gradients = [
+            (p, p.grad, None if p.grad is None else p.grad.clone()) for p in parameters
+        ]
         for parameter in parameters:
             parameter.grad = None
         self._turns = [ways.get_extra_state() for ways in self._ways]
@@ -85,7 +88,7 @@ class Perturbation:
             for module in self._model.modules()
             for name, buffer in module._buffers.items()
         ]
-        for parameter, _ in self._gradients:
+        for parameter, *_ in self._gradients:
             parameter.grad = None
         for ways, turn in zip(self._ways, self._turns, strict=True):
             ways.set_extra_state(turn)
@@ -104,14 +107,25 @@ class Perturbation:
         for ways in self._ways:
             ways._heads_move.passes_over(ways.model.parameters())
         torch.clear_autocast_cache()
-        for parameter, before in self._gradients:
-            if before is not None:
-                parameter.grad = before if parameter.grad is None else parameter.grad.add_(before)
+        for parameter, before, held in self._gradients:
+            if before is None or held is None:
+                continue
+            new = parameter.grad
+            if new is not None and _shares_memory(new, before):
+                new.add_(held)
+                continue
+            before.copy_(held)
+            parameter.grad = before if new is None else before.add_(new)
         if kind is None and not self._moved:
             raise RuntimeError(
                 "Perturbation: expected a move() in the block, between the backward pass that "
                 "finds the way and the one to learn from, got none"
             )
+
+
+def _shares_memory(x: Tensor, y: Tensor) -> bool:
+    strided = x.layout == y.layout == torch.strided
+    return strided and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _ways_in(model: nn.Module) -> list[IMCL]:

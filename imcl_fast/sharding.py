@@ -76,6 +76,11 @@ def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
     return shares
 
 
+def initialised() -> bool:
+    """Whether ``torch.distributed`` is, be it of one process."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def world_size() -> int:
     """Number of processes that train together; 1 without ``torch.distributed``."""
     if distributed.is_available() and distributed.is_initialized():

@@ -241,7 +241,10 @@ def test_a_torch_that_is_too_old_is_named(
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/version.py").write_text(f"__version__ = '{version}'\n")
     monkeypatch.setattr(build, "find_spec", lambda name: None)
-    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(tmp_path))
+    (tmp_path / "left over/torch").mkdir(parents=True)  # by an uninstall
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(
+        tmp_path / "left over" if kind == "platlib" else tmp_path
+    ))
     if said is None:
         assert build.torch_folder() == tmp_path / "torch"
     else:

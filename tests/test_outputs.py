@@ -4,7 +4,7 @@ import copy
 import inspect
 import io
 from collections import OrderedDict, UserDict, namedtuple
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -205,6 +205,20 @@ def test_the_signature_shows_what_the_model_takes():
     assert list(inspect.signature(build(TakingTwo(), X).forward).parameters) == [
         "x", "target", "labels", "token_mask", "kwargs",
     ]  # fmt: skip
+
+
+def test_a_forward_of_the_users_own_is_copied():
+    for example in (X, {"pixels": X}):
+        imcl, calls = build(TakingTwo(), example), []
+
+        def forward(self, *args, calls=calls, **kwargs):
+            calls.append(self)
+            return type(self).forward(self, *args, **kwargs)
+
+        imcl.forward = MethodType(forward, imcl)
+        twin = copy.deepcopy(imcl)
+        twin.eval()(X)
+        assert calls == [twin]
 
 
 def test_arguments_copy_no_dict_of_the_users():

@@ -383,6 +383,20 @@ def test_gradients_of_before_are_added_to_in_ddps_buckets_too(views: bool, tmp_p
         distributed.destroy_process_group()
 
 
+def test_gradients_stay_in_the_memory_they_are_in() -> None:
+    """As of an optimizer that has them all in one flat Tensor."""
+    network, flat = nn.Linear(3, 2, bias=False), torch.ones(6)
+    network.weight.grad = flat.view(2, 3)
+    x = torch.ones(1, 3)
+    for expected in (2.0, 3.0):
+        with Perturbation(network, 0.1) as perturbation:
+            network(x).sum().backward()
+            perturbation.move()
+            network(x).sum().backward()
+        assert torch.equal(flat, torch.full((6,), expected))
+        assert network.weight.grad.data_ptr() == flat.data_ptr()
+
+
 def test_a_buffer_that_is_put_in_place_of_another_comes_back() -> None:
     class Averaging(nn.Module):
         def __init__(self) -> None:

@@ -652,6 +652,30 @@ def test_a_run_with_data_and_network_of_ones_own_says_so(tmp_path, capsys):
     assert Trainer(again, data_set=own, network=small_network(), observer=QUIET).fit()
 
 
+def test_a_run_of_the_data_set_it_names_is_no_own_one(digits, tmp_path, capsys):
+    folder = tmp_path / "run"
+    settings = config(ways=(), run_dir=folder)
+    Trainer(settings, data_set=digits, observer=QUIET).fit()
+    assert read_run(folder).own == {}
+    assert inspect.main([str(folder), "--images", "4"]) == 0
+    assert "layer4.1.conv2" in capsys.readouterr().out
+
+
+def test_a_state_may_hold_what_is_no_tensor(digits, tmp_path):
+    class Counting(nn.Sequential):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            assert state == {"calls": 3}
+
+    for folder in (None, tmp_path / "run"):
+        settings = config(ways=(), run_dir=folder)
+        Trainer(
+            settings, data_set=digits, network=Counting(*small_network()), observer=QUIET
+        ).fit()
+
+
 def test_the_cost_of_a_way_is_measured_on_copies_without_it():
     images, labels = torch.zeros(2, 3), torch.zeros(2)
     left_out = []

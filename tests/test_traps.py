@@ -160,13 +160,17 @@ def test_losses_of_meta_tensors(impl):
 # FSDP2 with modules inside sharded
 
 
-def objective(**options):
+def objective(shard=None, **options):
     torch.manual_seed(0)
     network = Small().double()
     x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    if shard is not None:
+        fully_shard(network.fc, mesh=shard)
+        fully_shard(network, mesh=shard)
     torch.manual_seed(1)
     layers = ["layer1", "layer3", "layer4"]
-    options = {"representation_interval": 1, **options}  # also in processes without conftest
+    # Also in processes without conftest.
+    options = {"representation_interval": 1, "kernel_interval": 1, **options}
     return IMCL(network, x, layers, dropout=0.0, **options), x, torch.arange(4)
 
 
@@ -196,6 +200,28 @@ def process(rank, folder):
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_fsdp2_of_one_process_and_of_an_imcl_built_after_it(late, tmp_path):
+    imcl, x, y = objective()
+    imcl(x, y).loss.backward()
+    expected = {name: p.grad.clone() for name, p in imcl.named_parameters()}
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        imcl, x, y = objective(shard=mesh if late else None)
+        if not late:
+            fully_shard(imcl.model.fc, mesh=mesh)
+            fully_shard(imcl, mesh=mesh)
+        for _ in range(2):
+            imcl.zero_grad()
+            imcl(x, y).loss.backward()
+            found = {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
+                     for name, p in imcl.named_parameters()}  # fmt: skip
+            torch.testing.assert_close(found, expected)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_fsdp2_with_sharded_modules_inside(tmp_path):

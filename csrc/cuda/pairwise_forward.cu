@@ -417,15 +417,19 @@ IMCL_DEVICE int row_norms(const Task<T>& task, int first, int end, Shared<Acc<T>
   for (int r = thread() / threads; first + r < end; r += kThreads / threads) {
     const int row = first + r;
     Acc mean = 0, square = 0;
+    // Of what elements are more than the first: of rows that are nearly constant the mean is as
+    // exact as of others.
+    const Acc guess = in.call.settings.center && d > 0 ? to_acc(x.at(row, 0)) : Acc(0);
     for (int pass = in.call.settings.center ? 0 : 1; pass < 2; ++pass) {
       Acc total = 0;
-      visit_row(x, row, rank, threads, [&](Acc v) { total += pass ? (v - mean) * (v - mean) : v; });
+      visit_row(x, row, rank, threads,
+                [&](Acc v) { total += pass ? (v - mean) * (v - mean) : v - guess; });
       // Of one row alone: the others' threads may be done.
       const unsigned mask = ((1u << threads) - 1) << (lane() / threads * threads);
       for (int other = threads / 2; other > 0; other /= 2)
         total += __shfl_xor_sync(mask, total, other);
       if (pass) square = total;
-      else mean = total / static_cast<Acc>(d);
+      else mean = guess + total / static_cast<Acc>(d);
     }
     if (rank != 0) continue;
     const Acc inverse = inverse_norm(in, square, mean, d);

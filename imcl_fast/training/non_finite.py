@@ -40,7 +40,9 @@ def not_finite(module: nn.Module) -> list[str]:
     return [
         name
         for name, value in module.state_dict().items()
-        if value.is_floating_point() and not value.isfinite().all()
+        if isinstance(value, Tensor)  # or what a module keeps as its extra state
+        and value.is_floating_point()
+        and not value.isfinite().all()
     ]
 
 

@@ -246,11 +246,14 @@ class Records:
             for name, value in values.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
-    def tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write ``tensors`` to the file called ``name``, for ``torch.load``."""
-        files.write_tensors(
-            self.folder / name, {key: value.cpu() for key, value in tensors.items()}
-        )
+    def tensors(self, name: str, tensors: Mapping[str, Any]) -> None:
+        """Write ``tensors``, and a state's plain values, to the file called ``name``, for
+        ``torch.load``."""
+        on_cpu = {
+            key: value.cpu() if isinstance(value, torch.Tensor) else value
+            for key, value in tensors.items()
+        }
+        files.write_tensors(self.folder / name, on_cpu)
 
     def _close_steps(self) -> None:
         if self._steps is not None:

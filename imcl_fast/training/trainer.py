@@ -140,7 +140,7 @@ class Trainer:
     def _own(self, material: Material) -> dict[str, str]:
         """What was given in place of what the configuration names, as it is called."""
         own = {}
-        if self._data_set is not None:
+        if material.data_set.name != self.config.dataset:
             own["dataset"] = material.data_set.name
         if self.network is not None:
             own["model"] = type(self.network).__name__
