@@ -29,6 +29,8 @@ def classes_last(
     """
     if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
         raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
+    if target is not None and not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a Tensor or None, got {type(target).__name__}")
     stacks, target = _classes_last(stacks, target, class_dim)
     expected = (*samples(stacks[0]), stacks[0].shape[-1])
     for i, stack in enumerate(stacks):

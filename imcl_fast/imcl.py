@@ -306,6 +306,7 @@ class IMCL(IMCLState):
             if self.criterion is None or self.class_dim is not None:
                 outputs.check_labels(self.model)
             if not self.training:
+                _check_mask(token_mask)
                 return self._evaluate(self.model(*args, **kwargs), target, (token_mask, found))
         step = self._begin(token_mask, found)
         try:
@@ -341,6 +342,7 @@ class IMCL(IMCLState):
 
     def _begin(self, token_mask: Tensor | None = None, found: Any = None) -> IMCLStep:
         """A step under way, until ``_tape.step`` is taken back: the network is to run once."""
+        _check_mask(token_mask)
         for name in self._off:
             if getattr(self, name):
                 raise RuntimeError(
@@ -573,6 +575,11 @@ class IMCL(IMCLState):
         kind = functional.PENALTIES.index(self.kernel_penalty)
         similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"token_mask: expected a Tensor or None, got {type(mask).__name__}")
+
 
 def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):

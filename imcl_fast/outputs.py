@@ -13,7 +13,10 @@ MISSING: Final = object()  # of an argument that may be anything, None among the
 # The names that transformers has for the target and for which tokens are none of padding.
 LABELS = "labels"
 ATTENTION_MASK = "attention_mask"
-CAUSAL = ("ForCausalLM", "LMHeadModel")  # how its names of losses, and of classes, end
+# How its names of losses, and of classes, end: the last where there is no encoder of text, as of
+# models that see images and write.
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+GENERATING = "ForConditionalGeneration"
 
 
 def arguments(x: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -38,7 +41,8 @@ def check_labels(model: nn.Module) -> None:
     """
     kind = getattr(model, "loss_type", None)
     name = kind if isinstance(kind, str) and kind else type(model).__name__
-    if name.endswith(CAUSAL):
+    encoded = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if name.endswith(CAUSAL) or (name.endswith(GENERATING) and not encoded):
         raise ValueError(
             "labels: a causal language model predicts the next token and shifts labels by one, "
             "which IMCL doesn't; pass target=torch.nn.functional.pad(labels[:, 1:], (0, 1), "

@@ -1,16 +1,19 @@
 """Features whose padded positions count for nothing, by values that change nothing.
 
-The penalty of a channel is one over its positions. Without centring a 0 adds nothing to any
-product or norm. With centring nothing is added by a position that has the mean of the others: it
-leaves the mean as it is, and is 0 when that is subtracted. So the kernels need not know of masks;
-what is spent is one pass that writes such features. Their gradient is 0 where they were filled
-in, whatever the mean does: with A symmetric it is A X_c, and X_c is 0 there.
+The penalty of a channel is one over its positions, and a 0 adds nothing to any product or norm.
+With centring the mean of the others is subtracted here, so that 0 is the mean of what the kernels
+get, and they subtract nothing more. Which channels are dead is decided here as well, for of such
+rows the kernels no longer see how large they were: these are 0. The mean is a constant to
+autograd. With A symmetric the gradient is A X_c, whose rows sum to 0 as those of X_c do: nothing
+would come back through the mean.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .reference import CENTRED_DEAD_RATIO
 
 
 def broadcast(mask: Tensor, features: Tensor) -> Tensor:
@@ -39,11 +42,17 @@ def _wide_mean(zeroed: Tensor, mask: Tensor) -> Tensor:
 
 
 def neutral(features: Tensor, mask: Tensor, center: bool) -> Tensor:
-    """``features`` with values at padded positions that count for nothing; where centred in float32
-    or more: a mean that is rounded to less isn't that of the others any more."""
+    """``features`` with 0 at padded positions; if they are to be centred less their means, in
+    float32 or more: a mean that is rounded to less isn't that of the others any more."""
     filled = zeroed(features, mask)
     if not center:
         return filled
+    positions = tuple(range(2, features.dim()))
     with torch.no_grad():
-        means = _wide_mean(filled, mask)
-    return torch.where(mask, features, means.reshape(*means.shape, *[1] * (features.dim() - 2)))
+        means = _wide_mean(filled, mask).reshape(*features.shape[:2], *[1] * len(positions))
+        raw, norm = (
+            torch.linalg.vector_norm(x, dim=positions, keepdim=True)
+            for x in (filled.to(means.dtype), torch.where(mask, filled - means, 0))
+        )
+        dead = (norm <= CENTRED_DEAD_RATIO * raw) & raw.isfinite()
+    return torch.where(mask & ~dead, features - means, 0)

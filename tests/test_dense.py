@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -176,6 +177,13 @@ def test_drawn(impl: Impl, drawn: Dense, dtype: torch.dtype) -> None:
     if drawn.kind == "none" and any(drawn.stacks):  # heads in front are told by a target alone
         drawn = drawn._replace(kind="indices")
     check(impl, drawn, dtype)
+
+
+def test_a_target_of_another_type_is_named() -> None:
+    z = torch.randn(2, 5, 4, 4)
+    for target in (numpy.zeros((2, 4, 4)), [[0]]):
+        with pytest.raises(TypeError, match="target: expected a Tensor or None, got"):
+            F.collaborative_consistency([z], target)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:6])

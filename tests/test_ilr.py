@@ -286,3 +286,19 @@ def test_a_vgg_without_poolings_needs_splits():
     network.features = network.features[:4]
     with pytest.raises(ValueError, match="splits: expected 3 or more MaxPool2d.* found 1"):
         MultiHead(network)
+
+
+def test_branches_may_begin_in_place():
+    """Both get the same features: what one overwrites the other must not see."""
+    network = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)
+    x, y = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    twin = copy.deepcopy(network)
+    twin.relu = nn.ReLU()  # not in place
+    torch.manual_seed(0)
+    ours = MultiHead(network, heads=2, splits=["relu"])
+    torch.manual_seed(0)
+    theirs = MultiHead(twin, heads=2, splits=["relu"])
+    found, expected = ours(x, y), theirs(x, y)
+    torch.testing.assert_close(found.loss, expected.loss)
+    found.loss.backward(), expected.loss.backward()
+    torch.testing.assert_close(network.conv1.weight.grad, twin.conv1.weight.grad)

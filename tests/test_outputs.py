@@ -6,6 +6,7 @@ import io
 from collections import OrderedDict, UserDict, namedtuple
 from types import MethodType, SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,3 +227,36 @@ def test_arguments_copy_no_dict_of_the_users():
     _, kwargs = outputs.arguments(batch, {})
     kwargs.pop("a")
     assert batch == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "refused"),
+    [
+        ("LlavaForConditionalGeneration", None, True),
+        ("LlavaForConditionalGeneration", False, True),
+        ("T5ForConditionalGeneration", True, False),
+        ("SomeForCausalLM", None, True),
+        ("BertForTokenClassification", False, False),
+    ],
+)
+def test_labels_that_a_model_would_shift_are_refused(name, encoder, refused):
+    model = type(name, (nn.Module,), {})()
+    if encoder is not None:
+        model.config = SimpleNamespace(is_encoder_decoder=encoder)
+    if refused:
+        with pytest.raises(ValueError, match="labels: a causal language model"):
+            outputs.check_labels(model)
+    else:
+        outputs.check_labels(model)
+
+
+@pytest.mark.parametrize("mask", [[1, 0], numpy.ones((6, 16))])
+def test_a_mask_is_a_tensor(mask):
+    imcl = build(FlatCNN(), X)
+    for call in (
+        lambda: imcl(X, Y, token_mask=mask),
+        lambda: imcl.eval()(X, labels=Y, token_mask=mask),
+        lambda: imcl.watch(mask).__enter__(),
+    ):
+        with pytest.raises(TypeError, match="token_mask: expected a Tensor or None, got"):
+            call()

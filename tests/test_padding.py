@@ -95,6 +95,26 @@ def test_a_mask_is_exact_about_a_large_mean(dtype, level, spread):
     assert error.norm() <= (2 * unit(dtype) + 2e-3) * cut.grad.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["reference", "torch", "cpp"])
+def test_padding_makes_no_channel_dead(name, dtype):
+    """However much of it there is; a constant channel is dead with it too."""
+    usable(Impl(name, "cpu"))
+    generator = torch.Generator().manual_seed(0)
+    x = (1 + 1e-4 * torch.randn(2, 6, 4096, generator=generator)).to(dtype)
+    x[:, 2], x[:, 3] = 0.3, 0.0
+    keep = torch.zeros(2, 4096, dtype=torch.bool)
+    keep[:, :8] = True
+    masked, cut = leaf(x), leaf(x[:, :, :8].double())
+    loss = functional.representation_similarity(masked, mask=keep, center=True, impl=name)
+    truth = functional.representation_similarity(cut, center=True, impl="reference")
+    assert truth > 0.05
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
+    (g,), (expected,) = torch.autograd.grad(loss, masked), torch.autograd.grad(truth, cut)
+    assert not g[:, 2:4].any() and not g[..., 8:].any()
+    assert (g[..., :8].double() - expected).norm() <= 1e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("mask_value", [float("nan"), float("inf")])
 def test_whatever_is_at_a_padded_position(mask_value):
     x = features(padded=12)
