@@ -38,9 +38,9 @@ LAYERS = [
     "implementations autograd",
     "operators",
     "kernels",
-    "algebra",
+    "algebra padding",
     "reference validation",
-    "schedule taps modes tracing outputs residual dense dense_outputs padding build_facts schemas "
+    "schedule taps modes tracing outputs residual dense dense_outputs build_facts schemas "
     "imcl_output machine",
 ]
 
