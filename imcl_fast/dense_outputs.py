@@ -256,13 +256,18 @@ def grid(count: int, size: Sequence[int]) -> tuple[int, ...] | None:
 
 def is_same(output: Tensor, other: Tensor) -> bool:
     """Whether two Tensors are the same numbers in the same order, not by chance."""
-    if output is other:
-        return True
-    # Not by data_ptr(), which is 0 of all that are on the meta device.
-    return (
-        output.layout == other.layout == torch.strided
+    return output is other or (
+        share_memory(output, other)
         and output.shape == other.shape
         and output.stride() == other.stride()
         and output.storage_offset() == other.storage_offset()
-        and output.untyped_storage()._cdata == other.untyped_storage()._cdata
     )
+
+
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether what is written to one Tensor may be seen in the other."""
+    if x is y:
+        return True
+    # Not by data_ptr(), which is 0 of all that are on the meta device.
+    strided = x.layout == y.layout == torch.strided
+    return strided and x.untyped_storage()._cdata == y.untyped_storage()._cdata

@@ -576,6 +576,7 @@ class IMCL(IMCLState):
         similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale
 
+
 def _check_mask(mask: Any) -> None:
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"token_mask: expected a Tensor or None, got {type(mask).__name__}")

@@ -45,12 +45,6 @@ class Call(NamedTuple):
         return _version(self.output) != self.version
 
 
-def _share_memory(x: Tensor, y: Tensor) -> bool:
-    if torch.strided != x.layout or torch.strided != y.layout:
-        return x is y
-    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
-
-
 def _version(x: Tensor | None) -> int:
     """Number of changes in place; inference tensors don't count them."""
     return 0 if x is None or x.is_inference() else x._version
@@ -153,7 +147,7 @@ def trace(
     def overwrites(x: Tensor) -> None:
         for of_module in calls.values():
             for i, call in enumerate(of_module):
-                if call.output is not None and _share_memory(call.output, x):
+                if call.output is not None and dense_outputs.share_memory(call.output, x):
                     of_module[i] = call._replace(version=-1)
 
     seen_by = observed(model, record, additions.running.append)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
+from .dense_outputs import share_memory
 
 if TYPE_CHECKING:
     from .imcl import IMCL
@@ -111,7 +112,7 @@ class Perturbation:
             if before is None or held is None:
                 continue
             new = parameter.grad
-            if new is not None and _shares_memory(new, before):
+            if new is not None and share_memory(new, before):
                 new.add_(held)
                 continue
             before.copy_(held)
@@ -121,11 +122,6 @@ class Perturbation:
                 "Perturbation: expected a move() in the block, between the backward pass that "
                 "finds the way and the one to learn from, got none"
             )
-
-
-def _shares_memory(x: Tensor, y: Tensor) -> bool:
-    strided = x.layout == y.layout == torch.strided
-    return strided and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _ways_in(model: nn.Module) -> list[IMCL]:
