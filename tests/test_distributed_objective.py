@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from process_group import in_group
+from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from imcl_fast import IMCL, sharding
@@ -63,42 +64,43 @@ def gradients(module):
 def process(rank, folder, worlds):
     torch.set_num_threads(1)
     for world in worlds:
-        if rank >= world:
-            continue
-        store = f"file://{folder}/store{world}"
-        distributed.init_process_group("gloo", store, rank=rank, world_size=world)
-        found = {}
-        cases = {
-            "imcl": ("imcl", {}),
-            "sharded": ("imcl", dict(shard_kernels=True)),
-            "one layer": ("imcl", dict(shard_kernels=True, kernels=["layer4.0"])),
-            "scheduled": ("imcl", dict(shard_kernels=True, **SCHEDULE)),
-            "ilr": ("ilr", {}),
-            "imcl, static graph": ("imcl", {}),
-            "ilr, static graph": ("ilr", {}),
-            "imcl, unused": ("imcl", {}),
-        }
-        for case, (kind, options) in cases.items():
-            module, x, y = objective(kind, **options)
-            parallel = DistributedDataParallel(
-                module, static_graph="static" in case, find_unused_parameters="unused" in case
-            )
-            order = []
+        if rank < world:
+            found = in_group(folder, lambda world=world: of_world(rank, world), rank, world)
+            torch.save(found, Path(folder) / f"{world}-{rank}.pt")
+
+
+def of_world(rank, world):
+    found = {}
+    cases = {
+        "imcl": ("imcl", {}),
+        "sharded": ("imcl", dict(shard_kernels=True)),
+        "one layer": ("imcl", dict(shard_kernels=True, kernels=["layer4.0"])),
+        "scheduled": ("imcl", dict(shard_kernels=True, **SCHEDULE)),
+        "ilr": ("ilr", {}),
+        "imcl, static graph": ("imcl", {}),
+        "ilr, static graph": ("ilr", {}),
+        "imcl, unused": ("imcl", {}),
+    }
+    for case, (kind, options) in cases.items():
+        module, x, y = objective(kind, **options)
+        parallel = DistributedDataParallel(
+            module, static_graph="static" in case, find_unused_parameters="unused" in case
+        )
+        order = []
+        out = parallel(x[rank::world], y[rank::world])
+        if kind == "imcl":  # what the network returned, whole, however DDP takes it apart
+            assert torch.equal(out.output, out.logits)
+        record_order(out.loss, order)
+        out.loss.backward()
+        terms = dict(out.terms)
+        for _ in range(CALLS - 1 if case == "scheduled" else 0):
             out = parallel(x[rank::world], y[rank::world])
-            if kind == "imcl":  # what the network returned, whole, however DDP takes it apart
-                assert torch.equal(out.output, out.logits)
-            record_order(out.loss, order)
             out.loss.backward()
-            terms = dict(out.terms)
-            for _ in range(CALLS - 1 if case == "scheduled" else 0):
-                out = parallel(x[rank::world], y[rank::world])
-                out.loss.backward()
-                terms.update(out.terms)
-            found[case] = (gradients(parallel), terms, order)
-            if case == "sharded":
-                found["kernels"] = copy.copy(module._kernel_share.kernels)
-        torch.save(found, Path(folder) / f"{world}-{rank}.pt")
-        distributed.destroy_process_group()
+            terms.update(out.terms)
+        found[case] = (gradients(parallel), terms, order)
+        if case == "sharded":
+            found["kernels"] = copy.copy(module._kernel_share.kernels)
+    return found
 
 
 def record_order(loss, order):

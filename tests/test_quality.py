@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as torch_F
 from conftest import assert_same_bits
-from torch import Tensor, distributed, nn
+from process_group import in_group
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
@@ -365,8 +366,8 @@ def test_gradients_of_before_are_added_to_in_ddps_buckets_too(views: bool, tmp_p
     alone = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 3)).double()
     parallel = copy.deepcopy(alone)
     y = y % 3
-    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+
+    def work() -> None:
         wrapped = DistributedDataParallel(parallel, gradient_as_bucket_view=views)
         for step in range(3):  # the buckets are there from the second on
             for each, called in ((alone, alone), (parallel, wrapped)):
@@ -379,8 +380,8 @@ def test_gradients_of_before_are_added_to_in_ddps_buckets_too(views: bool, tmp_p
                         task(called, x, y).backward()
             for p, q in zip(parallel.parameters(), alone.parameters(), strict=True):
                 torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=0)
-    finally:
-        distributed.destroy_process_group()
+
+    in_group(tmp_path, work)
 
 
 def test_gradients_stay_in_the_memory_they_are_in() -> None:

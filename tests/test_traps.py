@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from process_group import in_group
 from test_distributed_objective import Small
 from test_imcl import WEIGHTS, FlatCNN, build
 from torch import distributed, multiprocessing, nn
@@ -176,7 +177,10 @@ def objective(shard=None, **options):
 
 def process(rank, folder):
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(in_group(folder, lambda: of_two(rank), rank, 2), f"{folder}/{rank}.pt")
+
+
+def of_two(rank):
     imcl, x, y = objective(kernel_interval=2)
     mesh = init_device_mesh("cpu", (2,))
     for unit in (imcl.model.layer1, imcl.model.layer2, imcl.model.layer4, imcl.model.fc):
@@ -197,9 +201,8 @@ def process(rank, folder):
         shared(x, y)
     except RuntimeError as error:
         found.append(str(error))
-    torch.save(found, f"{folder}/{rank}.pt")
     distributed.barrier()
-    distributed.destroy_process_group()
+    return found
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -207,8 +210,8 @@ def test_fsdp2_of_one_process_and_of_an_imcl_built_after_it(late, tmp_path):
     imcl, x, y = objective()
     imcl(x, y).loss.backward()
     expected = {name: p.grad.clone() for name, p in imcl.named_parameters()}
-    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+
+    def work():
         mesh = init_device_mesh("cpu", (1,))
         imcl, x, y = objective(shard=mesh if late else None)
         if not late:
@@ -220,8 +223,8 @@ def test_fsdp2_of_one_process_and_of_an_imcl_built_after_it(late, tmp_path):
             found = {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
                      for name, p in imcl.named_parameters()}  # fmt: skip
             torch.testing.assert_close(found, expected)
-    finally:
-        distributed.destroy_process_group()
+
+    in_group(tmp_path, work)
 
 
 def test_fsdp2_with_sharded_modules_inside(tmp_path):
