@@ -395,6 +395,33 @@ def test_errors_do_not_grow_with_the_length_of_a_row(impl: Impl, layout: str) ->
     assert (got.double() - truth).norm() <= 0.02 * truth.norm()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "penalty, rows, columns",
+    [("square", 1000, 900), ("abs", 1000, 900),  # in tiles
+     ("square", 900, 1000), ("abs", 900, 1000),
+     ("square", 4096, 8), ("signed", 4096, 8), ("signed", 8, 65536)],
+)  # fmt: skip
+def test_errors_do_not_grow_with_how_many_are_alike(
+    impl: Impl, penalty: str, rows: int, columns: int, layout: str
+) -> None:
+    """The gradient is what two sums over all rows, or over a whole one, differ by."""
+    if impl.name != "cpp":
+        pytest.skip("PyTorch's sums are its own, and interpreters take minutes for such maps")
+    spread = 1e-2
+    generator = torch.Generator().manual_seed(0)
+    row = torch.rand(1, 1, columns, 1, generator=generator) + 0.5
+    x = row + spread * torch.randn(1, rows, columns, 1, generator=generator)
+    x = laid_out(x, layout).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    got, truth = (
+        torch.autograd.grad(
+            F.representation_similarity(each, penalty=penalty, impl=name), each)[0]
+        for each, name in ((x, "cpp"), (wide, "reference"))
+    )  # fmt: skip
+    assert (got.double() - truth).norm() <= 10 * 2.0**-24 / spread * truth.norm()
+
+
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     """(1, C, H, W) as it is, channels_last, or without the border of a larger map."""
     if layout == "channels_last":

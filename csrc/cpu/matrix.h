@@ -54,23 +54,31 @@ State<Acc> state_of(Acc* state, Form form, bool tiled, const Matrices& m) {
   return {state, state + core, state + core + m.rows};
 }
 
-// A sum over [first, last) as exact as one of few numbers: block(j, end) adds up at most `step` by
-// themselves, and what is lost when their sums are added is added to the next one (Kahan). Of
-// numbers that are all alike every addition rounds the same way: the error of a single chain would
-// grow with its length.
-template <class Block>
-IMCL_INLINE auto long_sum(int64_t first, int64_t last, int64_t step, const Block& block) {
-  int64_t end = std::min(first + step, last);
-  auto sum = block(first, end);
-  auto lost = decltype(sum){};
-  while (end < last) {
-    const int64_t j = end;
-    end = std::min(j + step, last);
-    const auto more = block(j, end) - lost, next = sum + more;
+// A sum of many as exact as one of few: what is lost when a number is added is added to the next
+// one (Kahan). Of numbers that are all alike every addition rounds the same way: the error of a
+// single chain would grow with its length.
+template <class V>
+struct LongSum {
+  V sum = {}, lost = {};
+
+  IMCL_INLINE void add(V value) {
+    const V more = value - lost, next = sum + more;
     lost = (next - sum) - more;
     sum = next;
   }
-  return sum;
+};
+
+// The LongSum over [first, last) of block(j, end), each of which adds up at most `step`.
+template <class Block>
+IMCL_INLINE auto long_sum(int64_t first, int64_t last, int64_t step, const Block& block) {
+  int64_t end = std::min(first + step, last);
+  LongSum<decltype(block(first, end))> total{block(first, end)};
+  while (end < last) {
+    const int64_t j = end;
+    end = std::min(j + step, last);
+    total.add(block(j, end));
+  }
+  return total.sum;
 }
 
 inline constexpr int64_t kSumBlock = 32;  // numbers in a lane's chain

@@ -78,10 +78,13 @@ struct Backward {
           std::fill_n(y + j * panel, panel, s[j]);
       }
     }
-    alignas(kVectorBytes) Acc along[panel] = {};  // <y_i, x_i>/n_i^2
-    for (int64_t k = 0; k < k_count; ++k)
-      for (int64_t v = 0; v < panel; v += width)
-        store(along + v, load(along + v) + load(y + k * panel + v) * load(values + k * panel + v));
+    alignas(kVectorBytes) Acc along[panel];  // <y_i, x_i>/n_i^2
+    for (int64_t v = 0; v < panel; v += width)
+      store(along + v, long_sum(0, k_count, kSumBlock, [&](int64_t k, int64_t end) {
+              Vec<Acc> sum = {};
+              for (; k < end; ++k) sum += load(y + k * panel + v) * load(values + k * panel + v);
+              return sum;
+            }));
     for (int64_t i = 0; i < lanes; ++i)
       along[i] *= inverse_norm[first + i] * inverse_norm[first + i];
     for (int64_t k = 0; k < k_count; ++k)
@@ -170,10 +173,12 @@ struct Backward {
       const Acc scale = scale_of(first + r);
       Acc along = 0;
       if (inverse_norm) {
-        Vec<Acc> sum = {};
-        int64_t k = 0;
-        for (; k + width <= k_count; k += width) sum += load(row + k) * load(value + k);
-        along = sum_lanes<Acc>(sum);
+        int64_t k = k_count - k_count % width;
+        along = sum_lanes<Acc>(long_sum(0, k, kSumBlock * width, [&](int64_t j, int64_t end) {
+          Vec<Acc> sum = {};
+          for (; j < end; j += width) sum += load(row + j) * load(value + j);
+          return sum;
+        }));
         for (; k < k_count; ++k) along += row[k] * value[k];
         along *= inverse_norm[first + r] * inverse_norm[first + r];
       }

@@ -38,6 +38,7 @@ double finish_lanes(const Acc* g, int64_t stride, int64_t n, int64_t first, cons
   const int64_t lanes = std::min(width, n - first);
   const Vec<Acc> inverse_i = load(inverse + first);
   const Vec<Acc> slope_scale = splat(static_cast<Acc>(2 * scale));
+  LongSum<Vec<Acc>> losses, diagonals;  // of all j, and of a block of them:
   Vec<Acc> loss = {}, diagonal = {};
   const auto visit = [&](int64_t j, Vec<Acc> gram) {  // gram: G_ij of all lanes i
     const Vec<Acc> both = inverse_i * splat(inverse[j]);
@@ -55,19 +56,29 @@ double finish_lanes(const Acc* g, int64_t stride, int64_t n, int64_t first, cons
       for (int64_t i = 0; i < lanes; ++i) out[i] = row[i];
     }
   };
+  const auto end_block = [&] {
+    losses.add(loss);
+    diagonals.add(diagonal);
+    loss = diagonal = Vec<Acc>{};
+  };
   // Upper panels hold G_ji for j up to these lanes, and its transpose after them.
   const int64_t direct = std::min(n, first + width);
-  for (int64_t j = 0; j < direct; ++j) visit(j, load(g + j * stride + first));
+  for (int64_t j = 0; j < direct; j += width) {
+    for (int64_t k = j; k < std::min(j + width, direct); ++k)
+      visit(k, load(g + k * stride + first));
+    end_block();
+  }
   for (int64_t j = direct; j < n; j += width) {
     Vec<Acc> tile[width];
     for (int64_t i = 0; i < width; ++i) tile[i] = load(g + (first + i) * stride + j);
     transpose<Acc>(tile);
     for (int64_t i = 0; i < std::min(width, n - j); ++i) visit(j + i, tile[i]);
+    end_block();
   }
   for (int64_t i = 0; a && i < lanes; ++i)
-    a[(first + i) * n + first + i] = -diagonal[i] * inverse_i[i] * inverse_i[i];
+    a[(first + i) * n + first + i] = -diagonals.sum[i] * inverse_i[i] * inverse_i[i];
   double total = 0;
-  for (int64_t i = 0; i < width; ++i) total += static_cast<double>(loss[i]);
+  for (int64_t i = 0; i < width; ++i) total += static_cast<double>(losses.sum[i]);
   return total;
 }
 
@@ -174,15 +185,20 @@ double forward_signed(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseS
   parallel(panels, [&](int64_t p) {
     Scratch own;
     Acc* packed = own.get<Acc>(kDepthBlock * panel);
-    alignas(kVectorBytes) Acc s[panel] = {};
+    LongSum<Vec<Acc>> sums[kVectors];
     const int64_t lanes = std::min(panel, d - p * panel);
     for (int64_t k = 0; k < n; k += kDepthBlock) {
       const int64_t block = std::min(kDepthBlock, n - k);
       pack_panel(source, p * panel, lanes, k, block, packed);
-      for (int64_t j = 0; j < block; ++j)
-        for (int64_t v = 0; v < panel; v += width)
-          store(s + v, load(s + v) + load(packed + j * panel + v));
+      for (int v = 0; v < kVectors; ++v)
+        sums[v].add(long_sum(0, block, kSumBlock, [&](int64_t j, int64_t end) {
+          Vec<Acc> sum = {};
+          for (; j < end; ++j) sum += load(packed + j * panel + v * width);
+          return sum;
+        }));
     }
+    alignas(kVectorBytes) Acc s[panel];
+    for (int v = 0; v < kVectors; ++v) store(s + v * width, sums[v].sum);
     squares[p] = 0;
     for (int64_t i = 0; i < lanes; ++i) squares[p] += static_cast<double>(s[i]) * s[i];
     if (state.core) std::copy_n(s, lanes, state.core + p * panel);

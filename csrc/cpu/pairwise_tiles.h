@@ -64,18 +64,21 @@ class Tiles {
       Acc* y = scratch.get<Acc>(depth_ * panel);
       std::fill_n(y, depth_ * panel, Acc(0));
       alignas(kVectorBytes) Acc tile[panel * panel];
-      Vec<Acc> inverse[kVectors], diagonal[kVectors] = {};
+      Vec<Acc> inverse[kVectors];
+      LongSum<Vec<Acc>> diagonal[kVectors];
       for (int v = 0; v < kVectors; ++v) inverse[v] = load(inverse_ + p * panel + v * width);
       for (int64_t q = 0; q < panels_; ++q) {
         cosines(q, p, tile);
+        Vec<Acc> of_panel[kVectors] = {};
         for (int64_t j = 0; j < panel; ++j) {
           for (int v = 0; v < kVectors; ++v) {
             Acc* at = tile + j * panel + v * width;
             const Vec<Acc> c = load(at), slope = slope_scale * phi_slope<P>(c);
-            diagonal[v] += slope * c;
+            of_panel[v] += slope * c;
             store(at, slope * inverse[v] * splat(inverse_[q * panel + j]));
           }
         }
+        for (int v = 0; v < kVectors; ++v) diagonal[v].add(of_panel[v]);
         for (int64_t d = 0; d < depth_; d += kStrip<Acc>)
           micro_kernel<kVectors>(packed_panel(q) + d * panel, panel, 1, tile, panel, y + d * panel,
                                  panel, true);
@@ -84,8 +87,8 @@ class Tiles {
       for (int64_t d = 0; d < columns_; ++d)
         for (int v = 0; v < kVectors; ++v) {
           Acc* at = y + d * panel + v * width;
-          store(at,
-                load(at) - diagonal[v] * inverse[v] * inverse[v] * load(x + d * panel + v * width));
+          store(at, load(at) - diagonal[v].sum * inverse[v] * inverse[v] *
+                                   load(x + d * panel + v * width));
         }
       emit(p, y);
     });
