@@ -114,7 +114,9 @@ class QualityAgnostic(nn.Module):
     what its distances are divided by and whether representations are pooled are not. Of whole
     representations of a ResNet-18 at its start, with distances per dimension, HSIC of that sigma
     has a millionth of the cross entropies' gradient even before alpha: it teaches nothing. So the
-    default is CKA, which knows no scale, at the median bandwidth; no study chose it, or alpha.
+    default is CKA, which knows no scale, at the median bandwidth; no study chose it, or the
+    default of alpha. With 0.3, chosen by a screening, it did not help (docs/accuracy.md, "One
+    network for several qualities"), where ``ways`` with alpha 0 did.
     """
 
     def __init__(
