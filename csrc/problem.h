@@ -53,8 +53,9 @@ enum class Teacher { kOthers, kMean, kFinal, kPairwise };
 enum class Divergence { kKl, kReverseKl, kJsd, kMixture };
 enum class Reduction { kMean, kSum, kNone };
 
-// What the samples of dense logits are spread over: images, their rows, their pixels.
-constexpr int kMostAxes = 4;
+// What the samples of dense logits are spread over: images, up to four dimensions of their pixels,
+// and labels that are each a sample.
+constexpr int kMostAxes = 6;
 
 // Strides of the axes of samples.
 struct Strides {

@@ -117,7 +117,13 @@ def _find_headed(trace: find.Trace, choice: Choice) -> None:
     if trace.class_dim is None or trace.logits is None:
         return
     size = trace.logits.movedim(trace.class_dim, 1).shape[2:]
-    choice.headed = [name for name in choice.headed if fits(trace.resolution(name), size)]
+    choice.headed = [
+        name
+        for name in choice.headed
+        if fits(trace.resolution(name), size)
+        # The positions of a source are none of the target's, however many there are.
+        and not trace.of_source(name)
+    ]
     if not choice.headed:
         choice.nothing["multilayer_weight"] = (
             "layers: expected one whose positions lie over those of the logits "

@@ -29,8 +29,6 @@ def classes_last(
     """
     if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
         raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
-    if target is not None and not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a Tensor or None, got {type(target).__name__}")
     stacks, target = _classes_last(stacks, target, class_dim)
     expected = (*samples(stacks[0]), stacks[0].shape[-1])
     for i, stack in enumerate(stacks):
@@ -49,7 +47,14 @@ def _classes_last(
         if class_dim is None:
             _plain(stacks, "without a target; say where the classes are by class_dim")
             return stacks, target
-        axes = stacks[0].dim() - 1
+        # One head alone has nothing to agree with: one Tensor has the heads in front.
+        lowest = min(stack.dim() for stack in stacks)
+        axes = lowest - 1 if len(stacks) > 1 else lowest - 2
+        if class_dim == 1 and len(stacks) == 1 and axes < 2:
+            raise ValueError(
+                "logits: expected heads in front, (h, B, K, *spatial), or a sequence of them, with "
+                f"class_dim=1 and no target, got shape {tuple(stacks[0].shape)}"
+            )
     else:
         axes = target.dim() - target.is_floating_point()
     if axes < 2 or any(stack.dim() not in (axes + 1, axes + 2) for stack in stacks):

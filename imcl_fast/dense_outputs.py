@@ -80,6 +80,7 @@ def find(
     sure: bool,
     named: bool,
     criterion: bool,
+    least: int,
 ) -> Found:
     """Whether an output is logits, and where their classes are: see ``IMCL``.
 
@@ -94,15 +95,17 @@ def find(
         sure: whether the user has said that it is logits, or where these are.
         named: whether the output is called logits.
         criterion: whether it may be meant for something else than cross entropy.
+        least: number of classes.
     """
     dim = None
     if output.dim() > 2:
         by_modules = [(x, name in channels_last) for name, x in outputs.items()]
         dim = where or class_dim(output, by_modules, example, labels, ranks)
-    if not output.is_floating_point() or output.dim() < 2 or output.shape[dim or 1] < 2:
+    if not output.is_floating_point() or output.dim() < 2 or output.shape[dim or 1] < least:
         why = (
-            "model: expected its output to be logits of at least 2 classes, (B, K), (B, K, "
-            f"*spatial) or (B, *tokens, K), got {tuple(output.shape)}, {output.dtype}"
+            f"model: expected its output to be logits of at least {least} "
+            f"class{'' if least == 1 else 'es'}, (B, K), (B, K, *spatial) or (B, *tokens, K), got "
+            f"{tuple(output.shape)}, {output.dtype}"
         )
         return Found(None, why, None, {})
     made = makers(output, outputs, dim)

@@ -439,6 +439,7 @@ def _checked(
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None, int]:
     """Logits of one dtype with their classes last, target, sample weights, the number of heads."""
     stacks = validation.tensors("logits", logits, dense.RANKS, range(2, 8))
+    target = validation.tensor_or_none("target", target)
     stacks, target = dense.classes_last(stacks, target, class_dim)
     samples, classes = dense.samples(stacks[0]), stacks[0].shape[-1]
     if classes < 1:

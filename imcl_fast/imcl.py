@@ -61,9 +61,10 @@ class IMCL(IMCLState):
             take part in multi-layer consistency and representation similarity; choose them
             after their activation. None takes the last block of each spatial resolution, or,
             where all blocks have one (vision transformers), those at 1/4, 2/4, 3/4 and the
-            end of the depth. Tokens stand for pixels: they are what a channel's similarity
-            runs over and what an auxiliary head averages. Of a module that returns a tuple
-            it is the first.
+            end of the depth; of an encoder-decoder, which is given ``decoder_input_ids`` or the
+            like by name, those of the decoder. Tokens stand for pixels: they are what a
+            channel's similarity runs over and what an auxiliary head averages. Of a module
+            that returns a tuple it is the first.
         output_weight, multilayer_weight, representation_weight, kernel_weight: of the four
             ways. 0 leaves a way out: no hook, no head, no call. The others may be
             changed between steps.
@@ -103,10 +104,11 @@ class IMCL(IMCLState):
             (B, \*tokens, K). None goes by the first of these that tells: ``labels`` in
             ``example_input``; the module whose output the logits are; the positions of the
             input, if the logits have the same; whether the network's convolutions have as many
-            spatial dimensions. An output of 3 dimensions or more counts as logits only if this, or
-            ``logits``, is given, or a linear layer or convolution computes it, which gives more or
-            fewer channels than the input has (an image would have as many), or ``labels`` or the
-            name ``logits`` tell; and never under a ``criterion`` unless it is given.
+            spatial dimensions. An output of 3 dimensions or more counts as logits only if this,
+            ``logits`` or ``activation="sigmoid"`` is given, or a linear layer or convolution
+            computes it, which gives more or fewer channels than the input has (an image would
+            have as many), or ``labels`` or the name ``logits`` tell; and never under a
+            ``criterion`` unless this or ``logits`` is given.
         ignore_index: target of samples, pixels or tokens that count for nothing.
         activation: ``"softmax"``, or ``"sigmoid"`` where the K labels of a sample hold or not, each
             by itself: targets are floating, shaped like the logits. The cross entropy is then
@@ -239,8 +241,10 @@ class IMCL(IMCLState):
         validation.choice("activation", activation, functional.ACTIVATIONS)
         self.activation = activation
         self.model = model
-        trace = find.trace(model, example_input, logits, class_dim, criterion is not None)
-        self.class_dim = trace.class_dim
+        trace = find.trace(
+            model, example_input, logits, class_dim, criterion is not None, activation == "sigmoid"
+        )
+        self.class_dim, self._no_logits = trace.class_dim, trace.why
         with evaluating(model):  # otherwise, to read a weight under spectral norm changes it
             values = {name: getattr(self, name) for name in WEIGHTS}
             choice = choose(trace, values, layers, classifier, kernels)
@@ -288,7 +292,8 @@ class IMCL(IMCLState):
                 takes no part in representation similarity and in what the heads average, nor,
                 where dense logits have as many positions, in anything that is computed from
                 them, their own cross entropy among it. The network doesn't get it. None takes
-                its argument ``attention_mask``, if there is one, where it fits.
+                its argument ``attention_mask``, if there is one, where it fits; of an
+                encoder-decoder ``decoder_attention_mask`` for the logits and the decoder.
             kwargs: handed on to the network.
 
         Raises:
@@ -297,7 +302,6 @@ class IMCL(IMCLState):
         """
         args, kwargs = outputs.arguments(x, kwargs)
         within = kwargs.pop(outputs.LABELS, None)
-        found = kwargs.get(outputs.ATTENTION_MASK)
         if target is None:
             target = within if labels is None else labels
             if target is None:
@@ -306,9 +310,10 @@ class IMCL(IMCLState):
             if self.criterion is None or self.class_dim is not None:
                 outputs.check_labels(self.model)
             if not self.training:
-                _check_mask(token_mask)
-                return self._evaluate(self.model(*args, **kwargs), target, (token_mask, found))
-        step = self._begin(token_mask, found)
+                validation.tensor_or_none("token_mask", token_mask)
+                return self._evaluate(self.model(*args, **kwargs), target, token_mask, kwargs)
+        step = self._begin(token_mask)
+        step.keywords = kwargs
         try:
             step.outputs.append(self.model(*args, **kwargs))
         finally:
@@ -340,9 +345,9 @@ class IMCL(IMCLState):
             self._watch_handles = ran(self.model, self._tape)
         return Watch(self, token_mask)
 
-    def _begin(self, token_mask: Tensor | None = None, found: Any = None) -> IMCLStep:
+    def _begin(self, token_mask: Tensor | None = None) -> IMCLStep:
         """A step under way, until ``_tape.step`` is taken back: the network is to run once."""
-        _check_mask(token_mask)
+        validation.tensor_or_none("token_mask", token_mask)
         for name in self._off:
             if getattr(self, name):
                 raise RuntimeError(
@@ -373,7 +378,7 @@ class IMCL(IMCLState):
         if not (kernel_first or torch.compiler.is_compiling()):  # which can't trace it
             self._weight_handles += kernel_weights.tap(weights, self._tape)
         step = IMCLStep(self, turn, counts)
-        step.mask, step.found_mask = token_mask, found
+        step.mask = token_mask
         if self.classifier and sharding.initialised() and not torch.compiler.is_compiling():
             weight = getattr(self.model.get_submodule(self.classifier), "weight", None)
             step.sharded = hasattr(weight, "full_tensor")
@@ -435,13 +440,16 @@ class IMCL(IMCLState):
             output,
         )
 
-    def _evaluate(self, output: Any, target: Any, masks: tuple[Any, Any]) -> IMCLOutput:
+    def _evaluate(
+        self, output: Any, target: Any, token_mask: Tensor | None, keywords: Mapping[str, Any]
+    ) -> IMCLOutput:
         """The task's own loss of an output, without the ways."""
         if self.criterion is not None:
             loss = _scalar(self.criterion(output, target))
             logits = self._logits_if_any(output)
             return IMCLOutput(loss, logits, loss.detach(), None, None, None, False, 0, 0, output)
         logits = outputs.logits(output, self._find_logits)
+        masks = token_mask, outputs.Padding.of(keywords).of_logits
         loss, head_terms = self._consistency.own(self, logits, target, masks)
         return IMCLOutput(loss, logits, None, head_terms, None, None, True, 0, 0, output)
 
@@ -575,11 +583,6 @@ class IMCL(IMCLState):
         kind = functional.PENALTIES.index(self.kernel_penalty)
         similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale
-
-
-def _check_mask(mask: Any) -> None:
-    if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"token_mask: expected a Tensor or None, got {type(mask).__name__}")
 
 
 def _scalar(loss: Any) -> Tensor:

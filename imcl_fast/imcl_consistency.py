@@ -28,7 +28,8 @@ class HeadsConsistency:
         (2, H), cross entropies and KL of the auxiliary heads, the network's own and the views."""
         heads = [step.head_logits[i] for i in sorted(step.head_logits)]
         options = self._current(imcl, own, _ignored(imcl, target))
-        return _call(imcl, heads, logits, step.views, target, (step.mask, step.found_mask), options)
+        masks = step.mask, step.padding.of_logits
+        return _call(imcl, heads, logits, step.views, target, masks, options)
 
     def own(
         self, imcl: IMCLState, logits: Tensor, target: Tensor, masks: tuple[Any, Any]
@@ -60,12 +61,14 @@ def _call(
     masks: tuple[Any, Any],
     options: ConsistencyOptions,
 ) -> tuple[Tensor, Tensor]:
+    if imcl._no_logits:
+        raise ValueError(f"{imcl._no_logits}; or pass criterion=, the loss that it is meant for")
     stacks = [*heads, logits] if views is None else [*heads, logits, views]
     weight = None
     if imcl.class_dim is not None:
         _check_target(logits, target, imcl.class_dim)
         stacks = _classes_last(imcl, heads, logits, views)
-        weight = _weight(masks, stacks)
+        weight = _weight(imcl, masks, stacks)
         if imcl.class_dim == 1 and isinstance(target, Tensor) and target.is_floating_point():
             target = target.movedim(1, -1)
     checked = validation.target(target, stacks, options.ignore_index, options.binary)
@@ -87,10 +90,23 @@ def _classes_last(
     return stacks
 
 
-def _weight(masks: tuple[Any, Any], stacks: list[Tensor]) -> Tensor | None:
+def _weight(imcl: IMCLState, masks: tuple[Any, Any], stacks: list[Tensor]) -> Tensor | None:
     """1 for the tokens, or pixels, that a mask of their shape says count, 0 for others; None:
-    all do."""
+    all do.
+
+    Raises:
+        ValueError: the first mask, which the user gave, is of no shape that anything has.
+    """
     samples = stacks[0].shape[1:-1]
+    own = masks[0]
+    # Layers, which are not asked in eval mode, may have other positions than the logits.
+    if own is not None and own.shape != samples and not (
+        imcl.layers and own.dim() > 1 and len(own) == samples[0]
+    ):  # fmt: skip
+        raise ValueError(
+            f"token_mask: expected shape {tuple(samples)}, a value for each position of the "
+            f"logits, got {tuple(own.shape)}"
+        )
     for mask in masks:
         if isinstance(mask, Tensor) and mask.shape == samples:
             wide = any(stack.dtype == torch.float64 for stack in stacks)

@@ -49,3 +49,4 @@ class IMCLState(nn.Module):
     _resize: Resize  # of dense logits
     _kernel_share: KernelShare
     _told_of_mask: bool
+    _no_logits: str  # why the output on the example is taken for none; "" if it isn't

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from . import functional, kernel_weights, outputs, padding
+from . import functional, kernel_weights, padding
 from .imcl_state import IMCLState
+from .outputs import Padding
 from .schedule import Turn
 from .taps import Step
 
@@ -51,6 +52,10 @@ class IMCLStep(Step):
         self.views: Tensor | None = None
         self.sharded = False  # whether FSDP2 has the classifier's weight
 
+    @property
+    def padding(self) -> Padding:
+        return Padding.of(self.keywords)
+
     def instead_of(self, output: Any) -> Any:
         if not self.sharded or self.views is None or not isinstance(output, Tensor):
             return None
@@ -83,16 +88,18 @@ class IMCLStep(Step):
 
     def _mask(self, index: int, features: Tensor) -> Tensor | None:
         """Which positions of a layer count, (B, 1, *spatial); None: all of them."""
-        if self.mask is None and self.found_mask is None:
+        path = self.imcl.layers[index]
+        found = self.padding.of_layer(path)
+        if self.mask is None and found[0] is None:
             return None
         shape = (len(features), *features.shape[2:])
-        for mask, name in ((self.mask, "token_mask"), (self.found_mask, outputs.ATTENTION_MASK)):
+        for mask, name in ((self.mask, "token_mask"), found):
             if isinstance(mask, Tensor):
                 if tuple(mask.shape) == shape:
                     return padding.broadcast(mask, features)
                 told = (
                     f"{name}: expected shape {shape}, a value for each position of the layer "
-                    f"{self.imcl.layers[index]!r}, got {tuple(mask.shape)}"
+                    f"{path!r}, got {tuple(mask.shape)}"
                 )
                 if mask is self.mask:
                     raise ValueError(told)

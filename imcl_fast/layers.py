@@ -66,6 +66,7 @@ class Trace(NamedTuple):
             dimensions, not the strides.
         residual: paths of the residual blocks; see residual.py.
         batch: how many samples there were, where the example tells.
+        decodes: whether the example has a target that a decoder reads, beside a source.
     """
 
     model: nn.Module
@@ -79,6 +80,7 @@ class Trace(NamedTuple):
     channels_last: frozenset[str]
     residual: frozenset[str]
     batch: int | None
+    decodes: bool
 
     def resolution(self, name: str) -> tuple[int, ...]:
         """Spatial size of a module's output, or number of tokens; () where it has none."""
@@ -92,6 +94,10 @@ class Trace(NamedTuple):
     def predicts(self, name: str) -> bool:
         """Whether a module's output is one of classes."""
         return name in self.makers or name in self.rivals
+
+    def of_source(self, name: str) -> bool:
+        """Whether a module reads what another half of the network decodes."""
+        return self.decodes and outputs.half(name) == "encoder"
 
     def of_batch(self, call: Call) -> bool:
         """Whether an output has a row for each sample, and not for each of its windows."""
@@ -108,6 +114,7 @@ def trace(
     how: Callable[[Any], Tensor] | None = None,
     class_dim: int | None = None,
     criterion: bool = False,
+    sigmoid: bool = False,
 ) -> Trace:
     """Run ``example_input`` in eval mode, without gradient or trace left; of a Tensor one sample.
 
@@ -115,6 +122,7 @@ def trace(
         how: to find the logits; see ``outputs.logits``.
         class_dim: where dense logits have their classes; None finds out.
         criterion: whether the output may be meant for something else than cross entropy.
+        sigmoid: whether it is known to be the logits of labels that hold or not, of one at least.
 
     Raises:
         TypeError, ValueError: ``example_input`` is no batch, or ``how`` finds no Tensor.
@@ -175,9 +183,10 @@ def trace(
             labels,
             spatial_ranks(model),
             where=class_dim,
-            sure=how is not None or class_dim is not None,
+            sure=how is not None or class_dim is not None or (sigmoid and not criterion),
             named=not isinstance(output, (Tensor, tuple, list)),
             criterion=criterion,
+            least=1 if sigmoid else 2,
         )
         if seen.logits is not None and seen.class_dim is not None:
             taken = [x for all_of in calls.values() for x, *_ in all_of if x is not None]
@@ -189,7 +198,8 @@ def trace(
     if batch is None:
         batch = next((len(x) for x in kwargs.values() if isinstance(x, Tensor) and x.dim()), None)
     residual = additions.blocks(model)
-    return Trace(model, calls, *seen, shape, rivals, channels_last, residual, batch)
+    decodes = outputs.Padding.of(kwargs).decodes
+    return Trace(model, calls, *seen, shape, rivals, channels_last, residual, batch, decodes)
 
 
 def find_layers(trace: Trace) -> list[str]:
@@ -200,7 +210,8 @@ def find_layers(trace: Trace) -> list[str]:
     layers beside them (the stem) don't count; where there are none (the ``features`` of a VGG),
     the last layer that follows a convolution before each change of resolution does. As many
     positions are one resolution, be they tokens or pixels. Outputs of one position, those
-    that the network overwrites in place, and what makes the logits, are left out.
+    that the network overwrites in place, and what makes the logits, are left out, and so is the
+    encoder where the example has a target for a decoder.
 
     Where that finds no two, or all residual blocks have one resolution, as in a vision
     transformer, it is the blocks at 1/4, 2/4, 3/4 and the end of the longest row of them.
@@ -225,7 +236,7 @@ def _last_of_each_resolution(trace: Trace) -> list[str]:
         pixels = math.prod(size)
         if not size or not known_rank or pixels == 1 or not trace.of_batch(call):
             continue
-        if trace.predicts(name):
+        if trace.predicts(name) or trace.of_source(name):
             continue
         if isinstance(module, _ConvNd):
             convolved.add(pixels)
@@ -245,7 +256,7 @@ def _quarters_of_longest_row(trace: Trace) -> list[str]:
         module, call = trace.model.get_submodule(name), calls[0]
         if call.output is None or call.overwritten or len(calls) > 1:
             continue
-        if not trace.of_batch(call) or trace.predicts(name):
+        if not trace.of_batch(call) or trace.predicts(name) or trace.of_source(name):
             continue
         inside = any(path in trace.residual for path in _parents(name))
         if _has_children(module) and trace.resolution(name) and not inside:

@@ -114,9 +114,7 @@ class CollaborativeConsistencyLoss(nn.Module):
         self.return_terms, self.class_dim = return_terms, class_dim
         self.divergence, self.activation = divergence, activation
         self.beta = validation.plain(beta)
-        if weight is not None and not isinstance(weight, Tensor):
-            raise TypeError(f"weight: expected a Tensor or None, got {type(weight).__name__}")
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", validation.tensor_or_none("weight", weight))
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ MISSING: Final = object()  # of an argument that may be anything, None among the
 # The names that transformers has for the target and for which tokens are none of padding.
 LABELS = "labels"
 ATTENTION_MASK = "attention_mask"
+DECODER = "decoder_"  # how its names of what the second half of an encoder-decoder takes begin
 # How its names of losses, and of classes, end: the last where there is no encoder of text, as of
 # models that see images and write.
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -31,6 +32,44 @@ def arguments(x: Any, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     if isinstance(x, Mapping):
         return (), {**x, **kwargs}
     return (x,), kwargs
+
+
+class Padding(NamedTuple):
+    """A network's own arguments that say which tokens are none of padding.
+
+    Attributes:
+        mask: ``attention_mask``, of an encoder-decoder's source.
+        decoder_mask: ``decoder_attention_mask``, of its target.
+        decodes: whether there is a target.
+    """
+
+    mask: Any = None
+    decoder_mask: Any = None
+    decodes: bool = False
+
+    @staticmethod
+    def of(arguments: Mapping[str, Any]) -> Padding:
+        """That which a network's keyword arguments say."""
+        decodes = any(
+            name.startswith(DECODER) and value is not None for name, value in arguments.items()
+        )
+        decoder_mask = arguments.get(DECODER + ATTENTION_MASK)
+        return Padding(arguments.get(ATTENTION_MASK), decoder_mask, decodes)
+
+    @property
+    def of_logits(self) -> Any:
+        return self.decoder_mask if self.decodes else self.mask
+
+    def of_layer(self, path: str) -> tuple[Any, str]:
+        """That of a layer, and its name."""
+        if self.decodes and half(path) == "decoder":
+            return self.decoder_mask, DECODER + ATTENTION_MASK
+        return self.mask, ATTENTION_MASK
+
+
+def half(path: str) -> str:
+    """Which half of an encoder-decoder a module lies in; "" where its path doesn't tell."""
+    return next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
 
 
 def check_labels(model: nn.Module) -> None:

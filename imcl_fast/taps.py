@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ class Step:
     def __init__(self) -> None:
         self.calls = 0
         self.outputs: list[Any] = []  # of the whole network
-        self.found_mask: Any = None  # the network's argument that says what is padding
+        self.keywords: Mapping[str, Any] = {}  # arguments of the network
         self.weights: dict[str, Tensor] = {}  # see kernel_weights
         self.waiting: list[tuple[int | None, nn.Module, Tensor, bool]] = []
         self.context = _autograd_context()

@@ -53,6 +53,12 @@ def tensors(name: str, value: Any, rank: str, allowed: range) -> list[Tensor]:
     return list(items)
 
 
+def tensor_or_none(name: str, value: Any) -> Tensor | None:
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(value).__name__}")
+    return value
+
+
 def choice(name: str, value: Any, allowed: Sequence[str]) -> int:
     """The index of ``value`` in ``allowed``."""
     if not isinstance(value, str):
@@ -262,11 +268,9 @@ def masks(value: Any, features: Sequence[Tensor]) -> list[Tensor | None]:
             f"mask: expected one Tensor or {len(features)}, one per layer, got {len(each)}"
         )
     for i, (mask, x) in enumerate(zip(each, features, strict=True)):
-        if mask is None:
-            continue
         label = "mask" if isinstance(value, Tensor) else f"mask[{i}]"
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"{label}: expected a Tensor or None, got {type(mask).__name__}")
+        if tensor_or_none(label, mask) is None:
+            continue
         if mask.is_floating_point() or mask.is_complex():
             raise TypeError(
                 f"{label}: expected bools or integers, True or not 0 where a position counts, got "
@@ -291,12 +295,10 @@ def target(
     """Class indices (B,) as int64, in [0, K) or ``ignore_index``, or class probabilities (B, K)
     in the dtype of the loss, on the device of logits (B, K) or (h, *samples, K); of the labels of
     a sigmoid probabilities only."""
-    if value is None:
+    if tensor_or_none("target", value) is None:
         return None
     shape = (*dense.samples(logits[0]), logits[0].shape[-1])
     samples, classes = shape[:-1], shape[-1]
-    if not isinstance(value, Tensor):
-        raise TypeError(f"target: expected a Tensor or None, got {type(value).__name__}")
     kinds = f"class indices {samples}, or probabilities {shape} of a floating dtype"
     if sigmoid:
         kinds = f"probabilities {shape} of a floating dtype, one of each label of a sigmoid"
@@ -357,10 +359,8 @@ def weights(
     name: str, value: Any, shape: Sequence[int], logits: Sequence[Tensor]
 ) -> Tensor | None:
     """Weights of a shape, or None, in the dtype of the loss, on the logits' device."""
-    if value is None:
+    if tensor_or_none(name, value) is None:
         return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Tensor or None, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{name}: expected a floating dtype, got {value.dtype}; convert it with .float()"

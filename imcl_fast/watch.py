@@ -10,7 +10,6 @@ from torch.utils.hooks import RemovableHandle
 
 from .imcl_output import IMCLOutput
 from .imcl_step import IMCLStep
-from .outputs import ATTENTION_MASK
 from .taps import Tape
 
 
@@ -96,7 +95,7 @@ class _Runs:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.tape.step is not None:
-            self.tape.step.found_mask = kwargs.get(ATTENTION_MASK)
+            self.tape.step.keywords = kwargs
 
 
 class _Ran:

@@ -174,7 +174,9 @@ def dense(draw: st.DrawFn) -> Dense:
 
 @given(drawn=dense(), dtype=st.sampled_from(DTYPES))
 def test_drawn(impl: Impl, drawn: Dense, dtype: torch.dtype) -> None:
-    if drawn.kind == "none" and any(drawn.stacks):  # heads in front are told by a target alone
+    # Without a target one Tensor has heads in front, and of several the one of fewest dimensions
+    # has none.
+    if drawn.kind == "none" and (len(drawn.stacks) == 1) != (drawn.stacks.count(0) == 0):
         drawn = drawn._replace(kind="indices")
     check(impl, drawn, dtype)
 
@@ -210,6 +212,26 @@ def test_volumes(impl: Impl) -> None:
     """Nothing collapses: four axes of samples."""
     drawn = Dense(2, 5, (2, 3, 4), layouts=("sliced", "reversed"), shares="all")
     check(impl, drawn, torch.float32)
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+def test_labels_of_cropped_volumes(impl: Impl, rank: int) -> None:
+    """Nothing collapses, and each label is a sample of its own: as many axes as there can be."""
+    generator = torch.Generator().manual_seed(0)
+    larger = torch.randn(2, 3, 5, *[3] * rank, generator=generator).to(impl.device)
+    inside = (slice(2), slice(1, 4), *[slice(1, 3)] * rank)
+    stacks = [leaf(z[inside]) for z in larger]
+    y = torch.rand(3, 5, *[3] * rank, generator=generator).to(impl.device)[inside]
+    wide = [leaf(z.cpu(), torch.float64) for z in stacks]
+    losses, gradients = [], []
+    for heads, name in ((stacks, impl.name), (wide, "reference")):
+        target = y if heads is stacks else y.cpu().double()
+        loss = F.collaborative_consistency(heads, target, activation="sigmoid", impl=name)
+        losses.append(loss)
+        gradients.append(torch.autograd.grad(loss, heads))
+    torch.testing.assert_close(losses[0].cpu().double(), losses[1], rtol=1e-5, atol=0)
+    for got, true in zip(*gradients, strict=True):
+        assert (got.cpu().double() - true).norm() <= 1e-5 * true.norm()
 
 
 def test_one_dense_head_is_torchs_cross_entropy(impl: Impl) -> None:
@@ -265,6 +287,23 @@ def test_what_the_shape_of_the_target_tells() -> None:
     )
 
 
+def test_heads_in_one_tensor_agree_without_a_target() -> None:
+    image = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    heads = [image, 2 * image, image - 1]
+
+    def loss(logits, class_dim) -> Tensor:
+        return F.collaborative_consistency(logits, None, class_dim=class_dim, impl="reference")
+
+    for class_dim, stack in ((1, torch.stack(heads)), (-1, torch.stack(heads).movedim(2, -1))):
+        expected = loss(list(stack), class_dim)
+        assert expected > 0.1
+        torch.testing.assert_close(loss(stack, class_dim), expected)
+        torch.testing.assert_close(loss([stack[:2], stack[2]], class_dim), expected)
+        torch.testing.assert_close(loss([stack[0], stack[1:]], class_dim), expected)
+    tokens = torch.randn(3, 2, 4, dtype=torch.float64)  # (h, B, K)
+    torch.testing.assert_close(loss(tokens, -1), loss(list(tokens), None))
+
+
 SQUARE = torch.randn(2, 4, 4)
 IMAGE = torch.randn(2, 3, 4, 5)
 ERRORS = {
@@ -282,6 +321,9 @@ ERRORS = {
     "told otherwise": (
         [torch.randn(2, 3, 4)], torch.zeros(2, 3, dtype=torch.int64), {"class_dim": 1},
         r"^target: expected .*\(2, 3\)",
+    ),
+    "one head and no target": (
+        torch.randn(2, 3, 4), None, {"class_dim": 1}, r"^logits: expected heads .*\(2, 3, 4\)"
     ),
     "no dimension of classes": ([IMAGE], None, {"class_dim": 2}, r"^class_dim: expected .*got 2"),
     "other images": (

@@ -319,6 +319,105 @@ def test_token_heads_do_not_see_the_padding(how):
                                terms["cross_entropy"])  # fmt: skip
 
 
+class Translator(nn.Module):
+    """An encoder-decoder: as many target tokens get classes as the decoder is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.encoder = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True) for _ in range(3)
+        )
+        self.decoder = nn.ModuleList(
+            nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=True) for _ in range(3)
+        )
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(
+        self, ids, decoder_input_ids, attention_mask=None, decoder_attention_mask=None
+    ):
+        x, y = self.embed(ids), self.embed(decoder_input_ids)
+        of_x, of_y = (
+            None if mask is None else mask == 0
+            for mask in (attention_mask, decoder_attention_mask)
+        )
+        for block in self.encoder:
+            x = block(x, src_key_padding_mask=of_x)
+        for block in self.decoder:
+            y = block(y, x, tgt_key_padding_mask=of_y, memory_key_padding_mask=of_x)
+        return self.fc(y)
+
+
+LAYERS_OF_BOTH = ["encoder.0", "encoder.1", "decoder.0", "decoder.2"]
+
+
+def translation(source, target):
+    """Of so many tokens, but for padding the same: 8 in the source and 6 in the target."""
+    torch.manual_seed(0)
+    ids, _ = tokens(length=8)
+    given, y = tokens(length=6)
+    of_x = torch.arange(8) < torch.tensor([8, 6, 4, 3, 2, 1])[:, None]
+    of_y = torch.arange(6) < torch.tensor([1, 2, 6, 3, 2, 5])[:, None]
+    batch = {"ids": ids, "attention_mask": of_x.long()}
+    batch |= {"decoder_input_ids": given, "decoder_attention_mask": of_y.long()}
+    sizes = {"ids": source - 8, "attention_mask": source - 8}
+    batch = {name: F.pad(x, (0, sizes.get(name, target - 6))) for name, x in batch.items()}
+    return batch, F.pad(y, (0, target - 6))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_halves_of_an_encoder_decoder_have_masks_of_their_own(watched):
+    found = []
+    for source, target in ((8, 6), (12, 6), (8, 20), (20, 20)):
+        batch, y = translation(source, target)
+        keep = batch["decoder_attention_mask"] == 1
+        imcl = IMCL(Translator().double(), batch, LAYERS_OF_BOTH, **WAYS_ON, **EVERY_STEP,
+                    dropout=0.0)  # fmt: skip
+        assert list(imcl._head_of) == [2]  # the source has no classes
+        if watched:
+            with imcl.watch() as ways:
+                logits = imcl.model(**batch)
+            own = F.cross_entropy(logits[keep], y[keep])
+            loss, terms = own + ways.loss(y), ways.terms
+        else:
+            out = imcl(batch, y)
+            loss, terms = out.loss, dict(out.terms)
+            own = terms.pop("cross_entropy")
+        loss.backward()
+        expected = F.cross_entropy(imcl.model(**batch)[keep], y[keep])
+        torch.testing.assert_close(own.detach(), expected.detach())
+        imcl.eval()
+        torch.testing.assert_close(imcl(batch, labels=y).loss, expected)
+        found.append([loss, terms, [p.grad for p in imcl.parameters()]])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+def test_the_mask_of_a_source_is_none_of_a_target_as_long():
+    batch, y = translation(8, 8)
+    del batch["decoder_attention_mask"]
+    imcl = IMCL(Translator().double(), batch, **WAYS_ON, **EVERY_STEP)
+    assert imcl.layers[-1].startswith("decoder")
+    own = F.cross_entropy(imcl.model(**batch).movedim(-1, 1), y)
+    torch.testing.assert_close(imcl(batch, y).terms["cross_entropy"], own.detach())
+    imcl.eval()
+    torch.testing.assert_close(imcl(batch, labels=y).loss, own)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_token_mask_of_another_shape_is_named(training):
+    ids, y = tokens()
+    imcl = IMCL(Tagger(), {"ids": ids}, **only("output_weight")).train(training)
+    imcl(ids, labels=y, token_mask=torch.ones(6, 7))
+    for wrong in (torch.ones(6, 6), torch.ones(5, 7), torch.ones(6), torch.ones(6, 7, 1)):
+        with pytest.raises(ValueError, match=r"^token_mask: expected shape \(6, 7\), .*logits"):
+            imcl(ids, labels=y, token_mask=wrong)
+    imcl = IMCL(Tagger(), {"ids": ids}, **WAYS_ON).train(training)
+    for wrong in (torch.ones(5, 7), torch.ones(6)):
+        with pytest.raises(ValueError, match=r"^token_mask: expected shape \(6, 7\)"):
+            imcl(ids, labels=y, token_mask=wrong)
+
+
 @pytest.mark.parametrize("value", [50.0, float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "head", [AuxiliaryHead(5, 3), TokenHead(5, 3), MapHead(5, 3, 1)], ids=lambda h: type(h).__name__
@@ -519,6 +618,11 @@ def test_what_may_be_no_logits_is_taken_for_none_and_said(make, options, why):
     with pytest.warns(UserWarning, match=f"output_weight and multilayer_weight .*{why}") as told:
         imcl = IMCL(make(), x, **WAYS_ON, **options)
     assert len(told) == 1 and len(imcl.heads) == 0
+    if not options:
+        for _ in ("train", "eval"):  # with why, and not with what is wrong with the target
+            with pytest.raises(ValueError, match=rf"^model: .*{why}.* criterion="):
+                imcl(x, labels=y.clamp(max=1))
+            imcl.eval()
     if "class_dim" in why:
         on = {**WAYS_ON, "output_weight": 0.0 if "no linear" in why else 1.0}
         imcl = IMCL(make(), x, **on, class_dim=1, **options)
@@ -528,6 +632,25 @@ def test_what_may_be_no_logits_is_taken_for_none_and_said(make, options, why):
     if not options and "least" not in why and imcl.model(x).shape[2:] == y.shape[1:]:
         imcl = IMCL(make(), given, **only("multilayer_weight"))
         assert len(imcl.heads)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_one_label_of_each_pixel(channels):
+    """Of grey images, too, which have as many channels."""
+    torch.manual_seed(0)
+    x, y = pixels()
+    network = Segmenter(classes=1).double()
+    if channels == 1:
+        network.stages[0][0] = nn.Conv2d(1, 6, 3, 2, 1).double()
+    x, y = x[:, :channels], (y > 1).double().unsqueeze(1)
+    imcl = IMCL(network, x, **WAYS_ON, **EVERY_STEP, activation="sigmoid")
+    assert imcl.class_dim == 1 and imcl.classifier == "classifier" and len(imcl.heads) == 2
+    out = imcl(x, y)
+    own = F.binary_cross_entropy_with_logits(imcl.model(x), y)
+    torch.testing.assert_close(out.terms["cross_entropy"], own.detach())
+    assert set(out.terms) == {"cross_entropy", *TERMS.values()}
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in imcl.heads.parameters())
 
 
 class Patches(nn.Module):
