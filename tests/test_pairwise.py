@@ -406,20 +406,22 @@ def test_errors_do_not_grow_with_how_many_are_alike(
     impl: Impl, penalty: str, rows: int, columns: int, layout: str
 ) -> None:
     """The gradient is what two sums over all rows, or over a whole one, differ by."""
-    if impl.name != "cpp":
-        pytest.skip("PyTorch's sums are its own, and interpreters take minutes for such maps")
+    if impl.name == "torch" or (impl.name == "triton" and impl.interpreted):
+        pytest.skip("PyTorch's sums are its own, and Triton's interpreter takes minutes")
     spread = 1e-2
     generator = torch.Generator().manual_seed(0)
     row = torch.rand(1, 1, columns, 1, generator=generator) + 0.5
     x = row + spread * torch.randn(1, rows, columns, 1, generator=generator)
-    x = laid_out(x, layout).requires_grad_()
-    wide = x.detach().double().requires_grad_()
+    x = laid_out(x, layout).to(impl.device).requires_grad_()
+    wide = x.detach().double().cpu().requires_grad_()
     got, truth = (
         torch.autograd.grad(
             F.representation_similarity(each, penalty=penalty, impl=name), each)[0]
-        for each, name in ((x, "cpp"), (wide, "reference"))
+        for each, name in ((x, impl.name), (wide, "reference"))
     )  # fmt: skip
-    assert (got.double() - truth).norm() <= 10 * 2.0**-24 / spread * truth.norm()
+    # On a GPU the sums of many threads are added up, each a chain of a hundredth of the numbers.
+    times = 10 if impl.name == "cpp" else 30
+    assert (got.cpu().double() - truth).norm() <= times * 2.0**-24 / spread * truth.norm()
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
