@@ -12,7 +12,16 @@ from pathlib import Path
 
 from .runs import flags
 from .runs.config import TrainConfig
-from .runs.errors import DiskFullError, Interrupted, NonFiniteError, TrainingError, one_line
+from .runs.errors import (
+    DiskFullError,
+    Interrupted,
+    NonFiniteError,
+    OwnError,
+    TrainingError,
+    one_line,
+    printable,
+)
+from .runs.folder import UnreadableRun
 from .training.progress import Console, summary_table
 from .training.trainer import Trainer
 
@@ -42,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speaks and config.report:
             observer.said(_report(folder))
     except TrainingError as error:
-        # What stops the first process stops all; only a batch is one process's own.
-        if speaks or isinstance(error, NonFiniteError):
+        # What stops the first process stops all; a batch and a device are one process's own.
+        if speaks or isinstance(error, (NonFiniteError, OwnError)):
             print(f"imcl-train: {one_line(error)}", file=sys.stderr)
         if speaks and isinstance(error, (Interrupted, DiskFullError)):
             print(f"imcl-train: go on with: {resume_command(config)}", file=sys.stderr)
@@ -55,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"imcl-train: {one_line(error)}", file=sys.stderr)
         return 1
     if speaks:
-        print(f"\n{summary_table(summary)}\nrun folder{'':11s}{folder}")
+        print(printable(f"\n{summary_table(summary)}\nrun folder{'':11s}{folder}"))
     return 0
 
 
@@ -65,9 +74,9 @@ def _report(folder: Path) -> str:
     from .reports.html import write_report
 
     try:
-        return f"report: {write_report(folder)}"
-    except MissingMatplotlib as error:
-        return f"no report: {error}"
+        return printable(f"report: {write_report(folder)}")
+    except (MissingMatplotlib, UnreadableRun) as error:
+        return printable(f"no report: {error}")
 
 
 def default_folder(config: TrainConfig) -> Path:

@@ -167,6 +167,22 @@ def test_a_full_disk_leaves_what_was_there(path, monkeypatch, call):
     assert [p.name for p in path.parent.iterdir()] == ["some.pt"]
 
 
+def test_what_a_user_wants_somewhere_goes_through_links_and_into_pipes(tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
+    link.symlink_to(target)
+    for content in (b"first", b"second"):
+        files.deliver(link, content)
+        assert link.is_symlink() and target.read_bytes() == content
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        files.deliver(pipe, b"third")
+        assert pipe.is_fifo() and os.read(reader, 9) == b"third"
+    finally:
+        os.close(reader)
+    files.deliver(Path(os.devnull), b"fourth")
+
+
 def test_a_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):

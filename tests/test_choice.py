@@ -288,6 +288,10 @@ def test_inspect_prints_the_plan(capsys):
         assert line in told
     assert main(["squeezenet1_1", "--plan", "--images", "2"]) == 0
     assert "1 output consistency: off (classifier: the network's output" in capsys.readouterr().out
+    assert main(["alexnet", "--plan", "--images", "2", "--image-size", "16"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("imcl-inspect: alexnet: can't run on images (3, 16, 16); try another")
+    assert told.count("\n") == 1
 
 
 def test_the_share_counts_what_is_pruned():

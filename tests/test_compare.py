@@ -156,6 +156,21 @@ def test_runs_of_a_network_of_ones_own_are_not_taken_for_others(runs, tmp_path, 
     assert "baseline" in lines["ce dataset=digits model=resnet18"]
 
 
+@pytest.mark.parametrize("what", ["data", "network"])
+def test_runs_of_other_data_or_networks_of_one_name_are_not_paired(what, tmp_path, capsys):
+    folders = [
+        write_run(tmp_path / name, ways=ways, accuracy=accuracy, seed=0,
+                  used={"settings": {}, "fingerprints": {what: fingerprint}})
+        for name, ways, accuracy, fingerprint in (
+            ("a", [], 0.5, "12345678"), ("b", WAYS, 0.75, "12345678"), ("c", WAYS, 0.9, "87654321"),
+        )
+    ]  # fmt: skip
+    assert compare.main(list(map(str, folders))) == 0
+    lines = table(capsys)
+    assert "+25.00" in lines[f"imcl {what} fingerprint=12345678"]
+    assert not any(cell.startswith("+") for cell in lines[f"imcl {what} fingerprint=87654321"])
+
+
 @pytest.mark.parametrize("baseline", ["imcl", "four-1"])
 def test_another_baseline(runs, baseline, capsys):
     if baseline == "four-1":

@@ -1,5 +1,6 @@
 """Several processes train what one does, and may be interrupted as well."""
 
+import itertools
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+from PIL import Image
 from training_processes import (
     SMALL,
     Command,
@@ -18,6 +20,8 @@ from training_processes import (
     table,
     wait_for,
 )
+
+from imcl_fast.train import main
 
 # No batch normalisation, whose statistics are of a process's share of the batch, and no
 # dropout: then only the order of the additions differs. Nor ReLU: a channel about to die
@@ -128,6 +132,35 @@ def test_an_error_of_the_first_process_ends_all(tmp_path):
     assert [process.exitcode for process in command.processes] == [2, 2]
     assert command.err.count("\n") == 1 and "holds a run of another kind" in command.err
     assert command.outputs[1][1].read_text() == ""
+
+
+def test_an_error_of_another_process_is_told(tmp_path):
+    images = tmp_path / "images"
+    for i, (side, name) in enumerate(itertools.product(("train", "test"), ("x", "y"))):
+        folder = images / side / name
+        folder.mkdir(parents=True)
+        for j in range(4):
+            pixels = (torch.arange(256).view(16, 16) * (i + 1) + j) % 256
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{j}.png")
+    damaged = images / "test" / "y" / "3.png"  # the last, which is the second process's
+    damaged.write_bytes(b"no image")
+    flags = ["--dataset", "folder", "--data-root", str(images), "--image-size", "16", "--width",
+             "2", "--batch-size", "4", "--epochs", "1", "--ways", "none", "--no-report",
+             "--no-tensorboard", "--device", "cpu", "--threads", "1",
+             "--run-dir", str(tmp_path / "run")]  # fmt: skip
+    command = Command(flags, tmp_path / "a", ranks=2)
+    assert command.wait() != 0
+    told = command.outputs[1][1].read_text()
+    assert str(damaged) in told and "Traceback" not in told
+
+
+def test_a_device_that_another_process_lacks_is_told(monkeypatch, capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert main([*SMALL, "--device", "cuda", "--run-dir", str(tmp_path / "run")]) == 2
+    assert "device: expected one that is there, got 'cuda'" in capsys.readouterr().err
 
 
 def test_a_batch_that_can_not_be_shared_out_is_named(tmp_path):

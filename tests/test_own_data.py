@@ -140,6 +140,40 @@ def test_labels_are_those_of_the_items_wherever_the_lists_differ(says_so):
     assert len(found.classes) == 5
 
 
+class Series:
+    """A column of a table that has been split: its index isn't by place."""
+
+    def __init__(self, values):
+        self.values = list(values)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        raise KeyError(index)
+
+    def __array__(self, dtype=None, copy=None):
+        return numpy.array(self.values, dtype)
+
+    def tolist(self):
+        return self.values
+
+
+@pytest.mark.parametrize(
+    ("listed", "reads"),
+    [(lambda y: Series(y), False), (lambda y: numpy.array(y), False), (torch.tensor, False),
+     (lambda y: [str(x) for x in y], True), (lambda y: 10, True), (lambda y: y.__len__, True),
+     (lambda y: dict.fromkeys(range(len(y)), 0), True), (lambda y: [x + 0.5 for x in y], True)],
+)  # fmt: skip
+def test_whatever_is_called_labels(listed, reads):
+    train, test = pair("uint8")
+    train.labels = listed(train.digits)
+    data = from_torch(train, test)
+    assert data.train.labels.tolist() == train.digits
+    measured = 200 + 1  # images that mean and deviation are taken of, and one's size
+    assert (train.read - measured > 100) is reads
+
+
 def test_a_target_transform_is_heeded_where_few_labels_differ():
     labels = [4] * 2000
     labels[777] = 9  # not among the items that are looked at
@@ -166,6 +200,16 @@ class Streamed(IterableDataset):
          "data_set: expected labels of 2 classes or more, from 0 on, got labels from -1"),
         (([(torch.rand(1, 8, 8), "cat")], pair()[1]), UsageError,
          "data_set: expected int labels in train, got str"),
+        (([(torch.rand(1, 8, 8), y) for y in (0, 1.7)], pair()[1]), UsageError,
+         "data_set: expected int labels in train, got float at 1"),
+        ((TensorDataset(torch.rand(9, 1, 8, 8), torch.rand(9)), pair()[1]), UsageError,
+         "data_set: expected int labels in train, got torch.float32 at 0"),
+        (([{"image": torch.rand(1, 8, 8), "label": 0}], pair()[1]), UsageError,
+         r"data_set: expected items \(image, label\) in train, got dict"),
+        ((pair("uint8")[0], pair("float")[1]), UsageError,
+         r"data_set: expected images of one size and kind .*uint8 and .* floating"),
+        ((pair()[0], TensorDataset(torch.rand(9, 1, 8, 8), torch.arange(9))), UsageError,
+         r"data_set: expected images of one size and kind .*\(1, 16, 16\).*\(1, 8, 8\)"),
     ],
 )  # fmt: skip
 def test_other_data_is_refused(given, error, message):

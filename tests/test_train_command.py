@@ -395,7 +395,11 @@ def test_damaged_rows_of_steps_are_left_out(tmp_path):
     assert path.read_bytes() == b"step,epoch,loss,lr\n1,1,2.5,0.1\n3,1,2.25,0.1\n"
     assert (tmp_path / "steps.csv.damaged").read_bytes() == damaged
     path.write_bytes(whole[3:])
-    assert "3 damaged lines" in Records(tmp_path).go_on(3, []) and path.read_bytes() == b""
+    records = Records(tmp_path)
+    assert "3 damaged lines" in records.go_on(3, []) and path.read_bytes() == b""
+    records.step({"step": 4, "epoch": 1, "loss": 2.0, "lr": 0.1})  # it goes on
+    records.close()
+    assert path.read_bytes() == b"step,epoch,loss,lr\n4,1,2.0,0.1\n"
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import TensorDataset
 from training_processes import TERMS, config, table
 
 import imcl_fast
@@ -384,12 +387,12 @@ def test_sums_of_other_processes_and_of_older_versions_are_gone_on_with():
     alone = Processes(0, 1, torch.device("cpu"))
     joint = _joint_sums([dict(vars(sums)), dict(vars(sums)), dict(vars(sums))], alone)
     assert joint.means(alone) == sums.means(alone) == {"loss": 4.0, "a": 4.0}
-    assert (joint.batches, sums.batches) == (9, 3)
+    assert (joint.batches, sums.batches) == (3, 3)  # a batch is shared by all processes
     # As a version stored them that had the same terms in every batch.
     old = {"batches": 2, "names": ["loss", "a"], "totals": torch.tensor([4.0, 8.0])}
     old = {**old, "seconds": 1.5, "data_seconds": 0.5}
     joint = _joint_sums([old, old], alone)
-    assert joint.means(alone) == {"loss": 2.0, "a": 4.0} and joint.batches == 4
+    assert joint.means(alone) == {"loss": 2.0, "a": 4.0} and joint.batches == 2
     fresh = {"batches": 0, "names": [], "totals": None, "seconds": 0.0, "data_seconds": 0.0}
     assert _joint_sums([fresh], alone) == EpochSums()
 
@@ -579,6 +582,23 @@ def test_schedules(settings, expected):
 
 
 @pytest.mark.parametrize(
+    ("momentum", "least", "most"), [(0.9, 0.85, 0.95), (0.5, 0.45, 0.55), (0.98, 0.97, 0.99)]
+)
+def test_onecycle_moves_the_momentum_around_that_of_the_user(momentum, least, most):
+    settings = config(epochs=5, schedule="onecycle", momentum=momentum)
+    optimizer = build_optimizer(small_network(), settings)
+    schedule = build_schedule(optimizer, settings, steps_per_epoch=4)
+    seen = []
+    for _ in range(20):
+        seen.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        schedule.step()
+    assert (min(seen), seen[0], max(seen)) == pytest.approx((least, most, most), abs=1e-3)
+    if momentum == 0.9:  # the very bits of torch's defaults
+        assert seen[0] == 0.95
+
+
+@pytest.mark.parametrize(
     ("epochs", "warmup"), [(1, 0.25), (1, 0.75), (1, 0.9), (2, 0.25), (2, 1), (2, 1.75), (2, 1.9)]
 )
 def test_onecycle_takes_any_warm_up(epochs, warmup):
@@ -614,6 +634,86 @@ def test_a_mask_of_infinities_is_no_weight_that_is_spoilt(digits, tmp_path, anyw
         Trainer(settings, data_set=digits, network=network, observer=Poison()).fit()
 
 
+def test_a_mask_of_infinities_has_no_moving_average(digits, tmp_path, monkeypatch):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = small_network()
+            self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+
+        def forward(self, x):
+            return self.network(x) + 0 * self.mask.softmax(-1).sum()
+
+    settings = config(ways=(), ema=0.5, run_dir=tmp_path / "run", epochs=2)
+    trainer = Trainer(settings, data_set=digits, network=Masked(), observer=QUIET)
+    summary = trainer.fit()
+    assert torch.equal(trainer.network.mask, torch.full((2, 2), -torch.inf).triu(1))
+    plain = Trainer(replace(settings, run_dir=None), data_set=digits, network=small_network(),
+                    observer=QUIET)  # fmt: skip
+    assert plain.fit()["last_test_accuracy"] == summary["last_test_accuracy"]
+    assert torch.equal(plain.network[1].weight, trainer.network.network[1].weight)
+
+    update = AveragedModel.update_parameters
+
+    def poisoned(averaged, network):
+        update(averaged, network)
+        averaged.module.network[1].weight.data[0, 0] = torch.nan
+
+    monkeypatch.setattr(AveragedModel, "update_parameters", poisoned)
+    settings = replace(settings, run_dir=tmp_path / "poisoned")
+    with pytest.raises(NonFiniteError, match=r"the averaged weights network\.1\.weight are not"):
+        Trainer(settings, data_set=digits, network=Masked(), observer=QUIET).fit()
+
+
+def test_a_second_fit_begins_anew(digits):
+    trainer = Trainer(config(ways=()), data_set=digits, observer=QUIET)
+    first, weights = trainer.fit(), [p.clone() for p in trainer.network.parameters()]
+    second = trainer.fit()
+    assert second["model"] == "resnet18"
+    assert second["last_test_accuracy"] == first["last_test_accuracy"]
+    assert all(map(torch.equal, weights, trainer.network.parameters()))
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_refused_at_the_start(digits, tmp_path):
+    class Counting(nn.Linear):
+        def get_extra_state(self):
+            return {"scale": self.scale}
+
+        def set_extra_state(self, state):
+            self.scale = state["scale"]
+
+    for scale, refused in ((0.5, False), (numpy.float64(0.5), True)):
+        network = nn.Sequential(nn.Flatten(), Counting(256, 10))
+        network[1].scale = scale
+        run = tmp_path / str(refused)
+        trainer = Trainer(config(ways=(), run_dir=run), data_set=digits, network=network,
+                          observer=QUIET)  # fmt: skip
+        if refused:
+            with pytest.raises(UsageError, match="network: expected tensors, .*1._extra_state"):
+                trainer.fit()
+        else:
+            trainer.fit()
+        assert bool(list(run.glob("checkpoints/*"))) is not refused
+
+
+def test_data_and_networks_of_one_name_have_fingerprints(digits, tmp_path):
+    def used(name, network=None, data_set=digits):
+        settings = config(ways=(), run_dir=tmp_path / name)
+        Trainer(settings, data_set=data_set, network=network, observer=QUIET).fit()
+        return read_run(tmp_path / name).fingerprints
+
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(256, 21), nn.Tanh(), nn.Linear(21, 10))
+    prints = [used("one", small_network()), used("again", small_network()), used("wide", wide)]
+    assert prints[0] == prints[1] != prints[2] and prints[0].keys() == {"network"}
+    assert used("named") == {}
+    of_data = []
+    for name, flip in (("mine", False), ("same", False), ("flipped", True)):
+        sides = [(side.images[:200], side.labels[:200]) for side in (digits.train, digits.test)]
+        own = tuple(TensorDataset(x, 9 - y if flip else y) for x, y in sides)
+        of_data.append(used(name, data_set=own)["data"])
+    assert of_data[0] == of_data[1] != of_data[2]
+
+
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_images_are_made_outside_of_autocast(digits, monkeypatch, amp):
     made = []
@@ -625,14 +725,12 @@ def test_images_are_made_outside_of_autocast(digits, monkeypatch, amp):
 
     monkeypatch.setattr(Quality, "__call__", watched)
     settings = config(ways=(), qualities=("raw", "blur1"), amp=amp)
-    trainer = Trainer(settings, data_set=digits, observer=QUIET)
     passes = []
     network = small_network()
     network.register_forward_pre_hook(
         lambda *_: passes.append(torch.is_autocast_enabled("cpu"))
     )
-    trainer.network = network
-    trainer.fit()
+    Trainer(settings, data_set=digits, network=network, observer=QUIET).fit()
     assert made and not any(made)
     assert (amp == "bf16") == (sum(passes) > len(made))  # and the network's passes are within
 

@@ -16,7 +16,7 @@ from imcl_fast.training.distributed import Processes
 from imcl_fast.training.loop import Loop
 from imcl_fast.training.progress import Observer
 from imcl_fast.training.records import Records
-from imcl_fast.training.state import EpochSums, TrainingState
+from imcl_fast.training.state import EpochSums, TrainingState, random_state, set_random_state
 from imcl_fast.training.trainer import Trainer
 
 
@@ -100,14 +100,23 @@ def test_other_processes_share_the_sums_of_those_before(world) -> None:
     alone = Processes(0, 1, torch.device("cpu"))
     shares = [state(seed).state_dict(alone)["processes"][0] for seed in (2, 5)]
     stored = {**state(3).state_dict(alone), "processes": shares}
-    batches, counts, totals = 0, 0, torch.zeros(1, dtype=torch.float64)
+    counts, totals = 0, torch.zeros(1, dtype=torch.float64)
     for rank in range(world):
         again = state(1)
         assert not again.load_state_dict(stored, Together(rank, [None] * (world - 1)))
-        batches += again.sums.batches
+        assert again.sums.batches == 2  # as many as each of those before had its share of
         counts += again.sums.counts[LOSS]
         totals += again.sums.totals[LOSS]
-    assert batches == counts == 7 and totals.item() == 7
+    assert counts == 7 and totals.item() == 7
+
+
+def test_generators_of_another_device_are_left_as_they_are() -> None:
+    cpu = torch.device("cpu")
+    stored = random_state(cpu)
+    drawn = draws()
+    assert not set_random_state({**stored, "cuda": torch.get_rng_state()}, cpu)
+    assert draws() != drawn
+    assert set_random_state(stored, cpu) and draws() == drawn
 
 
 # Whole runs

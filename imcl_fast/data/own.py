@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ def from_torch(train: Any, test: Any) -> DataSet:
             f"{lowest} to {count - 1}"
         )
     mean, std, shape = _measured(train)
+    _check_same(train, test)
     names = tuple(map(str, classes))
     return DataSet(NAME, of_train, of_test, names, mean, std, shape, OwnTransforms())
 
@@ -84,18 +85,36 @@ def _image(items: Any, index: int) -> Tensor:
 
 
 def _labels(name: str, side: Any) -> Tensor:
-    first: Any = side[0][1]
-    found: Any = None if _transforms_labels(side) else _listed(side)
-    if not validation.is_integer(first) and not isinstance(first, Tensor):
-        raise DataError(f"data_set: expected int labels in {name}, got {type(first).__name__}")
+    some = {index: _label(name, side, index) for index in _some(side, COMPARED)}
+    listed = None if _transforms_labels(side) else _listed(side)
+    if listed is None or any(listed[index] != label for index, label in some.items()):
+        listed = [_label(name, side, index) for index in range(len(side))]
+    return torch.as_tensor(listed)
+
+
+def _label(name: str, side: Any, index: int) -> int:
+    """That of an item."""
     try:
-        if found is None or any(int(found[i]) != int(side[i][1]) for i in _some(side, COMPARED)):
-            found = [side[index][1] for index in range(len(side))]
-        return torch.as_tensor([int(label) for label in found])
-    except (TypeError, ValueError) as error:
+        label = side[index][1]
+    except (KeyError, IndexError, TypeError) as error:
         raise DataError(
-            f"data_set: expected int labels in {name}, got {type(found[0]).__name__}"
+            f"data_set: expected items (image, label) in {name}, got {type(side[index]).__name__}"
         ) from error
+    number = _as_int(label)
+    if number is None:
+        kind = label.dtype if isinstance(label, Tensor) else type(label).__name__
+        raise DataError(
+            f"data_set: expected int labels in {name}, got {kind} at {index}; make them one by a "
+            "target_transform"
+        )
+    return number
+
+
+def _as_int(label: Any) -> int | None:
+    """An int, NumPy's too, or a Tensor that has one, or a bool; else None."""
+    if isinstance(label, Tensor) and label.numel() == 1 and not label.is_floating_point():
+        return int(label)
+    return int(label) if validation.is_integer(label) else None
 
 
 def _some(side: Any, count: int) -> range:
@@ -110,16 +129,32 @@ def _transforms_labels(side: Any) -> bool:
     return getattr(side, "target_transform", None) is not None
 
 
-def _listed(side: Any) -> Any:
-    """The labels that a Dataset has as a list; None if it has none."""
+def _listed(side: Any) -> list[int] | None:
+    """The labels that a Dataset has as a list of ints; None if it has none."""
     if isinstance(side, Subset):
         whole = _listed(side.dataset)
         return None if whole is None else [whole[index] for index in side.indices]
     for name in LABELS:
-        found = getattr(side, name, None)
-        if found is not None and len(found) == len(side):
-            return found
+        found: Any = getattr(side, name, None)  # whatever it is: a method, a number, names
+        if hasattr(found, "tolist"):  # a Tensor, an array, a column of a table
+            found = found.tolist()
+        if isinstance(found, Sequence) and len(found) == len(side):
+            labels = [_as_int(label) for label in found]
+            if None not in labels:
+                return cast(list[int], labels)
     return None
+
+
+def _check_same(train: Any, test: Any) -> None:
+    """Refuse images to measure on that those to train on don't tell the scale, or size, of."""
+    read = OwnTransforms()
+    first = [read.central(partial(_image, side, 0)) for side in (train, test)]
+    kinds = [(tuple(x.shape), "floating" if x.is_floating_point() else str(x.dtype)) for x in first]
+    if kinds[0] != kinds[1]:
+        raise DataError(
+            "data_set: expected images of one size and kind in train and test, got "
+            + " and ".join(f"{shape} {kind}" for shape, kind in kinds)
+        )
 
 
 def _measured(train: Any) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int, int]]:

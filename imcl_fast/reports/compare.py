@@ -65,7 +65,7 @@ def _compare(options: argparse.Namespace) -> int:
         (options.html, lambda: as_html(groups)),
     ):
         if path is not None:
-            files.write(path, content().encode())
+            files.deliver(path, content().encode("utf-8", "replace"))
     return 0
 
 

@@ -116,8 +116,10 @@ def group(runs: Sequence[Run], baseline: str | None = None) -> list[Group]:
 def _settings(run: Run) -> tuple[Key, Key]:
     """The run's treatment and its context."""
     treatment, context = [("label", run.label)], list[tuple[str, str]]()
-    # Whatever the configuration leaves open: accuracies of other qualities can't be compared.
-    actual = {**run.config, **run.own, "qualities": run.measured_at}
+    # Whatever the configuration leaves open: accuracies of other qualities can't be compared, nor
+    # those of other folders, or of two networks of one class.
+    which = {f"{name} fingerprint": value for name, value in run.fingerprints.items()}
+    actual = {**run.config, **run.own, **which, "qualities": run.measured_at}
     for name, value in sorted(actual.items()):
         known = SETTINGS.get(name)
         if name in PROVENANCE or name in ("seed", *NAMED) or (known and not known.fixed):

@@ -59,7 +59,7 @@ def write_report(run_folder: str | Path) -> Path:
         **_redundancy(run),
     )
     path = run.folder / NAME
-    files.write(path, content.encode())
+    files.write(path, content.encode("utf-8", "replace"))
     return path
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +51,17 @@ def _inspect(options: argparse.Namespace) -> int:
     found = find(options.name, options.model, options.classes)
     images = _images(found, options)
     if options.plan:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _runs_on(images, options.name):
             warnings.simplefilter("ignore")  # the plan says it
             print(IMCL(found.network, images).plan())
         return 0
     if options.cka or options.against is not None:
         return _align(found, images, options)
-    try:
+    with _runs_on(images, options.name):
         layers = profile(found.network, images, center=options.center)
-    except RuntimeError as error:
-        raise UnknownNetwork(
-            f"{options.name}: can't run on images {tuple(images.shape[1:])}; try another "
-            f"--image-size ({str(error).splitlines()[0]})"
-        ) from error
     show(text_table(HEAD, [_line(layer) for layer in layers], left=2))
     if options.json is not None:
-        files.write_json(options.json, layers)
+        files.deliver(options.json, files.as_json(layers))
     if options.plot is not None:
         names = [f"{layer['name']} ({layer['kind'][0]})" for layer in layers]
         series = {
@@ -73,8 +69,21 @@ def _inspect(options: argparse.Namespace) -> int:
             "effective rank / full rank": [_share_of_rank(layer) for layer in layers],
             "share of dead rows": [layer["dead_share"] for layer in layers],
         }
-        files.write(options.plot, charts.save(names, series, options.plot.suffix[1:].lower()))
+        files.deliver(options.plot, charts.save(names, series, options.plot.suffix[1:].lower()))
     return 0
+
+
+@contextlib.contextmanager
+def _runs_on(images: Tensor, name: str, other: str | None = None) -> Iterator[None]:
+    """Have what a network says of images that it can't be run on end in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UnknownNetwork(
+            f"{name}: can't run on images {tuple(images.shape[1:])}"
+            + ("" if other is None else f", or {other} can't")
+            + f"; try another --image-size ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _align(found: Found, images: Tensor, options: argparse.Namespace) -> int:
@@ -82,14 +91,8 @@ def _align(found: Found, images: Tensor, options: argparse.Namespace) -> int:
     other = None
     if options.against is not None:
         other = find(options.against, options.model, options.classes).network
-    try:
+    with _runs_on(images, options.name, options.against):
         known = alignment(found.network, images.split(BATCH), other)
-    except RuntimeError as error:
-        raise UnknownNetwork(
-            f"{options.name}: can't run on images {tuple(images.shape[1:])}"
-            + ("" if other is None else f", or {options.against} can't")
-            + f"; try another --image-size ({str(error).splitlines()[0]})"
-        ) from error
     lines = []
     for i, (name, cells) in enumerate(zip(known.rows, known.cka, strict=True)):
         # Of itself each is most like itself.
@@ -104,11 +107,11 @@ def _align(found: Found, images: Tensor, options: argparse.Namespace) -> int:
     show(text_table([*head, f"CKA with the output{of}"], lines, left=2))
     print(charts.READ_CKA)
     if options.json is not None:
-        files.write_json(options.json, known._asdict())
+        files.deliver(options.json, files.as_json(known._asdict()))
     if options.plot is not None:
         titles = (options.name, options.name if other is None else options.against)
         kind = options.plot.suffix[1:].lower()
-        files.write(options.plot, charts.alignment(*known, titles, charts.READ_CKA, kind))
+        files.deliver(options.plot, charts.alignment(*known, titles, charts.READ_CKA, kind))
     return 0
 
 

@@ -7,17 +7,18 @@ checksums of its zip archive have been compared, which ``torch.load`` doesn't do
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import files
-from .errors import CheckpointError
+from .errors import CheckpointError, UsageError
 
 KIND = "imcl_fast checkpoint"
 VERSION = 1
@@ -70,6 +71,27 @@ def load(path: Path) -> dict[str, Any]:
             f"{VERSION}; use the imcl_fast that wrote it"
         )
     return stored["content"]
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Refuse what a module keeps as its extra state and ``load`` would refuse later.
+
+    Raises:
+        UsageError: an entry of ``state`` holds objects other than tensors and plain values.
+    """
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            continue
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        buffer.seek(0)
+        try:
+            torch.load(buffer, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UsageError(
+                f"network: expected tensors, numbers and strings as its state, which a checkpoint "
+                f"holds, got {type(value).__name__} with other objects as {name!r}"
+            ) from error
 
 
 class CheckpointStore:

@@ -262,7 +262,9 @@ class TrainConfig:
     accumulate: int = _set(1, "batches of each optimizer step", within=POSITIVE)
     optimizer: str = _set("sgd", "sgd is that with Nesterov momentum", choices=("sgd", "adamw"))
     lr: float = _set(0.1, "highest learning rate", within=ABOVE_ZERO)
-    momentum: float = _set(0.9, "of sgd, beta1 of adamw", within=BELOW_ONE)
+    momentum: float = _set(
+        0.9, "of sgd, beta1 of adamw; onecycle moves it by 0.05 both ways", within=BELOW_ONE
+    )
     weight_decay: float = _set(
         5e-4, "of all but normalisation parameters and biases", within=NOT_NEGATIVE
     )

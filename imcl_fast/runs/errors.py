@@ -19,6 +19,10 @@ class UsageError(TrainingError):
     exit_code = 2
 
 
+class OwnError(UsageError):
+    """What stops one process of several, and need not stop, or be known to, the first."""
+
+
 class CheckpointError(TrainingError):
     """A checkpoint can't be read, or isn't one."""
 
@@ -51,6 +55,20 @@ def as_usage_error(*kinds: type[Exception]) -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+@contextlib.contextmanager
+def as_own_error(*kinds: type[Exception]) -> Iterator[None]:
+    """Have errors of these kinds be ``OwnError`` of the same words."""
+    try:
+        yield
+    except kinds as error:
+        raise OwnError(str(error)) from error
+
+
 def one_line(error: Exception) -> str:
     """What an error says, without the ends of its lines."""
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    """With a mark in place of what is no text, as in paths whose bytes aren't UTF-8."""
+    return text.encode("utf-8", "replace").decode()

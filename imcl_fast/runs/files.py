@@ -42,9 +42,24 @@ def write(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
+def deliver(path: Path, content: bytes) -> None:
+    """``write`` to where a user wants it: through links, and straight into a pipe or a device."""
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file():
+        with disk_full_named(path), open(path, "wb") as file:
+            file.write(content)
+        return
+    write(path, content)
+
+
+def as_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, content: Any) -> None:
     """``write`` of ``content`` as JSON."""
-    write(path, (json.dumps(content, indent=2) + "\n").encode())
+    write(path, as_json(content))
 
 
 def write_tensors(path: Path, content: Any) -> None:

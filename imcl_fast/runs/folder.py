@@ -69,7 +69,8 @@ class Run:
         used: ``settings`` by their names, those that the configuration left open among them, the
             ``weights`` and the ``paths`` of the ways that are on, by way; in ``own`` the
             ``dataset`` and the ``model`` that were given in place of those that the configuration
-            names. Empty for a run of a version that didn't write it.
+            names; in ``fingerprints`` what tells data and networks apart that have one name. Empty
+            for a run of a version that didn't write it.
     """
 
     folder: Path
@@ -109,6 +110,11 @@ class Run:
     def own(self) -> dict[str, str]:
         """What took the place of the configuration's ``dataset`` and ``model``; see ``used``."""
         return self.used.get("own", {})
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the ``data`` and the ``network``, where no setting says which they are."""
+        return self.used.get("fingerprints", {})
 
     @property
     def measured_at(self) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..runs.errors import TrainingError, UsageError
+from ..runs.errors import OwnError, TrainingError, UsageError
 
 T = TypeVar("T")
 
@@ -180,5 +180,7 @@ def choose_device(name: str, local_rank: int, world: int) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
-        raise UsageError(f"device: expected one that is there, got {name!r} ({reason})") from error
+        # Another process's may be there.
+        kind = OwnError if world > 1 else UsageError
+        raise kind(f"device: expected one that is there, got {name!r} ({reason})") from error
     return device

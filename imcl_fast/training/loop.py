@@ -21,7 +21,7 @@ from ..data.loader import Batches
 from ..data.quality import Quality
 from ..data.split import take
 from ..quality_agnostic import QualityAgnostic
-from ..runs.checkpoint import CheckpointStore
+from ..runs.checkpoint import CheckpointStore, check_state
 from ..runs.config import TrainConfig
 from ..runs.errors import CheckpointError, Interrupted, NonFiniteError, as_usage_error
 from ..runs.folder import AT_QUALITY, CHECKPOINTS
@@ -94,9 +94,11 @@ class Loop:
         )
         self.store = None
         if config.run_dir is not None:
+            check_state(objective.state_dict())
             self.store = CheckpointStore(config.run_dir / CHECKPOINTS, config.keep)
         self.last_batch: tuple[Tensor, Tensor] | None = None
         self._meant = frozenset(non_finite.not_finite(objective))
+        self._meant_averaged = frozenset(non_finite.not_finite(self.plain))
         self._save_steps, self._save_seconds = _interval(config.checkpoint_every)
         self._saved = time.monotonic()
 
@@ -227,6 +229,7 @@ class Loop:
             state.schedule.step()
         if state.averaged is not None:
             state.averaged.update_parameters(self.plain)
+            self._take_over(state.averaged.module)
         state.step += 1
         state.step_in_epoch += 1
         known = None
@@ -245,6 +248,14 @@ class Loop:
             known["images_per_second"] = self._images(sums.batches) / sums.seconds
             known["data_share"] = sums.data_seconds / sums.seconds
         self.observer.stepped(known)
+
+    @torch.no_grad()
+    def _take_over(self, averaged: nn.Module) -> None:
+        """What isn't meant to be finite has no average: -inf less -inf is NaN."""
+        if self._meant_averaged:
+            values, current = averaged.state_dict(), self.plain.state_dict()
+            for name in self._meant_averaged:
+                values[name].copy_(current[name])
 
     def _gradients(self, group: list[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """Add up the gradients of the batches that one step accumulates; the values of each."""
@@ -360,6 +371,14 @@ class Loop:
         if (name := non_finite.spoilt(state.objective, self._meant)) is not None:
             raise NonFiniteError(
                 f"after step {state.step} the weights {name} are not finite{self._saved_before()}"
+            )
+        averaged = state.averaged
+        if averaged is not None and (
+            (name := non_finite.spoilt(averaged.module, self._meant_averaged)) is not None
+        ):
+            raise NonFiniteError(
+                f"after step {state.step} the averaged weights {name} are not finite"
+                f"{self._saved_before()}"
             )
         content = {
             **state.state_dict(self.processes),

@@ -37,7 +37,8 @@ def build_schedule(
 ) -> lr_scheduler.LRScheduler:
     """The schedule, to be stepped after every optimizer step.
 
-    "onecycle" is that of arXiv 1708.07120 and moves the momentum too; the others multiply
+    "onecycle" is that of arXiv 1708.07120 and moves the momentum too, by up to 0.05 around
+    ``config.momentum``; the others multiply
     ``config.lr`` by a factor of the step alone.
     """
     steps = config.epochs * steps_per_epoch
@@ -46,12 +47,16 @@ def build_schedule(
         # It divides by the number of steps between its turning points, the highest of which is
         # after pct_start * total - 1 steps: neither on the first step nor on the last.
         total = max(steps, 2)
+        # As far as torch's own bounds are from 0.9.
+        swing = min(0.05, config.momentum / 2, (1 - config.momentum) / 2)
         return lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=config.lr,
             total_steps=total,
             pct_start=min(max(warmup, 1.5), total - 0.5) / total if warmup else 0.3,
             cycle_momentum=config.momentum > 0,
+            base_momentum=round(config.momentum - swing, 12),
+            max_momentum=round(config.momentum + swing, 12),
         )
 
     def factor(step: int) -> float:

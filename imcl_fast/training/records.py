@@ -209,7 +209,8 @@ class Records:
     def _open_steps(self, path: Path, row: Mapping[str, Any]) -> None:
         """Open ``steps.csv`` with columns for ``row``; new ones are empty in the rows there are."""
         self._close_steps()
-        header, *rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else [""]
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        header, *rows = text.splitlines() or [""]
         columns = header.split(",") if header else []
         new = [name for name in row if name not in columns]
         if new:

@@ -150,7 +150,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> bool:
     """Undo ``random_state``; False, and nothing done, if it was that of another device."""
-    if device.type != "cpu" and device.type not in state:
+    if state.keys() - {"python", "torch", "numpy"} != {device.type} - {"cpu"}:
         return False
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
@@ -178,12 +178,11 @@ def _joint_sums(shares: list[dict[str, Any]], processes: Processes) -> EpochSums
     """The sums of other processes than these: their total counts, and the first takes it."""
     all_sums = [_sums(share, processes.device) for share in shares]
     sums = all_sums[0]
-    for other in all_sums[1:]:
-        sums.batches += other.batches
+    for other in all_sums[1:]:  # of as many batches, each a share of one
         for names, total in other.totals.items():
             sums.counts[names] += other.counts[names]
             sums.totals[names] = sums.totals[names] + total
     if not processes.first:
-        sums.batches, sums.counts = 0, dict.fromkeys(sums.counts, 0)
+        sums.counts = dict.fromkeys(sums.counts, 0)
         sums.totals = {names: torch.zeros_like(total) for names, total in sums.totals.items()}
     return sums

@@ -22,7 +22,7 @@ from ..objectives import WITH_WAYS, CrossEntropy
 from ..plan import acted_on
 from ..redundancy import profile
 from ..runs.config import SETTINGS, TrainConfig, argument_of
-from ..runs.errors import as_usage_error
+from ..runs.errors import as_own_error
 from ..runs.folder import (
     AFTER,
     AT_QUALITY,
@@ -35,6 +35,7 @@ from ..runs.folder import (
 )
 from ..runs.network import build_network
 from .distributed import Processes, joined
+from .fingerprints import fingerprints
 from .interruption import Interruption
 from .loop import Loop
 from .preparation import Material, build_objective, check_implementation, prepare_data
@@ -80,7 +81,7 @@ class Trainer:
         observer: Observer | None = None,
     ) -> None:
         self.config = config
-        self.network = network
+        self.network = self._given = network
         self.rows: list[dict[str, float]] = []
         self._data_set = data_set
         self._observer = observer
@@ -114,7 +115,9 @@ class Trainer:
             check_implementation(config, processes.device)
             material = prepare_data(config, self._data_set)
             torch.manual_seed(config.seed)
-            network = self.network or build_network(config, material.data_set)
+            network = self._given
+            if network is None:
+                network = build_network(config, material.data_set)
             records = None
             if folder is not None:
                 processes.on_first(lambda: claim.enter_context(Records.claim(folder, config)))
@@ -124,7 +127,7 @@ class Trainer:
             # From here on, what is random in a step: each process drops out other features.
             torch.manual_seed(config.seed + 7919 * processes.rank)
             try:
-                with as_usage_error(DataError):  # an image file can't be read
+                with as_own_error(DataError):  # an image file can't be read
                     with Interruption() as interruption:
                         _begin(loop, self._own(material))
                         loop.train(interruption)
@@ -142,8 +145,8 @@ class Trainer:
         own = {}
         if material.data_set.name != self.config.dataset:
             own["dataset"] = material.data_set.name
-        if self.network is not None:
-            own["model"] = type(self.network).__name__
+        if self._given is not None:
+            own["model"] = type(self._given).__name__
         return own
 
 
@@ -162,7 +165,11 @@ def _begin(loop: Loop, own: Mapping[str, str]) -> None:
             if material.noisy:
                 noise = {"original": material.true_labels, "noisy": material.train.labels}
             used = _used(loop)
-            records.begin(config, {**used, "own": dict(own)} if own else used, noise)
+            if own:
+                used["own"] = dict(own)
+            if prints := fingerprints(material, loop.plain, own):
+                used["fingerprints"] = prints
+            records.begin(config, used, noise)
             if config.report:
                 _look(loop, records, BEFORE, CKA_BEFORE)
         if config.tensorboard and not records.open_board(loop.state.step):
