@@ -42,6 +42,7 @@ class PairwisePenalty(Function):
         loss, state = implementation.forward(xs, *options, keep)
         ctx.save_for_backward(*xs, *state)
         ctx.implementation, ctx.options, ctx.layers = implementation, options, len(xs)
+        ctx.strides = [x.stride() for x in xs]
         return loss
 
     @staticmethod
@@ -49,6 +50,10 @@ class PairwisePenalty(Function):
         saved = list(ctx.saved_tensors)
         xs, state = saved[: ctx.layers], saved[ctx.layers :]
         with _without_grad(), without_autocast(grad.device):
+            if [x.stride() for x in xs] != ctx.strides:
+                # The state is in the order that the inputs lay in, and what unpacks them
+                # (save_on_cpu with pinned memory) has made contiguous ones.
+                _, state = ctx.implementation.forward(xs, *ctx.options, True)
             dxs = ctx.implementation.backward(grad, xs, state, *ctx.options)
         dxs = _first_order_only(dxs, [grad, *xs])
         return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
@@ -129,6 +134,10 @@ class SampleGrams(Function):
 def _is_last_use(grad: Tensor) -> bool:
     """Whether the saved tensors die with this backward, so that they may be overwritten."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(grad):
+        return False
+    # Gradients of several losses at once and ones without values: no number can be looked at, and
+    # what one of them writes to would be everyone's.
+    if type(grad) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad):
         return False
     return not _keeps_graph()
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .layers import Trace, only_call
+from .dense_outputs import share_memory
+from .layers import Trace, is_passive, only_call
 
 MAPS = (nn.Linear, _ConvNd)  # transposed convolutions too
 
@@ -47,7 +48,40 @@ def predictors(trace: Trace) -> set[str]:
         small = isinstance(module, nn.Linear) or math.prod(module.kernel_size) == 1
         return small and _has_shape(trace.calls[name][-1].output, trace.shape)
 
-    return set(filter(predicts, trace.calls))
+    return set(filter(predicts, trace.calls)) | _before_pooling(trace)
+
+
+def _before_pooling(trace: Trace) -> set[str]:
+    """Linear layers and 1x1 convolutions with a row for each class of logits (B, K) that nothing
+    goes on with, but pooling and the like: of every token or pixel, or of a part of the network
+    that has not run."""
+    if trace.class_dim is not None or trace.logits is None:
+        return set()
+    classes = trace.logits.shape[1]
+    taken = [
+        call.input
+        for path, calls in trace.calls.items()
+        for call in calls
+        if call.input is not None and not _passes_on(trace.model.get_submodule(path))
+    ]
+    found = set()
+    for name, module in trace.model.named_modules():
+        weight = getattr(module, "weight", None) if isinstance(module, MAPS) else None
+        if weight is None or len(weight) != classes or math.prod(weight.shape[2:]) > 1:
+            continue
+        calls = trace.calls.get(name, [])
+        outputs = [call.output for call in calls if call.output is not None]
+        if not any(share_memory(output, x) for output in outputs for x in taken):
+            found.add(name)
+    return found
+
+
+def _passes_on(module: nn.Module) -> bool:
+    """Whether what goes through a module stays what it is: flattened, pooled, or in a container."""
+    if next(module.children(), None) is not None:
+        return True
+    kind = type(module)
+    return issubclass(kind, (nn.Flatten, nn.Identity)) or is_passive(module)
 
 
 def check_classifier(trace: Trace, name: str) -> str:

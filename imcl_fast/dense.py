@@ -21,15 +21,19 @@ def samples(stack: Tensor) -> torch.Size:
 
 
 def classes_last(
-    stacks: list[Tensor], target: Any, class_dim: int | None
+    stacks: list[Tensor], target: Any, class_dim: int | None, stacked: bool
 ) -> tuple[list[Tensor], Any]:
     """Logits, and probabilities, with the classes in their last dimension; no data is moved.
 
     What is not dense stays as it is, also what is wrong with a target that it may be.
+
+    Args:
+        stacked: whether ``stacks`` was given as one Tensor. Without a target that has the heads in
+            front, and of a sequence the entries of fewest dimensions have none.
     """
     if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
         raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
-    stacks, target = _classes_last(stacks, target, class_dim)
+    stacks, target = _classes_last(stacks, target, class_dim, stacked)
     expected = (*samples(stacks[0]), stacks[0].shape[-1])
     for i, stack in enumerate(stacks):
         if (*samples(stack), stack.shape[-1]) != expected:
@@ -41,16 +45,14 @@ def classes_last(
 
 
 def _classes_last(
-    stacks: list[Tensor], target: Any, class_dim: int | None
+    stacks: list[Tensor], target: Any, class_dim: int | None, stacked: bool
 ) -> tuple[list[Tensor], Any]:
     if not isinstance(target, Tensor):
         if class_dim is None:
             _plain(stacks, "without a target; say where the classes are by class_dim")
             return stacks, target
-        # One head alone has nothing to agree with: one Tensor has the heads in front.
-        lowest = min(stack.dim() for stack in stacks)
-        axes = lowest - 1 if len(stacks) > 1 else lowest - 2
-        if class_dim == 1 and len(stacks) == 1 and axes < 2:
+        axes = min(stack.dim() for stack in stacks) - (2 if stacked else 1)
+        if class_dim == 1 and stacked and axes < 2:
             raise ValueError(
                 "logits: expected heads in front, (h, B, K, *spatial), or a sequence of them, with "
                 f"class_dim=1 and no target, got shape {tuple(stacks[0].shape)}"

@@ -273,7 +273,9 @@ def collaborative_consistency(
             be (h, B, K) stacks of heads. float16, bfloat16, float32 or float64;
             mixed dtypes are promoted. Dense outputs may be (B, K, \*spatial), as PyTorch
             has them, or (B, \*tokens, K), and either with heads in front; every pixel, or
-            token, is a sample then, and they are read as they lie.
+            token, is a sample then, and they are read as they lie. Which have heads in front the
+            target tells; without one a single Tensor has, and of a sequence the entries of fewest
+            dimensions have none.
         target: class indices (B,) of an integer dtype, or class probabilities (B, K) of a
             floating one and of any sum (mixup, another network's softmax), as
             ``torch.nn.functional.cross_entropy`` takes them; None leaves out the cross entropy.
@@ -440,7 +442,7 @@ def _checked(
     """Logits of one dtype with their classes last, target, sample weights, the number of heads."""
     stacks = validation.tensors("logits", logits, dense.RANKS, range(2, 8))
     target = validation.tensor_or_none("target", target)
-    stacks, target = dense.classes_last(stacks, target, class_dim)
+    stacks, target = dense.classes_last(stacks, target, class_dim, isinstance(logits, Tensor))
     samples, classes = dense.samples(stacks[0]), stacks[0].shape[-1]
     if classes < 1:
         raise ValueError(f"logits: expected at least 1 class, got shape {tuple(stacks[0].shape)}")
@@ -584,6 +586,10 @@ def _consistency(
     stacks = _of_one_dtype(stacks)
     dtype, device = stacks[0].dtype, stacks[0].device
     impl = implementations.choose(impl, "consistency", device, [dtype])
+    if impl == "triton":
+        stacks = implementations.as_they_lie(stacks)
+        rest = [target, weight, sample_weight]
+        target, weight, sample_weight = implementations.as_they_lie(rest)
     with without_autocast(device):
         if impl == "reference":
             return _reference(stacks, target, options, weight, sample_weight)
@@ -642,6 +648,8 @@ def _pairwise(
 ) -> Tensor:
     device = xs[0].device
     impl = implementations.choose(impl, "pairwise", device, [x.dtype for x in xs])
+    if impl == "triton":
+        xs = implementations.as_they_lie(xs)
     options = PairwiseOptions(penalty, center, eps, batched, _precision(device.type))
     with without_autocast(device):
         if impl == "reference":

@@ -308,7 +308,7 @@ class IMCL(IMCLState):
                 self._notice_plain_training()
                 return self.model(*args, **kwargs)
             if self.criterion is None or self.class_dim is not None:
-                outputs.check_labels(self.model)
+                outputs.check_labels(self.model, kwargs, self.class_dim is not None)
             if not self.training:
                 validation.tensor_or_none("token_mask", token_mask)
                 return self._evaluate(self.model(*args, **kwargs), target, token_mask, kwargs)
@@ -395,7 +395,9 @@ class IMCL(IMCLState):
             raise RuntimeError(
                 f"model: expected the layers {self.layers} and the classifier "
                 f"{self.classifier} to run once each, as on example_input, got {step.calls} "
-                f"runs for {len(self._handles)} hooks (0 after remove_hooks)"
+                f"runs for {len(self._handles)} hooks (0 after remove_hooks). Layers that a "
+                "network leaves out at random can't take part: set its layerdrop to 0, or name "
+                "other layers"
             )
 
     def _objective(self, step: IMCLStep, target: Any, task: bool = True) -> IMCLOutput:

@@ -8,8 +8,10 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import operators, tracing
 from .algebra import consistency as algebra_consistency
@@ -186,7 +188,7 @@ def choose(
         ValueError: ``impl`` is not the name of an implementation.
         RuntimeError: the implementation asked for can't run, and why.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if _transformed():
         if impl not in ("auto", "reference"):
             raise RuntimeError(
                 f'impl="{impl}" can\'t run under torch.func (grad, vmap, jvp and the like); pass '
@@ -207,6 +209,12 @@ def choose(
 
 
 @tracing.constant
+def _transformed() -> bool:
+    """Whether torch.func is at work, also while its transform is compiled."""
+    return torch._C._are_functorch_transforms_active()
+
+
+@tracing.constant
 def _fastest(
     operation: str, device: str, dtypes: Sequence[torch.dtype], index: int | None
 ) -> str:
@@ -220,6 +228,14 @@ def _fastest(
     if not torch.compiler.is_compiling():
         _warn_fallback(device, "; ".join(reasons))
     return "torch"
+
+
+def as_they_lie(tensors: Sequence[Any]) -> list[Any]:
+    """Tensors whose memory holds their values, for Triton's launchers, which PyTorch's dispatcher
+    doesn't see: of the imaginary part of a conjugate it holds the negative ones."""
+    if torch.compiler.is_compiling():  # operators are called, as they are of any compiled code
+        return list(tensors)
+    return [x.resolve_neg() if isinstance(x, Tensor) else x for x in tensors]
 
 
 def pairwise(impl: str) -> operators.Pairwise:

@@ -10,7 +10,7 @@ made them. All is looked up in every step: a network may be pruned while it trai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,14 @@ def locate(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     tenth of its time, of a path that is there."""
     module = model
     for name in path.split("."):
-        if name in module._parameters:
+        if name in module._parameters or parametrize.is_parametrized(module, name):
             return module, name
-        child = module._modules.get(name)
-        module = getattr(module, name) if child is None else child  # of a compiled module
+        child: Any = module._modules.get(name)
+        if child is None:
+            child = getattr(module, name)  # of a compiled module, or a weight made of parameters
+            if not isinstance(child, nn.Module):
+                return module, name
+        module = child
     return module, "weight"
 
 

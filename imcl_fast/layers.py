@@ -217,8 +217,11 @@ def find_layers(trace: Trace) -> list[str]:
     transformer, it is the blocks at 1/4, 2/4, 3/4 and the end of the longest row of them.
     """
     row = _quarters_of_longest_row(trace)
-    sizes = {math.prod(trace.resolution(name)) for name in trace.residual} - {1}
-    if len(sizes) == 1 and len(row) == 4:
+    residual = {name: math.prod(trace.resolution(name)) for name in trace.residual}
+    residual = {name: size for name, size in residual.items() if size != 1}
+    container = f"{row[0].rpartition('.')[0]}." if row else ""
+    inside = all(f"{name}.".startswith(container) for name in residual)
+    if len(row) == 4 and len(set(residual.values())) == 1 and inside:
         return row
     layers = _last_of_each_resolution(trace)
     return max(layers, row, key=len) if len(layers) < 2 else layers
@@ -244,7 +247,7 @@ def _last_of_each_resolution(trace: Trace) -> list[str]:
             continue
         if _has_children(module):
             blocks[pixels] = name
-        elif pixels in convolved and not _is_passive(module):
+        elif pixels in convolved and not is_passive(module):
             single[pixels] = name
     return sorted((blocks or single).values(), key=list(trace.calls).index)
 
@@ -388,7 +391,7 @@ def _has_children(module: nn.Module) -> bool:
     return next(module.children(), None) is not None
 
 
-def _is_passive(module: nn.Module) -> bool:
+def is_passive(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or type(module).__module__ in PASSIVE
 
 

@@ -13,6 +13,7 @@ MISSING: Final = object()  # of an argument that may be anything, None among the
 # The names that transformers has for the target and for which tokens are none of padding.
 LABELS = "labels"
 ATTENTION_MASK = "attention_mask"
+SEEING = ("vision", "visual", "image")  # how its names of what sees begin
 DECODER = "decoder_"  # how its names of what the second half of an encoder-decoder takes begin
 # How its names of losses, and of classes, end: the last where there is no encoder of text, as of
 # models that see images and write.
@@ -61,26 +62,41 @@ class Padding(NamedTuple):
         return self.decoder_mask if self.decodes else self.mask
 
     def of_layer(self, path: str) -> tuple[Any, str]:
-        """That of a layer, and its name."""
+        """That of a layer, and its name; none of what sees images beside the text."""
+        if any(part.startswith(SEEING) for part in path.split(".")):
+            return None, ATTENTION_MASK
         if self.decodes and half(path) == "decoder":
             return self.decoder_mask, DECODER + ATTENTION_MASK
         return self.mask, ATTENTION_MASK
 
 
 def half(path: str) -> str:
-    """Which half of an encoder-decoder a module lies in; "" where its path doesn't tell."""
-    return next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
+    """Which half of an encoder-decoder a module lies in, also as ``text_decoder``; "" where its
+    path doesn't tell."""
+    parts = (part.rpartition("_")[2] for part in path.split("."))
+    return next((part for part in parts if part in ("encoder", "decoder")), "")
 
 
-def check_labels(model: nn.Module) -> None:
+def check_labels(model: nn.Module, arguments: Mapping[str, Any], dense: bool) -> None:
     """Refuse ``labels`` that the network itself would shift before it compares.
 
+    Args:
+        arguments: of the network, by name.
+        dense: whether its logits are of tokens.
+
     Raises:
-        ValueError: the model is a causal language model of transformers.
+        ValueError: the model is a causal language model of transformers, or an encoder-decoder
+            that would have made its decoder's input of them.
     """
     kind = getattr(model, "loss_type", None)
     name = kind if isinstance(kind, str) and kind else type(model).__name__
     encoded = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if encoded and dense and not Padding.of(arguments).decodes:
+        raise ValueError(
+            "labels: an encoder-decoder makes the decoder's input of them, which IMCL keeps from "
+            "it; pass decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels) too, "
+            "in example_input as well"
+        )
     if name.endswith(CAUSAL) or (name.endswith(GENERATING) and not encoded):
         raise ValueError(
             "labels: a causal language model predicts the next token and shifts labels by one, "

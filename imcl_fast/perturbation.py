@@ -101,7 +101,7 @@ class Perturbation:
         for weight, was in self._weights:
             weight.copy_(was)
         for module, name, buffer, value in self._buffers:
-            if buffer is not None and value is not None:
+            if buffer is not None and value is not None and not _overlaps(buffer):
                 buffer.copy_(value)
             module._buffers[name] = buffer  # which a module may have put another in place of
         self._weights, self._buffers = [], []
@@ -130,8 +130,14 @@ def _ways_in(model: nn.Module) -> list[IMCL]:
     return [module for module in model.modules() if isinstance(module, IMCL)]
 
 
+def _overlaps(x: Tensor) -> bool:
+    """Whether a buffer is expanded, which nothing can write to."""
+    return any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def _step(weight: Tensor, grad: Tensor, gamma: float) -> Tensor:
     """Where a loss rises, gamma of the weight's norm away; no way is known without waiting."""
+    grad = grad.to_dense() if grad.layout != torch.strided else grad  # of an embedding, perhaps
     scale = gamma * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(grad)
     # Not a product with 0: 0 times infinity is NaN.
     return torch.where(scale.isfinite() & (scale > 0), grad * scale, 0).to(weight.dtype)

@@ -84,8 +84,9 @@ def scratch(device: torch.device, size: int, dtype: torch.dtype) -> Scratch:
     mine = _scratch.get(key)
     if mine is None or mine[-1].size < size:
         # Those that were too small are kept: launches on their way may still use them.
-        mine = _scratch.setdefault(key, [])
-        mine.append(_new_scratch(device, max(_FEWEST, 1 << (size - 1).bit_length()), dtype))
+        new = _new_scratch(device, max(_FEWEST, 1 << (size - 1).bit_length()), dtype)
+        mine = _scratch.setdefault(key, [])  # now that there is memory, which may have been lacking
+        mine.append(new)
     return mine[-1]
 
 

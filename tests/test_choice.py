@@ -10,6 +10,7 @@ from torch import nn
 
 from imcl_fast import IMCL, functional, models
 from imcl_fast.kernel_choice import check_kernels, find_kernels, roles
+from imcl_fast.layers import trace
 from imcl_fast.models import import_torchvision
 from imcl_fast.reports.inspect import main
 
@@ -229,6 +230,74 @@ class Windowed(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.fc(x.mean((2, 3)))
+
+
+class Scored(nn.Module):
+    """A class for each token, of which the last one's counts; and a head that doesn't run."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.fc = nn.Linear(16, 16)
+        self.score = nn.Linear(16, 5, bias=False)
+        self.auxiliary = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.score(torch.relu(self.fc(self.embed(x))))[:, -1]
+
+
+def pooled_last():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 5, 3, 2), nn.ReLU(), nn.Conv2d(5, 8, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 5, 1), nn.Flatten(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "kernels"),
+    [(Scored, (4, 7, 6), ["fc"]), (pooled_last, (2, 3, 32, 32), ["0", "2", "4"])],
+)
+def test_a_classifier_before_pooling_is_no_kernel(make, shape, kernels):
+    """Nor is a layer one because it has as many outputs as there are classes."""
+    imcl = IMCL(make(), torch.randn(shape), **only("kernel_weight"))
+    assert imcl.kernels == kernels
+
+
+class Rows(nn.Module):
+    """As HGNet: rows of layers in each stage, and one residual block in the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                nn.Sequential(nn.Conv2d(8, 8, 3, 1 + (i == 0), 1), nn.ReLU()) for i in range(5)
+            )
+            for _ in range(3)
+        )
+        self.last = Residual8()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        for stage in self.stages:
+            for layer in stage:
+                x = layer(x)
+        return self.fc(self.last(x).mean((2, 3)))
+
+
+class Residual8(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return x + self.relu(self.conv(x))
+
+
+def test_a_residual_block_elsewhere_makes_no_row_the_choice():
+    network = Rows()
+    assert trace(network, torch.randn(1, 8, 32, 32)).residual == {"last"}
+    assert IMCL(network, torch.randn(1, 8, 32, 32)).layers == ["stages.0.4", "stages.1.4", "last"]
 
 
 def test_a_residual_stream_comes_before_what_is_in_its_branches():

@@ -357,6 +357,20 @@ def test_non_finite_input_gives_non_finite_loss(impl: Impl, teacher: str, bad: f
             assert not torch.isfinite(loss), (dtype, head, labelled)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7FC001FF, -0x3FFFFF, 0x7FFFFFFF])
+def test_a_nan_is_one_whatever_its_lowest_bits(impl: Impl, bits: int) -> None:
+    for count in (1, 2):
+        logits = torch.randn(count, 8, 40, generator=torch.Generator().manual_seed(0))
+        logits.view(torch.int32)[0, 0, 3] = bits
+        assert logits.isnan().sum() == 1
+        z = logits.to(impl.device).requires_grad_()
+        target = torch.zeros(8, dtype=torch.long, device=impl.device)
+        loss = F.collaborative_consistency(z, target, teacher="pairwise", impl=impl.name)
+        assert loss.isnan()
+        (gradient,) = torch.autograd.grad(loss, z)
+        assert not gradient[0, 0].isfinite().all()
+
+
 # --- determinism
 
 

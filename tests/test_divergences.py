@@ -321,6 +321,17 @@ def test_class_counts(impl: Impl, classes: int) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("teacher", [name for name in TEACHERS if name != "pairwise"])
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "jsd"])
+def test_the_largest_logit_is_in_the_last_chunk(impl: Impl, name: str, teacher: str) -> None:
+    """What was summed over the chunks before is then taken relative to another maximum."""
+    if impl.name == "triton" and impl.interpreted:
+        pytest.skip("the interpreter takes minutes for so many chunks")
+    logits, _ = spec(2, 3, 9000).build(torch.float32, impl.device)
+    logits = [torch.sort(z, -1).values for z in logits]
+    check_consistency(impl, logits, None, divergence=name, teacher=teacher)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_head_counts(impl: Impl, count: int) -> None:
     for (name, activation), teacher in cases(impl, product(KINDS, TEACHERS), count):

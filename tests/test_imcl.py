@@ -573,6 +573,47 @@ def test_kernels_are_those_that_the_forward_pass_computes_with(batch, kind, late
         torch.testing.assert_close(imcl.model.state_dict()[name], value, msg=name)
 
 
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        h = self.embed(x)
+        return self.fc((h + self.attention(h, h, h, need_weights=False)[0]).mean(1))
+
+
+@MADE_ANEW_FILTER
+@pytest.mark.parametrize("how", ["prune", "weight_norm", "parametrized weight_norm"])
+@pytest.mark.parametrize("path", ["attention.in_proj_weight", "fc.weight"])
+def test_a_weight_of_a_path_may_be_made_anew_later(path, how):
+    """Named by itself, as those of nn.MultiheadAttention are by default."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 5, 6), torch.randint(0, 5, (8,))
+    imcl = build(Attentive(), x, kernels=[path], **only("kernel_weight"))
+    name = path.rpartition(".")[2]
+    module = imcl.model.get_submodule(path.rpartition(".")[0])
+    expected = imcl(x, y).terms["kernel_similarity"]
+    if how == "prune":
+        prune.l1_unstructured(module, name, 0.3)
+    elif how == "weight_norm":
+        weight_norm(module, name)
+    else:
+        parametrizations.weight_norm(module, name)
+    out = imcl(x, y)
+    out.loss.backward()
+    value = out.terms["kernel_similarity"]
+    if how == "prune":
+        roles = 3 if "attention" in path else 1
+        rows = list(getattr(module, name).detach().chunk(roles))
+        expected = reference.pairwise_penalty(
+            rows, center=False, batched=False, penalty="square", eps=1e-12
+        )
+    torch.testing.assert_close(value, expected)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @MADE_ANEW_FILTER
 @pytest.mark.parametrize("kind", ["prune", "weight_norm", "parametrized weight_norm"])
@@ -977,7 +1018,8 @@ def test_a_network_that_takes_another_course_is_an_error(network, batch):
     network.forward = lambda x: network.fc(network.features(network.features[:0](x)).mean((2, 3)))
     imcl(x, y)
     network.forward = lambda x: network.fc(x.mean((2, 3)).expand(-1, 10))
-    with pytest.raises(RuntimeError, match="model: expected the layers .* got 1 runs for 4 hooks"):
+    told = "model: expected the layers .* got 1 runs for 4 hooks.*layerdrop"
+    with pytest.raises(RuntimeError, match=told):
         imcl(x, y)
 
 

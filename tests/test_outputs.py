@@ -243,11 +243,46 @@ def test_labels_that_a_model_would_shift_are_refused(name, encoder, refused):
     model = type(name, (nn.Module,), {})()
     if encoder is not None:
         model.config = SimpleNamespace(is_encoder_decoder=encoder)
+    decoder = {"decoder_input_ids": 1} if encoder else {}
     if refused:
         with pytest.raises(ValueError, match="labels: a causal language model"):
-            outputs.check_labels(model)
+            outputs.check_labels(model, decoder, True)
     else:
-        outputs.check_labels(model)
+        outputs.check_labels(model, decoder, True)
+
+
+def test_labels_that_the_decoders_input_is_made_of_are_refused():
+    model = nn.Identity()
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    with pytest.raises(ValueError, match="labels: .*prepare_decoder_input_ids_from_labels"):
+        outputs.check_labels(model, {"input_ids": 1, "decoder_input_ids": None}, True)
+    outputs.check_labels(model, {"input_ids": 1, "decoder_inputs_embeds": 2}, True)
+    outputs.check_labels(model, {"input_ids": 1}, False)  # of whole texts, with a class each
+
+
+@pytest.mark.parametrize(
+    ("path", "mask", "half"),
+    [
+        ("encoder.block.0", "source", "encoder"),
+        ("model.decoder.layers.3", "target", "decoder"),
+        ("decoder.bert.encoder.layer.1", "target", "decoder"),
+        ("encoder.encoder.layer.1", "source", "encoder"),
+        ("text_decoder.layers.2", "target", "decoder"),
+        ("text_encoder.layers.2", "source", "encoder"),
+        ("bottleneck.1", "source", ""),
+        ("vision_model.encoder.layers.3", None, "encoder"),
+        ("model.visual.blocks.0", None, ""),
+    ],
+)
+def test_which_mask_a_layer_has(path, mask, half):
+    padding = outputs.Padding.of(
+        {"attention_mask": "source", "decoder_attention_mask": "target"}
+    )
+    assert padding.decodes and padding.of_logits == "target"
+    assert padding.of_layer(path)[0] == mask and outputs.half(path) == half
+    alone = outputs.Padding.of({"attention_mask": "source", "decoder_input_ids": None})
+    assert not alone.decodes and alone.of_logits == "source"
+    assert alone.of_layer(path)[0] == (mask and "source")
 
 
 @pytest.mark.parametrize("mask", [[1, 0], numpy.ones((6, 16))])

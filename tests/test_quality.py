@@ -398,6 +398,31 @@ def test_gradients_stay_in_the_memory_they_are_in() -> None:
         assert network.weight.grad.data_ptr() == flat.data_ptr()
 
 
+def test_expanded_buffers_and_sparse_gradients() -> None:
+    class Embedded(nn.Module):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(10, 4, sparse=sparse)
+            self.fc = nn.Linear(4, 3)
+            self.register_buffer("share", torch.tensor([0.5]).expand(3))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.fc(self.embed(ids)) - self.share
+
+    ids, found = torch.randint(0, 10, (4,), generator=torch.Generator().manual_seed(0)), []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        network = Embedded(sparse)
+        before = [p.detach().clone() for p in network.parameters()]
+        with Perturbation(network, 0.1) as perturbation:
+            network(ids).square().sum().backward()
+            perturbation.move()
+            network(ids).square().sum().backward()
+        assert_same_bits(list(network.parameters()), before)
+        found.append([p.grad.to_dense() for p in network.parameters()])
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_a_buffer_that_is_put_in_place_of_another_comes_back() -> None:
     class Averaging(nn.Module):
         def __init__(self) -> None:

@@ -10,6 +10,7 @@ from process_group import in_group
 from test_distributed_objective import Small
 from test_imcl import WEIGHTS, FlatCNN, build
 from torch import distributed, multiprocessing, nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -43,6 +44,20 @@ def test_heads_that_the_optimizer_lacks_are_told_of_once(accumulate):
     told = trained(imcl, imcl.model.parameters(), accumulate=accumulate)
     assert len(told) == 1 and "imcl.heads.parameters()" in told[0]
     assert not trained(imcl, imcl.model.parameters())
+
+
+def test_heads_that_a_fused_optimizer_trains_are_seen():
+    """Whose step counts up no version."""
+    imcl = build(FlatCNN(), X)
+    heads = torch.optim.AdamW(imcl.heads.parameters(), lr=1e-3, fused=True)
+    network = torch.optim.SGD(imcl.model.parameters(), lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(6):
+            imcl(X, Y).loss.backward()
+            for optimizer in (heads, network):
+                optimizer.step()
+                optimizer.zero_grad()
 
 
 def test_nothing_is_told_where_nothing_is_wrong():
@@ -142,6 +157,52 @@ def test_transforms_of_torch_func(loss):
     for impl in ("torch", "cpp"):
         with pytest.raises(RuntimeError, match=f'impl="{impl}".* torch.func .*impl="reference"'):
             torch.func.grad(lambda x, impl=impl: function(x, impl=impl))(x)
+    torch.compiler.reset()  # and where what is compiled is the transform
+    compiled = torch.compile(torch.func.grad(function), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), gradient)
+    compiled = torch.compile(torch.func.vmap(function), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(torch.stack([x, 2 * x])), both)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_of_several_losses_at_once(impl, reduction):
+    """By PyTorch's older vmap, that of jacobian(vectorize=True) and is_grads_batched."""
+    other = HEADS[1]
+
+    def loss(z):
+        return F.collaborative_consistency(
+            [z, other], Y.clamp(max=4), reduction=reduction, impl=impl
+        )
+
+    found = [torch.autograd.functional.jacobian(loss, HEADS[0], vectorize=v) for v in (False, True)]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_backward_of_tensors_without_values():
+    """Memory estimators run a step so."""
+    with FakeTensorMode():
+        z = torch.randn(6, 5, requires_grad=True)
+        F.collaborative_consistency([z, 2 * z], torch.rand(6, 5)).backward()
+        assert z.grad.shape == z.shape
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_is_saved_may_come_back_in_another_order(impl, pinned):
+    """save_on_cpu with pinned memory unpacks contiguous copies."""
+    w = torch.nn.Conv2d(3, 64, 3).to(memory_format=torch.channels_last).weight  # the dual form
+    x = torch.randn(2, 12, 3, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def gradients(name):
+        with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
+            loss = F.kernel_similarity([w], impl=name) + sum(
+                F.representation_similarity(x, penalty=penalty, impl=name)
+                for penalty in F.PENALTIES
+            )
+        return torch.autograd.grad(loss, [w, x])
+
+    torch.testing.assert_close(gradients(impl), gradients("reference"))
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])

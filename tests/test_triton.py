@@ -203,6 +203,42 @@ def test_a_call_that_ends_between_its_launches_spoils_no_other(
         assert F.representation_similarity(part, impl="triton").equal(loss)
 
 
+def test_a_first_call_that_lacks_memory_breaks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from imcl_fast.kernels import kept
+
+    x = torch.randn(2, 4, 3, 3, device=DEVICE)
+    expected = F.representation_similarity(x, impl="triton")
+
+    def lacks(*_: object) -> None:
+        raise torch.OutOfMemoryError("once")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "_scratch", {})
+        with patch.context() as once:
+            once.setattr(kept, "_new_scratch", lacks)
+            with pytest.raises(torch.OutOfMemoryError, match="once"):
+                F.representation_similarity(x, impl="triton")
+        assert F.representation_similarity(x, impl="triton").equal(expected)
+
+
+def test_memory_that_holds_negative_values_is_read_as_what_it_means() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 4, 6, dtype=torch.cfloat, generator=generator).to(DEVICE).conj().imag
+    x = torch.randn(2, 5, 4, 4, dtype=torch.cfloat, generator=generator).to(DEVICE).conj().imag
+    target = torch.randn(4, 6, dtype=torch.cfloat, generator=generator).to(DEVICE).conj().imag
+    assert z.is_neg() and x.is_neg() and target.is_neg()
+    for loss, given in (
+        (lambda x: F.representation_similarity(x, impl="triton"), x),
+        (lambda z: F.collaborative_consistency(z, target, impl="triton"), z),
+    ):
+        values = []
+        for each in (given, given.resolve_neg().clone()):
+            leaf = each.detach().requires_grad_()
+            value = loss(leaf)
+            values.append([value.detach(), *torch.autograd.grad(value, leaf)])
+        torch.testing.assert_close(*values)
+
+
 class Operators(TorchDispatchMode):
     """The names of those that run."""
 

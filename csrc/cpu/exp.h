@@ -13,11 +13,11 @@ IMCL_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
       _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
   // n lands in the lowest bits of the sum's mantissa. Results below the normal floats
-  // are flushed: their exponent would wrap around. NaN fails the comparison and stays.
+  // are flushed: their exponent would wrap around. NaN stays, whose lowest bits may be any.
   const WordBits shifted = reinterpret_cast<WordBits>(n + 12582912.0f) << 23;
   const WordBits scaled = reinterpret_cast<WordBits>(p) + shifted;
   const WordBits flushed = reinterpret_cast<WordBits>(n < -125.0f);
-  return reinterpret_cast<Vec<float>>(scaled & ~flushed);
+  return n == n ? reinterpret_cast<Vec<float>>(scaled & ~flushed) : p;
 #endif
 }
 

@@ -128,8 +128,10 @@ cudaError_t launch(const ConsistencyArguments& arguments, const ConsistencyPlan&
                    cudaStream_t stream) {
   const auto kernel = consistency_kernel<T, kGeneral>;
   if (plan.shared_bytes > kGranted) {
+    // As much as any plan has, for the limit is the device's: another thread's launch may be next.
+    const std::size_t most = std::max(plan.shared_bytes, kOneChunk);
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
     if (error != cudaSuccess) return error;
   }
   IMCL_LAUNCH(kernel, plan.blocks, plan.threads, plan.shared_bytes, stream)(arguments, plan.warps);

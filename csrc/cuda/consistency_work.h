@@ -490,9 +490,11 @@ class Work {
       if (smoothed) state.label_logit += get_sum(h * kValues + 2);
       if (taught(h)) {
         const A t_shift = teacher_shift(h), factor = fast_exp(t_shift);
-        // The exponents of what was summed so far were relative to lower maxima.
-        state.cross = times(factor, state.cross + state.teacher * (t_shift - tempered_shift)) +
-                      get_sum(h * kValues + 4);
+        // The exponents of what was summed so far were relative to lower maxima. Of another
+        // divergence nothing was: its own sum comes later.
+        if (!other())
+          state.cross = times(factor, state.cross + state.teacher * (t_shift - tempered_shift)) +
+                        get_sum(h * kValues + 4);
         state.teacher = factor * state.teacher + get_sum(h * kValues + 3);
       }
     }

@@ -22,9 +22,10 @@ namespace {
 struct DependenceArguments : LaunchArguments<DependenceCall, GramLayer> {};
 static_assert(sizeof(DependenceArguments) <= IMCL_PARAMETER_BYTES);
 
-// Tiles that one block adds up at a time; in the tests as few as show every loop turning.
+// Tiles that one block adds up at a time; in the tests as few as show every loop turning, and no
+// fewer: by 2 the parts of a Gram would take more tickets than there are of them.
 #if defined(IMCL_CUDA_ON_CPU)
-constexpr int kFan = 2;
+constexpr int kFan = 3;
 #else
 constexpr int kFan = 8;
 #endif

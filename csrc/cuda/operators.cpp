@@ -34,10 +34,6 @@ class Device {
 #if !defined(IMCL_CUDA_ON_CPU)
     STD_TORCH_CHECK(x.is_cuda(), "expected CUDA tensors");
     guard_.emplace(index_);
-    // Makes a context in a thread that has none, as autograd's may, whose device the guard finds
-    // right without one. Otherwise a backward's launch would be the first that this runtime, which
-    // is not PyTorch's, is asked for there.
-    throw_if(cudaSetDevice(index_));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -61,6 +57,8 @@ class Device {
   }
 
   static void throw_if(cudaError_t error) {
+    // What is told now is not told again, by a call that went well.
+    if (error != cudaSuccess) (void)cudaGetLastError();
     STD_TORCH_CHECK(error == cudaSuccess, "imcl_fast: CUDA: ", cudaGetErrorString(error));
   }
 
