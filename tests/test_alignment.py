@@ -154,3 +154,12 @@ def test_networks_that_take_other_images_are_named(capsys: pytest.CaptureFixture
     assert "or resnet18 can't" in capsys.readouterr().err
     assert run(*shared, "nothing") == 2
     assert "nothing: neither a file nor a network" in capsys.readouterr().err
+
+
+def test_of_outputs_in_a_tuple_the_first_is_compared():
+    class Two(Network):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits, logits.tanh() ** 2
+
+    assert alignment(Two(), batches()).cka == alignment(Network(), batches()).cka

@@ -192,3 +192,14 @@ def test_a_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
         )
     files.write(tmp_path / "file", b"content")
     assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+def test_where_links_cannot_be_the_best_checkpoint_is_a_copy(monkeypatch, tmp_path):
+    def no_links(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    store = CheckpointStore(tmp_path, 2)
+    for step in (1, 2):
+        store.save(step, {"step": step}, best=True)
+        assert load(tmp_path / "best.pt") == {"step": step}

@@ -423,3 +423,56 @@ def test_a_loss_type_may_be_anything():
     network, x = Writing("not"), torch.rand(4, 3, 8, 8)
     network.loss_type = int
     assert IMCL(network, x, impl="torch")(x, labels=torch.arange(4)).loss.isfinite()
+
+
+class Recurrent(nn.Module):
+    """A convolution and its activation that run twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.pool, self.fc = nn.MaxPool2d(2), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.block(self.block(self.stem(x)))
+        return self.fc(self.last(self.pool(x)).mean((2, 3)))
+
+
+def test_a_module_that_runs_twice_is_no_layer():
+    imcl = IMCL(Recurrent(), torch.randn(2, 3, 8, 8))
+    assert imcl.layers == ["stem", "last"]
+    imcl(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])).loss.backward()
+
+
+class Block(nn.Module):
+    def __init__(self, depth=1):
+        super().__init__()
+        self.mlp = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(depth)))
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+class Tokens(nn.Module):
+    def __init__(self, windowed, depth):
+        super().__init__()
+        self.windows = nn.ModuleList(Block() for _ in range(windowed))
+        self.blocks = nn.ModuleList(Block(depth) for _ in range(4))
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.reshape(-1, 4, 6)
+        for block in self.windows:
+            x = block(x)
+        x = x.reshape(shape)
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize(("windowed", "depth"), [(6, 1), (0, 5)])
+def test_rows_of_windows_and_of_what_is_in_a_branch_are_passed_over(windowed, depth):
+    imcl = IMCL(Tokens(windowed, depth), torch.randn(2, 16, 6))
+    assert imcl.layers == [f"blocks.{i}" for i in range(4)]

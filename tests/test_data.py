@@ -23,7 +23,7 @@ from PIL import Image
 
 from imcl_fast.data import NAMES, DataError, MissingData, Split, fashion_mnist, load
 from imcl_fast.data.augmentation import PaddedCrop
-from imcl_fast.data.dataset import DataSet, in_memory
+from imcl_fast.data.dataset import DataSet, in_memory, resize
 from imcl_fast.data.loader import TestLoader, TrainLoader
 from imcl_fast.data.noise import label_noise
 from imcl_fast.data.pickles import read_pickle
@@ -845,3 +845,20 @@ def test_image_bytes_are_what_was_stored(tmp_path):
     grey = images[labels == 0] * torch.tensor(data.std).view(3, 1, 1)
     grey = grey + torch.tensor(data.mean).view(3, 1, 1)
     torch.testing.assert_close(grey, torch.full_like(grey, 200 / 255), rtol=0, atol=1e-6)
+
+
+def test_some_shift_remains_of_a_crop_that_is_scaled():
+    assert [PaddedCrop(pad).scaled(0.1).pad for pad in (0, 2)] == [0, 1]
+
+
+def test_scaled_values_are_rounded_to_the_nearest():
+    images = torch.tensor([[1, 1], [1, 0]], dtype=torch.uint8).view(1, 1, 2, 2)
+    assert resize(images, 1).item() == 1  # of 0.75
+
+
+def test_the_same_labels_are_wrong_with_either_kind():
+    labels = torch.arange(1000) % 10
+    kinds = [
+        label_noise(labels, 10, 0.3, kind, seed=4) != labels for kind in ("symmetric", "asymmetric")
+    ]
+    assert torch.equal(*kinds)

@@ -778,3 +778,49 @@ def test_the_labels_of_a_causal_language_model_are_refused():
     out = imcl(input_ids=IDS, target=shifted)
     own = imcl.model(input_ids=IDS, labels=IDS).loss
     torch.testing.assert_close(out.terms["cross_entropy"], own.detach())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_token_mask_goes_before_the_network_s_own(training):
+    ids, y = tokens()
+    keep = torch.arange(7) < torch.tensor([7, 6, 4, 3, 2, 1])[:, None]
+    imcl = IMCL(
+        Tagger().double(), {"ids": ids}, ["blocks.0"], 0, 0, 10, 0, center=False, **EVERY_STEP
+    ).train(training)
+    seen = []
+    imcl.model.blocks[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    every = torch.ones_like(ids)
+    terms = imcl(ids, y, token_mask=keep, attention_mask=every).terms
+    logits = imcl.model(ids, every)
+    torch.testing.assert_close(
+        terms["cross_entropy"], F.cross_entropy(logits[keep], y[keep]).detach()
+    )
+    if training:
+        expected = functional.representation_similarity(seen[0].movedim(-1, 1), mask=keep)
+        torch.testing.assert_close(terms["representation_similarity"], expected.detach())
+
+
+def test_other_parts_of_one_memory_are_not_the_same():
+    x = torch.rand(4, 4)
+    assert (
+        dense_outputs.is_same(x[:, :2], x[:, :2])
+        and not dense_outputs.is_same(x[:, :2], x[:, 2:])
+        and not dense_outputs.is_same(x, x.T)
+    )
+
+
+def test_classes_are_where_convolutions_of_as_many_dimensions_have_them():
+    for shape, ranks, expected in (
+        ((2, 5, 3), {2}, -1),
+        ((2, 5, 3), {1}, 1),
+        ((2, 5, 3, 4), {1}, -1),
+        ((2, 5, 3, 4), {2}, 1),
+        ((2, 5, 3), set(), -1),
+    ):
+        assert dense_outputs.class_dim(torch.empty(shape), [], [], None, ranks) == expected
+
+
+def test_a_layer_of_as_many_channels_as_classes_that_goes_on_is_no_rival():
+    x, inner, logits, aside = (torch.rand(2, 3, 4, 4) for _ in range(4))
+    outputs = {"inner": inner, "fc": logits, "aside": aside}
+    assert dense_outputs.rivals(logits, outputs, ["inner", "aside"], [x, inner], 1) == {"aside"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from process_group import in_group
-from torch import multiprocessing, nn
+from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from imcl_fast import IMCL, sharding
@@ -191,3 +191,15 @@ def test_kernel_gradients_do_not_hold_communication_back(runs):
 )
 def test_balance(costs, parts, expected):
     assert sharding.balance(costs, parts) == expected
+
+
+def test_shares_of_kernels_with_several_roles_add_up(monkeypatch):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 6)})
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    scales = {}
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        share = sharding.KernelShare.of(["attention.in_proj_weight", "linear"], model, True)
+        scales[share.kernels] = share.scale
+    assert scales == {("attention.in_proj_weight",): 2 * 3 / 4, ("linear",): 2 * 1 / 4}

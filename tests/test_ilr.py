@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from imcl_fast import functional
 from imcl_fast.ilr import GradientRescaling, MultiHead
 from imcl_fast.models import import_torchvision, resnet18
 
@@ -302,3 +303,15 @@ def test_branches_may_begin_in_place():
     torch.testing.assert_close(found.loss, expected.loss)
     found.loss.backward(), expected.loss.backward()
     torch.testing.assert_close(network.conv1.weight.grad, twin.conv1.weight.grad)
+
+
+def test_multihead_computes_with_the_implementation_that_is_named(monkeypatch):
+    asked, real = [], functional.collaborative_consistency
+    monkeypatch.setattr(
+        functional,
+        "collaborative_consistency",
+        lambda *args, **named: (asked.append(named["impl"]), real(*args, **named))[1],
+    )
+    network = MultiHead(resnet18(3, width=4), impl="torch")
+    network(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))
+    assert asked == ["torch"]

@@ -1036,3 +1036,56 @@ def test_an_auxiliary_heads_average_and_its_gradient_are_those_of_the_mean(dtype
     (truth,) = torch.autograd.grad(mean, wide, grad.double())
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), truth, rtol=2 * unit, atol=0)
+
+
+def made_to_change(**options):
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    return IMCL(resnet18(5, width=4), x, **{**WAYS_ON, **options}), x, y
+
+
+CHANGES = {
+    "output_weight": 0.3,
+    "multilayer_weight": 0.7,
+    "views": 3,
+    "output_temperature": 3.0,
+    "multilayer_temperature": 5.0,
+    "multilayer_teacher": "final",
+    "label_smoothing": 0.2,
+    "ignore_index": 1,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_may_be_changed_between_steps(name):
+    imcl, x, y = made_to_change()
+    torch.manual_seed(1)
+    before = imcl(x, y).loss
+    setattr(imcl, name, CHANGES[name])
+    torch.manual_seed(1)
+    after = imcl(x, y).loss
+    other, _, _ = made_to_change(**{name: CHANGES[name]})
+    torch.manual_seed(1)
+    torch.testing.assert_close(after, other(x, y).loss)
+    assert after != before
+
+
+def test_labels_are_smoothed_in_eval_mode_too():
+    imcl, x, y = made_to_change(label_smoothing=0.2)
+    imcl.eval()
+    torch.testing.assert_close(
+        imcl(x, labels=y).loss, F.cross_entropy(imcl(x), y, label_smoothing=0.2)
+    )
+
+
+def test_terms_keep_no_graph():
+    imcl, x, y = made_to_change(criterion=lambda output, target: F.cross_entropy(output, target))
+    out = imcl(x, y)
+    assert out.loss.requires_grad and not any(term.requires_grad for term in out.terms.values())
+
+
+def test_all_layers_but_the_last_have_a_head():
+    imcl = IMCL(resnet18(5, width=4), torch.randn(2, 3, 32, 32))
+    assert len(imcl.heads) == len(imcl.layers) - 1 and sorted(imcl._head_of) == list(
+        range(len(imcl.layers) - 1)
+    )

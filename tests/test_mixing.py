@@ -110,3 +110,11 @@ def test_the_command_mixes_wrong_labels_too(tmp_path):
 def test_bad_numbers_are_named(alpha):
     with pytest.raises((TypeError, ValueError), match="cutmix: expected a number"):
         Mixing(None, alpha, 10)
+
+
+def test_shares_are_drawn_by_the_alpha_that_is_given():
+    kinds = Mixing(0.3, 0.7, classes=4)._transform.transforms
+    assert [(type(kind).__name__, kind.alpha) for kind in kinds] == [
+        ("MixUp", 0.3),
+        ("CutMix", 0.7),
+    ]

@@ -9,7 +9,7 @@ from test_imcl import TERMS, WAYS_ON, only
 from torch import nn
 
 import imcl_fast
-from imcl_fast import IMCL, functional, reference
+from imcl_fast import IMCL, functional, padding, reference
 from imcl_fast.models import import_torchvision
 
 LENGTHS = (10, 7, 5, 0)  # of the samples; the last is padding only
@@ -261,3 +261,14 @@ def test_a_bert_batch_is_the_same_at_any_padding():
         terms.append(imcl(input_ids=ids, attention_mask=keep, labels=y).terms)
     torch.testing.assert_close(terms[1], terms[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(terms[2], terms[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_of_no_positions_is_0():
+    mask = torch.zeros(2, 1, 3, dtype=torch.bool)
+    assert torch.equal(padding.mean(torch.zeros(2, 4, 3), mask), torch.zeros(2, 4))
+
+
+def test_a_norm_that_overflows_makes_no_channel_dead():
+    features = 1e20 + 1e18 * torch.randn(1, 2, 4)  # whose squares are no float32
+    mask = torch.tensor([[[True, True, True, False]]])
+    assert padding.neutral(features, mask, True)[0, :, :3].all()

@@ -557,3 +557,70 @@ def test_both_passes_are_of_one_turn_of_the_schedule() -> None:
 
 def test_the_names_are_public() -> None:
     assert {"Perturbation", "QualityAgnostic"} <= set(imcl_fast.__all__)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("kernel", "linear"),
+        ("bandwidth", 0.7),
+        ("estimator", "biased"),
+        ("normalize", False),
+        ("impl", "torch"),
+    ],
+)
+def test_options_of_the_dependence_reach_it(name, value):
+    x, _ = data(2)
+    assert (
+        getattr(QualityAgnostic(Network().double(), x[0], **{name: value}).dependence, name)
+        == value
+    )
+
+
+def test_of_many_layers_the_last_three_take_part_with_the_last_weights():
+    network = Network().double()
+    network.three = nn.Sequential(
+        network.three, nn.Sequential(nn.Conv2d(6, 6, 1, 2).double(), nn.Tanh())
+    )
+    x = torch.randn(2, BATCH, 2, 32, 32, dtype=torch.float64)
+    qa = QualityAgnostic(network, x[0])
+    assert qa.layers == ["two", "three.0", "three.1"], qa.layers
+    two = QualityAgnostic(network, x[0], layers=["two", "three.1"])
+    assert two.dependence.layer_weight == [0.25, 0.5]
+
+
+def test_hooks_of_the_ways_go_too():
+    network, (x, _) = Network().double(), data(2)
+    qa = QualityAgnostic(network, x[0], ways=IMCL(network, x[0]))
+    qa.remove_hooks()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_gradients_of_the_heads_too_are_those_after_move_alone():
+    x, y = data(2)
+    network = Network().double()
+    qa = QualityAgnostic(network, x[0], alpha=0, ways=IMCL(network, x[0], output_weight=0))
+    heads = list(qa.ways.heads.parameters())
+    qa(x, y).loss.backward()
+    expected = [p.grad.clone() for p in heads]
+    with qa.perturbed(0.0) as perturbation:  # no weight moves
+        for p in heads:
+            assert p.grad is None
+        qa(x, y).loss.backward()
+        perturbation.move()
+        qa(x, y).loss.backward()
+    for p, gradient in zip(heads, expected, strict=True):
+        torch.testing.assert_close(p.grad, 2 * gradient)  # with what it held before
+
+
+def test_gradients_of_before_come_back_whatever_was_written_to_their_memory():
+    network, (x, y) = Network().double(), data(1)
+    torch_F.cross_entropy(network(x[0]), y).backward()
+    memory = [p.grad for p in network.parameters()]
+    held = [g.clone() for g in memory]
+    with pytest.raises(KeyError), Perturbation(network, 0.1):
+        for bucket in memory:  # as DistributedDataParallel's, in a backward pass
+            bucket.fill_(7)
+        raise KeyError
+    for p, gradient in zip(network.parameters(), held, strict=True):
+        assert torch.equal(p.grad, gradient)

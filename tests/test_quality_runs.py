@@ -374,3 +374,45 @@ def test_a_killed_run_goes_on_bit_by_bit(method: str, tmp_path: Path) -> None:
     assert_identical(tmp_path / "whole" / "run", tmp_path / "cut" / "run")
     summary = json.loads((tmp_path / "cut" / "run" / "summary.json").read_text())
     assert summary["last_test_accuracy_at"].keys() == {"raw", "jpeg20", "noise0.1"}
+
+
+def test_a_point_is_blurred_to_a_gaussian_of_the_deviation():
+    image = torch.zeros(1, 1, 41, 41, dtype=torch.uint8)
+    image[..., 20, 20] = 255
+    seen = Quality.named("blur1.5")(image, SEEDS[:1])[0, 0].double()
+    x = torch.arange(-20, 21, dtype=torch.float64)
+    profile = torch.exp(-x.square() / (2 * 1.5**2))
+    profile /= profile.sum()
+    expected = 255 * torch.outer(profile, profile)
+    assert (seen - expected).abs().max() <= 0.75
+
+
+def test_a_blurred_edge_is_as_if_the_border_went_on():
+    image = photos(1)
+    wide = torch.nn.functional.pad(image.float(), [12] * 4, mode="replicate").to(torch.uint8)
+    seen, outer = (Quality.named("blur1.5")(x, SEEDS) for x in (image, wide))
+    assert (seen.int() - outer[..., 12:-12, 12:-12].int()).abs().max() <= 1
+
+
+def test_down_takes_means_of_squares():
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    image[..., ::2, ::2] = 200  # one of four pixels of each square
+    assert torch.equal(Quality.named("down2")(image, SEEDS[:1]), torch.full_like(image, 50))
+
+
+def test_values_are_rounded_to_the_nearest():
+    flat = torch.full((1, 1, 300, 300), 128, dtype=torch.uint8)
+    noisy = Quality.named("noise0.1")(flat, SEEDS[:1]).double()
+    assert abs(noisy.mean() - 128) < 0.3  # 25.5 / 300 is the deviation of this mean
+
+
+def test_noise_is_that_of_each_seed_in_units_of_white():
+    images = photos()
+    drawn = torch.stack(
+        [
+            torch.empty(3, 16, 16).normal_(generator=torch.Generator().manual_seed(i))
+            for i in range(4)
+        ]
+    )
+    expected = (images + 25.5 * drawn).round().clamp(0, 255)
+    assert (Quality.named("noise0.1")(images, SEEDS) - expected).abs().max() == 0

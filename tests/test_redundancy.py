@@ -390,3 +390,17 @@ def test_inspect_refuses_wrong_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         inspect.main(["resnet18", *flags])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("center", "bound"), [(True, 6 / (3 * 8)), (False, 5 / (4 * 8))])
+def test_centred_rows_have_a_dimension_less(center, bound):
+    layers = profile(nn.Sequential(nn.Conv2d(2, 9, 1)), torch.randn(2, 2, 2, 2), center=center)
+    (layer,) = (layer for layer in layers if layer["kind"] == "representation")
+    assert layer["welch_bound"] == pytest.approx(bound)
+
+
+def test_one_direction_alone_has_an_effective_rank_of_one():
+    linear = nn.Linear(300, 300)
+    linear.weight.data = torch.outer(*2.0 ** torch.randint(-3, 4, (2, 300)))  # exactly
+    (layer,) = profile(nn.Sequential(linear), torch.randn(2, 300))
+    assert layer["effective_rank"] == pytest.approx(1, abs=1e-7)

@@ -266,3 +266,7 @@ def test_a_period_has_an_end():
     with pytest.raises(ValueError, match="least common multiple of at most 100000, got 499 and 50"):
         Schedule(499, 503)
     assert Schedule(1000, 64).turn.position == 0
+
+
+def test_a_position_beyond_the_period_is_its_remainder():
+    assert Schedule(2, 3, 13).turn.position == 1
