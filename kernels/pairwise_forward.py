@@ -36,7 +36,7 @@ from .matrices import (
     select,
     triangle,
 )
-from .numerics import dot, settled
+from .numerics import as_taken, dot, settled
 from .reduction import BLOCK as _REDUCTION
 from .reduction import draws_last_ticket, total
 
@@ -56,11 +56,13 @@ _STATE, _STATE_SIZE = tl.constexpr(plan.STATE), tl.constexpr(plan.STATE_SIZE)
 
 @triton.jit
 def _shifted(x, shift, columns, d, C: tl.constexpr):
-    """Elements less their row's shift, 0 beyond the last column."""
+    """Elements less their row's shift, 0 beyond the last column, as the product takes them: what
+    the sums take is what the correction of the product by them cancels. Where many elements are
+    alike their rounding is, too, and the correction would add it up over all columns."""
     if C.center:
-        return tl.where((columns < d)[None, :], x.to(C.acc) - shift[:, None], 0.0)
-    else:
-        return x
+        x = tl.where((columns < d)[None, :], x.to(C.acc) - shift[:, None], 0.0)
+        x = as_taken(x, C.product)
+    return x
 
 
 @triton.jit

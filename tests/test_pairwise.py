@@ -377,6 +377,24 @@ def test_nearly_constant_maps_are_accurate_when_centred(
         assert (got.double().cpu() - truth).norm() <= 2e-2 * truth.norm()
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_row_of_pixels_unlike_the_others_is_centred_as_they_are(
+    impl: Impl, dtype: torch.dtype, row: int
+) -> None:
+    """As a border is: what rounds a shifted row must be what its correction sums."""
+    generator = torch.Generator().manual_seed(0)
+    x = 1 + 0.03 * torch.randn(1, 8, 32, 32, generator=generator)
+    x[:, :, row] += 0.3 * torch.randn(1, 8, 1, generator=generator) - 0.6
+    x = x.to(dtype).to(impl.device).requires_grad_()
+    wide = x.detach().double().cpu().requires_grad_()
+    got, truth = (
+        torch.autograd.grad(F.representation_similarity(each, center=True, impl=name), each)[0]
+        for each, name in ((x, impl.name), (wide, "reference"))
+    )
+    assert (got.double().cpu() - truth).norm() <= 3e-2 * truth.norm()  # docs/gpu.md
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
 def test_errors_do_not_grow_with_the_length_of_a_row(impl: Impl, layout: str) -> None:
     """Of numbers that are nearly alike each addition rounds the same way."""
