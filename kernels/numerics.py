@@ -85,16 +85,6 @@ def nearest_tf32(x):
 
 
 @triton.jit
-def as_taken(x, PRODUCT: tl.constexpr):
-    """A float32 x as ``dot`` takes it where that rounds, in float32."""
-    if PRODUCT == BFLOAT16:
-        x = rounded(x, tl.bfloat16).to(tl.float32)
-    elif PRODUCT == TF32:
-        x, _ = tf32_parts(nearest_tf32(x))
-    return x
-
-
-@triton.jit
 def bfloat16_parts(x):
     """Three bfloat16 that add up to a float32 x, but for its last bit."""
     first = rounded(x, tl.bfloat16)

@@ -11,7 +11,7 @@ dual    M = U^T U, u_i = x_i/n_i, one program for each tile of M;
 signed  s = sum_i u_i, one program for each 64 columns; sum_{i != j} c = |s|^2 - N_live
 
 The norms come from the very values the products are made of, so X is read once per tile.
-Centred rows are shifted by the mean a of their first columns while loading, and what is left is
+Centred rows are shifted by the mean a of some columns while loading, and what is left is
 corrected (docs/math.md, "Centred rows"): G_c = G_a - D (m - a)(m - a)^T.
 """
 
@@ -36,7 +36,7 @@ from .matrices import (
     select,
     triangle,
 )
-from .numerics import as_taken, dot, settled
+from .numerics import dot, settled
 from .reduction import BLOCK as _REDUCTION
 from .reduction import draws_last_ticket, total
 
@@ -56,20 +56,26 @@ _STATE, _STATE_SIZE = tl.constexpr(plan.STATE), tl.constexpr(plan.STATE_SIZE)
 
 @triton.jit
 def _shifted(x, shift, columns, d, C: tl.constexpr):
-    """Elements less their row's shift, 0 beyond the last column, as the product takes them: what
-    the sums take is what the correction of the product by them cancels. Where many elements are
-    alike their rounding is, too, and the correction would add it up over all columns."""
+    """Elements less their row's shift, 0 beyond the last column."""
     if C.center:
-        x = tl.where((columns < d)[None, :], x.to(C.acc) - shift[:, None], 0.0)
-        x = as_taken(x, C.product)
-    return x
+        return tl.where((columns < d)[None, :], x.to(C.acc) - shift[:, None], 0.0)
+    else:
+        return x
 
 
 @triton.jit
-def _first_mean(m, rows, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Mean of the first BLOCK columns of each row: the shift of a centred row."""
-    block = read(m, rows, tl.arange(0, BLOCK), LAYOUT)
-    return tl.sum(block.to(ACC), 1) / tl.minimum(m.d, BLOCK).to(ACC)
+def _some_mean(m, rows, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Mean of some columns of each row: the shift of a centred row. They are of four blocks all
+    over it, for the first pixels of a map may be unlike the others, and what its correction takes
+    away is as large as a shift is wrong, with the rounding of the product in it."""
+    total = tl.zeros([rows.shape[0]], ACC)
+    count = 0
+    for part in tl.static_range(4):
+        first = m.d // 4 * part // BLOCK * BLOCK
+        block = read(m, rows, first + tl.arange(0, BLOCK), LAYOUT)  # [rows, BLOCK]
+        total += tl.sum(block.to(ACC), 1)
+        count += tl.minimum(m.d - first, BLOCK)
+    return total / count.to(ACC)
 
 
 @triton.jit
@@ -99,9 +105,9 @@ def _gram(
     square_i, square_j, sum_i, sum_j = none, none, none, none
     shift_i, shift_j = tl.zeros([_TILE], C.acc), tl.zeros([_TILE], C.acc)
     if C.center:
-        shift_i = _first_mean(m, rows_i, LAYOUT, BLOCK, C.acc)
+        shift_i = _some_mean(m, rows_i, LAYOUT, BLOCK, C.acc)
         if not DIAGONAL:
-            shift_j = _first_mean(m, rows_j, LAYOUT, BLOCK, C.acc)
+            shift_j = _some_mean(m, rows_j, LAYOUT, BLOCK, C.acc)
     for k in range(0, m.d, BLOCK):
         columns = k + tl.arange(0, BLOCK)
         a = _shifted(read(m, rows_i, columns, LAYOUT), shift_i, columns, m.d, C)
@@ -190,7 +196,7 @@ def _row_norms(m, rows, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
     square, sums = tl.zeros([_ROW_BLOCK, _TILE], C.acc), tl.zeros([_ROW_BLOCK, _TILE], C.acc)
     shift = tl.zeros([_ROW_BLOCK], C.acc)
     if C.center:
-        shift = _first_mean(m, rows, LAYOUT, _TILE, C.acc)
+        shift = _some_mean(m, rows, LAYOUT, _TILE, C.acc)
     for k in range(0, m.d, _TILE):
         columns = k + tl.arange(0, _TILE)
         block = _shifted(read(m, rows, columns, LAYOUT), shift, columns, m.d, C)
