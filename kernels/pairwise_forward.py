@@ -70,7 +70,7 @@ def _some_mean(m, rows, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.const
     away is as large as a shift is wrong, with the rounding of the product in it."""
     total = tl.zeros([rows.shape[0]], ACC)
     count = 0
-    for part in tl.static_range(4):
+    for part in range(4):
         first = m.d // 4 * part // BLOCK * BLOCK
         block = read(m, rows, first + tl.arange(0, BLOCK), LAYOUT)  # [rows, BLOCK]
         total += tl.sum(block.to(ACC), 1)
