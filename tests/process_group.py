@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from torch import distributed
+
+from imcl_fast.training.distributed import THREADS_END
 
 T = TypeVar("T")
 
@@ -29,4 +32,5 @@ def in_group(folder: Path | str, work: Callable[[], T], rank: int = 0, world: in
         raise
     finally:
         gc.collect()
+        time.sleep(THREADS_END)
         distributed.destroy_process_group()

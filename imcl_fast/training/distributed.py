@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..runs.errors import OwnError, TrainingError, UsageError
 
 T = TypeVar("T")
+
+THREADS_END = 0.1  # seconds
 
 
 class Processes:
@@ -116,6 +119,10 @@ class Processes:
         if self._parallel is not None:
             del self._parallel.reducer, self._parallel.logger
             self._parallel = None
+        # What the last exchange has used gloo's threads free after it, and need the lock.
+        # One that still waits for it when the interpreter ends aborts the process, and they live
+        # until then, for PyTorch keeps the group once a network was wrapped.
+        time.sleep(THREADS_END)
 
 
 @contextlib.contextmanager
