@@ -75,7 +75,7 @@ def _some_mean(m, rows, LAYOUT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.const
         block = read(m, rows, first + tl.arange(0, BLOCK), LAYOUT)  # [rows, BLOCK]
         total += tl.sum(block.to(ACC), 1)
         count += tl.minimum(m.d - first, BLOCK)
-    return total / count.to(ACC)
+    return total / tl.cast(count, ACC)
 
 
 @triton.jit
