@@ -78,10 +78,8 @@ def _before_pooling(trace: Trace) -> set[str]:
 
 def _passes_on(module: nn.Module) -> bool:
     """Whether what goes through a module stays what it is: flattened, pooled, or in a container."""
-    if next(module.children(), None) is not None:
-        return True
-    kind = type(module)
-    return issubclass(kind, (nn.Flatten, nn.Identity)) or is_passive(module)
+    contains = next(module.children(), None) is not None
+    return contains or isinstance(module, (nn.Flatten, nn.Identity)) or is_passive(module)
 
 
 def check_classifier(trace: Trace, name: str) -> str:

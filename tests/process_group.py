@@ -21,7 +21,7 @@ def in_group(folder: Path | str, work: Callable[[], T], rank: int = 0, world: in
 
     A DistributedDataParallel must be gone before its group is, as `Processes.release` of
     imcl_fast/training/distributed.py says: one that a function still has when it destroys the
-    group hung one run in twenty. Hence the work is a function, whose variables end before.
+    group hung within thirty runs. Hence the work is a function, whose variables end before.
     """
     store = f"file://{folder}/store{world}"
     distributed.init_process_group("gloo", store, rank=rank, world_size=world)

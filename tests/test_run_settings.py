@@ -53,6 +53,16 @@ def test_a_schedule_begins_when_the_rise_has_ended():
     )
 
 
+@pytest.mark.parametrize(
+    ("momentum", "least", "most"), [(0.9, 0.85, 0.95), (0.5, 0.45, 0.55), (0.98, 0.97, 0.99)]
+)
+def test_onecycle_moves_the_momentum_around_that_of_the_user(momentum, least, most):
+    _, seen = rates_of(epochs=5, schedule="onecycle", momentum=momentum)
+    assert (min(seen), seen[0], max(seen)) == pytest.approx((least, most, most), abs=1e-3)
+    if momentum == 0.9:  # the very bits of torch's defaults
+        assert seen[0] == 0.95
+
+
 def test_onecycle_rises_for_thirty_percent_unless_told():
     rates, _ = rates_of(epochs=10, schedule="onecycle")
     assert rates.index(max(rates)) == 11  # 0.3 * 40 - 1

@@ -582,23 +582,6 @@ def test_schedules(settings, expected):
 
 
 @pytest.mark.parametrize(
-    ("momentum", "least", "most"), [(0.9, 0.85, 0.95), (0.5, 0.45, 0.55), (0.98, 0.97, 0.99)]
-)
-def test_onecycle_moves_the_momentum_around_that_of_the_user(momentum, least, most):
-    settings = config(epochs=5, schedule="onecycle", momentum=momentum)
-    optimizer = build_optimizer(small_network(), settings)
-    schedule = build_schedule(optimizer, settings, steps_per_epoch=4)
-    seen = []
-    for _ in range(20):
-        seen.append(optimizer.param_groups[0]["momentum"])
-        optimizer.step()
-        schedule.step()
-    assert (min(seen), seen[0], max(seen)) == pytest.approx((least, most, most), abs=1e-3)
-    if momentum == 0.9:  # the very bits of torch's defaults
-        assert seen[0] == 0.95
-
-
-@pytest.mark.parametrize(
     ("epochs", "warmup"), [(1, 0.25), (1, 0.75), (1, 0.9), (2, 0.25), (2, 1), (2, 1.75), (2, 1.9)]
 )
 def test_onecycle_takes_any_warm_up(epochs, warmup):

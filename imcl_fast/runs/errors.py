@@ -47,21 +47,12 @@ class Interrupted(TrainingError):
 
 
 @contextlib.contextmanager
-def as_usage_error(*kinds: type[Exception]) -> Iterator[None]:
-    """Have errors of these kinds be ``UsageError`` of the same words."""
+def as_usage_error(*kinds: type[Exception], to: type[UsageError] = UsageError) -> Iterator[None]:
+    """Have errors of these kinds be ``UsageError``, or ``to``, of the same words."""
     try:
         yield
     except kinds as error:
-        raise UsageError(str(error)) from error
-
-
-@contextlib.contextmanager
-def as_own_error(*kinds: type[Exception]) -> Iterator[None]:
-    """Have errors of these kinds be ``OwnError`` of the same words."""
-    try:
-        yield
-    except kinds as error:
-        raise OwnError(str(error)) from error
+        raise to(str(error)) from error
 
 
 def one_line(error: Exception) -> str:

@@ -368,18 +368,15 @@ class Loop:
             return
         if state.sums.batches:
             self._read(state.sums)
-        if (name := non_finite.spoilt(state.objective, self._meant)) is not None:
-            raise NonFiniteError(
-                f"after step {state.step} the weights {name} are not finite{self._saved_before()}"
-            )
-        averaged = state.averaged
-        if averaged is not None and (
-            (name := non_finite.spoilt(averaged.module, self._meant_averaged)) is not None
-        ):
-            raise NonFiniteError(
-                f"after step {state.step} the averaged weights {name} are not finite"
-                f"{self._saved_before()}"
-            )
+        looked_at = [("weights", state.objective, self._meant)]
+        if state.averaged is not None:
+            looked_at.append(("averaged weights", state.averaged.module, self._meant_averaged))
+        for what, module, meant in looked_at:
+            if (name := non_finite.spoilt(module, meant)) is not None:
+                raise NonFiniteError(
+                    f"after step {state.step} the {what} {name} are not finite"
+                    f"{self._saved_before()}"
+                )
         content = {
             **state.state_dict(self.processes),
             "config": self.config.as_json(),

@@ -22,7 +22,7 @@ from ..objectives import WITH_WAYS, CrossEntropy
 from ..plan import acted_on
 from ..redundancy import profile
 from ..runs.config import SETTINGS, TrainConfig, argument_of
-from ..runs.errors import as_own_error
+from ..runs.errors import OwnError, as_usage_error
 from ..runs.folder import (
     AFTER,
     AT_QUALITY,
@@ -127,7 +127,7 @@ class Trainer:
             # From here on, what is random in a step: each process drops out other features.
             torch.manual_seed(config.seed + 7919 * processes.rank)
             try:
-                with as_own_error(DataError):  # an image file can't be read
+                with as_usage_error(DataError, to=OwnError):  # an image file can't be read
                     with Interruption() as interruption:
                         _begin(loop, self._own(material))
                         loop.train(interruption)
