@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, kernel_weights, outputs, plan, sharding, validation
+from . import functional, kernel_weights, outputs, plan, sharding, taps, validation
 from . import layers as find
 from .choice import choose
 from .dense_outputs import Resize
@@ -156,6 +156,9 @@ class IMCL(IMCLState):
     is run again. A layer inside a segment, other than at its end, needs
     ``use_reentrant=False``; ``torch.compile`` then can't have ``fullgraph=True``.
 
+    A layer that a call leaves out, as layerdrop does, is left out of that call's ways 2 and 3, which
+    are means over the others; the first time a warning names it.
+
     Features without gradient, of frozen layers or under ``no_grad``, contribute their value
     and learn nothing. Of ``kernels`` all learn whose parameters require a gradient. Weights
     that each run makes anew, as pruning, weight and spectral normalisation do, are compared
@@ -261,9 +264,10 @@ class IMCL(IMCLState):
         self._resize = trace.makers.get(choice.classifier or "", Resize())
         self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
         self._heads_move = HeadsMove()
-        self._told_of_mask = self._told_of_plain = False
+        self._told_of_mask = self._told_of_plain = self._told_of_absent = False
         self._consistency = HeadsConsistency()
         self._tape = Tape()
+        self._tapped: list[int | None] = []  # the layers, and the classifier, that have hooks
         self._handles = self._register_hooks(trace.channels_last)
         self._weight_handles = kernel_weights.tap(self._kernel_weights(EVERY_WAY), self._tape)
         self._watch_handles: list[RemovableHandle] = []
@@ -391,13 +395,25 @@ class IMCL(IMCLState):
         step.finish()
         if step.kernels is not None:
             step.kernel = self._kernel_similarity(step.kernels, step.turn, step)
-        if step.calls != len(self._handles):
+        if not len(set(step.ran)) == len(step.ran) == len(self._handles):
+            self._left_out(step.ran)
+
+    def _left_out(self, ran: Sequence[int | None]) -> None:
+        """Layers may be, at random; anything else is another course than on the example."""
+        absent = taps.left_out(self._tapped, ran, self._handles)
+        if not absent or (len(absent) == len(self.layers) and not self._told_of_absent):
             raise RuntimeError(
                 f"model: expected the layers {self.layers} and the classifier "
-                f"{self.classifier} to run once each, as on example_input, got {step.calls} "
-                f"runs for {len(self._handles)} hooks (0 after remove_hooks). Layers that a "
-                "network leaves out at random can't take part: set its layerdrop to 0, or name "
-                "other layers"
+                f"{self.classifier} to run once each, as on example_input, got {len(ran)} "
+                f"runs for {len(self._handles)} hooks (0 after remove_hooks)"
+            )
+        if not (self._told_of_absent or torch.compiler.is_compiling()):
+            self._told_of_absent = True
+            warnings.warn(
+                f"IMCL: in this call the network left out {[self.layers[i] for i in absent]}, as "
+                "layerdrop does. What a call leaves out has no part in its ways 2 and 3, which are "
+                "means over the other layers",
+                stacklevel=5,  # where the IMCL is called
             )
 
     def _objective(self, step: IMCLStep, target: Any, task: bool = True) -> IMCLOutput:
@@ -405,7 +421,7 @@ class IMCL(IMCLState):
         output = step.outputs[0]
         own = task and self.criterion is None
         loss = head_terms = criterion = None
-        if own or self.heads or step.views is not None:
+        if own or step.head_logits or step.views is not None:
             logits = outputs.logits(output, self._find_logits)
             loss, head_terms = self._consistency(self, step, logits, target, own)
         else:
@@ -539,12 +555,14 @@ class IMCL(IMCLState):
                 tap = Tap(self._tape, index, name in channels_last)
                 module = self.model.get_submodule(name)
                 handles.append(module.register_forward_hook(tap, with_kwargs=True))
+                self._tapped.append(index)
         if self.classifier is not None:
             tap = Tap(self._tape, None)
             classifier = self.model.get_submodule(self.classifier)
             # Before hooks that are there: FSDP2's gives the weight back that the views need.
             handle = classifier.register_forward_hook(tap, with_kwargs=True, prepend=True)
             handles.append(handle)
+            self._tapped.append(None)
         return handles
 
     def _kernel_weights(self, turn: Turn) -> kernel_weights.Weights:

@@ -27,7 +27,7 @@ class HeadsConsistency:
         """The loss of ways 1 and 2 and, if ``own``, the network's own cross entropy; the terms
         (2, H), cross entropies and KL of the auxiliary heads, the network's own and the views."""
         heads = [step.head_logits[i] for i in sorted(step.head_logits)]
-        options = self._current(imcl, own, _ignored(imcl, target))
+        options = self._current(imcl, len(heads), own, _ignored(imcl, target))
         masks = step.mask, step.padding.of_logits
         return _call(imcl, heads, logits, step.views, target, masks, options)
 
@@ -42,13 +42,13 @@ class HeadsConsistency:
         )  # fmt: skip
         return _call(imcl, [], logits, None, target, masks, options)
 
-    def _current(self, imcl: IMCLState, own: bool, ignored: int) -> ConsistencyOptions:
+    def _current(self, imcl: IMCLState, n: int, own: bool, ignored: int) -> ConsistencyOptions:
         """The options, made again if what they are made of has changed."""
         if torch.compiler.is_compiling():  # a cache would be one more guard
-            return _options(imcl, own, ignored)
-        made_of = _made_of(imcl, own, ignored)
+            return _options(imcl, n, own, ignored)
+        made_of = n, *_made_of(imcl, own, ignored)
         if self._options is None or self._options[0] != made_of:
-            self._options = made_of, _options(imcl, own, ignored)
+            self._options = made_of, _options(imcl, n, own, ignored)
         return self._options[1]
 
 
@@ -156,14 +156,16 @@ def _made_of(imcl: IMCLState, own: bool, ignored: int) -> tuple:
     )
 
 
-def _options(imcl: IMCLState, own: bool, ignored: int) -> ConsistencyOptions:
-    n, views = len(imcl.heads), imcl.views if imcl.output_weight else 0
+def _options(imcl: IMCLState, n: int, own: bool, ignored: int) -> ConsistencyOptions:
+    """Of ``n`` auxiliary heads, without which there is no way 2."""
+    views = imcl.views if imcl.output_weight else 0
     output = imcl.output_weight / imcl.views
+    multilayer = imcl.multilayer_weight if n else 0.0
     groups = 2 if views else 1
     return functional._consistency_options(
         n + 1 + views,
-        ce_weight=[imcl.multilayer_weight / max(n, 1)] * n + [float(own)] + [output] * views,
-        kl_weight=[imcl.multilayer_weight / (n + 1)] * (n + 1) + [output] * views,
+        ce_weight=[multilayer / max(n, 1)] * n + [float(own)] + [output] * views,
+        kl_weight=[multilayer / (n + 1)] * (n + 1) + [output] * views,
         groups=[n + 1, views][:groups],
         temperature=[imcl.multilayer_temperature, imcl.output_temperature][:groups],
         teacher=[imcl.multilayer_teacher, "pairwise"][:groups],

@@ -86,12 +86,11 @@ def check_kernels(model: nn.Module, kernels: Sequence[str]) -> list[str]:
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters())
     for name in kernels:
-        if name not in modules and name not in parameters:
+        weight = _weight(model, name)
+        if name not in modules and weight is None:
             raise unknown("kernels", name, [*modules, *parameters])
-        module, attribute = locate(model, name)
-        weight = getattr(module, attribute, None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2 or len(weight) < 2:
-            found = "" if name in parameters else f" is {type(modules[name]).__name__}"
+        if weight is None or weight.dim() < 2 or len(weight) < 2:
+            found = f" is {type(modules[name]).__name__}" if name in modules else ""
             shape = f" has shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else ""
             raise ValueError(
                 "kernels: expected modules with a weight of at least 2 rows, (Cout, Cin, *k) or "
@@ -103,6 +102,20 @@ def check_kernels(model: nn.Module, kernels: Sequence[str]) -> list[str]:
                 f"they have in {name!r}, its weight has shape {tuple(weight.shape)}"
             )
     return list(kernels)
+
+
+def _weight(model: nn.Module, path: object) -> Tensor | None:
+    """The weight of that path or of the module of that path, also one made of parameters, as
+    pruning does; None: there is none."""
+    if not isinstance(path, str):
+        return None
+    try:
+        module, attribute = locate(model, path)
+        found = getattr(module, attribute)
+    except AttributeError:
+        return None
+    learns = isinstance(found, Tensor) and attribute not in module._buffers
+    return found if learns else None
 
 
 def roles(model: nn.Module, path: str) -> int:

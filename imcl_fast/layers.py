@@ -27,6 +27,7 @@ from .tracing import eager
 # there are those for (B, C, H, W).
 CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
 CHANNELS_LAST = (nn.Linear, nn.Embedding)
+LINEAR = (nn.Linear, nn.LayerNorm)
 # Modules that only pass on, shrink or mask what the layer before them computed.
 PASSIVE = ("torch.nn.modules.pooling", "torch.nn.modules.dropout", "torch.nn.modules.padding")
 
@@ -324,8 +325,13 @@ def _is_block(trace: Trace, name: str) -> bool:
         return False
     if name in trace.residual:
         return True
-    ends = {math.prod(trace.positions(name, calls[0].input)), math.prod(trace.resolution(name))}
-    sizes = [trace.resolution(path) for path in _computing(trace, name)]
+    start, end = trace.positions(name, calls[0].input), trace.resolution(name)
+    ends = {math.prod(start), math.prod(end)}
+    computing = list(_computing(trace, name))
+    blocks = [math.prod(trace.resolution(path)) for path in computing if path in trace.residual]
+    if len(ends) > 1 and blocks.count(math.prod(start)) > 1 and math.prod(end) not in blocks:
+        return False  # a stage that ends with the step to the next one's resolution
+    sizes = [trace.resolution(path) for path in computing]
     pixels = [math.prod(size) for size in sizes if size]  # a linear layer after pooling has none
     # One-pixel convolutions inside a block are gates (squeeze and excitation).
     return bool(pixels) and all(count in ends or count == 1 for count in pixels)
@@ -355,7 +361,8 @@ def _channels_last(model: nn.Module, calls: dict[str, list[Call]]) -> frozenset[
 
     Convolutions and linear layers say it for themselves. Any other module's output is laid
     out like that of the convolutions inside it, or else of the last module before it, that
-    gave one of the same shape.
+    gave one of the same shape; or else of the linear layers inside it that gave as many
+    numbers, with the positions in another order (windows).
     """
     modules = dict(model.named_modules())
     ranks = spatial_ranks(model)
@@ -365,15 +372,25 @@ def _channels_last(model: nn.Module, calls: dict[str, list[Call]]) -> frozenset[
         if call.output is None:
             continue
         module, shape = modules[name], call.output.shape
-        if isinstance(module, CHANNELS_FIRST) or any(
-            isinstance(modules[path], CHANNELS_FIRST) and _shape(calls[path]) == shape
+        inside = {
+            path: found
             for path in calls
-            if path.startswith(f"{name}.")
+            if path.startswith(f"{name}.") and (found := _shape(calls[path])) is not None
+        }
+        if isinstance(module, CHANNELS_FIRST) or any(
+            isinstance(modules[path], CHANNELS_FIRST) and found == shape
+            for path, found in inside.items()
         ):
             seen[shape] = False
         elif isinstance(module, CHANNELS_LAST) or type(module) is nn.LayerNorm:
             seen[shape] = True
-        if seen.setdefault(shape, len(shape) == 3 and 1 not in ranks):
+        elif shape not in seen and any(
+            isinstance(modules[path], LINEAR)
+            and (found[-1:], found.numel()) == (shape[-1:], shape.numel())
+            for path, found in inside.items()
+        ):
+            seen[shape] = True
+        if seen.get(shape, len(shape) == 3 and 1 not in ranks):
             last.add(name)
     return frozenset(last)
 

@@ -288,10 +288,10 @@ class QualityAgnostic(nn.Module):
         return QualityAgnosticOutput(loss, logits.unflatten(0, (count, -1)), terms)
 
     def _dependence_of(self, step: _Step, count: int) -> Tensor:
-        if len(step.features) != len(self.layers) or step.calls != len(self._handles):
+        if len(step.features) != len(self.layers) or len(step.ran) != len(self._handles):
             raise RuntimeError(
                 f"model: expected the layers {self.layers} to run once each, as on example_input, "
-                f"got {step.calls} runs (alpha of 0, or remove_hooks, leaves no hooks)"
+                f"got {len(step.ran)} runs (alpha of 0, or remove_hooks, leaves no hooks)"
             )
         of_layers = [step.features[i].chunk(count) for i in range(len(self.layers))]
         mean = self.dependence(list(zip(*of_layers, strict=True)))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Tape:
@@ -66,7 +67,7 @@ class Step:
     """
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.ran: list[int | None] = []  # layers, and the classifier, in the order they ran
         self.outputs: list[Any] = []  # of the whole network
         self.keywords: Mapping[str, Any] = {}  # arguments of the network
         self.weights: dict[str, Tensor] = {}  # see kernel_weights
@@ -82,7 +83,7 @@ class Step:
         return None
 
     def report(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
-        self.calls += 1
+        self.ran.append(layer)
         if _autograd_context() == self.context:
             self.take(layer, module, features)
         else:
@@ -111,6 +112,26 @@ class Step:
                 )
             self.take(layer, module, features)
         self.waiting.clear()
+
+
+def left_out(
+    expected: Sequence[int | None], ran: Sequence[int | None], handles: Sequence[RemovableHandle]
+) -> list[int]:
+    """The layers that a call has left out; none, if what it did can't be told by that: one ran
+    twice, or the classifier didn't, or hooks are gone.
+
+    Args:
+        expected: the layers, and the classifier, of the hooks, each once.
+    """
+    absent = [layer for layer in expected if layer is not None and layer not in ran]
+    if len(absent) + len(ran) != len(expected) or len(set(ran)) != len(ran):
+        return []
+    hooked = torch.compiler.is_compiling() or all(map(_registered, handles))
+    return absent if hooked else []
+
+
+def _registered(handle: RemovableHandle) -> bool:
+    return handle.id in (handle.hooks_dict_ref() or {})
 
 
 def _autograd_context() -> object:

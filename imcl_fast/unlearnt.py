@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 MOVES = 3  # of the network, before it is sure that the heads stay
+PATIENCE = 100  # calls after which nothing more is looked for
 
 
 class HeadsMove:
     """Whether the heads are trained with the network, seen by what the optimizer writes to.
 
     Each change of a tensor in place counts up its version, on the host; but for that of an
-    optimizer's fused step, so that before anything is said some numbers are looked at.
+    optimizer's fused step, which is seen by the gradients that it clears for the next: those of the
+    network, and not the heads'. So before anything is said some numbers are looked at.
     """
 
     def __init__(self) -> None:
         self.seen: int | None = None  # of the network, in the call before
         self.heads = 0  # at the first call
         self.numbers: tuple[Tensor, Tensor] | None = None  # some of a head, and what they were
-        self.moves = 0
+        self.calls = self.moves = 0
         self.done = False
 
     def passes_over(self, model: Iterable[Tensor]) -> None:
@@ -32,22 +34,23 @@ class HeadsMove:
 
     def look(self, model: Iterable[Tensor], heads: Iterable[Tensor]) -> None:
         """To be called in each training call, before the optimizer's step."""
-        model, heads = list(model), list(heads)
+        model, heads = list(model), [p for p in heads if p.requires_grad]
         if any(hasattr(p, "full_tensor") for p in [*model, *heads]):
             self.done = True  # FSDP2 writes to what it gathers, and the optimizer to shards
-        moved = sum(p._version for p in heads if p.requires_grad)
+        moved = sum(p._version for p in heads)
         if self.seen is None:
-            trained = [p for p in heads if p.requires_grad]
-            self.heads, self.done = moved, not trained
-            if trained:
-                smallest = min(trained, key=Tensor.numel)
+            self.heads, self.done = moved, not heads
+            if heads:
+                smallest = min(heads, key=Tensor.numel)
                 self.numbers = smallest, smallest.detach().clone()
-        if moved != self.heads:
+        self.calls += 1
+        if moved != self.heads or self.calls > PATIENCE:
             self.done = True
         if self.done:
             return
         version = _version(model)
-        self.moves += self.seen is not None and version != self.seen
+        written = self.seen is not None and version != self.seen
+        self.moves += written or (_have_gradients(heads) and not _have_gradients(model))
         self.seen = version
         if self.moves == MOVES:
             self.done = True
@@ -64,3 +67,7 @@ class HeadsMove:
 
 def _version(model: Iterable[Tensor]) -> int:
     return max((p._version for p in model if p.requires_grad), default=0)
+
+
+def _have_gradients(parameters: Iterable[Tensor]) -> bool:
+    return any(p.grad is not None for p in parameters)

@@ -476,3 +476,64 @@ class Tokens(nn.Module):
 def test_rows_of_windows_and_of_what_is_in_a_branch_are_passed_over(windowed, depth):
     imcl = IMCL(Tokens(windowed, depth), torch.randn(2, 16, 6))
     assert imcl.layers == [f"blocks.{i}" for i in range(4)]
+
+
+class Stepping(nn.Module):
+    """A stage of residual blocks that ends with the step to the next one's resolution, as those of
+    transformers' Swin do, whose blocks see windows of (B, H, W, C)."""
+
+    def __init__(self, width, depth, down):
+        super().__init__()
+        self.blocks = nn.Sequential(*[Windows(width) for _ in range(depth)])
+        self.down = nn.Linear(4 * width, 2 * width) if down else None
+
+    def forward(self, x):
+        x = self.blocks(x)
+        if self.down is None:
+            return x
+        parts = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 2, 4, 5)
+        return self.down(parts.flatten(3))
+
+
+class Windows(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.drop_path = nn.Identity()  # sees the map before anything tells how it lies
+        self.attention, self.mlp = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        windows = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
+        seen = self.attention(windows.flatten(3, 4).flatten(0, 2))
+        x = x + self.drop_path(seen.reshape(windows.shape).transpose(2, 3).reshape(x.shape))
+        return x + self.mlp(x.flatten(1, 2)).view(x.shape)
+
+
+class Pyramid(nn.Module):
+    def __init__(self, *depths):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 2, 2)
+        last = len(depths) - 1
+        self.stages = nn.ModuleList(
+            Stepping(8 * 2**i, depth, i < last) for i, depth in enumerate(depths)
+        )
+        self.fc = nn.Linear(8 * 2**last, 5)
+
+    def forward(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        for stage in self.stages:
+            x = stage(x)
+        return self.fc(x.mean((1, 2)))
+
+
+def test_a_stage_that_ends_with_a_step_teaches_before_it():
+    imcl = IMCL(Pyramid(2, 3, 2), torch.randn(2, 3, 32, 32))
+    assert imcl.layers == ["stages.0.blocks", "stages.1.blocks", "stages.2"]
+    assert [head.linear.in_features for head in imcl.heads] == [8, 16]
+
+
+def test_blocks_that_see_windows_are_channels_last():
+    """Which only the linear layers inside tell, that have the positions in another order."""
+    network = Pyramid(2, 2)
+    seen = trace(network, torch.randn(1, 3, 32, 32))
+    assert {"stages.0.blocks.0", "stages.0.blocks", "stages.1"} <= seen.channels_last
+    assert seen.resolution("stages.0.blocks.1") == (16, 16)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 import weakref
 from unittest.mock import Mock
 
@@ -588,30 +589,29 @@ class Attentive(nn.Module):
 @MADE_ANEW_FILTER
 @pytest.mark.parametrize("how", ["prune", "weight_norm", "parametrized weight_norm"])
 @pytest.mark.parametrize("path", ["attention.in_proj_weight", "fc.weight"])
-def test_a_weight_of_a_path_may_be_made_anew_later(path, how):
-    """Named by itself, as those of nn.MultiheadAttention are by default."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_weight_of_a_path_may_be_made_anew(path, how, late):
+    """Named by itself, as those of nn.MultiheadAttention are by default; before or after the
+    IMCL is built."""
     torch.manual_seed(0)
-    x, y = torch.randn(8, 5, 6), torch.randint(0, 5, (8,))
-    imcl = build(Attentive(), x, kernels=[path], **only("kernel_weight"))
-    name = path.rpartition(".")[2]
-    module = imcl.model.get_submodule(path.rpartition(".")[0])
-    expected = imcl(x, y).terms["kernel_similarity"]
+    x, y, network = torch.randn(8, 5, 6), torch.randint(0, 5, (8,)), Attentive()
+    parent, _, name = path.rpartition(".")
+    module = network.get_submodule(parent)
+    imcl = build(network, x, kernels=[path], **only("kernel_weight")) if late else None
     if how == "prune":
         prune.l1_unstructured(module, name, 0.3)
     elif how == "weight_norm":
         weight_norm(module, name)
     else:
         parametrizations.weight_norm(module, name)
+    imcl = imcl or build(network, x, kernels=[path], **only("kernel_weight"))
     out = imcl(x, y)
     out.loss.backward()
-    value = out.terms["kernel_similarity"]
-    if how == "prune":
-        roles = 3 if "attention" in path else 1
-        rows = list(getattr(module, name).detach().chunk(roles))
-        expected = reference.pairwise_penalty(
-            rows, center=False, batched=False, penalty="square", eps=1e-12
-        )
-    torch.testing.assert_close(value, expected)
+    rows = list(getattr(module, name).detach().chunk(3 if "attention" in path else 1))
+    expected = reference.pairwise_penalty(
+        rows, center=False, batched=False, penalty="square", eps=1e-12
+    )
+    torch.testing.assert_close(out.terms["kernel_similarity"], expected)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -924,6 +924,7 @@ def without_linear(network):
         (dict(classifier="head"), ValueError, "classifier: the network has no module 'head'"),
         (dict(kernels=["features.2"]), ValueError, "kernels: .*'features.2' is ReLU"),
         (dict(kernels=["nowhere"]), ValueError, "kernels: the network has no module"),
+        (dict(kernels=["fc.in_features"]), ValueError, "kernels: the network has no module"),
         (dict(kernels=[]), ValueError, "kernels: expected at least one"),
         (dict(output_weight=-1), ValueError, "output_weight: "),
         (dict(multilayer_weight="1"), TypeError, "multilayer_weight: "),
@@ -1018,7 +1019,7 @@ def test_a_network_that_takes_another_course_is_an_error(network, batch):
     network.forward = lambda x: network.fc(network.features(network.features[:0](x)).mean((2, 3)))
     imcl(x, y)
     network.forward = lambda x: network.fc(x.mean((2, 3)).expand(-1, 10))
-    told = "model: expected the layers .* got 1 runs for 4 hooks.*layerdrop"
+    told = "model: expected the layers .* got 1 runs for 4 hooks"
     with pytest.raises(RuntimeError, match=told):
         imcl(x, y)
 
@@ -1089,3 +1090,101 @@ def test_all_layers_but_the_last_have_a_head():
     assert len(imcl.heads) == len(imcl.layers) - 1 and sorted(imcl._head_of) == list(
         range(len(imcl.layers) - 1)
     )
+
+
+class Dropping(nn.Module):
+    """Residual blocks of which each is left out at random, as layerdrop does."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+        self.fc = nn.Linear(16, 5)
+        self.without = ()
+
+    def forward(self, x):
+        h = self.embed(x)
+        for i, block in enumerate(self.blocks):
+            if i not in self.without:
+                h = h + block(h)
+        return self.fc(h.mean(1))
+
+
+LEFT_OUT = [(), (1,), (3,), (0, 3), (0, 1, 2), (0, 1, 2, 3)]
+
+
+def dropping(**options):
+    torch.manual_seed(0)
+    paths = [f"blocks.{i}" for i in range(4)]
+    x, y = torch.randn(8, 7, 6), torch.randint(0, 5, (8,))
+    return build(Dropping(), x, layers=paths, **{**WAYS_ON, **options}), x, y
+
+
+@pytest.mark.filterwarnings("ignore:IMCL. in this call the network left out")
+@pytest.mark.parametrize("without", LEFT_OUT)
+def test_a_layer_that_a_call_leaves_out_is_left_out_of_its_ways(without):
+    imcl, x, y = dropping()
+    imcl.model.without = (2,)
+    imcl(x, y)  # now it is known that layers are left out
+    imcl.model.without = without
+    torch.manual_seed(1)
+    out = imcl(x, y)
+    out.loss.backward()
+
+    there = [i for i in range(4) if i not in without]
+    features = {}
+    for i in there:
+        imcl.model.blocks[i].register_forward_hook(
+            lambda module, args, output, i=i: features.__setitem__(i, output.movedim(-1, 1))
+        )
+    torch.manual_seed(1)
+    logits = imcl.model(x)
+    heads = [imcl.heads[i](features[i]) for i in there if i < 3]
+    expected = out.terms["cross_entropy"] + WAYS_ON["output_weight"] * out.terms[
+        "output_consistency"
+    ] + WAYS_ON["kernel_weight"] * out.terms["kernel_similarity"]  # fmt: skip
+    if heads:
+        ce, n = 1 / len(heads), len(heads)
+        _, terms = functional.collaborative_consistency(
+            [*heads, logits], y, ce_weight=[ce] * n + [0], kl_weight=1 / (n + 1),
+            return_terms=True, impl="reference",
+        )  # fmt: skip
+        multilayer = terms["cross_entropy"][:-1].mean() + terms["kl"].mean()
+        torch.testing.assert_close(out.terms["multilayer_consistency"], multilayer)
+        expected = expected + WAYS_ON["multilayer_weight"] * multilayer
+    else:
+        assert "multilayer_consistency" not in out.terms
+    if there:
+        similarity = functional.representation_similarity(
+            [features[i] for i in there], center=True, impl="reference"
+        )
+        torch.testing.assert_close(out.terms["representation_similarity"], similarity.detach())
+        expected = expected + WAYS_ON["representation_weight"] * similarity.detach()
+    else:
+        assert "representation_similarity" not in out.terms
+    torch.testing.assert_close(out.loss.detach(), expected.detach())
+    learnt = [any(p.grad.any() for p in head.parameters() if p.grad is not None)
+              for head in imcl.heads]  # fmt: skip
+    assert learnt == [i in there for i in range(3)]
+
+
+def test_layers_that_are_left_out_are_told_of_once():
+    imcl, x, y = dropping()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        imcl(x, y)
+        imcl.model.without = (1, 2)
+        with pytest.raises(UserWarning, match=r"left out \['blocks.1', 'blocks.2'\], as layerdrop"):
+            imcl(x, y)
+        imcl.model.without = (0,)
+        imcl(x, y)
+    imcl.remove_hooks()
+    with pytest.raises(RuntimeError, match="0 after remove_hooks"):
+        imcl(x, y)
+
+
+def test_a_layer_that_runs_twice_has_not_left_another_out():
+    imcl, x, y = dropping()
+    imcl.model.blocks = nn.ModuleList([*imcl.model.blocks[:3], imcl.model.blocks[0]])
+    with pytest.raises(RuntimeError, match="got 4 runs for 5 hooks|got 5 runs for 5 hooks"):
+        imcl(x, y)
