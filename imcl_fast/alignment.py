@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import outputs
 from .algebra import dependence as algebra
 from .layers import trace
 from .redundancy import call_name, find_representations, undisturbed
@@ -96,7 +97,7 @@ class _Layers:
         wanted = set(self.chosen)
         with undisturbed(self.network, images.device), observed(self.network, record):
             last = self.network(images)
-        return [*(found[call] for call in self.chosen), _gram(last)]
+        return [*(found[call] for call in self.chosen), _gram(outputs.logits(last))]
 
 
 def _gram(output: Any) -> Tensor:

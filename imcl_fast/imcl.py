@@ -156,8 +156,8 @@ class IMCL(IMCLState):
     is run again. A layer inside a segment, other than at its end, needs
     ``use_reentrant=False``; ``torch.compile`` then can't have ``fullgraph=True``.
 
-    A layer that a call leaves out, as layerdrop does, is left out of that call's ways 2 and 3, which
-    are means over the others; the first time a warning names it.
+    A layer that a call leaves out, as layerdrop does, is left out of that call's ways 2 and 3,
+    which are means over the others; the first time a warning names it.
 
     Features without gradient, of frozen layers or under ``no_grad``, contribute their value
     and learn nothing. Of ``kernels`` all learn whose parameters require a gradient. Weights

@@ -382,17 +382,26 @@ def _channels_last(model: nn.Module, calls: dict[str, list[Call]]) -> frozenset[
             for path, found in inside.items()
         ):
             seen[shape] = False
-        elif isinstance(module, CHANNELS_LAST) or type(module) is nn.LayerNorm:
-            seen[shape] = True
-        elif shape not in seen and any(
-            isinstance(modules[path], LINEAR)
-            and (found[-1:], found.numel()) == (shape[-1:], shape.numel())
-            for path, found in inside.items()
+        elif (
+            isinstance(module, CHANNELS_LAST)
+            or type(module) is nn.LayerNorm
+            or (shape not in seen and _of_linear(modules, inside, shape))
         ):
             seen[shape] = True
         if seen.get(shape, len(shape) == 3 and 1 not in ranks):
             last.add(name)
     return frozenset(last)
+
+
+def _of_linear(
+    modules: Mapping[str, nn.Module], inside: Mapping[str, torch.Size], shape: torch.Size
+) -> bool:
+    """Whether a linear layer inside gave as many numbers, and as many of them last."""
+    return any(
+        isinstance(modules[path], LINEAR)
+        and (found[-1:], found.numel()) == (shape[-1:], shape.numel())
+        for path, found in inside.items()
+    )
 
 
 def _shape(calls: list[Call]) -> torch.Size | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import validation
+from . import outputs, validation
 from .ilr import MultiHead
 from .imcl import IMCL
 from .quality_agnostic import QualityAgnostic
@@ -46,7 +46,7 @@ class CrossEntropy(nn.Module):
     """The baseline: a network trained with cross entropy, by torch's own function.
 
     Args:
-        model: maps x to logits (B, K).
+        model: maps x to logits (B, K), or to what ``IMCL`` finds them in.
         label_smoothing: in [0, 1).
 
     Raises:
@@ -60,11 +60,12 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = validation.number("label_smoothing", label_smoothing, low=0, high=1)
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor | CrossEntropyOutput:
-        """The network's logits (B, K); with ``target``, class indices (B,) or probabilities
-        (B, K), a step's output."""
-        logits = self.model(x)
+        """What the network returns; with ``target``, class indices (B,) or probabilities (B, K), a
+        step's output."""
+        output = self.model(x)
         if target is None:
-            return logits
+            return output
+        logits = outputs.logits(output)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         return CrossEntropyOutput(loss, logits, {"cross_entropy": loss.detach()})
 

@@ -15,8 +15,6 @@ from .runs.config import TrainConfig
 from .runs.errors import (
     DiskFullError,
     Interrupted,
-    NonFiniteError,
-    OwnError,
     TrainingError,
     one_line,
     printable,
@@ -51,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speaks and config.report:
             observer.said(_report(folder))
     except TrainingError as error:
-        # What stops the first process stops all; a batch and a device are one process's own.
-        if speaks or isinstance(error, (NonFiniteError, OwnError)):
+        # All stop together at a signal; whatever else stops one is told where it came up.
+        if speaks or not (error.told or isinstance(error, Interrupted)):
             print(f"imcl-train: {one_line(error)}", file=sys.stderr)
         if speaks and isinstance(error, (Interrupted, DiskFullError)):
             print(f"imcl-train: go on with: {resume_command(config)}", file=sys.stderr)

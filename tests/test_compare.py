@@ -218,6 +218,7 @@ def test_html_is_one_whole_page(runs, tmp_path, capsys):
         (["nowhere"], "expected a run folder"),
         (["--baseline", "song-chai-2"], "baseline: expected one of 'ce', 'imcl'"),
         (["--csv", "no/such/folder.csv"], "there is no such folder: 'no/such'"),
+        (["--csv", "/dev/full"], "no room left on the disk to write /dev/full"),
         (["twin"], "the same settings and the same seed (0); leave one of them out"),
         (["going"], "expected at least one finished run, got none"),
     ],

@@ -734,6 +734,19 @@ def test_folders_are_read(test, tmp_path):
     assert np.abs(images[0].numpy() - exact).max() < 0.02  # a grey level
 
 
+def test_a_folder_s_images_are_of_all_kinds_and_other_files_are_left_out(folder):
+    apples = folder / "train" / "apple"
+    image = Image.open(apples / "0.png").convert("RGB")
+    kinds = {"GIF": "gif", "JPEG": "jfif", "TGA": "TGA", "PPM": "pnm", "WEBP": "webp"}
+    for kind, ending in kinds.items():
+        image.save(apples / f"of_{kind}.{ending}", format=kind)
+    (apples / "notes.txt").write_text("no image")
+    data = load("folder", folder, image_size=8)
+    assert data.train.labels.tolist() == [0] * (3 + len(kinds)) + [1] * 3
+    for images, _ in TestLoader(data.train, data, batch_size=4, device="cpu"):
+        assert images.isfinite().all()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_folders_depend_on_seed_epoch_and_step_alone(folder, workers):
     data = load("folder", folder, image_size=8)

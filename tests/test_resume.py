@@ -8,10 +8,12 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
+from data_files import write_folder
 from training_processes import (
     SMALL,
     Command,
@@ -94,6 +96,26 @@ def test_a_signal_saves_and_says_how_to_go_on(uninterrupted, tmp_path, number, c
         for path in checkpoints(folder)[:-1]:
             path.unlink()
     assert_identical(run, tmp_path / "whole")
+
+
+def test_a_signal_to_the_whole_group_saves_where_workers_decode(tmp_path):
+    """As batch systems and torchrun send it: the workers, too, get it, and must not die of it."""
+    write_folder(tmp_path / "images", per_class=8)
+    run = tmp_path / "run"
+    flags = ["--dataset", "folder", "--data-root", str(tmp_path / "images"), "--image-size", "16",
+             "--width", "2", "--batch-size", "4", "--epochs", "400", "--ways", "none", "--device",
+             "cpu", "--threads", "1", "--log-every", "1", "--workers", "2", "--no-tensorboard",
+             "--run-dir", str(run)]  # fmt: skip
+    command = subprocess.Popen(
+        [sys.executable, "-m", "imcl_fast.train", *flags], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    with command:
+        wait_for(lambda: (run / "steps.csv").exists() and len(table(run / "steps.csv")) >= 9)
+        os.killpg(command.pid, signal.SIGTERM)
+        _, err = command.communicate(timeout=120)
+    assert command.returncode == 143 and "Traceback" not in err, err
+    assert "stopped after step" in err and checkpoints(run)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from training_processes import SMALL, TERMS, table
 from imcl_fast import models, objectives, operators, train
 from imcl_fast.runs import flags
 from imcl_fast.runs.config import SETTINGS, TrainConfig
-from imcl_fast.runs.errors import UsageError
+from imcl_fast.runs.errors import Interrupted, NonFiniteError, UsageError
 from imcl_fast.training.records import Records
 
 MEASURES = [
@@ -265,6 +266,37 @@ def test_a_run_folder_that_is_a_file_is_named(capsys, tmp_path):
     assert code == 2 and "run_dir: can't use" in err
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "steps.csv", "summary.json", "noise.pt"])
+def test_files_of_other_programs_are_left_alone(capsys, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / ".notes.tmp").write_text("mine")
+    code, err = fails(capsys, *SMALL, "--run-dir", str(tmp_path))
+    assert code == 2 and f"{tmp_path} has {name} but no config.json, so no run made them" in err
+    (tmp_path / name).rename(tmp_path / "results.csv")
+    assert train.main([*SMALL, "--epochs", "1", "--ways", "none", "--run-dir", str(tmp_path)]) == 0
+    assert (tmp_path / ".notes.tmp").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "said"),
+    [(UsageError, False, True), (UsageError, True, False), (NonFiniteError, False, True),
+     (partial(Interrupted, 15), False, False)],
+)  # fmt: skip
+def test_a_process_that_stops_alone_says_why(capsys, monkeypatch, kind, told, said):
+    """The second of two; what the first has said, and a signal, need be told once."""
+    error = kind("data_root: no such folder here")
+    error.told = told
+
+    def fit(trainer):
+        raise error
+
+    monkeypatch.setattr(train.Trainer, "fit", fit)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert train.main([]) == error.exit_code
+    assert capsys.readouterr().err == "imcl-train: data_root: no such folder here\n" * said
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -398,6 +430,12 @@ def test_damaged_rows_of_steps_are_left_out(tmp_path):
     records = Records(tmp_path)
     assert "3 damaged lines" in records.go_on(3, []) and path.read_bytes() == b""
     records.step({"step": 4, "epoch": 1, "loss": 2.0, "lr": 0.1})  # it goes on
+    records.close()
+    assert path.read_bytes() == b"step,epoch,loss,lr\n4,1,2.0,0.1\n"
+    path.write_bytes(whole.replace(b"loss", b"lo\xffs"))  # a header that is no text
+    records = Records(tmp_path)
+    assert "3 damaged lines" in records.go_on(3, []) and path.read_bytes() == b""
+    records.step({"step": 4, "epoch": 1, "loss": 2.0, "lr": 0.1})
     records.close()
     assert path.read_bytes() == b"step,epoch,loss,lr\n4,1,2.0,0.1\n"
 

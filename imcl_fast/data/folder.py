@@ -15,6 +15,10 @@ from .augmentation import ResizedCrop
 from .dataset import DataError, DataSet, MissingData, Split
 
 NAME = "folder"
+# Of image files, beside those that torchvision takes; Pillow reads them too.
+ENDINGS = (
+    ".gif", ".avif", ".jfif", ".jpe", ".jp2", ".j2k", ".apng", ".dib", ".pbm", ".pnm", ".tga",
+)  # fmt: skip
 TEST_FOLDERS = ("test", "val")
 IMAGE_SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision has them
@@ -35,7 +39,8 @@ class ImageFiles(Dataset):
 
 
 def load(root: Path | None, *, download: bool, image_size: int | None) -> DataSet:
-    """Any images: ``root``/train/<class>/<file>, and the same in test or val.
+    """Any images: ``root``/train/<class>/<file>, and the same in test or val; files of other
+    endings than those of images are left out.
 
     Nothing is decoded before it is needed. Training images are cropped at random to
     ``image_size`` (224), test images in their centre.
@@ -66,8 +71,12 @@ def _read(folder: Path) -> tuple[Split, list[str]]:
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if len(classes) < 2:
         raise DataError(f"{folder}: expected folders of at least 2 classes, got {len(classes)}")
+    of_folders = import_torchvision().datasets.folder
+    endings = (*of_folders.IMG_EXTENSIONS, *ENDINGS)
     try:
-        found = import_torchvision().datasets.ImageFolder(str(folder))
+        found = of_folders.ImageFolder(
+            str(folder), is_valid_file=lambda path: path.lower().endswith(endings)
+        )
     except FileNotFoundError as error:  # in one line already, and says which classes and files
         raise DataError(f"{folder}: {error}") from error
     paths, labels = zip(*found.samples, strict=True)

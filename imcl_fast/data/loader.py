@@ -3,7 +3,9 @@ that a run which was resumed, or shared out to several processes, sees the same 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -247,12 +249,20 @@ class _Source:
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from torch's global one
+            worker_init_fn=_leave_group,
         )
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
             images, places = batch
             yield images.transpose(0, 1) if qualities else images, places
+
+
+def _leave_group(worker: int) -> None:
+    """A signal to the whole group, as a batch system sends it, is the run's own to answer: a worker
+    that dies of it would end the run in the middle of a step."""
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
 
 
 def _samplewise(orders: Iterator[Order]) -> Iterator[list[Sample]]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..runs import files
+from ..runs.errors import DiskFullError, one_line
 from ..runs.flags import Parser
 from ..runs.folder import Run, UnreadableRun, read_run
 from . import charts
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _compare(options)
-    except (UnreadableRun, NotComparable, ImportError, OSError) as error:
-        print(f"imcl-compare: {error}", file=sys.stderr)
+    except (UnreadableRun, NotComparable, DiskFullError, ImportError, OSError) as error:
+        print(f"imcl-compare: {one_line(error)}", file=sys.stderr)
         return 2
 
 

@@ -22,7 +22,7 @@ from ..imcl import IMCL
 from ..redundancy import profile
 from ..runs import files
 from ..runs.config import POSITIVE, Range
-from ..runs.errors import one_line
+from ..runs.errors import DiskFullError, one_line
 from ..runs.flags import Parser, in_range
 from . import charts
 from .networks import Found, UnknownNetwork, find
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _inspect(options)
-    except (UnknownNetwork, charts.MissingMatplotlib, ImportError, OSError, ValueError) as error:
+    except (
+        UnknownNetwork, charts.MissingMatplotlib, DiskFullError, ImportError, OSError, ValueError
+    ) as error:  # fmt: skip
         print(f"imcl-inspect: {one_line(error)}", file=sys.stderr)
         return 2
 
@@ -78,11 +80,11 @@ def _runs_on(images: Tensor, name: str, other: str | None = None) -> Iterator[No
     """Have what a network says of images that it can't be run on end in one line."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:  # whatever the network's own code raises
         raise UnknownNetwork(
             f"{name}: can't run on images {tuple(images.shape[1:])}"
             + ("" if other is None else f", or {other} can't")
-            + f"; try another --image-size ({str(error).splitlines()[0]})"
+            + f"; try another --image-size ({type(error).__name__}: {one_line(error)})"
         ) from error
 
 

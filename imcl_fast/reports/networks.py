@@ -21,6 +21,7 @@ from ..runs.folder import CHECKPOINTS, CONFIG, WEIGHTS, UnreadableRun, read_own
 from ..runs.network import build_network, named
 
 OBJECTIVE_PREFIX = "model."  # of the plain network in its objective's state_dict
+EXTRA_STATE = "_extra_state"  # how torch ends the names of what is no parameter or buffer
 AVERAGED_PREFIX = "module."  # of it in a moving average's
 
 
@@ -69,19 +70,21 @@ def find(name: str, model: str | None, classes: int | None) -> Found:
             )
         found = _of_run(config)
     own = found.network.state_dict()
-    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
+    wrong = [key for key in own if key not in state or _size(state[key]) != _size(own[key])]
     wrong += [key for key in state if key not in own]
     if wrong:
-        shapes = [
-            str(tuple(side[wrong[0]].shape)) if wrong[0] in side else "none"
-            for side in (own, state)
-        ]
+        shapes = [_size(side[wrong[0]]) if wrong[0] in side else "none" for side in (own, state)]
         raise UnknownNetwork(
             f"{path}: not the weights of this network: {len(wrong)} entries differ, the first is "
             f"{wrong[0]}, expected {shapes[0]}, got {shapes[1]}"
         )
     found.network.load_state_dict(state)
     return found
+
+
+def _size(entry: Any) -> str:
+    """Of a state_dict's entry; extra state is anything, and its module's own affair."""
+    return str(tuple(entry.shape)) if isinstance(entry, Tensor) else "no Tensor"
 
 
 def _built(name: str, classes: int | None) -> nn.Module:
@@ -137,7 +140,9 @@ def _state(path: Path) -> Mapping[str, Tensor]:
         }
     if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
         stored = stored["state_dict"]
-    if not isinstance(stored, Mapping) or not all(isinstance(v, Tensor) for v in stored.values()):
+    if not isinstance(stored, Mapping) or not all(
+        isinstance(value, Tensor) or str(key).endswith(EXTRA_STATE) for key, value in stored.items()
+    ):
         raise UnknownNetwork(f"{path}: expected a state_dict, or a checkpoint of imcl-train")
     return stored
 

@@ -8,19 +8,20 @@ from collections.abc import Iterator
 
 
 class TrainingError(Exception):
-    """A run can't start or go on; the message is one line that says what to do."""
+    """A run can't start or go on; the message is one line that says what to do.
+
+    Attributes:
+        told: whether another process, where it came up, says it.
+    """
 
     exit_code = 1
+    told = False
 
 
 class UsageError(TrainingError):
     """The configuration, the data or the run folder don't allow the run."""
 
     exit_code = 2
-
-
-class OwnError(UsageError):
-    """What stops one process of several, and need not stop, or be known to, the first."""
 
 
 class CheckpointError(TrainingError):
@@ -47,12 +48,12 @@ class Interrupted(TrainingError):
 
 
 @contextlib.contextmanager
-def as_usage_error(*kinds: type[Exception], to: type[UsageError] = UsageError) -> Iterator[None]:
-    """Have errors of these kinds be ``UsageError``, or ``to``, of the same words."""
+def as_usage_error(*kinds: type[Exception]) -> Iterator[None]:
+    """Have errors of these kinds be ``UsageError`` of the same words."""
     try:
         yield
     except kinds as error:
-        raise to(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 def one_line(error: Exception) -> str:

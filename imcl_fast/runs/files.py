@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed ``write`` left behind."""
+    """Delete what a killed ``write`` left behind, and nothing of other programs."""
     for path in folder.glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+        if re.fullmatch(rf"\..+\.(\d+|link)\{TEMPORARY}", path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

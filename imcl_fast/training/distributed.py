@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..runs.errors import OwnError, TrainingError, UsageError
+from ..runs.errors import TrainingError, UsageError
 
 T = TypeVar("T")
 
@@ -77,6 +77,7 @@ class Processes:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, 0)
         if outcome[1] is not None:
+            outcome[1].told = not self.first
             raise outcome[1]
         return outcome[0]
 
@@ -187,7 +188,5 @@ def choose_device(name: str, local_rank: int, world: int) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
-        # Another process's may be there.
-        kind = OwnError if world > 1 else UsageError
-        raise kind(f"device: expected one that is there, got {name!r} ({reason})") from error
+        raise UsageError(f"device: expected one that is there, got {name!r} ({reason})") from error
     return device

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import outputs
 from ..modes import evaluating
 
 
@@ -28,7 +29,7 @@ def predict(
     with evaluating(network):
         for images, labels in batches:
             with autocast:
-                logits = network(images)
+                logits = outputs.logits(network(images))
             logits = logits.float()
             predictions.append(logits.argmax(1))
             loss = F.cross_entropy(logits, labels, reduction="sum")

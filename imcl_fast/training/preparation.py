@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .. import data, implementations, objectives
+from .. import data, implementations, objectives, outputs
 from ..data import DataSet, Split
 from ..data.loader import TestLoader, TrainLoader
 from ..data.mixing import Mixing
@@ -19,7 +19,7 @@ from ..data.quality import Quality
 from ..data.split import subset, validation_split
 from ..modes import evaluating
 from ..runs.config import TrainConfig
-from ..runs.errors import UsageError, as_usage_error
+from ..runs.errors import UsageError, as_usage_error, one_line
 from .distributed import Processes
 
 # Enough to tell a percent of memorised labels, few enough to cost little per epoch.
@@ -198,8 +198,15 @@ def build_objective(
 
 
 def _check_classes(network: nn.Module, example: Tensor, classes: int) -> None:
-    with evaluating(network), torch.no_grad():
-        shape = tuple(network(example).shape)
+    try:
+        with evaluating(network), torch.no_grad():
+            output = network(example)
+    except Exception as error:  # whatever the network's own code raises
+        raise ValueError(
+            f"model: can't run on images {tuple(example.shape[1:])}; try another image_size "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from error
+    shape = tuple(outputs.logits(output).shape)
     if shape != (len(example), classes):
         raise ValueError(
             f"model: expected logits of the data's {classes} classes, its output for "

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from ..runs import files
+from ..runs.errors import printable
 
 # As few letters as a bar needs.
 SHORT = {
@@ -65,6 +66,7 @@ class Console(Observer):
         self._log = path
 
     def said(self, line: str) -> None:
+        line = printable(line)
         if self._bar is None:
             print(line, file=self._out, flush=True)
         else:

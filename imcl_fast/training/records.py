@@ -33,6 +33,8 @@ from ..runs.folder import (
 )  # fmt: skip
 
 # Of the summary: what only the process that trained can measure.
+# What is written after the configuration, and anew when a run begins again.
+WRITTEN_LATER = (METRICS, STEPS, SUMMARY, NOISE, USED)
 MEASURED_ONCE = ("peak_memory_bytes", "peak_memory_of", "way_seconds")
 
 
@@ -83,6 +85,12 @@ class Records:
                 raise UsageError(
                     f"run_dir: {folder} has checkpoints but no {CONFIG}; name another folder"
                 )
+            others = [name for name in WRITTEN_LATER if (folder / name).exists()]
+            if others:
+                raise UsageError(
+                    f"run_dir: {folder} has {' and '.join(others)} but no {CONFIG}, so no run made "
+                    "them, and one would overwrite them; name another folder"
+                )
             return
         try:
             existing = TrainConfig.read(folder / CONFIG)
@@ -124,7 +132,7 @@ class Records:
             noise: labels to keep.
         """
         files.remove_temporaries(self.folder)
-        for name in (METRICS, STEPS, SUMMARY, NOISE, USED):
+        for name in WRITTEN_LATER:
             (self.folder / name).unlink(missing_ok=True)
         self.json(CONFIG, {**config.as_json(), "versions": versions(), "machine": machine()})
         self.json(USED, used)
@@ -183,9 +191,11 @@ class Records:
         content = path.read_bytes()
         # What comes after the last line's end may be half a line.
         header, *lines = content.split(b"\n")[:-1] or [b""]
+        if not (header.startswith(b"step,") and header.isascii()):
+            header = b""
         rows = [(line, _step_of(line, header)) for line in lines]
         kept = [line for line, number in rows if number is not None and number <= step]
-        if header.startswith(b"step,"):
+        if header:
             kept.insert(0, header)
         files.write(path, b"".join(line + b"\n" for line in kept))
         damaged = [number for _, number in rows].count(None)
@@ -276,7 +286,7 @@ def _said(setting: Any) -> str:
 def _step_of(line: bytes, header: bytes) -> int | None:
     """The step that a row of ``steps.csv`` is of; None if it isn't a whole row."""
     cells = line.split(b",")
-    if not header.startswith(b"step,") or len(cells) != len(header.split(b",")):
+    if not header or len(cells) != len(header.split(b",")):
         return None
     try:
         for cell in filter(None, cells):  # empty where a way's turn was still to come

@@ -22,7 +22,7 @@ from ..objectives import WITH_WAYS, CrossEntropy
 from ..plan import acted_on
 from ..redundancy import profile
 from ..runs.config import SETTINGS, TrainConfig, argument_of
-from ..runs.errors import OwnError, as_usage_error
+from ..runs.errors import as_usage_error, one_line
 from ..runs.folder import (
     AFTER,
     AT_QUALITY,
@@ -39,7 +39,7 @@ from .fingerprints import fingerprints
 from .interruption import Interruption
 from .loop import Loop
 from .preparation import Material, build_objective, check_implementation, prepare_data
-from .process import check_environment, peak_memory, settings
+from .process import check_environment, peak_memory, seed, settings
 from .progress import Console, Observer
 from .records import Records
 from .way_costs import way_seconds
@@ -89,7 +89,7 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train from the beginning, or from where the run folder's checkpoints allow.
 
-        torch's generators, threads and determinism are afterwards as they were.
+        Generators of random numbers, threads and determinism are afterwards as they were.
 
         Returns:
             The results, as summary.json holds them.
@@ -114,7 +114,7 @@ class Trainer:
                 observer = self._observer or Console()
             check_implementation(config, processes.device)
             material = prepare_data(config, self._data_set)
-            torch.manual_seed(config.seed)
+            seed(config.seed, processes.device)
             network = self._given
             if network is None:
                 network = build_network(config, material.data_set)
@@ -125,9 +125,9 @@ class Trainer:
                 observer.logs_to(folder / LOG)
             loop = Loop(config, processes, material, network, records, observer)
             # From here on, what is random in a step: each process drops out other features.
-            torch.manual_seed(config.seed + 7919 * processes.rank)
+            seed(config.seed + 7919 * processes.rank, processes.device)
             try:
-                with as_usage_error(DataError, to=OwnError):  # an image file can't be read
+                with as_usage_error(DataError):  # an image file can't be read
                     with Interruption() as interruption:
                         _begin(loop, self._own(material))
                         loop.train(interruption)
@@ -314,13 +314,15 @@ def _way_seconds(loop: Loop, trained: float) -> dict[str, float] | None:
         return build_objective(_less(config, without), network, loop.material, loop.processes)
 
     allowed = max(WAYS_SECONDS, WAYS_SHARE * trained)
-    costs = way_seconds(
-        loop.plain, build, config.ways, loop.forward_backward, *loop.last_batch, allowed=allowed
-    )
-    if costs is None:
-        loop.observer.said(
-            f"What each way costs is left out: to measure it would take more than {allowed:.1f} s"
+    why = f"to measure it would take more than {allowed:.1f} s"
+    try:
+        costs = way_seconds(
+            loop.plain, build, config.ways, loop.forward_backward, *loop.last_batch, allowed=allowed
         )
+    except Exception as error:  # of a copy of the user's network; the run has come to its end
+        costs, why = None, f"{type(error).__name__}: {one_line(error)}"
+    if costs is None:
+        loop.observer.said(f"What each way costs is left out: {why}")
     return costs and {
         way: cost / getattr(objective, f"{way}_interval", 1) for way, cost in costs.items()
     }
