@@ -75,6 +75,7 @@ class _Layers:
     """Which outputs of a network are compared."""
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
+        network = getattr(network, "_orig_mod", network)  # of torch.compile's wrapper
         self.network = network
         found = trace(network, images)
         blocks = {(name, 0): id(found.calls[name][0].output) for name in found.residual}

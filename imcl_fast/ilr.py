@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.utils import parametrize
 
 from . import functional, validation
 from .implementations import IMPLEMENTATIONS
@@ -175,7 +177,10 @@ class MultiHead(nn.Module):
         ]
 
     def _fresh_branch(self, level: int) -> nn.ModuleList:
-        branch = nn.ModuleList(copy.deepcopy(self._own_branch(level)))
+        own = nn.ModuleList(self._own_branch(level))
+        for module in own.modules():
+            _check_fresh(module)
+        branch = copy.deepcopy(own)
         _initialise(branch, normal_linear=not hasattr(self.model, "layer1"))
         # What the network has frozen is as it should be; fresh values have yet to learn.
         return branch.train(self.model.training).requires_grad_()
@@ -271,14 +276,47 @@ def _cuts(stages: list[str], splits: Sequence[str], heads: int) -> list[int]:
 
 def _initialise(branch: nn.Module, *, normal_linear: bool) -> None:
     """Fresh initial values as torchvision draws them: He's for convolutions (1502.01852)."""
+    module: Any
     for module in branch.modules():
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear) and normal_linear:
-            nn.init.normal_(module.weight, 0, 0.01)
-        else:
-            continue
-        if module.bias is not None:
+        convolution = isinstance(module, nn.Conv2d)
+        linear = isinstance(module, nn.Linear)
+        computed = bool(_computed(module))
+        weight: Any = getattr(module, "weight", None)
+        weight = torch.empty_like(weight) if computed else weight
+        if convolution:
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+        elif linear and normal_linear:
+            nn.init.normal_(weight, 0, 0.01)
+        elif computed:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as reset_parameters does
+        if computed:
+            module.weight = weight
+        if (convolution or (linear and normal_linear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _check_fresh(module: nn.Module) -> None:
+    """Raise a ValueError if ``_initialise`` can't give a module fresh values."""
+    computed = _computed(module)
+    by_parametrization = parametrize.is_parametrized(module, "weight")
+    takes_values = isinstance(module, (nn.Conv2d, nn.Linear)) and by_parametrization
+    if computed and not (takes_values and computed == ["weight"]):
+        raise ValueError(
+            f"model: {' and '.join(computed)} of a {type(module).__name__} is computed from other "
+            "tensors, as pruning and the older weight_norm and spectral_norm do, so a head's own "
+            "branch can't begin with fresh values; remove that, or use "
+            "torch.nn.utils.parametrizations"
+        )
+
+
+def _computed(module: nn.Module) -> list[str]:
+    """Which of its weight and bias are made of other parameters."""
+    return [
+        name
+        for name in ("weight", "bias")
+        if isinstance(getattr(module, name, None), Tensor)
+        and name not in module._parameters
+        and name not in module._buffers
+    ]

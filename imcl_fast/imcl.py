@@ -252,6 +252,7 @@ class IMCL(IMCLState):
             values = {name: getattr(self, name) for name in WEIGHTS}
             choice = choose(trace, values, layers, classifier, kernels)
             self._kernel_share = KernelShare.of(choice.kernels, trace.model, shard_kernels)
+        self._shard_kernels = shard_kernels
         if choice.nothing:
             for name in choice.nothing:
                 setattr(self, name, 0.0)
@@ -395,7 +396,7 @@ class IMCL(IMCLState):
         step.finish()
         if step.kernels is not None:
             step.kernel = self._kernel_similarity(step.kernels, step.turn, step)
-        if not len(set(step.ran)) == len(step.ran) == len(self._handles):
+        if not len(set(step.ran)) == len(step.ran) == len(self._tapped):
             self._left_out(step.ran)
 
     def _left_out(self, ran: Sequence[int | None]) -> None:
@@ -405,7 +406,7 @@ class IMCL(IMCLState):
             raise RuntimeError(
                 f"model: expected the layers {self.layers} and the classifier "
                 f"{self.classifier} to run once each, as on example_input, got {len(ran)} "
-                f"runs for {len(self._handles)} hooks (0 after remove_hooks)"
+                f"runs for {len(self._tapped)} hooks (0 after remove_hooks)"
             )
         if not (self._told_of_absent or torch.compiler.is_compiling()):
             self._told_of_absent = True
@@ -524,7 +525,9 @@ class IMCL(IMCLState):
 
     def __getstate__(self) -> dict[str, Any]:
         # What forward shows is pickled as the class's own, and made again of the model.
-        state = self.__dict__.copy()
+        state = super().__getstate__()  # without what has been compiled
+        for name in ("_handles", "_weight_handles", "_watch_handles"):
+            state[name] = taps.living(state[name])
         if outputs.shows_parameters(self):
             del state["forward"]
             state["_shows_parameters"] = True
@@ -569,6 +572,10 @@ class IMCL(IMCLState):
         """Where those are that this process compares in this step."""
         if not self.kernel_weight or not turn.kernel:
             return {}
+        if self._shard_kernels and self._kernel_share.place != sharding.place():
+            # It was saved in another process.
+            together = sharding.initialised()
+            self._kernel_share = KernelShare.of(self.kernels, self.model, together)
         return {
             path: kernel_weights.locate(self.model, path) for path in self._kernel_share.kernels
         }

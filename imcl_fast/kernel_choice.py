@@ -15,7 +15,7 @@ from .layers import unknown
 # "query_key_value": GPT-NeoX and BLOOM have those three of each head side by side.
 QUERIES_KEYS_VALUES = ("qkv", "Wqkv", "qkv_proj", "in_proj_weight")
 # Of a recurrent layer's weights, but for an LSTM's projection.
-GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
+GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
 GATED = ("weight_ih", "weight_hh")
 
 
@@ -125,7 +125,8 @@ def roles(model: nn.Module, path: str) -> int:
     if not isinstance(module, nn.Linear):
         if attribute in QUERIES_KEYS_VALUES:
             return 3
-        return GATES.get(type(module).__name__, 1) if attribute.startswith(GATED) else 1
+        kinds = [n for kind, n in GATES.items() if isinstance(module, kind)]
+        return kinds[0] if kinds and attribute.startswith(GATED) else 1
     # With fewer keys than queries their shares aren't equal.
     thirds = module.out_features == 3 * module.in_features
     return 3 if thirds and path.rpartition(".")[2] in QUERIES_KEYS_VALUES else 1

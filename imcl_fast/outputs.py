@@ -157,7 +157,9 @@ def show_parameters_of(model: nn.Module, wrapper: nn.Module) -> None:
         and parameter.name not in own.parameters
     ]
     # A function of its own, for a signature is the function's, not the method's.
-    twin = FunctionType(forward.__code__, forward.__globals__, forward.__name__)
+    twin = FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, closure=forward.__closure__
+    )
     twin.__defaults__, twin.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
     twin.__doc__ = forward.__doc__
     twin.__signature__ = own.replace(parameters=[*named, *shown, rest])  # type: ignore[attr-defined]

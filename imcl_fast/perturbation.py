@@ -60,6 +60,7 @@ class Perturbation:
         self._buffers: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = []
         self._turns: list[Tensor] = []
         self._moved = False
+        self._learns = False  # since the gradients of the way up have been cleared
 
     def __enter__(self) -> Perturbation:
         if self._gradients:
@@ -91,6 +92,7 @@ class Perturbation:
         ]
         for parameter, *_ in self._gradients:
             parameter.grad = None
+        self._learns = True
         for ways, turn in zip(self._ways, self._turns, strict=True):
             ways.set_extra_state(turn)
             ways._heads_move.passes_over(ways.model.parameters())
@@ -109,6 +111,8 @@ class Perturbation:
             ways._heads_move.passes_over(ways.model.parameters())
         torch.clear_autocast_cache()
         for parameter, before, held in self._gradients:
+            if not self._learns:  # an exception on the way up, of which nothing is to stay
+                parameter.grad = None
             if before is None or held is None:
                 continue
             new = parameter.grad
@@ -138,6 +142,9 @@ def _overlaps(x: Tensor) -> bool:
 def _step(weight: Tensor, grad: Tensor, gamma: float) -> Tensor:
     """Where a loss rises, gamma of the weight's norm away; no way is known without waiting."""
     grad = grad.to_dense() if grad.layout != torch.strided else grad  # of an embedding, perhaps
-    scale = gamma * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(grad)
+    # Half types have norms beyond their range.
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    norms = (torch.linalg.vector_norm(x, dtype=wide) for x in (weight, grad))
+    scale = gamma * next(norms) / next(norms)
     # Not a product with 0: 0 times infinity is NaN.
     return torch.where(scale.isfinite() & (scale > 0), grad * scale, 0).to(weight.dtype)

@@ -20,7 +20,7 @@ from .imcl_output import IMCLOutput
 from .implementations import IMPLEMENTATIONS
 from .modules import ViewDependence
 from .perturbation import Perturbation
-from .taps import Step, Tap, Tape
+from .taps import Step, Tap, Tape, living
 
 STAGES = (0.1, 0.25, 0.5)  # weights of the last layers
 REDUCTIONS = ("sum", "mean")
@@ -230,6 +230,11 @@ class QualityAgnostic(nn.Module):
         """A ``Perturbation`` of the network: a step's gradients at weights that do worse."""
         return Perturbation(self.model, gamma, self.ways)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_handles"] = living(self._handles)
+        return state
+
     def remove_hooks(self) -> nn.Module:
         """Take the hooks off the network and return it; ``qa`` can't train it any more."""
         for handle in self._handles:
@@ -288,7 +293,7 @@ class QualityAgnostic(nn.Module):
         return QualityAgnosticOutput(loss, logits.unflatten(0, (count, -1)), terms)
 
     def _dependence_of(self, step: _Step, count: int) -> Tensor:
-        if len(step.features) != len(self.layers) or len(step.ran) != len(self._handles):
+        if not len(step.features) == len(step.ran) == len(self.layers):
             raise RuntimeError(
                 f"model: expected the layers {self.layers} to run once each, as on example_input, "
                 f"got {len(step.ran)} runs (alpha of 0, or remove_hooks, leaves no hooks)"

@@ -20,6 +20,7 @@ from .layers import PASSIVE, spatial_ranks
 from .modes import evaluating
 from .reference import CENTRED_DEAD_RATIO
 from .taps import observed
+from .tracing import eager
 
 BINS = 40
 HEAT_MAP_SIZE = 64
@@ -89,6 +90,7 @@ def profile(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
     with undisturbed(model, images.device):
         order, chosen = find_representations(model, images[:1])
         found: dict[tuple[str, int], _Layer] = {}
@@ -290,6 +292,7 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         torch.no_grad(),
         without_autocast(device),
         evaluating(model),
+        eager(),
     ):
         try:
             torch.set_float32_matmul_precision("highest")

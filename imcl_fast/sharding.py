@@ -25,11 +25,13 @@ class KernelShare:
         roles: of those whose rows have several, how many.
         scale: W n / L, for n of L layers and W processes, so that the mean over processes
             is the mean over all layers; each role counts as one.
+        place: the process's rank, and how many there are; None if nothing is shared out.
     """
 
     kernels: tuple[str, ...]
     roles: dict[str, int]
     scale: float
+    place: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, kernels: Sequence[str], model: nn.Module, shard: bool) -> KernelShare:
@@ -58,7 +60,7 @@ class KernelShare:
         world = distributed.get_world_size()
         mine = [kernels[i] for i in balance(costs, world)[distributed.get_rank()]]
         share = sum(counts[kernel] for kernel in mine) / sum(counts.values())
-        return cls(tuple(mine), roles, world * share)
+        return cls(tuple(mine), roles, world * share, place())
 
 
 def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
@@ -79,6 +81,11 @@ def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
 def initialised() -> bool:
     """Whether ``torch.distributed`` is, be it of one process."""
     return distributed.is_available() and distributed.is_initialized()
+
+
+def place() -> tuple[int, int] | None:
+    """This process's rank and the number of processes; None without ``torch.distributed``."""
+    return (distributed.get_rank(), distributed.get_world_size()) if initialised() else None
 
 
 def world_size() -> int:

@@ -10,7 +10,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +46,16 @@ class Tap:
         self.layer = layer
         self.channels_last = channels_last
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
+        # torch.ao.quantization hands hooks on to what it puts in a module's place, and forgets that
+        # they take keyword arguments.
+        *given, output = rest
         step = self.tape.step
         if step is None:
             return None
         if self.layer is None:
-            step.report(None, module, args[0] if args else kwargs["input"])
+            values = (*args, *(value for kwargs in given for value in kwargs.values()))
+            step.report(None, module, values[0])
             return step.instead_of(output)
         features = output if isinstance(output, Tensor) else output[0]
         step.report(self.layer, module, features.movedim(-1, 1) if self.channels_last else features)
@@ -71,7 +75,7 @@ class Step:
         self.outputs: list[Any] = []  # of the whole network
         self.keywords: Mapping[str, Any] = {}  # arguments of the network
         self.weights: dict[str, Tensor] = {}  # see kernel_weights
-        self.waiting: list[tuple[int | None, nn.Module, Tensor, bool]] = []
+        self.waiting: list[_Waiting] = []
         self.context = _autograd_context()
 
     def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
@@ -89,7 +93,7 @@ class Step:
         else:
             # A network that is compiled by itself can't be asked, and has no such function.
             inside = not torch.compiler.is_compiling() and _inside_function()
-            self.waiting.append((layer, module, features, inside))
+            self.waiting.append(_Waiting(layer, module, features, inside, _autocast(features)))
 
     def finish(self) -> None:
         """Do, outside all checkpointed segments, what had to wait.
@@ -101,7 +105,7 @@ class Step:
             RuntimeError: features have lost their gradient, as they do inside a segment
                 under reentrant checkpointing, whose end has one.
         """
-        for layer, module, features, inside_function in self.waiting:
+        for layer, module, features, inside_function, autocast in self.waiting:
             if inside_function and torch.is_grad_enabled() and not features.requires_grad:
                 raise RuntimeError(
                     f"model: the output of a {type(module).__name__} that takes part in "
@@ -110,8 +114,35 @@ class Step:
                     "checkpointing pass use_reentrant=False to torch.utils.checkpoint, or "
                     "name as layers modules outside"
                 )
-            self.take(layer, module, features)
+            if features.is_inference() and torch.is_grad_enabled():
+                features = features.clone()  # which autograd may keep
+            with autocast:
+                self.take(layer, module, features)
         self.waiting.clear()
+
+
+class _Waiting(NamedTuple):
+    """What is to be done when the network has run, and under which autocast it would have been."""
+
+    layer: int | None
+    module: nn.Module
+    features: Tensor
+    inside_function: bool
+    autocast: contextlib.AbstractContextManager
+
+
+def _autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """The autocast that is on now, of a Tensor's device: it may end before the network does."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext()
+    enabled = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
+
+
+def living(handles: Sequence[RemovableHandle]) -> list[RemovableHandle]:
+    """Those whose modules are still there: others can be saved, but not loaded."""
+    return [handle for handle in handles if handle.hooks_dict_ref() is not None]
 
 
 def left_out(
@@ -126,7 +157,9 @@ def left_out(
     absent = [layer for layer in expected if layer is not None and layer not in ran]
     if len(absent) + len(ran) != len(expected) or len(set(ran)) != len(ran):
         return []
-    hooked = torch.compiler.is_compiling() or all(map(_registered, handles))
+    if torch.compiler.is_compiling():
+        return absent
+    hooked = len(handles) == len(expected) and all(map(_registered, handles))
     return absent if hooked else []
 
 

@@ -35,6 +35,8 @@ class HeadsMove:
     def look(self, model: Iterable[Tensor], heads: Iterable[Tensor]) -> None:
         """To be called in each training call, before the optimizer's step."""
         model, heads = list(model), [p for p in heads if p.requires_grad]
+        if torch._C._are_functorch_transforms_active() or not all(p.is_leaf for p in heads):
+            return  # the weights of a functional call, which are no optimizer's
         if any(hasattr(p, "full_tensor") for p in [*model, *heads]):
             self.done = True  # FSDP2 writes to what it gathers, and the optimizer to shards
         moved = sum(p._version for p in heads)
@@ -47,6 +49,7 @@ class HeadsMove:
         if moved != self.heads or self.calls > PATIENCE:
             self.done = True
         if self.done:
+            self.numbers = None
             return
         version = _version(model)
         written = self.seen is not None and version != self.seen
@@ -54,7 +57,8 @@ class HeadsMove:
         self.seen = version
         if self.moves == MOVES:
             self.done = True
-            if self.numbers is not None and not torch.equal(*self.numbers):
+            numbers, self.numbers = self.numbers, None
+            if numbers is not None and not torch.equal(*numbers):
                 return
             warnings.warn(
                 f"IMCL: the network has been trained for {MOVES} steps and the auxiliary heads "

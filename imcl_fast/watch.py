@@ -110,4 +110,6 @@ class _Ran:
 def zero(model: nn.Module) -> Tensor:
     """What no way adds, on the network's device."""
     parameter = next(model.parameters(), None)
-    return torch.zeros((), device=None if parameter is None else parameter.device)
+    device = None if parameter is None else parameter.device
+    # As any loss, to call backward() on.
+    return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())

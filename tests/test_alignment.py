@@ -163,3 +163,11 @@ def test_of_outputs_in_a_tuple_the_first_is_compared():
             return logits, logits.tanh() ** 2
 
     assert alignment(Two(), batches()).cka == alignment(Network(), batches()).cka
+
+
+def test_compiled_networks_are_compared_as_they_are() -> None:
+    network = Network()
+    compiled = torch.compile(network, backend="eager")
+    for batch in batches():
+        compiled(batch)
+    assert alignment(compiled, batches()) == alignment(network, batches())

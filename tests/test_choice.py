@@ -537,3 +537,14 @@ def test_blocks_that_see_windows_are_channels_last():
     seen = trace(network, torch.randn(1, 3, 32, 32))
     assert {"stages.0.blocks.0", "stages.0.blocks", "stages.1"} <= seen.channels_last
     assert seen.resolution("stages.0.blocks.1") == (16, 16)
+
+
+@pytest.mark.parametrize("kind", ["plain", "subclass", "weight norm"])
+def test_gates_are_those_of_any_recurrent_layer(kind):
+    class Own(nn.LSTMCell):
+        pass
+
+    cell = (Own if kind == "subclass" else nn.LSTMCell)(6, 8)
+    if kind == "weight norm":
+        nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+    assert roles(nn.ModuleDict({"cell": cell}), "cell.weight_hh") == 4

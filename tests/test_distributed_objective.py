@@ -203,3 +203,24 @@ def test_shares_of_kernels_with_several_roles_add_up(monkeypatch):
         share = sharding.KernelShare.of(["attention.in_proj_weight", "linear"], model, True)
         scales[share.kernels] = share.scale
     assert scales == {("attention.in_proj_weight",): 2 * 3 / 4, ("linear",): 2 * 1 / 4}
+
+
+def test_a_share_is_that_of_the_process_it_is_used_in(monkeypatch):
+    """Not of the one that saved it."""
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    settings = dict(impl="torch", layers=["layer1", "layer2"], output_weight=0.0, **EVERY_CALL)
+    imcl = IMCL(Small(), x, shard_kernels=True, **settings)
+    first = imcl._kernel_share.kernels
+    assert 0 < len(first) < len(imcl.kernels)
+    saved = copy.deepcopy(imcl)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    other = copy.deepcopy(saved)
+    other._begin()
+    assert sorted([*first, *other._kernel_share.kernels]) == sorted(imcl.kernels)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: False)
+    whole = IMCL(saved.model, x, **settings)(x, y).terms["kernel_similarity"]
+    torch.testing.assert_close(saved(x, y).terms["kernel_similarity"], whole)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 from imcl_fast import functional
@@ -166,6 +167,31 @@ def test_branches_are_fresh_and_of_the_networks_distribution():
             assert spread[1] == pytest.approx(spread[0], rel=0.02)
     first, second, third = (next(b.parameters()) for b in objective.copies[1])
     assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm"])
+def test_branches_of_parametrized_networks_are_fresh_too(how):
+    torch.manual_seed(0)
+    network = small_resnet()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            getattr(parametrizations, how)(module)
+    objective = MultiHead(network, 2, splits=["layer4"])
+    kinds = nn.Conv2d | nn.Linear
+    own = [m for name in ("layer4", "fc") for m in network.get_submodule(name).modules()
+           if isinstance(m, kinds)]  # fmt: skip
+    fresh = [m for m in objective.copies[0][0].modules() if isinstance(m, kinds)]
+    assert len(own) == len(fresh) > 3
+    for ours, theirs in zip(own, fresh, strict=True):
+        unlike = (ours.weight - theirs.weight).norm() / ours.weight.norm()
+        assert unlike > 0.5 and theirs.weight.norm() / ours.weight.norm() < 3
+
+
+def test_branches_of_pruned_layers_are_refused():
+    network = small_resnet()
+    prune.l1_unstructured(network.layer4[0].conv1, "weight", 0.3)
+    with pytest.raises(ValueError, match="model: weight of a Conv2d is computed from other"):
+        MultiHead(network, 2, splits=["layer4"])
 
 
 def test_branches_learn_where_the_network_is_frozen():

@@ -4,6 +4,7 @@ import copy
 import io
 import warnings
 import weakref
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import numpy as np
@@ -1188,3 +1189,115 @@ def test_a_layer_that_runs_twice_has_not_left_another_out():
     imcl.model.blocks = nn.ModuleList([*imcl.model.blocks[:3], imcl.model.blocks[0]])
     with pytest.raises(RuntimeError, match="got 4 runs for 5 hooks|got 5 runs for 5 hooks"):
         imcl(x, y)
+
+
+# Copies, and what has become of the network's modules
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "average", "save"])
+def test_a_copy_of_a_compiled_imcl_is_none_of_the_original(batch, how):
+    x, y = batch
+    imcl = build(FlatCNN(), x)
+    imcl.compile(backend="eager")
+    expected = imcl.eval()(x)
+    if how == "deepcopy":
+        twin = copy.deepcopy(imcl)
+    elif how == "average":
+        twin = AveragedModel(imcl).module
+    else:
+        file = io.BytesIO()
+        torch.save(imcl, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    torch.testing.assert_close(twin.eval()(x), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(x).any() and imcl(x).any()
+    twin.train()(x, y).loss.backward()
+    assert all(p.grad is None for p in imcl.parameters())
+    assert any(p.grad is not None for p in twin.parameters())
+
+
+def test_an_imcl_can_be_copied_whatever_has_become_of_its_modules(batch):
+    x, y = batch
+    network = FlatCNN()
+    parametrizations.weight_norm(network.features[4])
+    imcl = build(network, x)
+    imcl(x, y)
+    parametrize.remove_parametrizations(network.features[4], "weight")
+    twin = copy.deepcopy(imcl)
+    torch.manual_seed(0)
+    expected = imcl(x, y).loss
+    torch.manual_seed(0)
+    torch.testing.assert_close(twin(x, y).loss, expected)
+    imcl = build(FlatCNN(), x)
+    imcl.model.fc = nn.Linear(10, 10)
+    file = io.BytesIO()
+    torch.save(imcl, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    torch.testing.assert_close(loaded.eval()(x), imcl.eval()(x))
+    for each in (imcl, loaded):  # the new classifier has no hook
+        with pytest.raises(RuntimeError, match="got 3 runs for 4 hooks"):
+            each.train()(x, y)
+
+
+@pytest.mark.parametrize("grad", ["autograd", "functorch"])
+def test_weights_of_a_functional_call_are_not_kept(batch, grad):
+    x, y = batch
+    imcl = build(FlatCNN(norm=nn.Identity), x, impl="auto")
+    weights = {name: p.detach() for name, p in imcl.named_parameters()}
+    if grad == "functorch":
+        torch.func.grad(lambda w: torch.func.functional_call(imcl, w, (x, y)).loss)(weights)
+    else:
+        fast = {name: p * 1 for name, p in imcl.named_parameters()}
+        torch.func.functional_call(imcl, fast, (x, y)).loss.backward()
+    imcl(x, y).loss.backward()
+    torch.save(copy.deepcopy(imcl), io.BytesIO())
+
+
+def test_a_trunk_in_inference_mode(batch):
+    """Whose features autograd may not keep; the heads learn all the same."""
+
+    class Frozen(FlatCNN):
+        def __init__(self):
+            super().__init__(inplace=False)
+            self.fc = nn.Conv2d(10, 10, 1)
+
+        def forward(self, x):
+            with torch.inference_mode():
+                h = self.features(x)
+            return self.fc(h.clone())
+
+    x, _ = batch
+    imcl = build(Frozen(), x, class_dim=1)
+    imcl(x, torch.zeros(len(x), *imcl.model(x).shape[2:], dtype=torch.int64)).loss.backward()
+    assert all(p.grad.any() for p in imcl.heads.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_network_with_idle_hooks_can_be_quantized(batch):
+    x, _ = batch
+    imcl = build(FlatCNN(), x)
+    imcl.eval()
+    quantized = torch.ao.quantization.quantize_dynamic(imcl.model, {nn.Linear})
+    assert not isinstance(quantized.fc, nn.Linear)
+    torch.testing.assert_close(quantized(x), imcl(x), rtol=0.1, atol=0.1)
+
+
+def test_the_classifier_may_be_called_by_any_name(batch):
+    class Named(nn.Linear):
+        def forward(self, features):
+            return super().forward(features)
+
+    class ByName(FlatCNN):
+        def forward(self, x):
+            return self.fc(features=self.features(x).mean((2, 3)))
+
+    x, y = batch
+    network = ByName()
+    network.fc = Named(10, 10)
+    imcl = build(network, x, dropout=0.0)
+    terms = imcl(x, y).terms
+    torch.testing.assert_close(terms["output_consistency"], terms["cross_entropy"])

@@ -222,6 +222,16 @@ def test_a_forward_of_the_users_own_is_copied():
         assert calls == [twin]
 
 
+def test_a_subclass_shows_what_the_model_takes_too():
+    class Own(IMCL):
+        def forward(self, x=None, target=None, **kwargs):
+            return super().forward(x, target, **kwargs)
+
+    imcl = Own(TakingTwo(), {"pixels": X})
+    assert list(inspect.signature(imcl.forward).parameters)[:3] == ["x", "target", "pixels"]
+    assert torch.equal(imcl.eval()(X), imcl.model(X))
+
+
 def test_arguments_copy_no_dict_of_the_users():
     batch = {"a": 1}
     _, kwargs = outputs.arguments(batch, {})

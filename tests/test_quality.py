@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import imcl_fast
 from imcl_fast import IMCL, Perturbation, QualityAgnostic
+from imcl_fast import perturbation as perturbation_module
 from imcl_fast.quality_agnostic import QualityAgnosticOutput
 
 BATCH, CLASSES = 6, 5
@@ -488,6 +489,47 @@ def test_an_exception_leaves_the_weights_as_they_were() -> None:
         raise KeyboardInterrupt
     for name, value in network.state_dict().items():
         assert_same_bits([value], [before[name]])
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_exception_on_the_way_up_leaves_the_gradients_as_they_were(
+    accumulated: bool, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As out of memory, after which a loop goes on; in ``move`` too, which copies the weights."""
+    network = Network().double().eval()
+    (x,), y = data(1)
+    if accumulated:
+        task(network, x, y).backward()
+    before = {
+        name: None if p.grad is None else p.grad.clone() for name, p in network.named_parameters()
+    }
+
+    def out_of_memory(*_: object) -> Tensor:
+        raise MemoryError
+
+    if inside:
+        monkeypatch.setattr(perturbation_module, "_step", out_of_memory)
+    with pytest.raises(MemoryError), Perturbation(network, 0.5) as perturbation:
+        task(network, x, y).backward()
+        if inside:
+            perturbation.move()
+        raise MemoryError
+    for name, parameter in network.named_parameters():
+        if before[name] is None:
+            assert parameter.grad is None
+        else:
+            assert_same_bits([parameter.grad], [before[name]])
+
+
+def test_half_weights_are_perturbed_by_norms_beyond_their_range() -> None:
+    layer = nn.Linear(1000, 1000, bias=False).half()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    with Perturbation(layer, 0.01) as perturbation:
+        layer.weight.grad = torch.full_like(layer.weight, 100)  # whose norm is 100,000
+        perturbation.move()
+        torch.testing.assert_close(layer.weight, torch.full_like(layer.weight, 1.01))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -1,5 +1,6 @@
 """The redundancy profile against its definitions, written out in float64."""
 
+import copy
 import itertools
 import json
 import math
@@ -404,3 +405,22 @@ def test_one_direction_alone_has_an_effective_rank_of_one():
     linear.weight.data = torch.outer(*2.0 ** torch.randint(-3, 4, (2, 300)))  # exactly
     (layer,) = profile(nn.Sequential(linear), torch.randn(2, 300))
     assert layer["effective_rank"] == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_compiled_networks_are_profiled_as_they_are(how):
+    images = torch.randn(3, 1, 12, 12)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
+    )
+    network(images)
+    expected = profile(network, images)
+    assert {layer["kind"] for layer in expected} == {"kernel", "representation"}
+    if how == "wrapped":
+        compiled = torch.compile(network, backend="eager")
+    else:
+        compiled = copy.deepcopy(network)
+        compiled.compile(backend="eager")
+    for batch in (images, images[:1]):
+        compiled(batch)
+    assert profile(compiled, images) == expected

@@ -68,6 +68,19 @@ def test_no_way_adds_nothing(network):
     torch.testing.assert_close(loss, F.cross_entropy(network(X), Y))
 
 
+def test_a_loss_of_ways_that_rest_can_be_called_backward_on(network):
+    """Ways 3 and 4 alone, of which a call may compute neither."""
+    weights = {**only("representation_weight"), "kernel_weight": 1.0}
+    imcl = build(network, X, **weights, representation_interval=2, kernel_interval=4)
+    seen = set()
+    for _ in range(4):
+        with imcl.watch() as ways:
+            network(X)
+        ways.loss(Y).backward()
+        seen.add(tuple(ways.terms))
+    assert () in seen and len(seen) > 1
+
+
 def test_the_model_under_its_wrappers_is_watched_too(network):
     imcl = build(network, X)
     _, expected, _ = watched(imcl, X, Y, lambda logits: F.cross_entropy(logits, Y))
