@@ -1257,6 +1257,40 @@ def test_weights_of_a_functional_call_are_not_kept(batch, grad):
     torch.save(copy.deepcopy(imcl), io.BytesIO())
 
 
+@pytest.mark.parametrize("where", ["checkpointed", "no_grad", "watch"])
+def test_layers_under_an_autocast_of_the_networks_own(batch, where):
+    """Whose features wait for the end of the network, when it is over."""
+
+    class Own(FlatCNN):
+        waits = False
+
+        def forward(self, x):
+            own = nullcontext() if where == "watch" else torch.autocast("cpu", torch.bfloat16)
+            with own, torch.set_grad_enabled(not (self.waits and where == "no_grad")):
+                if self.waits and where != "no_grad":
+                    h = checkpoint(self.features, x, use_reentrant=False)
+                else:
+                    h = self.features(x)
+            return self.fc(h.float().mean((2, 3)))
+
+    x, y = batch
+    torch.manual_seed(0)
+    imcl = build(Own(norm=nn.Identity, inplace=False), x, dropout=0.0)
+    found = []
+    for imcl.model.waits in (False, True):
+        if where == "watch":
+            with imcl.watch() as ways, torch.autocast("cpu", torch.bfloat16):
+                imcl.model(x)
+            ways.loss(y).backward()
+            found.append(ways.terms)
+        else:
+            out = imcl(x, y)
+            out.loss.backward()
+            found.append(out.terms)
+    assert len(found[0]) >= 3
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_a_trunk_in_inference_mode(batch):
     """Whose features autograd may not keep; the heads learn all the same."""
 
