@@ -49,7 +49,8 @@ def dependence(
             ``"linear"`` :math:`\langle x_i, x_j \rangle`.
         bandwidth: of the Gaussian kernel: sigma, a number above 0, or ``"median"``:
             :math:`\sigma^2 D` is the median of :math:`|x_i - x_j|^2` over all pairs, a constant to
-            the gradient. The (lower) median of more than half identical samples is 0; it is 1 then.
+            the gradient. Where half of the pairs or more are of identical samples that (lower)
+            median is 0; sigma is 1 then.
         estimator: ``"unbiased"`` or ``"biased"``.
         normalize: centred kernel alignment (CKA, arXiv 1905.00414):
             :math:`HSIC(K, L)/\sqrt{HSIC(K, K)\,HSIC(L, L)}`; 0, with a gradient of 0, where one of

@@ -73,9 +73,10 @@ class IMCL(IMCLState):
         kernels: paths of the modules whose ``weight`` takes part in kernel similarity, or of
             other weights themselves (``"lstm.weight_ih_l0"``). None takes the convolutions with
             kernels of more than one pixel, and, where those hold less than half of the network's
-            weights, its 1x1 convolutions and linear layers too, the classifier excepted; but
-            no depthwise convolution and no layer that widens that has twice as many kernels as
-            weights in each, or more: these can't become unlike. Rows that are queries, keys and
+            weights, its 1x1 convolutions and linear layers too, the classifier excepted; but no
+            layer that has twice as many kernels as weights in each, or more, for these can't
+            become unlike: depthwise convolutions and layers that widen, but not an ungrouped
+            convolution of more than one pixel (a stem). Rows that are queries, keys and
             values of one layer, or gates of a recurrent one, are compared within their role.
         views: number of dropout views, at least 2.
         dropout: probability of the views' dropout (none in eval mode).
@@ -455,6 +456,7 @@ class IMCL(IMCLState):
             None if kernel is None else kernel.detach(),
             own,
             len(step.head_logits),
+            self.multilayer_weight != 0,
             0 if step.views is None else self.views,
             output,
         )
@@ -466,11 +468,12 @@ class IMCL(IMCLState):
         if self.criterion is not None:
             loss = _scalar(self.criterion(output, target))
             logits = self._logits_if_any(output)
-            return IMCLOutput(loss, logits, loss.detach(), None, None, None, False, 0, 0, output)
+            parts = loss.detach(), None, None, None
+            return IMCLOutput(loss, logits, *parts, False, 0, False, 0, output)
         logits = outputs.logits(output, self._find_logits)
         masks = token_mask, outputs.Padding.of(keywords).of_logits
         loss, head_terms = self._consistency.own(self, logits, target, masks)
-        return IMCLOutput(loss, logits, None, head_terms, None, None, True, 0, 0, output)
+        return IMCLOutput(loss, logits, None, head_terms, None, None, True, 0, False, 0, output)
 
     def _notice_plain_training(self) -> None:
         if self._told_of_plain or torch.compiler.is_compiling():

@@ -12,8 +12,6 @@ from .imcl_state import IMCLState
 from .imcl_step import IMCLStep
 from .schemas import ConsistencyOptions
 
-IGNORED = -100  # no class, with probabilities as target
-
 
 class HeadsConsistency:
     """All heads of an ``IMCL`` in one call; keeps the options of the latest."""
@@ -138,7 +136,7 @@ def _check_target(logits: Tensor, target: Any, class_dim: int) -> None:
 def _ignored(imcl: IMCLState, target: Any) -> int:
     """Probabilities know no ignored class, and a negative number is none."""
     soft = isinstance(target, Tensor) and target.is_floating_point()
-    return IGNORED if soft else imcl.ignore_index
+    return validation.IGNORED if soft else imcl.ignore_index
 
 
 def _made_of(imcl: IMCLState, own: bool, ignored: int) -> tuple:

@@ -34,6 +34,7 @@ class IMCLOutput:
     _kernel: Tensor | None = field(repr=False)
     _own: bool = field(repr=False)  # whether the network's cross entropy counts
     _auxiliary: int = field(repr=False)
+    _multilayer: bool = field(repr=False)  # whether the auxiliary heads count
     _views: int = field(repr=False)
     output: Any = field(repr=False, default=None)
 
@@ -50,7 +51,7 @@ class IMCLOutput:
                 terms["cross_entropy"] = ce[n]
             if self._views:
                 terms["output_consistency"] = ce[final:].mean() + kl[final:].mean()
-            if n:
+            if n and self._multilayer:
                 terms["multilayer_consistency"] = ce[:n].mean() + kl[:final].mean()
         if self._representation is not None:
             terms["representation_similarity"] = self._representation
@@ -86,7 +87,7 @@ def _flatten_with_keys(output: IMCLOutput) -> tuple[list, tuple]:
         (pytree.GetAttrKey(name), [x for x in [getattr(output, name)] if x is not None])
         for name in _TENSORS
     ]
-    counts = output._own, output._auxiliary, output._views
+    counts = output._own, output._auxiliary, output._multilayer, output._views
     return keyed, (*counts, _Whole(output.output))
 
 

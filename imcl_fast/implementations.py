@@ -192,7 +192,7 @@ def choose(
         if impl not in ("auto", "reference"):
             raise RuntimeError(
                 f'impl="{impl}" can\'t run under torch.func (grad, vmap, jvp and the like); pass '
-                'impl="reference", which "auto" is there'
+                'impl="auto", which is the reference there'
             )
         return "reference"
     if impl == "auto":

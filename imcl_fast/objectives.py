@@ -66,6 +66,7 @@ class CrossEntropy(nn.Module):
         if target is None:
             return output
         logits = outputs.logits(output)
+        target = validation.own_target(target, logits)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         return CrossEntropyOutput(loss, logits, {"cross_entropy": loss.detach()})
 

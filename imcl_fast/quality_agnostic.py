@@ -282,6 +282,7 @@ class QualityAgnostic(nn.Module):
     ) -> QualityAgnosticOutput:
         """The loss of a pass that is over; without ``step`` the cross entropy alone."""
         logits = outputs.logits(output, self._find_logits)
+        target = validation.own_target(target, logits.unflatten(0, (count, -1))[0])
         targets = target.repeat(count, *[1] * (target.dim() - 1))
         mean = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         loss = mean * count if self.reduction == "sum" else mean

@@ -225,8 +225,13 @@ def _labels(
         known = target.new_ones(len(target), dtype=torch.bool)
     else:
         known = target != ignore_index
-        index = target.masked_fill(~known, 0)
-        labels = F.one_hot(index, classes).to(dtype)
+        # Not F.one_hot, which looks at the values: torch.func.vmap has none to show. What is no
+        # class, where nobody could check, has no loss that is a number.
+        outside = known & ((target < 0) | (target >= classes))
+        index = target.masked_fill(outside | ~known, 0)
+        every = torch.arange(classes, device=target.device)
+        labels = (index.unsqueeze(-1) == every).to(dtype)
+        labels = labels.masked_fill(outside.unsqueeze(-1), torch.nan)
         label_weight = None if weight is None else weight.to(dtype)[index]
     labels = labels * (1 - smoothing) + smoothing / classes
     return labels if weight is None else labels * weight.to(dtype), label_weight, known
@@ -323,6 +328,7 @@ def _norm(rows: Tensor) -> Tensor:
 def _log_probs(z: Tensor, sigmoid: bool) -> Tensor:
     """log softmax(z) [B, K]; or of each class by itself whether it is one and isn't, [B, K, 2]."""
     if sigmoid:
+        z = z.masked_fill(z == torch.inf, torch.nan)  # -inf masks a class, and inf is no logit
         return torch.stack([F.logsigmoid(z), F.logsigmoid(-z)], -1)
     return F.log_softmax(z, -1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from . import dense
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+IGNORED = -100  # no class, unless another number is said to be none
+INDICES = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def tensors(name: str, value: Any, rank: str, allowed: range) -> list[Tensor]:
@@ -336,6 +340,18 @@ def target(
             f"got {int(value[outside][0])}"
         )
     return value
+
+
+def own_target(value: Any, logits: Tensor) -> Tensor:
+    """A target as PyTorch's own cross entropy takes it of logits (B, K, *spatial): class indices
+    (B, *spatial) as int64, or probabilities (B, K, *spatial) as they are."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"target: expected a Tensor, got {type(value).__name__}")
+    last = logits.movedim(1, -1)
+    if value.is_floating_point() and value.dim() == logits.dim():
+        target(value.movedim(1, -1), [last], IGNORED)
+        return value
+    return cast(Tensor, target(value, [last], IGNORED))
 
 
 def _probabilities(

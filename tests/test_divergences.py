@@ -750,3 +750,18 @@ def test_autocast_rounds_nothing(impl: Impl, dtype: torch.dtype) -> None:
         plain = F.collaborative_consistency(z, None, **options)
         with torch.autocast(impl.device, torch.bfloat16):
             assert F.collaborative_consistency(z, None, **options).equal(plain)
+
+
+@pytest.mark.parametrize("teacher", ["others", "mean", "final", "pairwise"])
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_oracle_takes_no_infinite_logit_for_a_masked_label(teacher, divergence, labelled):
+    for head in range(2):
+        z = torch.zeros(2, 1, 3, dtype=torch.float64)
+        z[head, 0, 0] = math.inf
+        loss = F.collaborative_consistency(
+            z, torch.ones(1, 3, dtype=torch.float64) if labelled else None, teacher=teacher,
+            divergence=divergence, activation="sigmoid", impl="reference",
+        )  # fmt: skip
+        # A final head that learns from nobody has no part in a divergence of the others' teacher.
+        assert loss.isnan()

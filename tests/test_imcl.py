@@ -1335,3 +1335,13 @@ def test_the_classifier_may_be_called_by_any_name(batch):
     imcl = build(network, x, dropout=0.0)
     terms = imcl(x, y).terms
     torch.testing.assert_close(terms["output_consistency"], terms["cross_entropy"])
+
+
+def test_terms_are_those_of_the_ways_that_are_on_in_the_call():
+    imcl, x, y = made_to_change()
+    for name, term in TERMS.items():
+        weight = getattr(imcl, name)
+        assert term in imcl(x, y).terms
+        setattr(imcl, name, 0.0)
+        assert term not in imcl(x, y).terms
+        setattr(imcl, name, weight)

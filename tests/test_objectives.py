@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from test_imcl import FlatCNN
 from torch.nn.utils import parameters_to_vector
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -150,3 +151,29 @@ def test_bad_arguments_are_named(network, batch, method, options, error, message
         objectives.build(method, network, batch[0], **options)
     with pytest.raises(TypeError, match="model: expected an nn.Module, got list"):
         CrossEntropy([])
+
+
+@pytest.mark.parametrize("method", ["imcl", "qad"])
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ([0, 1, 2, 3], TypeError, "target: expected a Tensor, got list"),
+        (torch.tensor([0, 1, 2, 10]), ValueError, "target: expected classes .* got 10"),
+        (torch.tensor([0, 1]), ValueError, r"target: .*got shape \(2,\)"),
+        (torch.zeros(4, dtype=torch.bool), TypeError, "target: .*got torch.bool"),
+    ],
+)
+def test_a_target_that_is_none_is_named(method, target, error, message):
+    """Of the objectives that compute the task's loss with PyTorch's own function."""
+    x = torch.randn(4, 1, 16, 16)
+    objective = objectives.build(method, FlatCNN(), x, ways=())
+    given = (x, x.flip(-1)) if method == "qad" else x
+    with pytest.raises(error, match=message):
+        objective(given, target)
+    for dtype in (torch.int32, torch.uint8):
+        labels = torch.tensor([0, 1, 2, 9])
+        torch.testing.assert_close(
+            objective(given, labels.to(dtype)).loss, objective(given, labels).loss
+        )
+    soft = torch.rand(4, 10).softmax(1)
+    assert objective(given, soft).loss.isfinite()

@@ -385,8 +385,12 @@ def test_inspect_s_errors_are_one_line(case, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--plot", "x.pdf"], ["--images", "0"], ["--image-size", "4"], ["--data", "cifar"]]
-)
+    "flags",
+    [
+        ["--plot", "x.pdf"], ["--images", "0"], ["--image-size", "4"], ["--data", "cifar"],
+        ["--plan", "--json", "x.json"], ["--plan", "--plot", "x.svg"],
+    ],
+)  # fmt: skip
 def test_inspect_refuses_wrong_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         inspect.main(["resnet18", *flags])

@@ -131,9 +131,11 @@ def test_class_counts(impl: Impl, classes: int, teacher: str) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
+)
 def test_indices_of_any_width(impl: Impl, dtype: torch.dtype) -> None:
-    z, ignored = logits().to(impl.device), 255 if dtype == torch.uint8 else -100
+    z, ignored = logits().to(impl.device), -100 if dtype.is_signed else 255
     target = torch.tensor([0, 3, ignored, 1, 6, 2], device=impl.device)
     options = {"ignore_index": ignored, "impl": impl.name}
     assert_same_bits(

@@ -173,13 +173,51 @@ def test_transforms_of_torch_func(loss):
     both = torch.func.vmap(function)(torch.stack([x, 2 * x]))
     torch.testing.assert_close(both, torch.stack([function(x), function(2 * x)]))
     for impl in ("torch", "cpp"):
-        with pytest.raises(RuntimeError, match=f'impl="{impl}".* torch.func .*impl="reference"'):
+        with pytest.raises(RuntimeError, match=f'impl="{impl}".* torch.func .*impl="auto"'):
             torch.func.grad(lambda x, impl=impl: function(x, impl=impl))(x)
     torch.compiler.reset()  # and where what is compiled is the transform
     compiled = torch.compile(torch.func.grad(function), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), gradient)
     compiled = torch.compile(torch.func.vmap(function), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(torch.stack([x, 2 * x])), both)
+
+
+def of_labels(z, y, **options):
+    return F.collaborative_consistency([z, z.sin()], y, **options)
+
+
+def of_a_mixture(z, y, **options):
+    return F.jensen_shannon([z, z.sin()], y, **options)
+
+
+@pytest.mark.parametrize("function", [of_labels, of_a_mixture])
+def test_gradients_of_each_sample_with_labels_of_its_own(function):
+    """As of differential privacy; the labels are among what is mapped over."""
+    weights = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = torch.tensor([[0, 1, 2], [3, 4, 0], [1, -100, 1], [2, 2, 2], [4, 3, -100], [0, 0, 4]])
+
+    def loss(w, x, y):
+        return function(x @ w, y)
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
+    for gradient, *sample in zip(each, x, y, strict=True):
+        torch.testing.assert_close(gradient, torch.func.grad(loss)(weights, *sample))
+        leaf = weights.clone().requires_grad_()
+        function(sample[0] @ leaf, sample[1], impl="cpp").backward()
+        torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("function", [of_labels, of_a_mixture])
+@pytest.mark.parametrize("label", [-1, 5, 255])
+def test_what_is_no_class_is_no_quiet_number_where_nobody_can_check(function, label):
+    z, y = HEADS[0], torch.tensor([0, label, 2, 3, 4, -100])
+    with pytest.raises(ValueError, match=f"target: .* got {label}"):
+        function(z, y)
+    losses = torch.func.vmap(partial(function, reduction="none"))(z[None], y[None])[0]
+    assert losses.isnan().tolist() == [False, True, False, False, False, False]
+    assert torch.func.vmap(function)(z[None], y[None]).isnan().all()
+    assert torch.func.grad(function)(z, y)[1].isnan().all()
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"])

@@ -34,7 +34,10 @@ HEAD = ["layer", "kind", "N x D", "mean |cos|", "mean cos^2", "Welch", "dead %",
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 2 where there is no such network."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.plan and (options.json is not None or options.plot is not None):
+        parser.error("--plan: it is text only; expected neither --json nor --plot beside it")
     try:
         return _inspect(options)
     except (
@@ -55,7 +58,8 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.plan:
         with warnings.catch_warnings(), _runs_on(images, options.name):
             warnings.simplefilter("ignore")  # the plan says it
-            print(IMCL(found.network, images).plan())
+            plan = IMCL(found.network, images).plan()
+        show(plan)
         return 0
     if options.cka or options.against is not None:
         return _align(found, images, options)

@@ -95,11 +95,13 @@ class Trainer:
             The results, as summary.json holds them.
 
         Raises:
+            TypeError, ValueError: ``data_set`` or ``network`` is none; the message names it.
             UsageError: the settings, the environment, the data or the run folder don't allow the
                 run; another process may be training in that folder.
             CheckpointError: there are checkpoints to resume from, and none can be read.
             NonFiniteError: the loss or the weights are no longer numbers.
-            DiskFullError: a file of the run folder can't be written.
+            DiskFullError, OSError: a file of the run folder can't be written, for there is no room,
+                or for another reason.
             Interrupted: SIGINT or SIGTERM came; the state was saved if there is a run folder.
         """
         config, folder = self.config, self.config.run_dir
