@@ -114,6 +114,7 @@ class SampleGrams(Function):
         grams, means = implementation.forward(xs, scale)
         ctx.save_for_backward(*xs, *means)
         ctx.implementation, ctx.scale, ctx.accumulation = implementation, scale, grams.dtype
+        ctx.strides = [x.stride() for x in xs]
         return grams if grams.device.type == "mps" else grams.double()
 
     @staticmethod
@@ -126,6 +127,8 @@ class SampleGrams(Function):
             s = s - s.mean(-2, keepdim=True)
             if any(factor != 1 for factor in ctx.scale):
                 s = torch.stack([f * each for f, each in zip(ctx.scale, s, strict=True)])
+            if [x.stride() for x in xs] != ctx.strides:  # as of PairwisePenalty's state
+                _, means = ctx.implementation.forward(xs, ctx.scale)
             dxs = ctx.implementation.backward(s.to(ctx.accumulation), xs, means)
         dxs = _first_order_only(dxs, [grad, *xs])
         return None, None, *_needed(dxs, ctx.needs_input_grad[2:])

@@ -71,7 +71,8 @@ def representation_similarity(
         eps: a channel whose norm is at most ``eps`` is dead: its similarities are 0
             and its gradient is exactly 0. With ``center`` so is a channel whose
             centred norm is at most 1e-5 of its norm. One whose squared norm float32 can't
-            hold (1.8e19 and more; float64 for float64) makes the loss NaN.
+            hold (1.8e19 and more; float64 for float64) makes the loss NaN. Gradients lose digits
+            from 1e18 on, and with an ``eps`` of 0 below norms of 1e-19, where they may overflow.
         mask: (B, \*spatial), of bools or integers, True or not 0 where a position counts; a
             channel then runs over these only, as if the others, the padded tokens of a batch,
             were not there, and gets no gradient at those. One for all layers, or a sequence of

@@ -102,7 +102,7 @@ def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
     sizes: dict[torch.dtype, int] = {}  # as States of csrc/cpu/operators.cpp lays them out
     for x in xs if keep else []:
         matrices, n, d = _matrices(x, batched)
-        means = n if center else 0
+        means = 2 * n if center else 0
         if penalty == SIGNED:
             size = d + n + means
         elif is_dual(penalty, n, d):

@@ -172,6 +172,38 @@ def test_every_number_of_threads_gives_the_same_bits(count: int) -> None:
         assert digest() == expected
 
 
+# --- rows far from 0
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("form", ["primal", "tiles", "dual", "halves"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_mean_of_centred_rows_is_taken_off_whole(
+    impl: Impl, penalty: str, form: str, layout: str
+) -> None:
+    """And not only as much of it as one float32 holds, which stays in a gradient that should sum
+    to 0 in each row. On a GPU a mean is one number."""
+    shapes = {"primal": (2, 16, 8, 8), "tiles": (2, 40, 6, 6), "dual": (2, 64, 5, 5),
+              "halves": (1, 200, 32, 32)}  # fmt: skip
+    worst = {0.0: 2e-6, 1e3: 2e-6, 1e4: 3e-5}
+    if impl.name not in ("cpp", "torch"):
+        shapes, worst = {**shapes, "halves": (1, 6, 9, 9)}, {1e3: 1e-3}  # interpreted
+    shape = shapes[form]
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(shape, generator=generator)
+    level = torch.rand(*shape[:2], 1, 1, generator=generator)
+    for offset, allowed in worst.items():
+        x = lay_out(noise + offset * (1 + level), layout).to(impl.device)
+        truth = leaf(x.double().cpu())
+        F.representation_similarity(
+            truth, penalty=penalty, center=True, impl="reference"
+        ).backward()
+        found = leaf(x)
+        F.representation_similarity(found, penalty=penalty, center=True, impl=impl.name).backward()
+        error = (found.grad.double().cpu() - truth.grad).norm() / truth.grad.norm()
+        assert error < allowed, (offset, error)
+
+
 # --- batches
 
 

@@ -261,6 +261,21 @@ def test_what_is_saved_may_come_back_in_another_order(impl, pinned):
     torch.testing.assert_close(gradients(impl), gradients("reference"))
 
 
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_samples_may_come_back_in_another_order(impl):
+    """The means of features that lie far from 0 are in the order these lay in."""
+    generator = torch.Generator().manual_seed(0)
+    level = 1e4 * torch.rand(1, 8, 1, 1, generator=generator)
+    x = torch.randn(16, 8, 5, 5, generator=generator) + level
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = x.detach() + torch.randn(x.shape, generator=generator)
+    truth = x.detach().double().requires_grad_()
+    F.dependence(truth, y.double(), kernel="linear", impl="reference").backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.contiguous()):
+        F.dependence(x, y, kernel="linear", impl=impl).backward()
+    assert (x.grad - truth.grad).norm() / truth.grad.norm() < 5e-6
+
+
 @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
 def test_losses_of_meta_tensors(impl):
     with warnings.catch_warnings():

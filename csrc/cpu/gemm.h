@@ -148,7 +148,7 @@ IMCL_INLINE void micro_kernel(const E* a, int64_t a_row, int64_t a_k, const E* b
   }
 }
 
-// A matrix to pack, seen as lanes by k; the value packed is (x - mean) * scale, each
+// A matrix to pack, seen as lanes by k; the value packed is (x - mean - rest) * scale, each
 // per lane or per k, or absent (null).
 template <class T>
 struct Source {
@@ -157,6 +157,7 @@ struct Source {
   const AccOf<T>* mean_of_lane = nullptr;
   const AccOf<T>* mean_of_k = nullptr;
   const AccOf<T>* scale_of_k = nullptr;
+  int64_t rest = 0;  // how far behind a mean lies what rounding took of it; 0 is nowhere
 
   bool is_plain() const { return !mean_of_lane && !mean_of_k && !scale_of_k; }
 };
@@ -168,10 +169,15 @@ void pack_panel(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t f
   using Acc = AccOf<T>;
   constexpr int width = kLanes<Acc>, panel = kPanel<Acc>;
   alignas(kVectorBytes) Acc mean[panel] = {};
+  alignas(kVectorBytes) Acc rest[panel] = {};
   if (x.mean_of_lane) std::copy_n(x.mean_of_lane + first_lane, lanes, mean);
+  const bool of_lanes = x.mean_of_lane && x.rest, of_k = x.mean_of_k && x.rest;
+  if (of_lanes) std::copy_n(x.mean_of_lane + x.rest + first_lane, lanes, rest);
   const auto adjusted = [&](Vec<Acc> v, int vector, int64_t k) {
     v -= load(mean + vector * width);
+    if (of_lanes) v -= load(rest + vector * width);
     if (x.mean_of_k) v -= splat(x.mean_of_k[k]);
+    if (of_k) v -= splat(x.mean_of_k[k + x.rest]);
     if (x.scale_of_k) v *= splat(x.scale_of_k[k]);
     return v;
   };
@@ -223,17 +229,24 @@ void pack_strip(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t d
       continue;
     }
     const T* from = x.data + x.lane[first_lane + r];
+    const Acc* const of_k = x.mean_of_k;
     const Acc mean = x.mean_of_lane ? x.mean_of_lane[first_lane + r] : Acc(0);
+    const Acc rest = x.mean_of_lane && x.rest ? x.mean_of_lane[first_lane + r + x.rest] : Acc(0);
     int64_t j = 0;
     if (x.k.is_unit()) {
       for (; j + width <= depth; j += width) {
-        Vec<Acc> v = load_acc(from + j) - splat(mean);
-        if (x.mean_of_k) v -= load(x.mean_of_k + j);
+        Vec<Acc> v = load_acc(from + j) - splat(mean) - splat(rest);
+        if (of_k) v -= load(of_k + j);
+        if (of_k && x.rest) v -= load(of_k + j + x.rest);
         store(row + j, v);
       }
     }
-    for (; j < depth; ++j)
-      row[j] = to_acc(from[x.k[j]]) - mean - (x.mean_of_k ? x.mean_of_k[j] : Acc(0));
+    for (; j < depth; ++j) {
+      Acc v = to_acc(from[x.k[j]]) - mean - rest;
+      if (of_k) v -= of_k[j];
+      if (of_k && x.rest) v -= of_k[j + x.rest];
+      row[j] = v;
+    }
   }
 }
 

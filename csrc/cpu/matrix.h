@@ -126,19 +126,26 @@ void sum_columns(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* out, Term t
 }
 
 // Of each row the mean of what it is more than its first element: of rows that are nearly constant,
-// whose differences are all that counts, it is as exact as of others.
+// whose differences are all that counts, it is as exact as of others. `rest`, if not null, is what
+// the mean has lost when it was rounded: of such rows it is much of what a gradient is made of.
 template <class T>
-void row_means(const Matrix<T>& x, AccOf<T>* mean) {
+void row_means(const Matrix<T>& x, AccOf<T>* mean, AccOf<T>* rest = nullptr) {
   using Acc = AccOf<T>;
   if (x.columns == 0) {  // such a row is dead
     std::fill_n(mean, x.rows, Acc(0));
+    if (rest) std::fill_n(rest, x.rows, Acc(0));
     return;
   }
   const T* first = x.x + x.column[0];
   for (int64_t i = 0; i < x.rows; ++i) mean[i] = to_acc(first[x.row[i]]);
   sum_columns(x, mean, mean, [](auto v, auto shift) { return v - shift; });
   const auto count = static_cast<Acc>(x.columns);
-  for (int64_t i = 0; i < x.rows; ++i) mean[i] = to_acc(first[x.row[i]]) + mean[i] / count;
+  for (int64_t i = 0; i < x.rows; ++i) {
+    const Acc shift = to_acc(first[x.row[i]]), more = mean[i] / count;
+    mean[i] = shift + more;
+    const Acc added = mean[i] - shift;  // the sum of two numbers without error (Knuth)
+    if (rest) rest[i] = (shift - (mean[i] - added)) + (more - added);
+  }
 }
 
 // 1/n of a row from n^2, or 0 where the row is dead, or NaN where a square was too large for its
@@ -168,12 +175,13 @@ void prefetch(const Matrix<T>& x) {
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i, 0, 2);
 }
 
-// Row means and 1/n of the forms that need them before their product; returns N_live.
+// Row means, 2N numbers as of State, and 1/n of the forms that need them before their product;
+// returns N_live.
 template <class T>
 int64_t row_norms(const Matrix<T>& x, const PairwiseSettings& settings, AccOf<T>* mean,
                   AccOf<T>* inverse) {
   using Acc = AccOf<T>;
-  if (settings.center) row_means(x, mean);
+  if (settings.center) row_means(x, mean, mean + x.rows);
   sum_columns(x, settings.center ? mean : nullptr, inverse,
               [](auto v, auto shift) { return (v - shift) * (v - shift); });
   int64_t live = 0;

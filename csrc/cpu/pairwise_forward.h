@@ -94,8 +94,8 @@ void gram_in_halves(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* g, int64
   const int64_t first = divide_up(x.columns, 2 * kWhole) * kWhole;
   const auto make = [&](int64_t half, const Parallel& inner) {
     const Matrix<T> part = columns_of(x, half * first, half == 0 ? first : x.columns - first);
-    gram<E>(Source<T>{part.x, part.row, part.column, mean}, x.rows, part.columns, halves[half],
-            padded, inner);
+    const Source<T> source{part.x, part.row, part.column, mean, nullptr, nullptr, x.rows};
+    gram<E>(source, x.rows, part.columns, halves[half], padded, inner);
   };
   if (parallel.threads == 2) {
     parallel(2, [&](int64_t half) { make(half, kSerial); });
@@ -120,13 +120,14 @@ double forward_primal(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseS
   Acc* g = scratch.get<Acc>(padded * padded);
   Acc* mean = nullptr;
   if (settings.center) {
-    mean = state.mean ? state.mean : scratch.get<Acc>(n);
-    row_means(x, mean);
+    mean = state.mean ? state.mean : scratch.get<Acc>(2 * n);
+    row_means(x, mean, mean + n);
   }
   if (in_halves(n, x.columns)) {
     gram_in_halves<E>(x, mean, g, padded, parallel);
   } else {
-    gram<E>(Source<T>{x.x, x.row, x.column, mean}, n, x.columns, g, padded, parallel);
+    const Source<T> source{x.x, x.row, x.column, mean, nullptr, nullptr, n};
+    gram<E>(source, n, x.columns, g, padded, parallel);
   }
 
   Acc* inverse = scratch.get<Acc>(padded);
@@ -152,11 +153,12 @@ double forward_dual(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSet
   using Acc = AccOf<T>;
   const int64_t n = x.rows, d = x.columns, padded = divide_up(d, kPanel<Acc>) * kPanel<Acc>;
   Scratch scratch;
-  Acc* mean = state.core ? state.mean : scratch.get<Acc>(n);
+  Acc* mean = state.core ? state.mean : scratch.get<Acc>(2 * n);
   Acc* inverse = state.core ? state.inverse_norm : scratch.get<Acc>(n);
   const int64_t live = row_norms(x, settings, mean, inverse);
   Acc* m = scratch.get<Acc>(padded * padded);
-  const Source<T> source{x.x, x.column, x.row, nullptr, settings.center ? mean : nullptr, inverse};
+  const Acc* means = settings.center ? mean : nullptr;
+  const Source<T> source{x.x, x.column, x.row, nullptr, means, inverse, n};
   gram<Acc>(source, d, n, m, padded, parallel);
   double sum = 0;
   for (int64_t i = 0; i < d; ++i) {
@@ -176,10 +178,11 @@ double forward_signed(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseS
   constexpr int64_t panel = kPanel<Acc>, width = kLanes<Acc>;
   const int64_t n = x.rows, d = x.columns;
   Scratch scratch;
-  Acc* mean = state.core ? state.mean : scratch.get<Acc>(n);
+  Acc* mean = state.core ? state.mean : scratch.get<Acc>(2 * n);
   Acc* inverse = state.core ? state.inverse_norm : scratch.get<Acc>(n);
   const int64_t live = row_norms(x, settings, mean, inverse);
-  const Source<T> source{x.x, x.column, x.row, nullptr, settings.center ? mean : nullptr, inverse};
+  const Acc* means = settings.center ? mean : nullptr;
+  const Source<T> source{x.x, x.column, x.row, nullptr, means, inverse, n};
   const int64_t panels = divide_up(d, panel);
   double* squares = scratch.get<double>(panels);
   parallel(panels, [&](int64_t p) {

@@ -45,8 +45,8 @@ void backward_matrix(const Matrices& m, int64_t index, const PairwiseSettings& s
   prefetch(matrix);
 
   Backward<E, T> work{};
-  work.x = primal ? Source<T>{x, m.column_axis, m.row_axis, nullptr, mean}
-                  : Source<T>{x, m.row_axis, m.column_axis, mean};
+  work.x = primal ? Source<T>{x, m.column_axis, m.row_axis, nullptr, mean, nullptr, m.rows}
+                  : Source<T>{x, m.row_axis, m.column_axis, mean, nullptr, nullptr, m.rows};
   work.dx = dx;
   work.dx_free = primal ? m.dx_column_axis : m.dx_row_axis;
   work.dx_k = primal ? m.dx_row_axis : m.dx_column_axis;

@@ -29,7 +29,7 @@ class Tiles {
         depth_(divide_up(x.columns, kStrip<Acc>) * kStrip<Acc>),
         inverse_(inverse),
         packed_(scratch.get<Acc>(panels_ * depth_ * panel)) {
-    const Source<T> source{x.x, x.row, x.column, mean};
+    const Source<T> source{x.x, x.row, x.column, mean, nullptr, nullptr, rows_};
     parallel(panels_, [&](int64_t p) {
       Acc* out = packed_ + p * depth_ * panel;
       pack_panel(source, p * panel, std::min(panel, rows_ - p * panel), 0, columns_, out);
@@ -127,7 +127,7 @@ double forward_tiles(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSe
   Scratch scratch;
   const int64_t padded = divide_up(x.rows, kPanel<Acc>) * kPanel<Acc>;
   Acc* inverse = scratch.get<Acc>(padded);
-  Acc* mean = state.mean && settings.center ? state.mean : scratch.get<Acc>(x.rows);
+  Acc* mean = state.mean && settings.center ? state.mean : scratch.get<Acc>(2 * x.rows);
   row_norms(x, settings, mean, inverse);
   std::fill(inverse + x.rows, inverse + padded, Acc(0));
   if (state.inverse_norm) std::copy_n(inverse, x.rows, state.inverse_norm);

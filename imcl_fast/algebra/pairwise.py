@@ -86,6 +86,12 @@ def backward(
     gradients = []
     for x, core, inverse_norm in zip(xs, state[0::2], state[1::2], strict=True):
         rows = _rows(x, center, batched)
+        if center:
+            # What rounding took of the means: nothing after the product takes it off.
+            rows = rows.sub_(rows.mean(dim=-1, keepdim=True))
+            if penalty == SIGNED or is_dual(penalty, *rows.shape[1:]):  # s, or M
+                core = core - core.mean(dim=-1, keepdim=True)
+                core = core if penalty == SIGNED else core - core.mean(dim=-2, keepdim=True)
         matrices, n, d = rows.shape
         k = 1.0 / (len(xs) * max(matrices, 1) * n * (n - 1))
         inverse = inverse_norm.unsqueeze(-1)
