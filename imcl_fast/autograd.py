@@ -50,7 +50,7 @@ class PairwisePenalty(Function):
         saved = list(ctx.saved_tensors)
         xs, state = saved[: ctx.layers], saved[ctx.layers :]
         with _without_grad(), without_autocast(grad.device):
-            if [x.stride() for x in xs] != ctx.strides:
+            if _lie_otherwise(xs, ctx.strides):
                 # The state is in the order that the inputs lay in, and what unpacks them
                 # (save_on_cpu with pinned memory) has made contiguous ones.
                 _, state = ctx.implementation.forward(xs, *ctx.options, True)
@@ -127,11 +127,16 @@ class SampleGrams(Function):
             s = s - s.mean(-2, keepdim=True)
             if any(factor != 1 for factor in ctx.scale):
                 s = torch.stack([f * each for f, each in zip(ctx.scale, s, strict=True)])
-            if [x.stride() for x in xs] != ctx.strides:  # as of PairwisePenalty's state
+            if _lie_otherwise(xs, ctx.strides):  # as of PairwisePenalty's state
                 _, means = ctx.implementation.forward(xs, ctx.scale)
             dxs = ctx.implementation.backward(s.to(ctx.accumulation), xs, means)
         dxs = _first_order_only(dxs, [grad, *xs])
         return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
+
+
+def _lie_otherwise(xs: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> bool:
+    """Whether what was saved has come back in another order, as of save_on_cpu."""
+    return [x.stride() for x in xs] != strides
 
 
 def _is_last_use(grad: Tensor) -> bool:

@@ -376,3 +376,22 @@ def test_no_logit_is_copied() -> None:
         F.collaborative_consistency(z, target, impl="cpp")
     taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     assert taken < z[0].nbytes / 4
+
+
+@pytest.mark.parametrize("class_dim", [1, -1])
+def test_class_dim_of_a_mixture(class_dim):
+    z, y = torch.randn(3, 5, 5), torch.arange(15).view(3, 5) % 5  # as many tokens as classes
+    got = F.jensen_shannon([z], y, class_dim=class_dim)
+    rows = z.movedim(class_dim, -1).reshape(15, 5)
+    torch.testing.assert_close(got, F.jensen_shannon([rows], y.flatten()))
+    with pytest.raises(ValueError, match="^class_dim: expected 1 for logits"):
+        F.jensen_shannon([z], y)
+
+
+def test_logits_that_are_the_same_everywhere(impl: Impl) -> None:
+    """Of strides that are all 0: they collapse, those of the gradient don't."""
+    z = leaf(torch.randn(5, device=impl.device).view(1, 5, 1, 1).expand(2, 5, 3, 4))
+    target = torch.arange(24, device=impl.device).view(2, 3, 4) % 5
+    (got,) = torch.autograd.grad(F.collaborative_consistency([z], target, impl=impl.name), z)
+    (truth,) = torch.autograd.grad(TF.cross_entropy(z, target), z)
+    torch.testing.assert_close(got, truth)

@@ -824,3 +824,86 @@ def test_a_layer_of_as_many_channels_as_classes_that_goes_on_is_no_rival():
     x, inner, logits, aside = (torch.rand(2, 3, 4, 4) for _ in range(4))
     outputs = {"inner": inner, "fc": logits, "aside": aside}
     assert dense_outputs.rivals(logits, outputs, ["inner", "aside"], [x, inner], 1) == {"aside"}
+
+
+def test_under_a_criterion_labels_that_hold_or_not_do_not_make_logits_of_maps():
+    options = dict(criterion=lambda output, y: output.mean(), activation="sigmoid")
+    with pytest.warns(UserWarning, match="is taken for no logits, for there is a criterion"):
+        imcl = IMCL(Segmenter(), torch.rand(2, 2, 16, 16), **options)
+    assert imcl.classifier is None and imcl.class_dim is None
+
+
+def test_under_a_criterion_logits_that_are_named_are_logits():
+    options = dict(criterion=lambda output, y: output.mean(), logits=lambda output: output)
+    imcl = IMCL(Segmenter(), torch.rand(2, 2, 16, 16), **options)
+    assert imcl.classifier == "classifier" and imcl.class_dim == 1 and len(imcl.heads)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_maps_are_resized_as_the_network_resizes_them(mode, align_corners):
+    net = Segmenter()
+    net.forward = lambda x: F.interpolate(
+        net.classifier(net.stages(x)), x.shape[2:], mode=mode, align_corners=align_corners
+    )
+    imcl = IMCL(net, torch.rand(2, 2, 24, 24))
+    assert imcl.classifier == "classifier"
+    assert imcl._resize.align_corners is align_corners
+
+
+def test_half_maps_that_are_interpolated_in_float32():
+    net = Segmenter().bfloat16()
+    net.forward = lambda x: F.interpolate(
+        net.classifier(net.stages(x)).float(), x.shape[2:], mode="bilinear"
+    )
+    imcl = IMCL(net, torch.rand(2, 2, 16, 16).bfloat16())
+    assert imcl.classifier == "classifier"
+
+
+def test_heads_of_volumes_are_interpolated_along_all_three():
+    class Volumes(nn.Sequential):
+        def forward(self, x):
+            return F.interpolate(super().forward(x), x.shape[2:], mode="trilinear")
+
+    layers = [nn.Sequential(nn.Conv3d(a, b, 3, 2, 1), nn.ReLU()) for a, b in ((1, 5), (5, 6))]
+    x, y = torch.rand(2, 1, 8, 8, 8), torch.zeros(2, 8, 8, 8, dtype=torch.int64)
+    imcl = IMCL(Volumes(*layers, nn.Conv3d(6, CLASSES, 1)), x)
+    assert imcl.layers == ["0", "1"] and imcl.classifier == "2"
+    assert imcl(x, y).loss.isfinite()
+
+
+def test_logits_have_the_positions_of_tokens_that_are_numbers():
+    logits, tokens = torch.rand(2, 9, 4), torch.rand(2, 9, 5)
+    assert dense_outputs.class_dim(logits, [], [tokens], None, {1}) == -1
+    assert dense_outputs.class_dim(logits.mT, [], [tokens], None, set()) == 1
+
+
+def test_what_is_sparse_shares_no_memory():
+    dense, sparse = torch.eye(3), torch.eye(3).to_sparse()
+    assert not dense_outputs.share_memory(sparse, dense)
+    assert not dense_outputs.share_memory(dense, sparse)
+    assert dense_outputs.share_memory(dense, dense[1:])
+
+
+def test_any_number_but_0_marks_a_token_that_counts():
+    ids, y = torch.randint(20, (3, 6)), torch.randint(CLASSES, (3, 6))
+    mask = torch.arange(6) < torch.tensor([6, 4, 2])[:, None]
+    imcl = IMCL(Tagger(), ids, dropout=0.0, **EVERY_STEP)
+    expected = imcl(ids, y, token_mask=mask)
+    numbers = mask.long() * torch.tensor([[1], [2], [7]])
+    torch.testing.assert_close(imcl(ids, y, token_mask=numbers).loss, expected.loss)
+
+
+@pytest.mark.parametrize("class_dim", [None, -1])
+def test_labels_of_a_causal_model_under_a_criterion(class_dim):
+    ids, model = torch.randint(20, (3, 6)), Tagger()
+    model.loss_type = "ForCausalLM"
+    imcl = IMCL(
+        model, ids, output_weight=0, multilayer_weight=0, class_dim=class_dim,
+        criterion=lambda output, y: F.cross_entropy(output.mT, y),
+    )  # fmt: skip
+    if class_dim is None:
+        assert imcl(ids, labels=ids % CLASSES).loss.isfinite()
+    else:
+        with pytest.raises(ValueError, match="^labels: a causal language model"):
+            imcl(ids, labels=ids % CLASSES)

@@ -597,3 +597,88 @@ X = torch.zeros(4, 3)
 def test_errors(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+def test_tensors_on_two_devices_are_named(impl):
+    x = torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"^y: expected all tensors on one device \(cpu, as x\)"):
+        F.dependence(x, x.to("meta"), impl=impl)
+
+
+def test_a_bandwidth_of_numpys_is_compiled_as_a_number():
+    import numpy
+    torch.compiler.reset()
+    loss = imcl_fast.ViewDependence(bandwidth=numpy.float64(0.5), impl="torch")
+    views = [torch.randn(6, 3), torch.randn(6, 4)]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(views), loss(views))
+    assert type(loss.bandwidth) is float
+
+
+def test_one_float64_makes_the_result_float64():
+    x, y = torch.randn(6, 3), torch.randn(6, 4, dtype=torch.float64)
+    for pair in ((x, y), (y, x)):
+        got, expected = F.dependence(*pair), F.dependence(x.double(), y)
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp", "reference"])
+def test_the_median_is_a_constant_to_the_gradient(impl):
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    width = (torch.pdist(x.detach()).square().median() / 3).sqrt().item()
+    y = x.detach().flip(0).clone()
+    gradients = [
+        torch.autograd.grad(F.dependence(x, y, bandwidth=b, impl=impl), x)[0]
+        for b in ("median", width)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp", "reference"])
+def test_samples_may_be_single_numbers(impl):
+    x, y = torch.randn(6, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    for kernel in ("linear", "gaussian"):
+        got = F.dependence(x, y, kernel=kernel, impl=impl)
+        torch.testing.assert_close(got, F.dependence(x[:, None], y, kernel=kernel))
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_the_first_of_several_widths_may_be_1(impl):
+    xs = [torch.randn(6, d, dtype=torch.float64, requires_grad=True) for d in (4, 3)]
+    got, expected = (  # 1/(sigma^2 D) is 1 of the first
+        torch.autograd.grad(F.dependence(*xs, bandwidth=0.5, impl=name), xs)
+        for name in (impl, "reference")
+    )
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_autocast_does_not_round_the_gradient(impl):
+    x, y = torch.randn(6, 40, requires_grad=True), torch.randn(6, 30)
+    (expected,) = torch.autograd.grad(F.dependence(x, y, impl=impl), x)
+    loss = F.dependence(x, y, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = torch.autograd.grad(loss, x)
+    assert torch.equal(got, expected)
+
+
+def test_features_that_do_not_collapse(impl: Impl) -> None:
+    """Repeated in the middle; samples between their features; in several parts."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(6, 4, generator=generator)
+    wide = 9 * (30 if impl.interpreted else 300)
+    for x in (
+        torch.randn(6, 3, 1, 7, generator=generator).expand(-1, -1, 4, -1),
+        torch.randn(3, 6, 5, generator=generator).transpose(0, 1),
+        torch.randn(5, 6, 9, wide // 9, generator=generator).transpose(0, 1),
+    ):
+        leaves = leaf(x.to(impl.device)), leaf(x.double().contiguous())
+        got, truth = (
+            torch.autograd.grad(F.dependence(x, of, bandwidth=1.0, impl=name), x)[0]
+            for x, of, name in (
+                (leaves[0], y.to(impl.device), impl.name), (leaves[1], y.double(), "reference")
+            )
+        )  # fmt: skip
+        assert (got.cpu().double() - truth).norm() <= 1e-4 * truth.norm()

@@ -765,3 +765,58 @@ def test_the_oracle_takes_no_infinite_logit_for_a_masked_label(teacher, divergen
         )  # fmt: skip
         # A final head that learns from nobody has no part in a divergence of the others' teacher.
         assert loss.isnan()
+
+
+def test_weights_of_a_mixture_that_nearly_sum_to_1():
+    z, y = torch.zeros(2, 3, 4), torch.zeros(3, dtype=torch.int64)
+    F.jensen_shannon(z, y, pi=[0.5, 0.25, 0.25 + 1e-8])
+    for wrong in (0.2499, 0.2501):
+        with pytest.raises(ValueError, match="^pi: expected 3 weights"):
+            F.jensen_shannon(z, y, pi=[0.5, 0.25, wrong])
+
+
+def test_indices_are_no_target_of_a_sigmoid_whatever_their_dtype() -> None:
+    z, y = numbers(2, 4, 5), torch.tensor([0, 4, 1, 2])
+    with pytest.raises(ValueError, match=r"one of each label of a sigmoid, got .*float64$"):
+        F.collaborative_consistency(z, y.double(), activation="sigmoid")
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+def test_the_gradient_of_a_mixture_with_a_label_out_of_range_is_none(
+    impl: Impl, batch: int
+) -> None:
+    z = leaf(torch.randn(2, batch, 5, generator=torch.Generator().manual_seed(0)).to(impl.device))
+    target = torch.arange(batch, device=impl.device) % 5
+    target[1] = 5
+    options = F._mixture_options(
+        2, pi=0.5, normalize=True, label_smoothing=0.0, ignore_index=-100, reduction="none"
+    )
+    loss, _ = F._consistency([z], target, options, impl.name)
+    (g,) = torch.autograd.grad(loss.sum(), z)
+    unknown = [i == 1 for i in range(batch)]
+    assert loss.isnan().tolist() == unknown
+    assert all(head.isnan().any(-1).tolist() == unknown for head in g)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("classes", [5, 40_000])
+def test_teachers_learn_from_all_chunks(
+    impl: Impl, classes: int, teacher: str, divergence: str
+) -> None:
+    heads = 2 if classes > 5 else 3
+    if impl.interpreted and classes > 5:
+        pytest.skip("interpreted: as many classes take minutes")
+    z = 3 * torch.randn(heads, 1, classes, generator=torch.Generator().manual_seed(0))
+    z[0, :, : classes // 2] += 2
+    x, wide = leaf(z.to(impl.device)), leaf(z.double())
+    got, truth = (
+        torch.autograd.grad(
+            F.collaborative_consistency(
+                each, None, teacher=teacher, divergence=divergence, detach_teacher=False, impl=name
+            ),
+            each,
+        )[0]
+        for each, name in ((x, impl.name), (wide, "reference"))
+    )
+    assert (got.cpu().double() - truth).norm() <= 1e-5 * truth.norm()

@@ -6,6 +6,7 @@ import collections
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -105,6 +106,30 @@ def test_a_worker_that_hangs_is_ended_and_the_next_one_goes_on(tmp_path: Path) -
         parent.command = [sys.executable, "-c", "raise SystemExit(3)"]
         parent.close()
         assert "exit status 3" in parent.ask(30, kind="answer")["failed"]
+
+
+def test_where_a_worker_crashed_is_looked_at_once(tmp_path: Path) -> None:
+    crash = f"{PIPE}import os, signal; pipe.recv(); os.kill(os.getpid(), signal.SIGSEGV)"
+    debugger = tmp_path / "debugger"
+    debugger.write_text('#!/bin/sh\necho "stacks of $*"\n')
+    debugger.chmod(0o755)
+    with (tmp_path / "log").open("w") as log:
+        parent = workers.Workers(log, [sys.executable, "-c", crash])
+        parent.debugger = str(debugger)
+        for _ in range(2):
+            assert "exit status -11" in parent.ask(30, kind="answer")["failed"]
+    said = (tmp_path / "log").read_text()
+    assert said.count("stacks of -batch -ex run -ex bt") == 1 and sys.executable in said
+
+
+@pytest.mark.skipif(shutil.which("gdb") is None, reason="gdb is not installed")
+def test_a_debugger_says_where_a_worker_crashed(tmp_path: Path) -> None:
+    crash = f"{PIPE}import ctypes; pipe.recv(); ctypes.string_at(8)"
+    with (tmp_path / "log").open("w") as log:
+        parent = workers.Workers(log, [sys.executable, "-c", crash])
+        assert "exit status -11" in parent.ask(60, kind="answer")["failed"]
+    said = (tmp_path / "log").read_text()
+    assert "SIGSEGV" in said and "string_at" in said or "strlen" in said, said
 
 
 def test_a_fused_kernel_that_is_wrong_has_failed_and_others_are_left_out(

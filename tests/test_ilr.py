@@ -341,3 +341,20 @@ def test_multihead_computes_with_the_implementation_that_is_named(monkeypatch):
     network = MultiHead(resnet18(3, width=4), impl="torch")
     network(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))
     assert asked == ["torch"]
+
+
+def test_two_splits_are_at_two_places():
+    with pytest.raises(ValueError, match="^splits: expected an order from input to output"):
+        MultiHead(small_resnet(), heads=4, splits=["layer3", "layer3"])
+
+
+def test_a_resnets_linear_layers_are_drawn_as_nn_linear_draws_them():
+    network = small_resnet()
+    fresh = MultiHead(network).copies[0][0][-1]
+    bound = network.fc.in_features**-0.5
+    assert 0.5 * bound < fresh.weight.abs().max() <= bound
+
+
+def test_a_part_of_a_name_is_no_split():
+    with pytest.raises(ValueError, match="^splits: expected modules .* got 'layer'"):
+        MultiHead(small_resnet(), splits=["layer"])

@@ -1345,3 +1345,60 @@ def test_terms_are_those_of_the_ways_that_are_on_in_the_call():
         setattr(imcl, name, 0.0)
         assert term not in imcl(x, y).terms
         setattr(imcl, name, weight)
+
+
+def test_probabilities_where_the_last_layers_alone_are_float64(network, batch):
+    x, y = batch
+    y = F.one_hot(y, 10).double() * (1 - 1e-9) + 1e-10
+    network.fc.double()
+    network.forward = lambda x: network.fc(network.features(x).mean((2, 3)).double())
+    out = build(network, x, dropout=0.0)(x, y)
+    assert out.loss.dtype == torch.float64
+    torch.testing.assert_close(
+        out.terms["cross_entropy"], F.cross_entropy(out.logits, y), rtol=1e-13, atol=0
+    )
+
+
+def test_the_activation_may_be_changed_between_steps():
+    imcl, x, y = made_to_change()
+    y = F.one_hot(y, 5).to(x)
+    before = imcl(x, y).terms["cross_entropy"]
+    imcl.activation = "sigmoid"
+    out = imcl(x, y)
+    expected = 5 * F.binary_cross_entropy_with_logits(out.logits, y)
+    torch.testing.assert_close(out.terms["cross_entropy"], expected)
+    assert before != expected
+
+
+def test_no_hook_stays_on_a_weight_that_is_made_anew(network, batch):
+    parametrizations.weight_norm(network.features[4])
+    imcl = build(network, batch[0])
+    made = network.features[4].parametrizations.weight
+    assert made._forward_hooks
+    imcl.remove_hooks()
+    assert not made._forward_hooks
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_criterion_is_a_scalar_in_eval_mode_too(training):
+    def each(output, target):
+        return F.cross_entropy(output, target, reduction="none")
+
+    imcl, x, y = made_to_change(criterion=each)
+    imcl.train(training)
+    with pytest.raises(ValueError, match="^criterion: expected it to return a scalar"):
+        imcl(x, labels=y)
+
+
+def test_layers_of_a_trunk_in_inference_mode_contribute_their_value(network, batch):
+    trunk, network.features = network.features[:8], network.features[8:]
+
+    def forward(x):
+        with torch.inference_mode():
+            x = trunk(x)
+        return network.fc(network.features(x.clone()).mean((2, 3)))
+
+    network.trunk, network.forward = trunk, forward
+    imcl = build(network, batch[0], layers=["trunk.6", "features.11"], multilayer_weight=0,
+                 kernel_weight=0)
+    assert imcl(*batch).terms["representation_similarity"] > 0

@@ -6,6 +6,7 @@ run in a process of their own: this file, as a program, is what they run.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -95,6 +96,21 @@ def cross_section() -> None:
                     )
                     logits, target = drawn.build(dtype)
                     check_consistency(CPP, logits, target, **drawn.options())
+        # Pairs of more columns than are packed at a time, with the channels last.
+        many = Matrices((1, 37, 20, 15), True, "channels_last")
+        check_pairwise(CPP, [many.build(dtype)], batched=True)
+        for bad in (math.nan, math.inf):
+            x = Matrices((1, 9, 40), True).build(dtype)
+            x[0, 1, 37] = bad
+            assert not F.representation_similarity(x, impl="cpp").isfinite()
+            z = torch.randn(40, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+            z[1, 3] = bad
+            for rows in (z, z[:2]):  # in lanes of samples, and one by one
+                y = torch.zeros(len(rows), dtype=torch.long)
+                assert not F.collaborative_consistency([rows], y, impl="cpp").isfinite()
+    z = torch.randn(1, 8, 40, generator=torch.Generator().manual_seed(0))
+    z.view(torch.int32)[0, 0, 3] = 0x7FC001FF  # a NaN whose lowest bits are none of a usual one
+    assert F.collaborative_consistency(z, torch.zeros(8, dtype=torch.long), impl="cpp").isnan()
     x = Matrices((96, 320), False).build(torch.float32)
     for precision in ("highest", "high", "medium"):
         check_pairwise(CPP, [x], batched=False, precision=precision)
@@ -105,6 +121,30 @@ def cross_section() -> None:
             loss = F.representation_similarity(xs, impl="cpp")
             results.append([loss, *torch.autograd.grad(loss, xs)])
     assert_same_bits(*results)
+
+
+def chosen(level: str) -> subprocess.CompletedProcess:
+    code = "from imcl_fast import operators; print(operators.build_info.isa_chosen())"
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "IMCL_FAST_ISA": level},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_a_level_that_this_cpu_lacks_is_refused() -> None:
+    usable(CPP)
+    lacking = sorted(set(operators.build_info.isa_compiled()) - set(LEVELS))
+    if not lacking:
+        pytest.skip("this CPU has all levels")
+    for level in lacking:
+        done = chosen(level)
+        assert done.returncode == 1 and level in done.stderr.splitlines()[-1]
+
+
+def test_no_level_at_all_is_the_best_there_is() -> None:
+    usable(CPP)
+    done = chosen("")
+    assert done.returncode == 0 and done.stdout.strip() in LEVELS, done.stderr
 
 
 if __name__ == "__main__":

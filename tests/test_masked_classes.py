@@ -545,3 +545,94 @@ def test_the_lowest_of_a_narrower_dtype(impl: Impl) -> None:
                 pair, target, label_smoothing=0.1, return_terms=True, impl=impl.name
             )[1]
             assert terms["cross_entropy"].tolist() == [math.inf, math.inf]  # of a masked class
+
+
+# --- many samples, and many classes: both are taken in pieces
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_classes_of_many_samples_are_masked(impl: Impl, teacher: str, detach: bool) -> None:
+    z = torch.randn(3, 40, 7, generator=torch.Generator().manual_seed(0))
+    z[:, 3::5, 2] = -math.inf
+    target = torch.full((40,), 4, device=impl.device)
+    got = check(impl, [*z.to(impl.device)], target, teacher=teacher, detach_teacher=detach)
+    assert got.loss.isfinite() and all(g.isfinite().all() for g in got.gradients)
+
+
+@pytest.mark.parametrize("batch", [4, 40])
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_class_that_one_head_masks_in_many_samples(impl: Impl, teacher: str, batch: int) -> None:
+    """Of a head that learns from nobody, and of which others do."""
+    z = torch.randn(3, batch, 7, generator=torch.Generator().manual_seed(0))
+    z[0, 3::5, 2] = -math.inf
+    target = torch.full((batch,), 4, device=impl.device)
+    for detach in (True, False):
+        got = check(
+            impl, [*z.to(impl.device)], target, teacher=teacher, detach_teacher=detach,
+            kl_weight=[0.0, 1.0, 1.0],
+        )  # fmt: skip
+        assert got.loss.isfinite() and got.terms[1, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [0.0, [0.0, 1.0, 1.0]], ids=str)
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_sample_s_gradient_is_that_of_few_samples(
+    impl: Impl, teacher: str, weight: float | list[float]
+) -> None:
+    z = torch.randn(3, 40, 7, generator=torch.Generator().manual_seed(0)).to(impl.device)
+    z[0, 3::5, 2] = -math.inf
+    target = torch.full((40,), 4, device=impl.device)
+    options = {"teacher": teacher, "detach_teacher": [False], "kl_weight": weight}
+    many, few = (run(impl.name, [*z[:, :n]], target[:n], **options) for n in (40, 8))
+    for g, alone in zip(many.gradients, few.gradients, strict=True):
+        torch.testing.assert_close(5 * g[:8], alone, equal_nan=True)
+
+
+@pytest.mark.parametrize("batch, classes", [(3, 7), (40, 7), (3, 40)])
+def test_what_has_no_weight_may_be_infinite_in_every_sample(
+    impl: Impl, batch: int, classes: int
+) -> None:
+    z = torch.randn(2, batch, classes, generator=torch.Generator().manual_seed(0)).to(impl.device)
+    z[0, 1, 2] = -math.inf
+    target = torch.full((batch,), 2, device=impl.device)
+    for ce, kl in (([0.0, 1.0], 0.0), (0.0, [0.0, 1.0])):
+        loss, terms = F.collaborative_consistency(
+            z, target, ce_weight=ce, kl_weight=kl, reduction="none", return_terms=True,
+            impl=impl.name,
+        )  # fmt: skip
+        assert loss.isfinite().all() and terms["cross_entropy"][0].isinf()
+
+
+@pytest.mark.parametrize("batch", [4, 40])
+def test_a_head_without_weight_may_have_no_class(impl: Impl, batch: int) -> None:
+    z = torch.randn(3, batch, 7, generator=torch.Generator().manual_seed(0)).to(impl.device)
+    z[0, 1] = -math.inf
+    z = leaf(z)
+    loss = F.collaborative_consistency(
+        z, None, teacher="final", kl_weight=[0.0, 1.0, 1.0], impl=impl.name
+    )
+    (g,) = torch.autograd.grad(loss, z)
+    assert loss.isfinite() and g.isfinite().all() and not g[0].any()
+
+
+def test_a_divergence_that_became_nothing_stays_so(impl: Impl) -> None:
+    """Infinite in the first chunk, of classes that the last one leaves no probability."""
+    z = torch.zeros(2, 1, 40_000, device=impl.device)
+    z[0, :, 3], z[:, :, -1] = -math.inf, 4000
+    assert F.collaborative_consistency(z, None, temperature=1.0, impl=impl.name) == 0
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_the_lowest_number_masks_in_every_chunk(impl: Impl, teacher: str, divergence: str) -> None:
+    if impl.interpreted:
+        pytest.skip("interpreted: as many classes take minutes")
+    z = torch.zeros(2, 1, 40_000)
+    z[0, :, 3] = torch.finfo(torch.float32).min
+    wide = z.double().masked_fill(z < -1e30, -math.inf)
+    got, truth = (
+        F.collaborative_consistency(x, None, teacher=teacher, divergence=divergence, impl=name)
+        for x, name in ((z.to(impl.device), impl.name), (wide, "reference"))
+    )
+    torch.testing.assert_close(got.cpu().double(), truth, rtol=1e-4, atol=1e-5)

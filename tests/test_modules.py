@@ -168,3 +168,23 @@ def test_public_names() -> None:
         assert getattr(imcl_fast, name).__doc__, name
     for function in (*(f for _, f in PAIRS.values()),):
         assert function.__doc__ and "Raises:" in function.__doc__
+
+
+@pytest.mark.parametrize("kind", ["consistency", "mixture"])
+@pytest.mark.parametrize("class_dim", [1, -1])
+def test_modules_keep_where_the_classes_are(kind, class_dim):
+    module, function = ALL_PAIRS[kind]
+    z, y = torch.randn(3, 5, 5), torch.arange(15).view(3, 5) % 5
+    got = module(class_dim=class_dim)([z, 2 * z], y)
+    assert_same_bits([got], [function([z, 2 * z], y, class_dim=class_dim)])
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_gradient_is_that_of_the_function(detach):
+    z, y = inputs("consistency")
+    gradients = []
+    for loss in (imcl_fast.CollaborativeConsistencyLoss(detach_teacher=detach),
+                 lambda z, y: F.collaborative_consistency(z, y, detach_teacher=detach)):
+        x = z.clone().requires_grad_()
+        gradients += torch.autograd.grad(loss(x, y), x)
+    assert_same_bits(gradients[:1], gradients[1:])

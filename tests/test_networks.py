@@ -213,3 +213,27 @@ def test_channels_are_told_from_positions(block, shape, channel_axis):
     torch.testing.assert_close(
         imcl(x, y).terms["representation_similarity"], expected, rtol=1e-4, atol=1e-6
     )
+
+
+def test_blocks_of_one_dimension_that_end_in_a_pooling():
+    def block(i, o):
+        return nn.Sequential(nn.Conv1d(i, o, 3, padding=1), nn.ReLU(), nn.MaxPool1d(2))
+
+    net = nn.Sequential(
+        block(2, 5), block(5, 6), block(6, 7),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(7, 3),
+    )  # fmt: skip
+    imcl = IMCL(net, torch.randn(2, 2, 32))
+    assert imcl.layers == ["0", "1", "2"]
+    assert [head.linear.in_features for head in imcl.heads] == [5, 6]
+
+
+def test_a_layer_norm_of_maps_has_its_channels_first():
+    net = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), convnext.LayerNorm2d(5), nn.GELU(), nn.MaxPool2d(2),
+        nn.Conv2d(5, 6, 3, padding=1), convnext.LayerNorm2d(6), nn.GELU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    )
+    imcl = IMCL(net, torch.randn(2, 3, 8, 8))
+    assert imcl.layers == ["2", "6"]
+    assert [head.linear.in_features for head in imcl.heads] == [5]

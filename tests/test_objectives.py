@@ -177,3 +177,33 @@ def test_a_target_that_is_none_is_named(method, target, error, message):
         )
     soft = torch.rand(4, 10).softmax(1)
     assert objective(given, soft).loss.isfinite()
+
+
+@pytest.mark.parametrize("method", ["qad", "qad-imcl"])
+def test_the_implementation_reaches_the_dependence(network, batch, method):
+    qad = build(method, network, batch[0], impl="torch")
+    assert qad.dependence.impl == "torch"
+    assert qad.ways is None or qad.ways.impl == "torch"
+
+
+@pytest.mark.parametrize("method", ["imcl", "qad-imcl"])
+def test_sharing_the_kernels_out_is_handed_on(network, batch, method):
+    with pytest.raises(RuntimeError, match="^shard_kernels: expected torch.distributed"):
+        build(method, network, batch[0], shard_kernels=True)
+
+
+@pytest.mark.parametrize("method", ["imcl", "song-chai-4", "mutual-exits"])
+def test_the_implementation_reaches_every_method(network, batch, method):
+    assert build(method, network, batch[0], impl="torch").impl == "torch"
+
+
+def test_mutual_exits_have_the_teacher_that_is_named(network, batch):
+    teachers = {"pairwise": {}, "final": {"multilayer_teacher": "final"}}
+    for teacher, options in teachers.items():
+        built = build("mutual-exits", network, batch[0], **options)
+        assert built.multilayer_teacher == teacher
+
+
+def test_a_setting_that_qad_does_not_have_is_named(network, batch):
+    with pytest.raises(TypeError, match="^views: method qad has no such setting"):
+        build("qad", network, batch[0], views=3)

@@ -178,3 +178,21 @@ def test_gram(impl: Impl, gram: operators.Gram, sample: int) -> None:
     torch.library.opcheck(gram.forward, (xs, scale), test_utils=OPCHECKS)
     grams, means = gram.forward(xs, scale)
     torch.library.opcheck(gram.backward, (grams, xs, means), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("penalty", ["square", "abs", "signed"])
+def test_what_is_kept_of_square_matrices(penalty):
+    from imcl_fast import functional as F
+    w = torch.randn(20, 20, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(F.kernel_similarity, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(F.kernel_similarity(w, penalty=penalty, impl="cpp"), w)
+    (got,) = torch.autograd.grad(compiled(w, penalty=penalty, impl="cpp"), w)
+    assert torch.equal(got, expected)
+    from torch._subclasses import FakeTensorMode
+    options = ([w.detach()], F.PENALTIES.index(penalty), False, 1e-12, False, 0, True)
+    _, (state,) = operators.pairwise.forward(*options)
+    plain = w.detach()
+    with FakeTensorMode() as mode:
+        _, (fake,) = operators.pairwise.forward([mode.from_tensor(plain)], *options[1:])
+    assert fake.shape == state.shape

@@ -305,3 +305,52 @@ def test_a_mask_is_a_tensor(mask):
     ):
         with pytest.raises(TypeError, match="token_mask: expected a Tensor or None, got"):
             call()
+
+
+def test_an_argument_without_dimensions_has_no_samples():
+    class Scaled(FlatCNN):
+        def forward(self, scale, x):
+            return super().forward(scale * x)
+
+    imcl = IMCL(Scaled(), {"scale": torch.tensor(2.0), "x": X})
+    assert len(imcl.layers) == 3
+
+
+def test_what_is_named_in_the_call_goes_before_what_is_in_the_batch():
+    assert outputs.arguments({"a": 1, "b": 2}, {"b": 3}) == ((), {"a": 1, "b": 3})
+    model = TakingTwo()
+    imcl = IMCL(model, {"pixels": X})
+    given = {"pixels": X, "shift": 9.0}
+    torch.testing.assert_close(imcl(given, shift=1.0), model(X, shift=1.0))
+
+
+def test_the_mask_of_a_decoder_has_its_own_name():
+    padding = outputs.Padding(mask="of the source", decoder_mask="of the target", decodes=True)
+    assert padding.of_layer("decoder.block.0") == ("of the target", "decoder_attention_mask")
+    assert padding.of_layer("encoder.block.0") == ("of the source", "attention_mask")
+
+
+def test_a_model_may_have_arguments_of_the_names_that_imcl_has():
+    class Model(FlatCNN):
+        def forward(self, x, target=None, labels=None, extra=None):
+            return super().forward(x)
+
+    imcl = IMCL(Model(), {"x": X})
+    shown = inspect.signature(imcl.forward).parameters
+    assert [*shown] == ["x", "target", "labels", "token_mask", "extra", "kwargs"]
+
+
+def test_a_causal_model_of_a_name_of_its_own_says_so_by_its_loss():
+    model = nn.Linear(1, 1)
+    outputs.check_labels(model, {}, True)
+    model.loss_type = "ForCausalLM"
+    with pytest.raises(ValueError, match="^labels: a causal language model predicts the next"):
+        outputs.check_labels(model, {}, True)
+
+
+def test_labels_that_are_named_go_before_those_of_the_batch():
+    imcl = IMCL(FlatCNN(), {"x": X}, representation_weight=0, kernel_weight=0, output_weight=0,
+                multilayer_weight=0)
+    batch = {"x": X, "labels": (Y + 1) % 6}
+    torch.testing.assert_close(imcl(batch, labels=Y).loss, F.cross_entropy(imcl.model(X), Y))
+    torch.testing.assert_close(imcl(batch, Y).loss, F.cross_entropy(imcl.model(X), Y))

@@ -272,3 +272,18 @@ def test_a_norm_that_overflows_makes_no_channel_dead():
     features = 1e20 + 1e18 * torch.randn(1, 2, 4)  # whose squares are no float32
     mask = torch.tensor([[[True, True, True, False]]])
     assert padding.neutral(features, mask, True)[0, :, :3].all()
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_eps_draws_the_line_beside_a_mask_too(center):
+    x = features(padded=40)
+    expected = functional.representation_similarity(x, mask=mask(40), center=center)
+    dead = functional.representation_similarity(x, mask=mask(40), center=center, eps=1e3)
+    assert expected > 0 and dead == 0
+
+
+def test_the_module_hands_the_mask_on():
+    x = features(padded=40)
+    got = imcl_fast.RepresentationSimilarityLoss(center=True)(x, mask=mask(40))
+    expected = functional.representation_similarity(x, mask=mask(40), center=True)
+    assert got == expected != functional.representation_similarity(x, center=True)

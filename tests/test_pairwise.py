@@ -18,6 +18,7 @@ from conftest import (
     dtype_name,
     leaf,
     threads,
+    usable,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -606,3 +607,55 @@ def test_the_same_tensor_twice(impl: Impl) -> None:
     (once,) = torch.autograd.grad(F.kernel_similarity(x, impl=impl.name), x)
     (twice,) = torch.autograd.grad(F.kernel_similarity([x, x], impl=impl.name), x)
     torch.testing.assert_close(twice, once)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_to_bfloat16_alone_rounds_products(dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        got = F._precision("cpu")
+    assert F.PRECISIONS[got] == ("medium" if dtype == torch.bfloat16 else "highest")
+
+
+# --- layouts that don't collapse, eps beside centring, threads
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 3, 1), (3, 1, 2, 0), (2, 3, 1, 0)], ids=str)
+def test_rows_between_their_columns(impl: Impl, order: tuple[int, ...]) -> None:
+    back = [order.index(i) for i in range(4)]
+    for shape in cases(impl, ((2, 9, 6, 5), (2, 20, 3, 3), (2, 40, 5, 9)), order[0]):
+        x = Matrices(shape, True, offset=0.5).build(torch.float32, impl.device)
+        x = x.permute(order).contiguous().permute(back)
+        for penalty in PENALTIES:
+            check_pairwise(impl, [x], batched=True, penalty=penalty)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 1, 7), (2, 30, 1, 5)], ids=str)
+def test_a_dimension_that_is_repeated_in_the_middle(impl: Impl, shape: tuple[int, ...]) -> None:
+    """The strides of the gradient are in another order."""
+    x = Matrices(shape, True).build(torch.float32, impl.device).expand(-1, -1, 4, -1)
+    for penalty in PENALTIES:
+        check_pairwise(impl, [x], batched=True, penalty=penalty)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_eps_draws_the_line_when_centred_too(impl: Impl, penalty: str) -> None:
+    for shape in ((1, 6, 20), (1, 20, 6)):
+        x = Matrices(shape, True, seed=3).build(torch.float32, impl.device)
+        x[0, 1] *= 0.01
+        x = leaf(x)
+        loss = F.representation_similarity(
+            x, penalty=penalty, center=True, eps=0.1, impl=impl.name
+        )
+        (g,) = torch.autograd.grad(loss, x)
+        assert not g[0, 1].any() and g[0, 2].any()
+        check_pairwise(impl, [x.detach()], batched=True, penalty=penalty, center=True, eps=0.1)
+
+
+def test_a_signed_matrix_that_threads_share() -> None:
+    usable(Impl("cpp", "cpu"))
+    x, results = leaf(torch.randn(4000, 8192)), []
+    for count in (1, 2):
+        with threads(count):
+            loss = F.kernel_similarity(x, penalty="signed", impl="cpp")
+            results.append([loss, *torch.autograd.grad(loss, x)])
+    assert_same_bits(*results)

@@ -666,3 +666,33 @@ def test_gradients_of_before_come_back_whatever_was_written_to_their_memory():
         raise KeyError
     for p, gradient in zip(network.parameters(), held, strict=True):
         assert torch.equal(p.grad, gradient)
+
+
+def test_an_exception_in_the_network_leaves_nothing_under_way():
+    network, (views, y) = Network().double(), data(2)
+    qa = QualityAgnostic(network, views[0], ways=IMCL(network, views[0]))
+    expected = qa(views, y).loss
+    with pytest.raises(RuntimeError):
+        qa(views[:, :, :1], y)  # images of one channel
+    assert qa._tape.step is None and qa.ways._tape.step is None
+    assert qa(views, y).loss.isfinite() and expected.isfinite()
+
+
+def test_layers_in_checkpointed_segments_take_part():
+    from torch.utils.checkpoint import checkpoint
+    network, (views, y) = Network().double(), data(2)
+    qa = QualityAgnostic(network, views[0])
+    expected = qa(views, y).terms["dependence"]
+    run = type(network.one).forward
+    for part in (network.one, network.two):
+        part.forward = lambda x, part=part: checkpoint(run, part, x, use_reentrant=False)
+    network.forward = lambda x: checkpoint(Network.forward, network, x, use_reentrant=False)
+    torch.testing.assert_close(qa(views, y).terms["dependence"], expected)
+
+
+def test_a_layer_that_runs_twice_is_an_error():
+    network, (views, y) = Network().double(), data(2)
+    qa = QualityAgnostic(network, views[0])
+    network.forward = lambda x: (network.one(x), Network.forward(network, x))[1]
+    with pytest.raises(RuntimeError, match="to run once each, as on example_input, got 4 runs"):
+        qa(views, y)

@@ -428,3 +428,34 @@ def test_compiled_networks_are_profiled_as_they_are(how):
     for batch in (images, images[:1]):
         compiled(batch)
     assert profile(compiled, images) == expected
+
+
+def test_a_number_that_is_not_finite_counts_in_whatever_batch():
+    images = torch.randn(3, 2, 4, 4)
+    images[0, 0, 0, 0] = torch.nan
+    model = nn.Sequential(nn.Conv2d(2, 3, 1))
+    for size in (1, 3):
+        (layer,) = (x for x in profile(model, images, batch_size=size) if x["kind"] != "kernel")
+        assert layer["mean_abs_cos"] is None and layer["histogram"] is None
+
+
+def test_what_the_network_draws_is_drawn_from_a_copy():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1))
+    model.register_forward_hook(lambda *args: args[-1] + torch.rand(1))
+    before = torch.get_rng_state()
+    profile(model, torch.randn(3, 2, 4, 4, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_layers_that_have_no_weights_yet_are_left_out():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1))
+    model.forward = model[0].forward
+    model.append(nn.LazyLinear(4))
+    assert [layer["name"] for layer in profile(model, torch.randn(2, 2, 4, 4))] == ["0"]
+
+
+def test_what_never_ran_comes_last():
+    model = nn.Sequential(nn.Conv2d(2, 5, 1), nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 1))
+    model.forward = lambda x: model[2](model[1](x))
+    kernels = [x["name"] for x in profile(model, torch.randn(2, 2, 4, 4)) if x["kind"] == "kernel"]
+    assert kernels == ["1", "2", "0"]

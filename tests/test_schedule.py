@@ -270,3 +270,21 @@ def test_a_period_has_an_end():
 
 def test_a_position_beyond_the_period_is_its_remainder():
     assert Schedule(2, 3, 13).turn.position == 1
+
+
+def test_where_the_schedule_stands_is_on_the_cpu_whatever_the_default():
+    from torch import nn
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    imcl = IMCL(network, torch.rand(2, 1, 8, 8), layers=["1"], output_weight=0, multilayer_weight=0)
+    with torch.device("meta"):
+        state = imcl.get_extra_state()
+    assert state.device.type == "cpu" and state == 0
+
+
+def test_weights_made_anew_are_seen_from_the_first_call_on():
+    from torch import nn
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    nn.utils.parametrizations.weight_norm(network[2])
+    IMCL(network, torch.rand(2, 1, 8, 8), output_weight=0, multilayer_weight=0,
+         representation_weight=0, representation_interval=4, kernel_interval=4, kernels=["2"])
+    assert network[2].parametrizations.weight._forward_hooks

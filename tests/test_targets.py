@@ -343,3 +343,37 @@ def test_torchvisions_mixtures_train_a_network(name: str) -> None:
     out.loss.backward()
     torch.testing.assert_close(out.terms["cross_entropy"], TF.cross_entropy(out.logits, y).detach())
     assert all(p.grad.isfinite().all() for p in imcl.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_probabilities_know_no_ignored_class(index):
+    z = torch.randn(2, 5, 4)
+    with pytest.raises(ValueError, match=f"^ignore_index: .* as target, got {index}"):
+        F.collaborative_consistency(z, z[0].softmax(-1), ignore_index=index)
+
+
+def test_weights_that_require_a_gradient_will_do_where_there_is_none():
+    z, y, weight = torch.randn(2, 5, 4), torch.arange(5) % 4, torch.rand(5, requires_grad=True)
+    with torch.no_grad():
+        got = F.collaborative_consistency(z, y, sample_weight=weight)
+    torch.testing.assert_close(
+        got, F.collaborative_consistency(z, y, sample_weight=weight.detach())
+    )
+
+
+def test_a_class_of_weight_0_may_be_masked_in_many_samples(impl: Impl) -> None:
+    z = torch.randn(2, 40, CLASSES, generator=torch.Generator().manual_seed(0)).to(impl.device)
+    z[:, :, 2] = -math.inf
+    weight = torch.ones(CLASSES, device=impl.device)
+    weight[2] = 0
+    y = torch.arange(40, device=impl.device) % CLASSES
+    assert F.collaborative_consistency(z, y, weight=weight, impl=impl.name).isfinite()
+
+
+@pytest.mark.parametrize("batch", [4, 40])
+def test_weights_of_classes_may_lie_apart(impl: Impl, batch: int) -> None:
+    z = torch.randn(batch, 7, generator=torch.Generator().manual_seed(0)).to(impl.device)
+    weight = torch.rand(7, 2, generator=torch.Generator().manual_seed(1)).to(impl.device)[:, 1]
+    target = torch.arange(batch, device=impl.device) % 7
+    got = F.collaborative_consistency([z], target, weight=weight, impl=impl.name)
+    torch.testing.assert_close(got, TF.cross_entropy(z, target, weight=weight))

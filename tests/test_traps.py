@@ -401,3 +401,11 @@ def test_heads_average_under_torch_func(dtype):
     x = torch.rand(2, 3, 4, 4).to(dtype)
     gradient = torch.func.grad(lambda x: average(x).float().sum())(x)
     torch.testing.assert_close(gradient, torch.full_like(x, 1 / 16))
+
+
+def test_vmap_over_targets_too():
+    from imcl_fast import functional
+    z, y = torch.randn(3, 2, 5, 4), torch.randint(4, (3, 5))
+    got = torch.vmap(functional.collaborative_consistency)(z, y)
+    each = [functional.collaborative_consistency(*one) for one in zip(z, y, strict=True)]
+    torch.testing.assert_close(got, torch.stack(each))

@@ -7,6 +7,8 @@ GPU, or on the CPU under TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imcl_fast import functional as F
-from imcl_fast.kernels import consistency, dependence, numerics, pairwise, scaling
+from imcl_fast.kernels import autotune, consistency, dependence, numerics, pairwise, scaling
 from imcl_fast.kernels.launch import Launch
 
 if "triton" not in TESTED:
@@ -329,3 +331,37 @@ def test_float64_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reason = implementations.why_not("triton", "cuda", [torch.float64])
     assert reason is not None and "float64" in reason
+
+
+def test_a_large_gradient_of_single_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a factor of its own, wherever a gradient is scaled by a kernel of Triton's."""
+    monkeypatch.setattr(scaling, "LARGE_GRADIENT", 1)
+    z = torch.randn(6, 5, device=DEVICE, requires_grad=True)
+    y, by = torch.arange(6, device=DEVICE) % 5, torch.arange(1.0, 7, device=DEVICE)
+    got = F.collaborative_consistency([z], y, reduction="none", impl="triton")
+    truth = torch.nn.functional.cross_entropy(z, y, reduction="none")
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z, by)[0] for loss in (got, truth)))
+
+
+def test_winners_that_are_none_are_looked_for_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A cache that another release wrote, or that is damaged; and each dtype has its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(autotune, "_time", lambda run: run())
+    module = SimpleNamespace(get_device_name=lambda device: "gpu")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    file = autotune.cache_file()
+    file.parent.mkdir(parents=True)
+
+    def best(dtype: torch.dtype, *times: float) -> str:
+        return autotune.best(
+            "op", (1,), dtype, torch.device("xpu"), ["a", "b"], lambda c: times["ab".index(c)]
+        )
+
+    for text in ("[1]", "{", '{"op|gpu|torch.float32|1": 2}', '{"op|gpu|torch.float32|1": "1"}'):
+        file.write_text(text)
+        monkeypatch.setattr(autotune, "_winners", None)
+        assert best(torch.float32, 2.0, 1.0) == "b"
+    assert best(torch.float32, 1.0, 2.0) == "b"  # it is kept
+    assert best(torch.float16, 1.0, 2.0) == "a"

@@ -425,3 +425,10 @@ def test_a_value_is_validated_whatever_was_remembered():
             F.collaborative_consistency(logits, target, temperature=True)
         with pytest.raises(TypeError, match="detach_teacher: expected a bool"):
             F.collaborative_consistency(logits, target, detach_teacher=1)
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1])
+def test_an_integer_of_65_bits_is_named(number):
+    told = "^ignore_index: expected an int of 64 bits, got one of 64"
+    with pytest.raises(ValueError, match=told):
+        F.collaborative_consistency(Z, Y, ignore_index=number)

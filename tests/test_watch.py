@@ -303,3 +303,14 @@ def test_an_output_that_is_no_logits_leaves_ways_3_and_4(task):
         imcl = IMCL(make(), example, criterion=criterion)
     assert (imcl.output_weight, imcl.multilayer_weight) == (0, 0)
     assert imcl.representation_weight and imcl.kernel_weight and not len(imcl.heads)
+
+
+def test_a_block_that_ended_in_an_error_has_no_loss():
+    network = FlatCNN()
+    imcl = IMCL(network, torch.rand(2, 1, 16, 16))
+    ways = imcl.watch()
+    network.forward = lambda x: network.fc(x.flatten(1)[:, :10])
+    with pytest.raises(RuntimeError, match="^model: expected the layers"), ways:
+        network(torch.rand(2, 1, 16, 16))
+    with pytest.raises(RuntimeError, match="^watch: expected loss.. after the block"):
+        ways.loss(torch.zeros(2, dtype=torch.int64))

@@ -5,6 +5,7 @@ A process of its own, because after a fault of the GPU a process can't go on.
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import traceback
 from collections.abc import Callable
@@ -49,6 +50,7 @@ def answer(asked: dict[str, Any]) -> Any:
 
 
 def main(answer: Callable[[dict[str, Any]], Any] = answer) -> None:
+    faulthandler.enable()
     pipe = Connection(int(sys.argv[1]))
     while True:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +14,9 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "bench.gpu.worker")
+DEBUGGERS = ("gdb", "cuda-gdb", "/usr/local/cuda/bin/cuda-gdb")
+STACKS = ("-batch", "-ex", "run", "-ex", "bt", "-ex", "thread apply all bt 12", "--args")
+TRACED = 60.0  # seconds that a second run may take, for where the first one crashed
 
 
 class Workers:
@@ -21,6 +26,7 @@ class Workers:
     def __init__(self, log: IO[str], command: Sequence[str] = COMMAND) -> None:
         self.command, self.log = command, log
         self.running: tuple[subprocess.Popen, Connection] | None = None
+        self.debugger = next(filter(None, map(shutil.which, DEBUGGERS)), None)
 
     def ask(self, seconds: float, **what: Any) -> dict[str, Any]:
         """``{"found": its answer}``, or ``{"failed": why}`` also where it hangs longer than that
@@ -35,17 +41,32 @@ class Workers:
             said = pipe.recv()
         except (EOFError, OSError):
             self.close()
+            if process.returncode < 0:
+                self._trace(min(seconds, TRACED), what)
             return {"failed": f"its process ended with exit status {process.returncode}; gpu.log "
                               "says more"}  # fmt: skip
         if said.pop("gone", False):
             self.close()
         return said
 
-    def _start(self) -> tuple[subprocess.Popen, Connection]:
+    def _trace(self, seconds: float, what: dict[str, Any]) -> None:
+        """Once for all crashes: ask again under a debugger, which says in the log where it was."""
+        if self.debugger is None:
+            return
+        process, pipe = self.running = self._start(self.debugger, *STACKS)
+        self.debugger = None
+        pipe.send(what)
+        with contextlib.suppress(EOFError, OSError):
+            pipe.poll(seconds)  # until it has ended, as it did before
+        if process.poll() is None:
+            process.kill()
+        self.close()
+
+    def _start(self, *under: str) -> tuple[subprocess.Popen, Connection]:
         pipe, theirs = Pipe()
         with theirs:
             process = subprocess.Popen(
-                [*self.command, str(theirs.fileno())], cwd=ROOT, stdin=subprocess.DEVNULL,
+                [*under, *self.command, str(theirs.fileno())], cwd=ROOT, stdin=subprocess.DEVNULL,
                 stdout=self.log, stderr=self.log, pass_fds=[theirs.fileno()],
             )  # fmt: skip
         return process, pipe

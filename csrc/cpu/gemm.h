@@ -162,25 +162,13 @@ struct Source {
   bool is_plain() const { return !mean_of_lane && !mean_of_k && !scale_of_k; }
 };
 
-// out[j * kPanel + lane] = x(first_lane + lane, first_k + j); lanes >= lanes are 0.
-template <class T>
-void pack_panel(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k,
-                int64_t depth, AccOf<T>* out) {
+// out[j * kPanel + lane] = adjusted(x(first_lane + lane, first_k + j), the lane's vector, its k);
+// lanes >= lanes are 0.
+template <class T, class Adjusted>
+void pack_adjusted(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k,
+                   int64_t depth, AccOf<T>* out, const Adjusted& adjusted) {
   using Acc = AccOf<T>;
   constexpr int width = kLanes<Acc>, panel = kPanel<Acc>;
-  alignas(kVectorBytes) Acc mean[panel] = {};
-  alignas(kVectorBytes) Acc rest[panel] = {};
-  if (x.mean_of_lane) std::copy_n(x.mean_of_lane + first_lane, lanes, mean);
-  const bool of_lanes = x.mean_of_lane && x.rest, of_k = x.mean_of_k && x.rest;
-  if (of_lanes) std::copy_n(x.mean_of_lane + x.rest + first_lane, lanes, rest);
-  const auto adjusted = [&](Vec<Acc> v, int vector, int64_t k) {
-    v -= load(mean + vector * width);
-    if (of_lanes) v -= load(rest + vector * width);
-    if (x.mean_of_k) v -= splat(x.mean_of_k[k]);
-    if (of_k) v -= splat(x.mean_of_k[k + x.rest]);
-    if (x.scale_of_k) v *= splat(x.scale_of_k[k]);
-    return v;
-  };
   const T* base = x.data;
   const int full = static_cast<int>(lanes / width);  // vectors without padding
 
@@ -213,6 +201,32 @@ void pack_panel(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t f
       store(column + j * panel, load(v));
     }
   }
+}
+
+// out[j * kPanel + lane] = x(first_lane + lane, first_k + j); lanes >= lanes are 0.
+template <class T>
+void pack_panel(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k,
+                int64_t depth, AccOf<T>* out) {
+  using Acc = AccOf<T>;
+  constexpr int width = kLanes<Acc>, panel = kPanel<Acc>;
+  const auto pack_as = [&](const auto& adjusted) {
+    pack_adjusted(x, first_lane, lanes, first_k, depth, out, adjusted);
+  };
+  if (x.is_plain()) return pack_as([](Vec<Acc> v, int, int64_t) { return v; });
+  alignas(kVectorBytes) Acc mean[panel] = {}, rest[panel] = {};
+  if (x.mean_of_lane) {
+    std::copy_n(x.mean_of_lane + first_lane, lanes, mean);
+    if (x.rest) std::copy_n(x.mean_of_lane + x.rest + first_lane, lanes, rest);
+    return pack_as([&](Vec<Acc> v, int vector, int64_t k) {
+      v = (v - load(mean + vector * width)) - load(rest + vector * width);
+      return x.scale_of_k ? v * splat(x.scale_of_k[k]) : v;
+    });
+  }
+  pack_as([&](Vec<Acc> v, int, int64_t k) {
+    if (x.mean_of_k) v -= splat(x.mean_of_k[k]);
+    if (x.mean_of_k && x.rest) v -= splat(x.mean_of_k[k + x.rest]);
+    return x.scale_of_k ? v * splat(x.scale_of_k[k]) : v;
+  });
 }
 
 // out[r * stride + j] = x(first_lane + r, first_k + j) for kStrip lanes, absent ones 0:
