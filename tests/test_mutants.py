@@ -71,6 +71,34 @@ def test_a_copy_has_all_of_the_package_and_no_run(tmp_path) -> None:
     assert (tmp_path / "copy/build").is_dir()  # pytest makes no parents of --basetemp
 
 
+def test_no_mutant_is_tested_on_what_another_one_compiled(tmp_path, monkeypatch) -> None:
+    root = tmp_path / "root"
+    for name in ("csrc/cpu/a.h", "package/b.py"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text("old")
+    tree = Tree(root, tmp_path / "copy", "avx2")
+    ran = []
+
+    def record(command, *_):
+        ran.append("build" if "bench.mutants.build" in command else "test")
+        if ran[-1] == "build":
+            ran[-1] += f" of {(tree.folder / 'csrc/cpu/a.h').read_text()}"
+        return 0, ""
+
+    monkeypatch.setattr(tree, "_run", record)
+    tests = mutant.Tests("one", (), ())
+    compiled, python = (
+        mutant.Mutant(file, "all", "old", "new", (tests,), "")
+        for file in ("csrc/cpu/a.h", "package/b.py")
+    )
+    for each in (python, compiled, compiled, python, python, compiled):
+        assert tree.try_out(each, {tests: None}).verdict == SURVIVED
+    assert ran == [
+        "test", "build of new", "test", "build of new", "test", "build of old", "test", "test",
+        "build of new", "test",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_survivor_is_told_from_the_killed(toy, capsys) -> None:
     root, lists = toy

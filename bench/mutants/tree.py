@@ -66,20 +66,22 @@ class Tree:
             shutil.copytree(objects, folder / "build/objects",
                             ignore=shutil.ignore_patterns(".ninja*"))  # fmt: skip
         (folder / "build").mkdir(exist_ok=True)  # where the tests' files go
-        self._stale = True
+        self._stale = True  # what is compiled, for mutants that are
+        self._spoilt = False  # by such a mutant, for all others too
 
     def test(self, tests: Tests, seconds: float | None, compiled: bool = True) -> Outcome:
-        """Build if that is due and ``compiled``, and run ``tests`` for at most ``seconds``."""
+        """Build if that is due, of a mutant that isn't ``compiled`` only after one that was, and run
+        ``tests`` for at most ``seconds``."""
         start = time.monotonic()
 
         def outcome(verdict: str, by: str = "") -> Outcome:
             return Outcome(verdict, by, time.monotonic() - start)
 
-        if compiled and self._stale:
+        if self._spoilt or (compiled and self._stale):
             code, said = self._run([sys.executable, "-m", "bench.mutants.build", self._level])
             if code:
                 return outcome(BROKEN, _last_lines(said))
-            self._stale = False
+            self._stale = self._spoilt = False
         plugins = ["-p", "no:cacheprovider", "-p", "bench.mutants.unshrunk"]
         code, said = self._run(
             [sys.executable, "-m", "pytest", "-x", "-q", *plugins,
@@ -113,6 +115,7 @@ class Tree:
         finally:
             path.write_text(text, encoding="utf-8")
             self._stale |= mutant.compiled
+            self._spoilt |= mutant.compiled
         return outcome._replace(seconds=seconds)
 
     def stop(self) -> None:
