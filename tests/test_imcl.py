@@ -130,8 +130,10 @@ def test_remove_hooks_gives_the_plain_network_back(network, batch):
     assert hooks(network) == 4
     assert imcl.remove_hooks() is network
     assert hooks(network) == 0
+    scripted = torch.jit.script(copy.deepcopy(network).eval())  # it takes no hooks but functions
+    torch.testing.assert_close(scripted(x), network.eval()(x))
     with pytest.raises(RuntimeError, match="remove_hooks"):
-        imcl(x, y)
+        imcl.train()(x, y)
 
 
 # The objective
