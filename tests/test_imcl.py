@@ -862,8 +862,8 @@ def test_modules_may_be_called_with_keyword_arguments(network, batch):
     torch.testing.assert_close(found[1], expected[1])
 
 
-def test_a_trunk_in_inference_mode_can_be_there(network, batch):
-    x, y = batch
+def infer_trunk(network):
+    """Have the first two stages run in inference mode."""
     trunk, network.features = network.features[:8], network.features[8:]
 
     def forward(x):
@@ -872,6 +872,11 @@ def test_a_trunk_in_inference_mode_can_be_there(network, batch):
         return network.fc(network.features(x.clone()).mean((2, 3)))
 
     network.trunk, network.forward = trunk, forward
+
+
+def test_a_trunk_in_inference_mode_can_be_there(network, batch):
+    x, y = batch
+    infer_trunk(network)
     imcl = build(network, x, layers=["features.10", "features.11"], kernels=["features.8"])
     imcl(x, y).loss.backward()
     assert network.features[0].weight.grad.abs().sum() > 0  # the third stage
@@ -1393,14 +1398,7 @@ def test_a_criterion_is_a_scalar_in_eval_mode_too(training):
 
 
 def test_layers_of_a_trunk_in_inference_mode_contribute_their_value(network, batch):
-    trunk, network.features = network.features[:8], network.features[8:]
-
-    def forward(x):
-        with torch.inference_mode():
-            x = trunk(x)
-        return network.fc(network.features(x.clone()).mean((2, 3)))
-
-    network.trunk, network.forward = trunk, forward
+    infer_trunk(network)
     imcl = build(network, batch[0], layers=["trunk.6", "features.11"], multilayer_weight=0,
                  kernel_weight=0)
     assert imcl(*batch).terms["representation_similarity"] > 0

@@ -70,8 +70,8 @@ class Tree:
         self._spoilt = False  # by such a mutant, for all others too
 
     def test(self, tests: Tests, seconds: float | None, compiled: bool = True) -> Outcome:
-        """Build if that is due, of a mutant that isn't ``compiled`` only after one that was, and run
-        ``tests`` for at most ``seconds``."""
+        """Build if that is due, of a mutant that isn't ``compiled`` only after one that was, and
+        run ``tests`` for at most ``seconds``."""
         start = time.monotonic()
 
         def outcome(verdict: str, by: str = "") -> Outcome:
