@@ -312,11 +312,11 @@ def _check_fresh(module: nn.Module) -> None:
 
 
 def _computed(module: nn.Module) -> list[str]:
-    """Which of its weight and bias are made of other parameters."""
+    """Which of its weight and bias are made of other parameters, by a parametrization or by the
+    hooks of pruning, weight_norm and spectral_norm."""
     return [
         name
         for name in ("weight", "bias")
-        if isinstance(getattr(module, name, None), Tensor)
-        and name not in module._parameters
-        and name not in module._buffers
+        if parametrize.is_parametrized(module, name)
+        or any(f"{name}_{made_of}" in module._parameters for made_of in ("orig", "g", "v"))
     ]

@@ -30,6 +30,7 @@ from .watch import Watch, ran, zero
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
 EVERY_WAY = Turn(0, 1, 1)  # of a call that is not on the schedule
+NO_CHANCE = 16  # calls in a row that no network leaves all layers out of at random
 
 
 class IMCL(IMCLState):
@@ -269,6 +270,7 @@ class IMCL(IMCLState):
         self._told_of_mask = self._told_of_plain = self._told_of_absent = False
         self._consistency = HeadsConsistency()
         self._tape = Tape()
+        self._without_layers = 0  # calls in a row that have run none
         self._tapped: list[int | None] = []  # the layers, and the classifier, that have hooks
         self._handles = self._register_hooks(trace.channels_last)
         self._weight_handles = kernel_weights.tap(self._kernel_weights(EVERY_WAY), self._tape)
@@ -403,13 +405,17 @@ class IMCL(IMCLState):
     def _left_out(self, ran: Sequence[int | None]) -> None:
         """Layers may be, at random; anything else is another course than on the example."""
         absent = taps.left_out(self._tapped, ran, self._handles)
-        if not absent or (len(absent) == len(self.layers) and not self._told_of_absent):
+        compiling = torch.compiler.is_compiling()
+        if not compiling:  # or each number would be another graph
+            alone = absent and not any(layer is not None for layer in ran)
+            self._without_layers = self._without_layers + 1 if alone else 0
+        if not absent or self._without_layers == NO_CHANCE:
             raise RuntimeError(
                 f"model: expected the layers {self.layers} and the classifier "
                 f"{self.classifier} to run once each, as on example_input, got {len(ran)} "
                 f"runs for {len(self._tapped)} hooks (0 after remove_hooks)"
             )
-        if not (self._told_of_absent or torch.compiler.is_compiling()):
+        if not (self._told_of_absent or compiling):
             self._told_of_absent = True
             warnings.warn(
                 f"IMCL: in this call the network left out {[self.layers[i] for i in absent]}, as "
@@ -499,6 +505,7 @@ class IMCL(IMCLState):
         """Take the hooks off the network and return it; ``imcl`` can't train it any more."""
         for handle in [*self._handles, *self._weight_handles, *self._watch_handles]:
             handle.remove()
+        self._handles.clear()
         return self.model
 
     @property

@@ -157,9 +157,9 @@ def left_out(
     absent = [layer for layer in expected if layer is not None and layer not in ran]
     if len(absent) + len(ran) != len(expected) or len(set(ran)) != len(ran):
         return []
-    if torch.compiler.is_compiling():
-        return absent
-    hooked = len(handles) == len(expected) and all(map(_registered, handles))
+    if len(handles) != len(expected):
+        return []
+    hooked = torch.compiler.is_compiling() or all(map(_registered, handles))
     return absent if hooked else []
 
 

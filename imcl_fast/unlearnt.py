@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MOVES = 3  # of the network, before it is sure that the heads stay
-PATIENCE = 100  # calls after which nothing more is looked for
+PATIENCE = 100  # calls without one after which nothing more is looked for
 
 
 class HeadsMove:
@@ -53,7 +53,11 @@ class HeadsMove:
             return
         version = _version(model)
         written = self.seen is not None and version != self.seen
-        self.moves += written or (_have_gradients(heads) and not _have_gradients(model))
+        trained = [p for p in model if p.requires_grad]
+        cleared = bool(trained) and _have_gradients(heads) and not _have_gradients(trained)
+        if written or cleared:
+            self.moves += 1
+            self.calls = 0
         self.seen = version
         if self.moves == MOVES:
             self.done = True

@@ -129,7 +129,7 @@ def test_a_debugger_says_where_a_worker_crashed(tmp_path: Path) -> None:
         parent = workers.Workers(log, [sys.executable, "-c", crash])
         assert "exit status -11" in parent.ask(60, kind="answer")["failed"]
     said = (tmp_path / "log").read_text()
-    assert "SIGSEGV" in said and "string_at" in said or "strlen" in said, said
+    assert "SIGSEGV" in said and ("string_at" in said or "strlen" in said), said
 
 
 def test_a_fused_kernel_that_is_wrong_has_failed_and_others_are_left_out(

@@ -187,6 +187,26 @@ def test_branches_of_parametrized_networks_are_fresh_too(how):
         assert unlike > 0.5 and theirs.weight.norm() / ours.weight.norm() < 3
 
 
+def test_a_branch_may_have_a_property_that_is_called_weight():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(32, 5)
+
+        @property
+        def weight(self):
+            return self.inner.weight
+
+        def forward(self, x):
+            return self.inner(x)
+
+    network = small_resnet()
+    network.fc = Head()
+    network.fc.inner = nn.Linear(next(network.layer4.parameters()).shape[0], 5)
+    objective = MultiHead(network, 2, splits=["layer4"])
+    assert not torch.equal(objective.copies[0][0][-1].weight, network.fc.weight)
+
+
 def test_branches_of_pruned_layers_are_refused():
     network = small_resnet()
     prune.l1_unstructured(network.layer4[0].conv1, "weight", 0.3)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from imcl_fast import IMCL, functional, reference
 from imcl_fast.heads import average
+from imcl_fast.imcl import NO_CHANCE
 from imcl_fast.models import import_torchvision, resnet18
 
 WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
@@ -1026,8 +1027,8 @@ def test_a_network_that_takes_another_course_is_an_error(network, batch):
     imcl = build(network, x)
     network.forward = lambda x: network.fc(network.features(network.features[:0](x)).mean((2, 3)))
     imcl(x, y)
-    network.forward = lambda x: network.fc(x.mean((2, 3)).expand(-1, 10))
-    told = "model: expected the layers .* got 1 runs for 4 hooks"
+    network.forward = lambda x: x.mean((2, 3)).expand(-1, 10)
+    told = "model: expected the layers .* got 0 runs for 4 hooks"
     with pytest.raises(RuntimeError, match=told):
         imcl(x, y)
 
@@ -1132,8 +1133,6 @@ def dropping(**options):
 @pytest.mark.parametrize("without", LEFT_OUT)
 def test_a_layer_that_a_call_leaves_out_is_left_out_of_its_ways(without):
     imcl, x, y = dropping()
-    imcl.model.without = (2,)
-    imcl(x, y)  # now it is known that layers are left out
     imcl.model.without = without
     torch.manual_seed(1)
     out = imcl(x, y)
@@ -1189,6 +1188,35 @@ def test_layers_that_are_left_out_are_told_of_once():
     imcl.remove_hooks()
     with pytest.raises(RuntimeError, match="0 after remove_hooks"):
         imcl(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:IMCL. in this call the network left out")
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_network_that_never_runs_its_layers_has_taken_another_course(weight):
+    """At random it could have left out all of them, but not time and again."""
+    imcl, x, y = dropping(representation_weight=weight)
+    for without in ((0, 1, 2, 3), (0, 1, 2)):
+        imcl.model.without = (0, 1, 2, 3)
+        for _ in range(NO_CHANCE - 1):
+            imcl(x, y)
+        imcl.model.without = without[:2]
+        imcl(x, y)
+    imcl.model.without = (0, 1, 2, 3)
+    for _ in range(NO_CHANCE - 1):
+        imcl(x, y)
+    with pytest.raises(RuntimeError, match="got 1 runs for"):
+        imcl(x, y)
+
+
+@pytest.mark.parametrize("without", [(1,), (0, 1, 2, 3)])
+def test_a_compiled_call_may_leave_out_layers(without):
+    imcl, x, y = dropping(impl="torch", output_weight=0.0, kernel_weight=0.0)
+    imcl.model.without = without
+    torch.compiler.reset()
+    compiled = torch.compile(imcl, fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(compiled(x, y).loss, imcl(x, y).loss)
 
 
 def test_a_layer_that_runs_twice_has_not_left_another_out():

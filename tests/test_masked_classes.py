@@ -587,6 +587,7 @@ def test_a_sample_s_gradient_is_that_of_few_samples(
     many, few = (run(impl.name, [*z[:, :n]], target[:n], **options) for n in (40, 8))
     for g, alone in zip(many.gradients, few.gradients, strict=True):
         torch.testing.assert_close(5 * g[:8], alone, equal_nan=True)
+    assert all(g.isfinite().any(-1).all() for g in many.gradients)
 
 
 @pytest.mark.parametrize("batch, classes", [(3, 7), (40, 7), (3, 40)])

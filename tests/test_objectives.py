@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_imcl import FlatCNN
+from torch import nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -175,8 +176,26 @@ def test_a_target_that_is_none_is_named(method, target, error, message):
         torch.testing.assert_close(
             objective(given, labels.to(dtype)).loss, objective(given, labels).loss
         )
-    soft = torch.rand(4, 10).softmax(1)
-    assert objective(given, soft).loss.isfinite()
+    soft = torch.rand(4, 10).requires_grad_()
+    objective(given, soft.softmax(1)).loss.backward()
+    assert soft.grad.any()
+
+
+@pytest.mark.parametrize("method", ["imcl", "qad"])
+def test_targets_may_be_dense(method):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 10, 1))
+    x, y = torch.randn(4, 1, 6, 6), torch.randint(0, 10, (4, 6, 6))
+    more = {"layers": ["1"]} if method == "qad" else {}
+    objective = objectives.build(method, network, x, ways=(), **more)
+    given = (x, x.flip(0)) if method == "qad" else x
+    for target in (y, F.one_hot(y, 10).float().movedim(-1, 1)):
+        ce = objective(given, target).terms["cross_entropy"]
+        logits = [network(each) for each in (given if method == "qad" else [given])]
+        expected = sum(F.cross_entropy(z, y) for z in logits)
+        assert ce.item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"target: .*got shape \(4, 5, 6\)"):
+        objective(given, y[:, :5])
 
 
 @pytest.mark.parametrize("method", ["qad", "qad-imcl"])

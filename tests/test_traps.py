@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from imcl_fast import IMCL, Perturbation
+from imcl_fast import IMCL, Perturbation, unlearnt
 from imcl_fast import functional as F
 from imcl_fast.heads import average
 from imcl_fast.imcl import EVERY_WAY
@@ -50,6 +50,15 @@ def test_heads_that_the_optimizer_lacks_are_told_of_once(accumulate):
     assert not trained(imcl, imcl.model.parameters())
 
 
+def test_heads_are_missed_however_many_batches_make_a_step(monkeypatch):
+    monkeypatch.setattr(unlearnt, "PATIENCE", 10)
+    imcl = build(FlatCNN(), X)
+    assert len(trained(imcl, imcl.model.parameters(), steps=4, accumulate=8)) == 1
+    idle = build(FlatCNN(), X)
+    assert not trained(idle, idle.model.parameters(), steps=1, accumulate=14)
+    assert idle._heads_move.done  # nothing is looked for for ever
+
+
 def test_heads_that_a_fused_optimizer_trains_are_seen():
     """Whose step counts up no version."""
     imcl = build(FlatCNN(), X)
@@ -76,6 +85,9 @@ def test_heads_that_a_fused_optimizer_lacks_are_told_of_once(accumulate):
     assert not trained(complete, complete.parameters(), accumulate=accumulate, kind=fused)
     waiting = build(FlatCNN(), X)
     assert not trained(waiting, waiting.model.parameters(), steps=1, accumulate=6, kind=fused)
+    frozen = build(FlatCNN(), X)
+    frozen.model.requires_grad_(False)
+    assert not trained(frozen, frozen.heads.parameters(), steps=2, accumulate=6, kind=fused)
 
 
 def test_nothing_is_told_where_nothing_is_wrong():

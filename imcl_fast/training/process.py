@@ -63,7 +63,9 @@ def seed(number: int, device: torch.device) -> None:
     # Not by torch.manual_seed, which would set those of other devices, of other runs perhaps.
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(number)
+        of_device = torch.get_device_module(device)
+        with of_device.device(device) if hasattr(of_device, "device") else contextlib.nullcontext():
+            of_device.manual_seed(number)  # that of the device which is current
     random.seed(number)
     if numpy is not None:
         numpy.random.seed(number % 2**32)  # it takes no more
