@@ -368,3 +368,11 @@ def test_reference_can_be_differentiated_twice_consistency(teacher: str) -> None
         ),
         xs,
     )
+
+
+def test_terms_have_no_gradient(impl: Impl) -> None:
+    z = torch.randn(3, 4, 5, device=impl.device, requires_grad=True)
+    loss, terms = F.collaborative_consistency(
+        z, torch.arange(4, device=impl.device), return_terms=True, impl=impl.name
+    )
+    assert loss.requires_grad and not any(term.requires_grad for term in terms.values())

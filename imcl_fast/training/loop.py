@@ -169,9 +169,8 @@ class Loop:
         state, accumulate = self.state, self.config.accumulate
         self.observer.started(state.step, self.steps)
         while state.epoch < self.config.epochs:
-            # The epoch's last step may have been on fewer batches.
-            done = min(state.step_in_epoch * accumulate, len(self.loader))
-            batches = self.loader.epoch(state.epoch, done)
+            # None, after the epoch's last step, which may have been on fewer batches.
+            batches = self.loader.epoch(state.epoch, state.step_in_epoch * accumulate)
             while state.step_in_epoch < self.steps_per_epoch:
                 self._step(list(self._timed(batches, accumulate)))
                 self._heed(interruption)
