@@ -805,8 +805,7 @@ def test_teachers_learn_from_all_chunks(
     impl: Impl, classes: int, teacher: str, divergence: str
 ) -> None:
     heads = 2 if classes > 5 else 3
-    if impl.interpreted and classes > 5:
-        pytest.skip("interpreted: as many classes take minutes")
+    classes = min(classes, 5000) if impl.interpreted else classes  # two chunks on a GPU
     z = 3 * torch.randn(heads, 1, classes, generator=torch.Generator().manual_seed(0))
     z[0, :, : classes // 2] += 2
     x, wide = leaf(z.to(impl.device)), leaf(z.double())

@@ -1,0 +1,133 @@
+"""What a wrong line in a Triton kernel would spoil on a GPU's sizes, shown on the interpreter's:
+two chunks of classes, rooms and sums of more programs than it has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from conftest import TESTED, Impl, check_consistency, check_pairwise, leaf
+
+from imcl_fast import functional as F
+from imcl_fast.kernels import consistency, dependence, launch, pairwise, plan, reduction
+
+if "triton" not in TESTED:
+    pytest.skip("Triton runs on a GPU or under TRITON_INTERPRET=1", allow_module_level=True)
+
+TRITON = Impl("triton", "cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = TRITON.device
+
+
+@triton.jit
+def totals_kernel(partials, results, count):
+    sums = reduction.totals(partials, count, 3, 4, 128, tl.float32)
+    which = tl.arange(0, 4)
+    tl.store(results + which, sums, mask=which < 3)
+
+
+@pytest.mark.parametrize("count", [1, 128, 300])
+def test_sums_of_more_programs_than_are_added_up_at_a_time(count: int) -> None:
+    """A GPU has more programs than are added up at a time; the interpreter's kernels have few."""
+    x = torch.arange(3.0 * count, device=DEVICE).view(3, count) % 7
+    found = torch.empty(3, device=DEVICE)
+    totals_kernel[(1,)](x, found, count)
+    assert found.equal(x.sum(1))
+
+
+def test_there_is_room_for_what_all_programs_of_a_gpu_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There is room for all that a GPU's programs leave."""
+    chosen, asked, made = consistency.consistency_config, [], consistency.scratch
+
+    def few(*of):
+        return chosen(*of)._replace(samples=1, programs=300)
+
+    monkeypatch.setattr(consistency, "consistency_config", few)
+    monkeypatch.setattr(consistency, "scratch", lambda *of: asked.append(of[1]) or made(*of))
+    monkeypatch.setattr(launch.Launch, "__call__", lambda *_: None)
+    F.collaborative_consistency(torch.randn(2, 300, 3, device=DEVICE), None, impl="triton")
+    assert asked == [300 * (2 * 2 + 2)]  # CE and KL of each head, the loss, the weights
+
+
+def test_a_label_of_more_than_32_bits_is_no_class() -> None:
+    z = leaf(torch.randn(2, 3, 5))
+    options = F._consistency_options(
+        2,
+        temperature=2.0,
+        ce_weight=1.0,
+        kl_weight=1.0,
+        teacher="others",
+        detach_teacher=True,
+        label_smoothing=0.0,
+        ignore_index=-100,
+        reduction="none",
+        groups=None,
+    )
+    loss, _ = F._consistency([z], torch.tensor([0, 2**32 + 1, 1]), options, "triton", None)
+    assert loss.isnan().tolist() == [False, True, False]
+
+
+def test_the_second_of_two_widths_counts() -> None:
+    x, y = torch.randn(6, 1), torch.randn(6, 7)
+    losses = [F.dependence(x, y, bandwidth=1.0, impl=name) for name in ("triton", "torch")]
+    torch.testing.assert_close(*losses)
+
+
+def test_the_gradient_of_an_unknown_label_with_class_weights_is_none() -> None:
+    z = leaf(torch.randn(1, 3, 5))
+    options = F._consistency_options(
+        1,
+        temperature=1.0,
+        ce_weight=1.0,
+        kl_weight=0.0,
+        teacher="others",
+        detach_teacher=True,
+        label_smoothing=0.1,
+        ignore_index=-100,
+        reduction="sum",
+        groups=None,
+    )
+    loss, _ = F._consistency([z], torch.tensor([0, 7, 1]), options, "triton", torch.ones(5))
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert gradient.isnan().flatten(1)[0].view(3, 5).all(1).tolist() == [False, True, False]
+
+
+def test_there_is_room_for_the_programs_of_all_dtypes_and_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For what the programs of all dtypes leave, and a counter for every tile and part."""
+    asked = []
+    monkeypatch.setattr(launch.Launch, "__call__", lambda *_: None)
+    for module, name in ((pairwise, "scratch"), (dependence, "tickets")):
+        made = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *of, made=made: asked.append(of[1]) or made(*of))
+    xs = [torch.randn(2, 65, 80), torch.randn(3, 4, 5).half()]
+    pairwise.forward(xs, 0, False, 1e-12, True, 0, True)
+    x = torch.randn(5, 600)
+    dependence.forward([x, x], [1.0, 1.0])
+    (part,), *_ = dependence._forward(plan.layout([x, x]), x.device)
+    assert asked == [2 * 3 + 3, part.plan.gram.programs]
+    assert part.plan.divided
+
+
+def test_a_part_of_a_transposed_weight_s_rows() -> None:
+    """A part of a transposed weight's rows."""
+    check_pairwise(TRITON, [torch.randn(5, 8)[:, :4].T], batched=False)
+
+
+def test_the_first_of_several_representations_may_be_the_narrow_one() -> None:
+    """The first of them may be the narrow one"""
+    x, y = torch.randn(6, 3), torch.randn(6, 900)
+    losses = [F.dependence(x, y, impl=name) for name in ("triton", "torch")]
+    torch.testing.assert_close(*losses)
+    lay = plan.layout([x, y])
+    (part,), *_ = dependence._forward(lay, x.device)
+    assert part.plan.divided
+
+
+def test_pairwise_teachers_learn_from_all_chunks() -> None:
+    """Of pairwise teachers that learn too, classes in several chunks"""
+    z = torch.randn(2, 1, 5000, generator=torch.Generator().manual_seed(0))
+    check_consistency(TRITON, [z], None, teacher="pairwise", detach_teacher=False)
