@@ -52,7 +52,7 @@ def test_there_is_room_for_what_all_programs_of_a_gpu_leave(
 
 
 def test_a_label_of_more_than_32_bits_is_no_class() -> None:
-    z = leaf(torch.randn(2, 3, 5))
+    z = leaf(torch.randn(2, 3, 5, device=DEVICE))
     options = F._consistency_options(
         2,
         temperature=2.0,
@@ -65,18 +65,20 @@ def test_a_label_of_more_than_32_bits_is_no_class() -> None:
         reduction="none",
         groups=None,
     )
-    loss, _ = F._consistency([z], torch.tensor([0, 2**32 + 1, 1]), options, "triton", None)
+    loss, _ = F._consistency(
+        [z], torch.tensor([0, 2**32 + 1, 1], device=DEVICE), options, "triton", None
+    )
     assert loss.isnan().tolist() == [False, True, False]
 
 
 def test_the_second_of_two_widths_counts() -> None:
-    x, y = torch.randn(6, 1), torch.randn(6, 7)
+    x, y = torch.randn(6, 1, device=DEVICE), torch.randn(6, 7, device=DEVICE)
     losses = [F.dependence(x, y, bandwidth=1.0, impl=name) for name in ("triton", "torch")]
     torch.testing.assert_close(*losses)
 
 
 def test_the_gradient_of_an_unknown_label_with_class_weights_is_none() -> None:
-    z = leaf(torch.randn(1, 3, 5))
+    z = leaf(torch.randn(1, 3, 5, device=DEVICE))
     options = F._consistency_options(
         1,
         temperature=1.0,
@@ -89,7 +91,9 @@ def test_the_gradient_of_an_unknown_label_with_class_weights_is_none() -> None:
         reduction="sum",
         groups=None,
     )
-    loss, _ = F._consistency([z], torch.tensor([0, 7, 1]), options, "triton", torch.ones(5))
+    loss, _ = F._consistency(
+        [z], torch.tensor([0, 7, 1], device=DEVICE), options, "triton", torch.ones(5, device=DEVICE)
+    )
     (gradient,) = torch.autograd.grad(loss, z)
     assert gradient.isnan().flatten(1)[0].view(3, 5).all(1).tolist() == [False, True, False]
 
@@ -103,9 +107,9 @@ def test_there_is_room_for_the_programs_of_all_dtypes_and_parts(
     for module, name in ((pairwise, "scratch"), (dependence, "tickets")):
         made = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *of, made=made: asked.append(of[1]) or made(*of))
-    xs = [torch.randn(2, 65, 80), torch.randn(3, 4, 5).half()]
+    xs = [torch.randn(2, 65, 80, device=DEVICE), torch.randn(3, 4, 5, device=DEVICE).half()]
     pairwise.forward(xs, 0, False, 1e-12, True, 0, True)
-    x = torch.randn(5, 600)
+    x = torch.randn(5, 600, device=DEVICE)
     dependence.forward([x, x], [1.0, 1.0])
     (part,), *_ = dependence._forward(plan.layout([x, x]), x.device)
     assert asked == [2 * 3 + 3, part.plan.gram.programs]
@@ -114,12 +118,12 @@ def test_there_is_room_for_the_programs_of_all_dtypes_and_parts(
 
 def test_a_part_of_a_transposed_weight_s_rows() -> None:
     """A part of a transposed weight's rows."""
-    check_pairwise(TRITON, [torch.randn(5, 8)[:, :4].T], batched=False)
+    check_pairwise(TRITON, [torch.randn(5, 8, device=DEVICE)[:, :4].T], batched=False)
 
 
 def test_the_first_of_several_representations_may_be_the_narrow_one() -> None:
     """The first of them may be the narrow one"""
-    x, y = torch.randn(6, 3), torch.randn(6, 900)
+    x, y = torch.randn(6, 3, device=DEVICE), torch.randn(6, 900, device=DEVICE)
     losses = [F.dependence(x, y, impl=name) for name in ("triton", "torch")]
     torch.testing.assert_close(*losses)
     lay = plan.layout([x, y])
@@ -129,5 +133,5 @@ def test_the_first_of_several_representations_may_be_the_narrow_one() -> None:
 
 def test_pairwise_teachers_learn_from_all_chunks() -> None:
     """Of pairwise teachers that learn too, classes in several chunks"""
-    z = torch.randn(2, 1, 5000, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(2, 1, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     check_consistency(TRITON, [z], None, teacher="pairwise", detach_teacher=False)
