@@ -55,8 +55,8 @@ class Workers:
             return
         process, pipe = self.running = self._start(self.debugger, *STACKS)
         self.debugger = None
-        pipe.send(what)
         with contextlib.suppress(EOFError, OSError):
+            pipe.send(what)
             pipe.poll(seconds)  # until it has ended, as it did before
         if process.poll() is None:
             process.kill()
