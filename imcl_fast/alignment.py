@@ -13,6 +13,7 @@ from .algebra import dependence as algebra
 from .layers import trace
 from .redundancy import call_name, find_representations, undisturbed
 from .taps import observed
+from .tracing import uncompiled
 
 LEAST = 4  # images of a batch, below which HSIC has no unbiased estimate
 OUTPUT = "output"  # of the network as a whole
@@ -75,8 +76,7 @@ class _Layers:
     """Which outputs of a network are compared."""
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
-        network = getattr(network, "_orig_mod", network)  # of torch.compile's wrapper
-        self.network = network
+        network = self.network = uncompiled(network)
         found = trace(network, images)
         blocks = {(name, 0): id(found.calls[name][0].output) for name in found.residual}
         # A stage returns what its last block does, and names it.

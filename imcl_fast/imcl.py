@@ -475,11 +475,11 @@ class IMCL(IMCLState):
             loss = _scalar(self.criterion(output, target))
             logits = self._logits_if_any(output)
             parts = loss.detach(), None, None, None
-            return IMCLOutput(loss, logits, *parts, False, 0, False, 0, output)
+            return IMCLOutput(loss, logits, *parts, False, output=output)
         logits = outputs.logits(output, self._find_logits)
         masks = token_mask, outputs.Padding.of(keywords).of_logits
         loss, head_terms = self._consistency.own(self, logits, target, masks)
-        return IMCLOutput(loss, logits, None, head_terms, None, None, True, 0, False, 0, output)
+        return IMCLOutput(loss, logits, None, head_terms, None, None, True, output=output)
 
     def _notice_plain_training(self) -> None:
         if self._told_of_plain or torch.compiler.is_compiling():

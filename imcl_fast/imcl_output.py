@@ -33,9 +33,9 @@ class IMCLOutput:
     _representation: Tensor | None = field(repr=False)
     _kernel: Tensor | None = field(repr=False)
     _own: bool = field(repr=False)  # whether the network's cross entropy counts
-    _auxiliary: int = field(repr=False)
-    _multilayer: bool = field(repr=False)  # whether the auxiliary heads count
-    _views: int = field(repr=False)
+    _auxiliary: int = field(repr=False, default=0)
+    _multilayer: bool = field(repr=False, default=False)  # whether the auxiliary heads count
+    _views: int = field(repr=False, default=0)
     output: Any = field(repr=False, default=None)
 
     @cached_property

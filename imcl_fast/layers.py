@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .dense_outputs import Resize
 from .modes import evaluating
 from .residual import Additions, Dropouts
 from .taps import observed
-from .tracing import eager
+from .tracing import eager, uncompiled
 
 # Modules that settle where their output has its channels. Not subclasses of LayerNorm:
 # there are those for (B, C, H, W).
@@ -141,7 +141,7 @@ def trace(
             "example_input: expected a Tensor, a tuple of arguments or a dict of keyword "
             f"arguments, got {type(example_input).__name__}"
         )
-    model = cast(nn.Module, getattr(model, "_orig_mod", model))  # of torch.compile's wrapper
+    model = uncompiled(model)
     args, kwargs = outputs.arguments(example_input, {})
     labels = kwargs.pop(outputs.LABELS, None)
     calls: dict[str, list[Call]] = {}
@@ -325,16 +325,16 @@ def _is_block(trace: Trace, name: str) -> bool:
         return False
     if name in trace.residual:
         return True
-    start, end = trace.positions(name, calls[0].input), trace.resolution(name)
-    ends = {math.prod(start), math.prod(end)}
+    start = math.prod(trace.positions(name, calls[0].input))
+    end = math.prod(trace.resolution(name))
     computing = list(_computing(trace, name))
     blocks = [math.prod(trace.resolution(path)) for path in computing if path in trace.residual]
-    if len(ends) > 1 and blocks.count(math.prod(start)) > 1 and math.prod(end) not in blocks:
+    if start != end and blocks.count(start) > 1 and end not in blocks:
         return False  # a stage that ends with the step to the next one's resolution
     sizes = [trace.resolution(path) for path in computing]
     pixels = [math.prod(size) for size in sizes if size]  # a linear layer after pooling has none
     # One-pixel convolutions inside a block are gates (squeeze and excitation).
-    return bool(pixels) and all(count in ends or count == 1 for count in pixels)
+    return bool(pixels) and all(count in (start, end, 1) for count in pixels)
 
 
 def _computing(trace: Trace, name: str) -> Iterator[str]:

@@ -144,7 +144,7 @@ def _step(weight: Tensor, grad: Tensor, gamma: float) -> Tensor:
     grad = grad.to_dense() if grad.layout != torch.strided else grad  # of an embedding, perhaps
     # Half types have norms beyond their range.
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    norms = (torch.linalg.vector_norm(x, dtype=wide) for x in (weight, grad))
-    scale = gamma * next(norms) / next(norms)
+    size, slope = (torch.linalg.vector_norm(x, dtype=wide) for x in (weight, grad))
+    scale = gamma * size / slope
     # Not a product with 0: 0 times infinity is NaN.
     return torch.where(scale.isfinite() & (scale > 0), grad * scale, 0).to(weight.dtype)

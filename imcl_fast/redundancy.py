@@ -20,7 +20,7 @@ from .layers import PASSIVE, spatial_ranks
 from .modes import evaluating
 from .reference import CENTRED_DEAD_RATIO
 from .taps import observed
-from .tracing import eager
+from .tracing import eager, uncompiled
 
 BINS = 40
 HEAT_MAP_SIZE = 64
@@ -90,7 +90,7 @@ def profile(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    model = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
+    model = uncompiled(model)
     with undisturbed(model, images.device):
         order, chosen = find_representations(model, images[:1])
         found: dict[tuple[str, int], _Layer] = {}

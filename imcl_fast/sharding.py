@@ -44,7 +44,7 @@ class KernelShare:
         roles = {kernel: count for kernel, count in counts.items() if count > 1}
         if not shard or not kernels:
             return cls(tuple(kernels), roles, 1.0)
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not initialised():
             raise RuntimeError(
                 "shard_kernels: expected torch.distributed to be initialised; call "
                 "torch.distributed.init_process_group first, or pass shard_kernels=False"
@@ -90,6 +90,4 @@ def place() -> tuple[int, int] | None:
 
 def world_size() -> int:
     """Number of processes that train together; 1 without ``torch.distributed``."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_world_size()
-    return 1
+    return distributed.get_world_size() if initialised() else 1

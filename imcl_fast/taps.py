@@ -47,12 +47,12 @@ class Tap:
         self.channels_last = channels_last
 
     def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
-        # torch.ao.quantization hands hooks on to what it puts in a module's place, and forgets that
-        # they take keyword arguments.
-        *given, output = rest
         step = self.tape.step
         if step is None:
             return None
+        # torch.ao.quantization hands hooks on to what it puts in a module's place, and forgets that
+        # they take keyword arguments.
+        *given, output = rest
         if self.layer is None:
             values = (*args, *(value for kwargs in given for value in kwargs.values()))
             step.report(None, module, values[0])
@@ -155,12 +155,11 @@ def left_out(
         expected: the layers, and the classifier, of the hooks, each once.
     """
     absent = [layer for layer in expected if layer is not None and layer not in ran]
-    if len(absent) + len(ran) != len(expected) or len(set(ran)) != len(ran):
-        return []
-    if len(handles) != len(expected):
-        return []
-    hooked = torch.compiler.is_compiling() or all(map(_registered, handles))
-    return absent if hooked else []
+    once = len(absent) + len(ran) == len(expected) and len(set(ran)) == len(ran)
+    hooked = len(handles) == len(expected) and (
+        torch.compiler.is_compiling() or all(map(_registered, handles))
+    )
+    return absent if once and hooked else []
 
 
 def _registered(handle: RemovableHandle) -> bool:

@@ -19,6 +19,11 @@ def constant(function: F) -> F:
     return function
 
 
+def uncompiled(model: Any) -> Any:
+    """The network in torch.compile's wrapper; any other as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
 def eager() -> AbstractContextManager[Any]:
     """A context in which what has been compiled runs as written."""
     if "torch._dynamo" not in sys.modules:  # nothing has

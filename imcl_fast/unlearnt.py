@@ -34,7 +34,7 @@ class HeadsMove:
 
     def look(self, model: Iterable[Tensor], heads: Iterable[Tensor]) -> None:
         """To be called in each training call, before the optimizer's step."""
-        model, heads = list(model), [p for p in heads if p.requires_grad]
+        model, heads = ([p for p in each if p.requires_grad] for each in (model, heads))
         if torch._C._are_functorch_transforms_active() or not all(p.is_leaf for p in heads):
             return  # the weights of a functional call, which are no optimizer's
         if any(hasattr(p, "full_tensor") for p in [*model, *heads]):
@@ -53,8 +53,7 @@ class HeadsMove:
             return
         version = _version(model)
         written = self.seen is not None and version != self.seen
-        trained = [p for p in model if p.requires_grad]
-        cleared = bool(trained) and _have_gradients(heads) and not _have_gradients(trained)
+        cleared = bool(model) and _have_gradients(heads) and not _have_gradients(model)
         if written or cleared:
             self.moves += 1
             self.calls = 0

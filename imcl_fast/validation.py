@@ -347,7 +347,7 @@ def own_target(value: Any, logits: Tensor) -> Tensor:
     (B, *spatial) as int64, or probabilities (B, K, *spatial) as they are."""
     if not isinstance(value, Tensor):
         raise TypeError(f"target: expected a Tensor, got {type(value).__name__}")
-    heads = [logits.movedim(1, -1) if logits.dim() == 2 else logits.movedim(1, -1).unsqueeze(0)]
+    heads = [logits if logits.dim() == 2 else logits.movedim(1, -1).unsqueeze(0)]
     if value.is_floating_point() and value.dim() == logits.dim():
         target(value.detach().movedim(1, -1), heads, IGNORED)  # PyTorch's takes one that learns
         return value

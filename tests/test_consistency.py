@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from strategies import TEACHERS, Heads, heads, lay_out
 
 from imcl_fast import functional as F
+from imcl_fast.schemas import ConsistencyOptions
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -304,16 +305,33 @@ def test_zero_size_batch(impl: Impl, reduction: str) -> None:
             assert g.shape == z.shape and g.dtype == dtype
 
 
+def unchecked_options(count: int, **changes) -> ConsistencyOptions:
+    """For ``F._consistency``, which doesn't look at the labels, as nobody can on a GPU."""
+    given = dict(
+        temperature=2.0, ce_weight=1.0, kl_weight=1.0, teacher="others", detach_teacher=True,
+        label_smoothing=0.0, ignore_index=-100, reduction="none", groups=None,
+    )  # fmt: skip
+    return F._consistency_options(count, **{**given, **changes})
+
+
+def check_gradient_of_unknown(impl: Impl, options: ConsistencyOptions, batch: int) -> None:
+    """Of samples of which the second has a label that is no class nothing else is spoilt."""
+    z = leaf(torch.randn(2, batch, 5, generator=torch.Generator().manual_seed(0)).to(impl.device))
+    target = torch.arange(batch, device=impl.device) % 5
+    target[1] = 5
+    loss, _ = F._consistency([z], target, options, impl.name)
+    (g,) = torch.autograd.grad(loss.sum(), z)
+    unknown = [i == 1 for i in range(batch)]
+    assert loss.isnan().tolist() == unknown
+    assert all(head.isnan().any(-1).tolist() == unknown for head in g)
+
+
 @pytest.mark.parametrize("label", [-1, 5])
 def test_a_label_out_of_range_that_nobody_checked_is_no_class(impl: Impl, label: int) -> None:
     """On a GPU, and in a trace, the labels can't be looked at beforehand."""
     logits = [leaf(z) for z in spec(2, 3, 5, size=1.0).build(torch.float32, impl.device)[0]]
     target = torch.tensor([0, label, 4], device=impl.device)
-    options = F._consistency_options(
-        len(logits), temperature=2.0, ce_weight=1.0, kl_weight=1.0, teacher="others",
-        detach_teacher=True, label_smoothing=0.0, ignore_index=-100, reduction="none", groups=None,
-    )  # fmt: skip
-    loss, _ = F._consistency(logits, target, options, impl.name)
+    loss, _ = F._consistency(logits, target, unchecked_options(len(logits)), impl.name)
     assert loss.isnan().tolist() == [False, True, False]
 
 
@@ -435,18 +453,7 @@ def test_terms_are_those_of_the_loss(impl: Impl) -> None:
 
 @pytest.mark.parametrize("batch", [3, 40])
 def test_the_gradient_of_a_label_out_of_range_is_none(impl: Impl, batch: int) -> None:
-    z = leaf(torch.randn(2, batch, 5, generator=torch.Generator().manual_seed(0)).to(impl.device))
-    target = torch.arange(batch, device=impl.device) % 5
-    target[1] = 5
-    options = F._consistency_options(
-        2, temperature=2.0, ce_weight=1.0, kl_weight=1.0, teacher="others", detach_teacher=True,
-        label_smoothing=0.0, ignore_index=-100, reduction="none", groups=None,
-    )  # fmt: skip
-    loss, _ = F._consistency([z], target, options, impl.name)
-    (g,) = torch.autograd.grad(loss.sum(), z)
-    unknown = [i == 1 for i in range(batch)]
-    assert loss.isnan().tolist() == unknown
-    assert all(head.isnan().any(-1).tolist() == unknown for head in g)
+    check_gradient_of_unknown(impl, unchecked_options(2), batch)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -26,7 +26,7 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import TEACHERS, Heads, Targets, heads, lay_out, targets
-from test_consistency import REDUCTIONS, spec
+from test_consistency import REDUCTIONS, check_gradient_of_unknown, spec
 from test_masked_classes import check as check_masked
 from test_masked_classes import masked
 from torch import Tensor
@@ -785,17 +785,10 @@ def test_indices_are_no_target_of_a_sigmoid_whatever_their_dtype() -> None:
 def test_the_gradient_of_a_mixture_with_a_label_out_of_range_is_none(
     impl: Impl, batch: int
 ) -> None:
-    z = leaf(torch.randn(2, batch, 5, generator=torch.Generator().manual_seed(0)).to(impl.device))
-    target = torch.arange(batch, device=impl.device) % 5
-    target[1] = 5
     options = F._mixture_options(
         2, pi=0.5, normalize=True, label_smoothing=0.0, ignore_index=-100, reduction="none"
     )
-    loss, _ = F._consistency([z], target, options, impl.name)
-    (g,) = torch.autograd.grad(loss.sum(), z)
-    unknown = [i == 1 for i in range(batch)]
-    assert loss.isnan().tolist() == unknown
-    assert all(head.isnan().any(-1).tolist() == unknown for head in g)
+    check_gradient_of_unknown(impl, options, batch)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])

@@ -86,20 +86,22 @@ def backward(
     gradients = []
     for x, core, inverse_norm in zip(xs, state[0::2], state[1::2], strict=True):
         rows = _rows(x, center, batched)
-        if center:
-            # What rounding took of the means: nothing after the product takes it off.
-            rows = rows.sub_(rows.mean(dim=-1, keepdim=True))
-            if penalty == SIGNED or is_dual(penalty, *rows.shape[1:]):  # s, or M
-                core = core - core.mean(dim=-1, keepdim=True)
-                core = core if penalty == SIGNED else core - core.mean(dim=-2, keepdim=True)
         matrices, n, d = rows.shape
+        dual = is_dual(penalty, n, d)
+        if center:
+            # What rounding took of the means, in s and M too: nothing takes it off later.
+            rows.sub_(rows.mean(dim=-1, keepdim=True))
+            if dual or penalty == SIGNED:
+                core = core - core.mean(dim=-1, keepdim=True)
+            if dual:
+                core = core - core.mean(dim=-2, keepdim=True)
         k = 1.0 / (len(xs) * max(matrices, 1) * n * (n - 1))
         inverse = inverse_norm.unsqueeze(-1)
         if penalty == SIGNED:
             unit = rows * inverse
             along = (unit * core.unsqueeze(1)).sum(-1, keepdim=True)
             dx = (2 * k) * inverse * (core.unsqueeze(1) - along * unit)
-        elif is_dual(penalty, n, d):
+        elif dual:
             y = rows @ core
             along = (y * rows).sum(-1, keepdim=True) * inverse.square()
             dx = (4 * k) * inverse.square() * (y - along * rows)
