@@ -7,34 +7,34 @@
 STABLE_TORCH_LIBRARY(imcl_fast, m) {
   // Overloads are named by LAYOUT of imcl_fast/schemas.py, which says why.
   m.def(
-      "pairwise.v3(Tensor[] xs, int penalty, bool center, float eps, bool batched, "
+      "pairwise.v4(Tensor[] xs, int penalty, bool center, float eps, bool batched, "
       "int precision, bool keep) -> (Tensor, Tensor[])");
   m.def(
-      "pairwise_backward.v3(Tensor grad, Tensor[] xs, Tensor[] state, int penalty, bool center, "
+      "pairwise_backward.v4(Tensor grad, Tensor[] xs, Tensor[] state, int penalty, bool center, "
       "float eps, bool batched, int precision) -> Tensor[]");
   m.def(
-      "consistency.v3(Tensor[] logits, Tensor? target, Tensor? weight, Tensor? sample_weight, "
+      "consistency.v4(Tensor[] logits, Tensor? target, Tensor? weight, Tensor? sample_weight, "
       "float[] ce_weight, float[] kl_weight, int[] groups, float[] temperature, int[] teacher, "
       "bool[] detach, int[] divergence, float[] beta, float label_smoothing, int ignore_index, "
       "bool binary, int reduction, bool keep) -> (Tensor, Tensor, Tensor[])");
-  m.def("gram_forward.v3(Tensor[] xs, float[] scale) -> (Tensor, Tensor[])");
-  m.def("gram_backward.v3(Tensor s, Tensor[] xs, Tensor[] means) -> Tensor[]");
+  m.def("gram_forward.v4(Tensor[] xs, float[] scale) -> (Tensor, Tensor[])");
+  m.def("gram_backward.v4(Tensor s, Tensor[] xs, Tensor[] means) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(imcl_fast, CPU, m) {
-  m.impl("pairwise.v3", TORCH_BOX(&imcl::cpu::pairwise_forward));
-  m.impl("pairwise_backward.v3", TORCH_BOX(&imcl::cpu::pairwise_backward));
-  m.impl("consistency.v3", TORCH_BOX(&imcl::cpu::consistency));
-  m.impl("gram_forward.v3", TORCH_BOX(&imcl::cpu::gram_forward));
-  m.impl("gram_backward.v3", TORCH_BOX(&imcl::cpu::gram_backward));
+  m.impl("pairwise.v4", TORCH_BOX(&imcl::cpu::pairwise_forward));
+  m.impl("pairwise_backward.v4", TORCH_BOX(&imcl::cpu::pairwise_backward));
+  m.impl("consistency.v4", TORCH_BOX(&imcl::cpu::consistency));
+  m.impl("gram_forward.v4", TORCH_BOX(&imcl::cpu::gram_forward));
+  m.impl("gram_backward.v4", TORCH_BOX(&imcl::cpu::gram_backward));
 }
 
 #if defined(IMCL_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(imcl_fast, CUDA, m) {
-  m.impl("pairwise.v3", TORCH_BOX(&imcl::cuda::pairwise_forward));
-  m.impl("pairwise_backward.v3", TORCH_BOX(&imcl::cuda::pairwise_backward));
-  m.impl("consistency.v3", TORCH_BOX(&imcl::cuda::consistency));
-  m.impl("gram_forward.v3", TORCH_BOX(&imcl::cuda::gram_forward));
-  m.impl("gram_backward.v3", TORCH_BOX(&imcl::cuda::gram_backward));
+  m.impl("pairwise.v4", TORCH_BOX(&imcl::cuda::pairwise_forward));
+  m.impl("pairwise_backward.v4", TORCH_BOX(&imcl::cuda::pairwise_backward));
+  m.impl("consistency.v4", TORCH_BOX(&imcl::cuda::consistency));
+  m.impl("gram_forward.v4", TORCH_BOX(&imcl::cuda::gram_forward));
+  m.impl("gram_backward.v4", TORCH_BOX(&imcl::cuda::gram_backward));
 }
 #endif

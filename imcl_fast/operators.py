@@ -96,6 +96,12 @@ def _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
     return xs[0].new_empty((), dtype=_accumulation_dtype(xs)), state
 
 
+def _symmetric_size(n):
+    """As of csrc/cpu/symmetric.h: what of n by n numbers the CPU keeps."""
+    first = n // 16 * 16
+    return first // 2 * (2 * n - first + 16) + (n - first) ** 2
+
+
 def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
     if xs[0].device.type != "cpu":
         return _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep)
@@ -106,11 +112,11 @@ def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
         if penalty == SIGNED:
             size = d + n + means
         elif is_dual(penalty, n, d):
-            size = d * d + n + means
+            size = _symmetric_size(d) + n + means
         elif n > d:  # in tiles
             size = n + means
         else:
-            size = n * n + means
+            size = _symmetric_size(n) + means
         dtype = _accumulation_dtype([x])
         sizes[dtype] = sizes.get(dtype, 0) + (matrices * size + 15) // 16 * 16
     state = [xs[0].new_empty(size, dtype=dtype) for dtype, size in sizes.items()]

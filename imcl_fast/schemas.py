@@ -37,7 +37,7 @@ class ConsistencyOptions(NamedTuple):
 # The overload's name of every operator. torch.compile keeps compiled code on disk by the operators'
 # full names, and with it the sizes that their outputs had; code of an earlier release would refuse
 # what this one returns. Who changes a size, dtype or layout in a fake kernel changes this name.
-LAYOUT = "v3"
+LAYOUT = "v4"
 
 _TYPES = {each: each.__name__ for each in (int, float, bool)} | {
     list[int]: "int[]", list[float]: "float[]", list[bool]: "bool[]",

@@ -66,7 +66,7 @@ def pairwise_samples(device: str = "cpu") -> list[tuple]:
     empty = [torch.zeros(0, 4, 3, device=device), torch.zeros(0, 9, 2, device=device)]
     samples.append((empty, *square._replace(center=True), True))
     # Remainders of what a state is padded to, and more tiles than one.
-    sizes = ((67, 70), (131, 5), (9, 1), (70, 41))
+    sizes = ((67, 70), (131, 5), (9, 1), (70, 41), (48, 50), (16, 17), (150, 37), (96, 48))
     tiles = [torch.randn(1, n, d, device=device) for n, d in sizes]
     for penalty in range(3):
         options = schemas.PairwiseOptions(penalty, penalty > 0, 1e-12, True, 0)
@@ -145,6 +145,15 @@ def test_what_a_cpu_keeps_is_no_larger_than_the_input(penalty: int) -> None:
         x = torch.randn(8, n, d)
         _, (state,) = operators.pairwise.forward([x], penalty, True, 1e-12, True, 0, True)
         assert state.numel() < x.numel() + 8 * 2 * n + 16
+
+
+@pytest.mark.parametrize(("n", "d", "edge"), [(64, 300, 64), (131, 132, 131), (300, 40, 40)])
+def test_a_cpu_keeps_half_of_a_symmetric_matrix(n: int, d: int, edge: int) -> None:
+    """And the blocks of 16 by 16 on its diagonal; of the dual form a norm of each row."""
+    x = torch.randn(8, n, d)
+    _, (state,) = operators.pairwise.forward([x], 0, False, 1e-12, True, 0, True)
+    norms = n if edge == d else 0
+    assert edge**2 / 2 < state.numel() / 8 - norms <= edge * (edge + 16) / 2
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])

@@ -33,26 +33,43 @@ void prefetch(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t fir
       __builtin_prefetch(x.data + x.lane[lane] + first_k + k, 0, 2);
 }
 
+// Zeros after `depth` k of a panel, up to packed_depth<E>(depth).
+template <class E>
+void complete(int64_t depth, E* out) {
+  const int64_t packed = divide_up(depth, Packed<E>::kDepth), padded = packed_depth<E>(depth);
+  std::memset(out + packed * kPanel<float>, 0,
+              static_cast<std::size_t>((padded - packed) * kPanel<float>) * sizeof(E));
+}
+
+// The panel that fill(values) makes of unrounded numbers as elements of E.
+template <class E, class Acc, class Fill>
+void pack_as(int64_t depth, E* out, const Fill& fill) {
+  if constexpr (std::is_same_v<E, Acc>) {
+    fill(out);
+  } else {
+    constexpr int panel = kPanel<float>;
+    complete(depth, out);
+    Scratch scratch;
+    float* values = scratch.get<float>((depth + 1) * panel);
+    fill(values);
+    std::fill_n(values + depth * panel, panel, 0.0f);
+    pair_panel(values, depth + 1, out);
+  }
+}
+
 // pack_panel into elements of E, completed with zeros up to packed_depth<E>(depth).
 template <class E, class T>
 void pack(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k, int64_t depth,
           E* out) {
-  if constexpr (std::is_same_v<E, AccOf<T>>) {
-    pack_panel(x, first_lane, lanes, first_k, depth, out);
-  } else {
-    const int64_t pairs = divide_up(depth, Packed<E>::kDepth), padded = packed_depth<E>(depth);
-    std::memset(out + pairs * kPanel<float>, 0,
-                static_cast<std::size_t>((padded - pairs) * kPanel<float>) * sizeof(E));
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      if (x.is_plain()) return pack_pairs(x, first_lane, lanes, first_k, depth, out);
+  if constexpr (std::is_same_v<E, BFloat16Pair> && std::is_same_v<T, BFloat16>) {
+    if (x.is_plain()) {
+      complete(depth, out);
+      return pack_pairs(x, first_lane, lanes, first_k, depth, out);
     }
-    constexpr int panel = kPanel<float>;
-    Scratch scratch;
-    float* panel_out = scratch.get<float>((depth + 1) * panel);
-    pack_panel(x, first_lane, lanes, first_k, depth, panel_out);
-    std::fill_n(panel_out + depth * panel, panel, 0.0f);
-    pair_panel(panel_out, depth + 1, out);
   }
+  pack_as<E, AccOf<T>>(depth, out, [&](AccOf<T>* values) {
+    pack_panel(x, first_lane, lanes, first_k, depth, values);
+  });
 }
 
 // g (panels, panels) tiles of X X^T, x seen as `lanes` rows by `depth`: the upper ones, and

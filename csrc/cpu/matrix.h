@@ -47,10 +47,12 @@ struct State {
 template <class Acc>
 State<Acc> state_of(Acc* state, Form form, bool tiled, const Matrices& m) {
   if (form == Form::kPrimal && !tiled) {
-    Acc* means = state + m.rows * m.rows;
+    Acc* means = state + symmetric_size(m.rows, m.rows);
     return {state, nullptr, means};
   }
-  const int64_t core = tiled ? 0 : form == Form::kDual ? m.columns * m.columns : m.columns;
+  const int64_t core = tiled                 ? 0
+                       : form == Form::kDual ? symmetric_size(m.columns, m.columns)
+                                             : m.columns;
   return {state, state + core, state + core + m.rows};
 }
 

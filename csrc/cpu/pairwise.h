@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "symmetric.h"
 #include "types.h"
 
 namespace imcl {
@@ -39,12 +40,14 @@ IMCL_INLINE bool in_halves(int64_t rows, int64_t columns) {
 }
 
 // State of one matrix: A (rows^2), or in tiles 1/n | M (columns^2), 1/n | s (columns), 1/n;
-// then, if centred, the row means and the rest of each that rounding took (2N).
+// then, if centred, the row means and the rest of each that rounding took (2N). Of A and M, which
+// are symmetric, a half: symmetric.h.
 IMCL_INLINE int64_t state_size(const PairwiseSettings& settings, int64_t rows, int64_t columns) {
   const int64_t means = settings.center ? 2 * rows : 0;
   switch (form_of(settings.penalty, rows, columns)) {
-    case Form::kPrimal: return (in_tiles(settings, rows, columns) ? rows : rows * rows) + means;
-    case Form::kDual: return columns * columns + rows + means;
+    case Form::kPrimal:
+      return (in_tiles(settings, rows, columns) ? rows : symmetric_size(rows, rows)) + means;
+    case Form::kDual: return symmetric_size(columns, columns) + rows + means;
     default: return columns + rows + means;
   }
 }

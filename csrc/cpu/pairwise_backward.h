@@ -15,6 +15,36 @@ void store_axis(T* base, const Axis& axis, int64_t first, const AccOf<T>* x, int
   for (int64_t i = 0; i < n; ++i) base[axis.table[first + i]] = from_acc<T>(x[i]);
 }
 
+// A symmetric matrix (n, n), kept as symmetric.h says.
+template <class Acc>
+class Symmetric {
+ public:
+  Symmetric(const Acc* data, int64_t n, Scratch& scratch)
+      : data_(data), n_(n), rows_(scratch.get<int64_t>(n)) {
+    for (int64_t i = 0; i < n; ++i) rows_[i] = symmetric_row(n, i);
+  }
+
+  // A packed panel of it: [k, lane], all k.
+  template <class E>
+  void pack(int64_t first, int64_t lanes, E* out) const {
+    static_assert(kPanel<Acc> <= 2 * kSymmetricBlock);
+    pack_as<E, Acc>(n_, out, [&](Acc* values) {
+      const Axis row{0, rows_}, column{1, nullptr};
+      // All lanes are columns of the rows k up to the end of the first lane's block, and all k
+      // from there on are columns of the lanes' rows, which begin in that block or the next.
+      const int64_t above = std::min(n_, symmetric_first(first) + kSymmetricBlock);
+      pack_panel(Source<Acc>{data_, column, row}, first, lanes, 0, above, values);
+      pack_panel(Source<Acc>{data_, row, column}, first, lanes, above, n_ - above,
+                 values + above * kPanel<Acc>);
+    });
+  }
+
+ private:
+  const Acc* data_;
+  int64_t n_;
+  int64_t* rows_;  // where they begin
+};
+
 // Everything a backward of one matrix shares among its tasks.
 template <class E, class T>
 struct Backward {

@@ -30,11 +30,13 @@ auto with_penalty(const PairwiseSettings& settings, const Run& run) {
   return run(std::integral_constant<Penalty, Penalty::kSquare>{});
 }
 
-// Loss, unscaled, of the rows of one vector of lanes, and their columns of A (null: none).
+// Loss, unscaled, of the rows of one vector of lanes, and their columns of A (null: none), in the
+// rows of A that have them.
 template <Penalty P, class Acc>
 double finish_lanes(const Acc* g, int64_t stride, int64_t n, int64_t first, const Acc* inverse,
                     double scale, Acc* a) {
   constexpr int64_t width = kLanes<Acc>;
+  static_assert(kSymmetricBlock % width == 0);
   const int64_t lanes = std::min(width, n - first);
   const Vec<Acc> inverse_i = load(inverse + first);
   const Vec<Acc> slope_scale = splat(static_cast<Acc>(2 * scale));
@@ -48,8 +50,9 @@ double finish_lanes(const Acc* g, int64_t stride, int64_t n, int64_t first, cons
     if (!a) return;
     const Vec<Acc> slope = slope_scale * phi_slope<P>(c);
     diagonal += slope * c;
+    if (first < symmetric_first(j)) return;
     const Vec<Acc> row = slope * both;
-    Acc* out = a + j * n + first;
+    Acc* out = a + symmetric_row(n, j) + first;
     if (lanes == width) {
       store(out, row);
     } else {
@@ -76,7 +79,7 @@ double finish_lanes(const Acc* g, int64_t stride, int64_t n, int64_t first, cons
     end_block();
   }
   for (int64_t i = 0; a && i < lanes; ++i)
-    a[(first + i) * n + first + i] = -diagonals.sum[i] * inverse_i[i] * inverse_i[i];
+    a[symmetric_row(n, first + i) + first + i] = -diagonals.sum[i] * inverse_i[i] * inverse_i[i];
   double total = 0;
   for (int64_t i = 0; i < width; ++i) total += static_cast<double>(losses.sum[i]);
   return total;
@@ -163,10 +166,13 @@ double forward_dual(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSet
   double sum = 0;
   for (int64_t i = 0; i < d; ++i) {
     for (int64_t j = i; j < d; ++j) {
-      const Acc value = m[i * padded + j];
-      sum += (i == j ? 1.0 : 2.0) * static_cast<double>(value) * static_cast<double>(value);
-      if (state.core) state.core[i * d + j] = state.core[j * d + i] = value;
+      const auto value = static_cast<double>(m[i * padded + j]);
+      sum += (i == j ? 1.0 : 2.0) * value * value;
     }
+    if (!state.core) continue;
+    Acc* row = state.core + symmetric_row(d, i);
+    for (int64_t j = symmetric_first(i); j < i; ++j) row[j] = m[j * padded + i];
+    std::copy_n(m + i * padded + i, d - i, row + i);
   }
   return scale * (sum - static_cast<double>(live));
 }

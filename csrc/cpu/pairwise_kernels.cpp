@@ -63,7 +63,7 @@ void backward_matrix(const Matrices& m, int64_t index, const PairwiseSettings& s
     constexpr int64_t panel = kPanel<Acc>;
     const int64_t panels = divide_up(work.k_count, panel), panel_size = panel * work.depth();
     E* packed = scratch.get<E>(panels * panel_size);
-    const Source<Acc> source{state.core, {1, nullptr}, {work.k_count, nullptr}};
+    const Symmetric<Acc> source(state.core, work.k_count, scratch);
     const bool turned = kOnMatrixUnit<E> && !work.k_in_lanes();
     parallel(panels, [&](int64_t p) {
       const int64_t first = p * panel, lanes = std::min(panel, work.k_count - first);
@@ -72,11 +72,11 @@ void backward_matrix(const Matrices& m, int64_t index, const PairwiseSettings& s
         if (turned) {
           Scratch own;
           E* flat = own.get<E>(panel_size);
-          pack(source, first, lanes, 0, work.k_count, flat);
+          source.pack(first, lanes, flat);
           return turn(flat, work.depth(), out);
         }
       }
-      pack(source, first, lanes, 0, work.k_count, out);
+      source.pack(first, lanes, out);
     });
     work.symmetric = packed;
   }
