@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from .step import FUSED, METHODS, PLAIN, Step, runs_of
+from .step import FUSED, METHODS, PLAIN, Step, run_of
 from .timing import interleaved, quartiles
 
 STEP = Step("resnet18", 64, width=32)
@@ -25,7 +25,7 @@ def measure(device: torch.device, seconds: float, *, fewest: int = 5) -> dict:
     """Per method: seconds of a step on a quiet machine and beside a busy process, and their
     ratio. ``over plain`` is what the method adds to the plain step of the same round."""
     runs = {
-        name: next(iter(runs_of(STEP, METHODS[name], device).values()))[1]
+        name: run_of(STEP, METHODS[name], device)
         for name in (PLAIN, FUSED)
     }
     found = {}

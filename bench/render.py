@@ -138,7 +138,8 @@ def summary(results: Results) -> str:
     names = [n for n in SHOWN if any(n in row["competitors"] for row in chosen.values())]
     lines = []
     for title, row in chosen.items():
-        cells = [_cell(row["competitors"].get(name), "both") for name in names]
+        found = [row["competitors"].get(name) for name in names]
+        cells = [milliseconds(times["both"]["median"]) if times else "" for times in found]
         lines.append([title, *cells, milliseconds(row["floors"]["both"])])
     head = ["forward and backward, ms", *(f"`{name}`" for name in names), "floor"]
     return table(head, lines)
@@ -422,10 +423,6 @@ def fused_of(row: Mapping) -> str | None:
 def _of_floor(row: Mapping, times: Mapping, seconds: float) -> str:
     floor = row["floors"].get("both")
     return f"{floor / seconds:.0%}" if floor is not None and times["same"] else ""
-
-
-def _cell(times: Mapping | None, what: str) -> str:
-    return milliseconds(times[what]["median"]) if times else ""
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

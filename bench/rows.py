@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,13 @@ from imcl_fast import functional as F
 
 from . import shapes
 from .shapes import Shapes
+from .timing import Loss
 
 OPERATIONS = ("representation", "kernel", "consistency", "dependence")
 VIEWS = 3  # of a dependence, side by side in its shapes
 TEMPERATURE = 2.0
 GPU_CONSISTENCIES = ((5, 128, 10), (5, 128, 1000), (5, 1024, 1000), (5, 256, 50257))
 GPU_DTYPES = (torch.bfloat16, torch.float32)
-
-Loss = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -196,4 +195,3 @@ def _gpu_representations(dtype: torch.dtype, center: bool) -> list[Row]:
         Row("representation", "R18", shapes.R18_FEATURES, dtype, layout, center, compiled=True)
         for layout in (True, False)
     ]
-

@@ -258,6 +258,12 @@ def training(
     return run, objective._schedule if isinstance(objective, IMCL) else None
 
 
+def run_of(step: Step, options: dict, device: torch.device) -> Callable[[int], float]:
+    """The seconds of a step of a method whose steps are all of one kind."""
+    ((_, run),) = runs_of(step, options, device).values()
+    return run
+
+
 def runs_of(
     step: Step, options: dict, device: torch.device, *, compiled: bool = False
 ) -> dict[str, tuple[float, Callable[[int], float]]]:

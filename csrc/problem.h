@@ -28,6 +28,8 @@ IMCL_INLINE DType kept_type(DType logits) {
 
 enum class Penalty { kSquare, kAbs, kSigned };
 
+constexpr double kCentredDeadRatio = 1e-5;  // imcl_fast/reference.py
+
 // torch.set_float32_matmul_precision; kMedium lets float32 be rounded to bfloat16.
 enum class Precision { kHighest, kHigh, kMedium };
 

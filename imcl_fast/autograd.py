@@ -1,4 +1,5 @@
-"""The autograd Functions: the same two for every implementation but the reference.
+"""The autograd Functions, one for each operation, the same for every implementation but the
+reference.
 
 A forward saves its inputs (which the network keeps anyway) and the small state
 of its kernel; the backward is one more kernel, scaled by ``grad_output`` where

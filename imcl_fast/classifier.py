@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .dense_outputs import share_memory
-from .layers import Trace, is_passive, only_call
+from .layers import Trace, has_children, is_passive, only_call
 
 MAPS = (nn.Linear, _ConvNd)  # transposed convolutions too
 
@@ -78,8 +78,8 @@ def _before_pooling(trace: Trace) -> set[str]:
 
 def _passes_on(module: nn.Module) -> bool:
     """Whether what goes through a module stays what it is: flattened, pooled, or in a container."""
-    contains = next(module.children(), None) is not None
-    return contains or isinstance(module, (nn.Flatten, nn.Identity)) or is_passive(module)
+    flattens = isinstance(module, (nn.Flatten, nn.Identity))
+    return flattens or has_children(module) or is_passive(module)
 
 
 def check_classifier(trace: Trace, name: str) -> str:

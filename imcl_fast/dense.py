@@ -31,8 +31,7 @@ def classes_last(
         stacked: whether ``stacks`` was given as one Tensor. Without a target that has the heads in
             front, and of a sequence the entries of fewest dimensions have none.
     """
-    if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
-        raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
+    check_class_dim(class_dim)
     stacks, target = _classes_last(stacks, target, class_dim, stacked)
     expected = (*samples(stacks[0]), stacks[0].shape[-1])
     for i, stack in enumerate(stacks):
@@ -42,6 +41,12 @@ def classes_last(
                 f"{tuple(stack.shape)}"
             )
     return stacks, target
+
+
+def check_class_dim(value: Any) -> None:
+    """Raises a ValueError unless it is 1, -1 or None."""
+    if value not in (None, 1, -1) or isinstance(value, bool):
+        raise ValueError(f"class_dim: expected 1, -1 or None, got {value!r}")
 
 
 def _classes_last(

@@ -154,6 +154,8 @@ def _dependence(
     impl = implementations.choose(impl, "dependence", device, [x.dtype for x in xs])
     if len({x.dtype == torch.float64 for x in xs}) > 1:
         xs = [x.double() for x in xs]
+    if impl == "triton":
+        xs = implementations.as_they_lie(xs)
     with without_autocast(device):
         if xs[0].shape[0] == 0:
             return torch.stack([x.sum() for x in xs]).sum().to(_accumulation(xs[0]))

@@ -440,7 +440,7 @@ def _checked(
     class_dim: int | None,
     sigmoid: bool,
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None, int]:
-    """Logits of one dtype with their classes last, target, sample weights, the number of heads."""
+    """Logits with their classes last, target, sample weights, the number of heads."""
     stacks = validation.tensors("logits", logits, dense.RANKS, range(2, 8))
     target = validation.tensor_or_none("target", target)
     stacks, target = dense.classes_last(stacks, target, class_dim, isinstance(logits, Tensor))
@@ -450,7 +450,6 @@ def _checked(
     heads = sum(stack.shape[0] if stack.dim() > 2 else 1 for stack in stacks)
     if heads < 1:
         raise ValueError("logits: expected at least 1 head, got none")
-    stacks = _of_one_dtype(stacks)
     target = validation.target(target, stacks, ignore_index, sigmoid)
     if isinstance(sample_weight, Tensor) and sample_weight.shape == samples[:1]:
         sample_weight = sample_weight.view(-1, *[1] * (len(samples) - 1)).expand(samples)

@@ -134,13 +134,12 @@ class MultiHead(nn.Module):
         for depth in range(1, len(self._stages)):
             branches = [self._own_branch(depth), *cast(nn.ModuleList, self.copies[depth - 1])]
             inputs = [GradientRescaling.apply(h, 2) for h in level]
-            if any(getattr(branch[0], "inplace", False) for branch in branches):
-                # What both branches get, one would overwrite.
-                level = [
-                    _run(branch, inputs[b // 2].clone()) for b, branch in enumerate(branches)
-                ]
-                continue
-            level = [_run(branch, inputs[b // 2]) for b, branch in enumerate(branches)]
+            # What both branches get, one that works in place would overwrite.
+            shared = not any(getattr(branch[0], "inplace", False) for branch in branches)
+            level = [
+                _run(branch, inputs[b // 2] if shared else inputs[b // 2].clone())
+                for b, branch in enumerate(branches)
+            ]
         result = functional.collaborative_consistency(
             level,
             target,

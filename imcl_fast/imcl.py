@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import functional, kernel_weights, outputs, plan, sharding, taps, validation
+from . import dense, functional, kernel_weights, outputs, plan, sharding, taps, validation
 from . import layers as find
 from .choice import choose
 from .dense_outputs import Resize
@@ -156,7 +156,13 @@ class IMCL(IMCLState):
 
     Under gradient checkpointing the work on a layer is done once, not again when its segment
     is run again. A layer inside a segment, other than at its end, needs
-    ``use_reentrant=False``; ``torch.compile`` then can't have ``fullgraph=True``.
+    ``use_reentrant=False``; ``torch.compile`` then can't have ``fullgraph=True``. So does way 4
+    under DistributedDataParallel, or there ``static_graph=True`` and a ``kernel_interval`` of 1.
+
+    FSDP2 takes the whole ``IMCL``: ``fully_shard(imcl)`` after modules inside of it, before the
+    network first runs. Where an ``IMCL`` is built around a network that FSDP2 has already, call
+    ``fully_shard(head, mesh=mesh)`` on each of ``imcl.heads`` as well. An adapter (LoRA) that is
+    put around the classifier later belongs to it, unless the ``IMCL`` is compiled by then.
 
     A layer that a call leaves out, as layerdrop does, is left out of that call's ways 2 and 3,
     which are means over the others; the first time a warning names it.
@@ -240,8 +246,7 @@ class IMCL(IMCLState):
         self.criterion = validation.function("criterion", criterion)
         self._find_logits = validation.function("logits", logits)
 
-        if class_dim not in (None, 1, -1) or isinstance(class_dim, bool):
-            raise ValueError(f"class_dim: expected 1, -1 or None, got {class_dim!r}")
+        dense.check_class_dim(class_dim)
         self.ignore_index = validation.integer("ignore_index", ignore_index)
         validation.choice("activation", activation, functional.ACTIVATIONS)
         self.activation = activation
@@ -268,6 +273,7 @@ class IMCL(IMCLState):
         self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
         self._heads_move = HeadsMove()
         self._told_of_mask = self._told_of_plain = self._told_of_absent = False
+        self._told_of_heads = False
         self._consistency = HeadsConsistency()
         self._tape = Tape()
         self._without_layers = 0  # calls in a row that have run none
@@ -362,11 +368,7 @@ class IMCL(IMCLState):
                     f"{name}: this way was switched off (0) when IMCL was built and has no "
                     "hooks; build a new IMCL with a weight above 0"
                 )
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError(
-                "IMCL can't be trained under nn.DataParallel, whose replicas share its hooks; use "
-                "nn.parallel.DistributedDataParallel"
-            )
+        taps.refuse_replica(self, "IMCL")
         if self._tape.step is not None:
             raise RuntimeError(
                 "IMCL: a step is under way; within a watch block call the network itself, without "
@@ -376,23 +378,50 @@ class IMCL(IMCLState):
         # its gradient, as large as the weights', is made at the very end, when the
         # activations have been freed, and does not raise the peak. Among several processes
         # it would hold every convolution's gradient back to the end, and with it all of
-        # DistributedDataParallel's communication, which is to run beside the backward pass.
+        # DistributedDataParallel's communication, which is to run beside the backward pass; and
+        # FSDP2, also in one process, frees by then what it had gathered.
         # And weights that the forward pass itself makes are not there before it.
         counts = self.training and torch.is_grad_enabled()
         turn = self._schedule.turn if counts else EVERY_WAY
         weights = self._kernel_weights(turn)
-        kernel_first = sharding.world_size() == 1 and kernel_weights.are_parameters(weights)
+        kernel_first = not sharding.initialised() and kernel_weights.are_parameters(weights)
         kernel = self._kernel_similarity(weights, turn) if kernel_first else None
         if not (kernel_first or torch.compiler.is_compiling()):  # which can't trace it
             self._weight_handles += kernel_weights.tap(weights, self._tape)
         step = IMCLStep(self, turn, counts)
         step.mask = token_mask
-        if self.classifier and sharding.initialised() and not torch.compiler.is_compiling():
-            weight = getattr(self.model.get_submodule(self.classifier), "weight", None)
-            step.sharded = hasattr(weight, "full_tensor")
+        if not torch.compiler.is_compiling():
+            self._look_at_classifier(step)
+            self._look_at_heads()
         step.kernel, step.kernels = kernel, None if kernel_first else weights
         self._tape.step = step
         return step
+
+    def _look_at_classifier(self, step: IMCLStep) -> None:
+        """An adapter (LoRA) that has been put around it belongs to it; FSDP2 may have it."""
+        if self.classifier is None or not self._handles:
+            return
+        classifier = self.model.get_submodule(self.classifier)
+        if taps.is_around(classifier, self._handles[-1]):
+            self._handles[-1].remove()
+            self._handles[-1] = self._tap_classifier(classifier)
+        if sharding.initialised():
+            step.sharded = hasattr(getattr(classifier, "weight", None), "full_tensor")
+
+    def _look_at_heads(self) -> None:
+        if self._told_of_heads or not self.heads or sharding.world_size() == 1:
+            return
+        self._told_of_heads = True
+        units = set(filter(kernel_weights.is_unit, self.modules()))
+        if units.intersection(self.model.modules()) and not units.intersection(
+            [self, *self.heads.modules()]
+        ):
+            warnings.warn(
+                "IMCL: FSDP2 has the network, but not the auxiliary heads, whose gradients no "
+                "process averages with the others'. Call fully_shard on the whole IMCL before its "
+                "network first runs, or fully_shard(head, mesh=mesh) for each head of imcl.heads",
+                stacklevel=5,  # where the IMCL is called
+            )
 
     def _end(self, step: IMCLStep) -> None:
         """What is left to do when the network has run."""
@@ -401,6 +430,8 @@ class IMCL(IMCLState):
             step.kernel = self._kernel_similarity(step.kernels, step.turn, step)
         if not len(set(step.ran)) == len(step.ran) == len(self._tapped):
             self._left_out(step.ran)
+        elif self._without_layers:
+            self._without_layers = 0
 
     def _left_out(self, ran: Sequence[int | None]) -> None:
         """Layers may be, at random; anything else is another course than on the example."""
@@ -570,13 +601,14 @@ class IMCL(IMCLState):
                 handles.append(module.register_forward_hook(tap, with_kwargs=True))
                 self._tapped.append(index)
         if self.classifier is not None:
-            tap = Tap(self._tape, None)
-            classifier = self.model.get_submodule(self.classifier)
-            # Before hooks that are there: FSDP2's gives the weight back that the views need.
-            handle = classifier.register_forward_hook(tap, with_kwargs=True, prepend=True)
-            handles.append(handle)
+            handles.append(self._tap_classifier(self.model.get_submodule(self.classifier)))
             self._tapped.append(None)
         return handles
+
+    def _tap_classifier(self, classifier: nn.Module) -> RemovableHandle:
+        # Before hooks that are there: FSDP2's gives the weight back that the views need.
+        tap = Tap(self._tape, None)
+        return classifier.register_forward_hook(tap, with_kwargs=True, prepend=True)
 
     def _kernel_weights(self, turn: Turn) -> kernel_weights.Weights:
         """Where those are that this process compares in this step."""
@@ -602,8 +634,9 @@ class IMCL(IMCLState):
         if step is None:
             weights = [cast(Tensor, module._parameters[name]) for module, name in where.values()]
         else:
+            kernel_weights.reshard(self, where)
             weights = kernel_weights.used(where, step.weights)
-        if share.scale != 1 and any(hasattr(weight, "full_tensor") for weight in weights):
+        if share.place is not None and any(hasattr(weight, "full_tensor") for weight in weights):
             raise RuntimeError(
                 "shard_kernels: expected whole weights, got such as FSDP2 has in shards, which all "
                 "processes gather together; pass shard_kernels=False"

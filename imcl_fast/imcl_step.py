@@ -118,6 +118,8 @@ class IMCLStep(Step):
         if imcl.output_weight:
             views = features.expand(imcl.views, *features.shape)  # [V, B, F], or dense
             views = torch.dropout(views, imcl.dropout, imcl.training)
-            # Not a call of the module, which would run this very hook again.
-            logits = classifier.forward(views.flatten(0, 1))
+            # Not a call of the module, which would run this very hook again, unless that sleeps
+            # and FSDP2's hooks have to gather the weight.
+            run = classifier if self.over and self.sharded else classifier.forward
+            logits = run(views.flatten(0, 1))
             self.views = logits.view(imcl.views, len(features), *logits.shape[1:])

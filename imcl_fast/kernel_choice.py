@@ -62,6 +62,9 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     None is read: of one that is computed whenever it is read, that can change it.
     """
     for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and not weight.is_floating_point():
+            continue  # the codes of a quantized layer
         if isinstance(module, _ConvNd):
             if not isinstance(module, _ConvTransposeNd):  # its rows are input channels
                 channels = module.in_channels // module.groups
@@ -95,6 +98,10 @@ def check_kernels(model: nn.Module, kernels: Sequence[str]) -> list[str]:
             raise ValueError(
                 "kernels: expected modules with a weight of at least 2 rows, (Cout, Cin, *k) or "
                 f"(out, in), or the path of such a weight; {name!r}{found or shape}"
+            )
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"kernels: expected floating-point weights, that of {name!r} is {weight.dtype}"
             )
         if len(weight) < 2 * (shares := roles(model, name)):
             raise ValueError(

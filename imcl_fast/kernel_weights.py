@@ -84,6 +84,34 @@ def used(weights: Weights, made: Mapping[str, Tensor]) -> list[Tensor]:
     return found
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2's ``fully_shard`` was called on a module."""
+    return hasattr(type(module), "reshard")
+
+
+def reshard(root: nn.Module, weights: Weights) -> None:
+    """Where FSDP2 keeps other shards between the passes than the optimizer has, those of
+    ``reshard_after_forward=N``, bring back the optimizer's: a gradient of the others is lost.
+
+    Args:
+        root: a module around the network, which FSDP2 may have too.
+    """
+    owners = [module for module, name in weights.values() if _is_shard(module, name)]
+    if not owners:
+        return
+    units: dict[nn.Module, nn.Module] = {}  # whose parameters a module's are
+    for path, module in root.named_modules():  # each after those around it
+        around = units.get(root.get_submodule(path.rpartition(".")[0]), module)
+        units[module] = module if is_unit(module) else around
+    for unit in {units[owner] for owner in owners}:
+        if is_unit(unit):
+            cast(Any, unit).reshard()
+
+
+def _is_shard(module: nn.Module, name: str) -> bool:
+    return hasattr(module._parameters.get(name), "full_tensor")
+
+
 def whole(weights: list[Tensor]) -> list[Tensor]:
     """The weights, those that FSDP2 has in shards gathered from all processes: the similarity of
     rows needs all rows. Of the gradient each process keeps its shard, the same in each."""

@@ -246,7 +246,7 @@ def _last_of_each_resolution(trace: Trace) -> list[str]:
             convolved.add(pixels)
         if call.overwritten or len(trace.calls[name]) > 1:
             continue
-        if _has_children(module):
+        if has_children(module):
             blocks[pixels] = name
         elif pixels in convolved and not is_passive(module):
             single[pixels] = name
@@ -263,7 +263,7 @@ def _quarters_of_longest_row(trace: Trace) -> list[str]:
         if not trace.of_batch(call) or trace.predicts(name) or trace.of_source(name):
             continue
         inside = any(path in trace.residual for path in _parents(name))
-        if _has_children(module) and trace.resolution(name) and not inside:
+        if has_children(module) and trace.resolution(name) and not inside:
             row = (name.rpartition(".")[0], type(module), call.output.shape)
             rows.setdefault(row, []).append(name)
     longest = max(rows.values(), key=len, default=[])
@@ -309,7 +309,7 @@ def _units(trace: Trace, prefix: str, module: nn.Module) -> Iterator[str]:
     """Paths of the blocks and single layers that a network is a sequence of."""
     for child_name, child in module.named_children():
         name = f"{prefix}{child_name}"
-        if _has_children(child) and not _is_block(trace, name):
+        if has_children(child) and not _is_block(trace, name):
             yield from _units(trace, f"{name}.", child)
         elif name in trace.calls:
             yield name
@@ -413,7 +413,7 @@ def spatial_ranks(model: nn.Module) -> set[int]:
     return {len(m.kernel_size) for m in model.modules() if isinstance(m, _ConvNd)}
 
 
-def _has_children(module: nn.Module) -> bool:
+def has_children(module: nn.Module) -> bool:
     return next(module.children(), None) is not None
 
 

@@ -1,7 +1,7 @@
 """Loads the compiled extension and tells PyTorch the shapes its operators return.
 
 ``csrc/registration.cpp`` registers the operators as ``torch.ops.imcl_fast.*``;
-their fake kernels stand here, beside the load. ``pairwise`` and ``consistency``
+their fake kernels stand here, beside the load. ``pairwise``, ``consistency`` and ``gram``
 are None where the extension isn't there, and ``LOAD_ERROR`` says why. The Triton
 kernels are operators too, ``torch.ops.imcl_fast.triton_*``, for ``torch.compile``
 only: eager code calls their launchers, which is quicker than the dispatcher.
@@ -10,7 +10,7 @@ only: eager code calls their launchers, which is quicker than the dispatcher.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -83,16 +83,23 @@ def _matrices(x, batched):
     return matrices, n, math.prod(x.shape[2 if batched else 1 :])
 
 
-def _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
-    sizes: dict[torch.dtype, int] = {}  # one state for each dtype, in order of appearance
-    for x in xs if keep else []:
-        matrices, n, d = _matrices(x, batched)
-        size = matrices * state_size(penalty, center, n, d)
-        sizes[x.dtype] = sizes.get(x.dtype, 0) + size
-    state = [
+def _by_dtype(xs: Sequence[Tensor], sizes: Iterable[int]) -> list[Tensor]:
+    """A tensor of so many elements in all for each dtype of xs, in order of appearance."""
+    total: dict[torch.dtype, int] = {}
+    for x, size in zip(xs, sizes, strict=True):
+        total[x.dtype] = total.get(x.dtype, 0) + size
+    return [
         xs[0].new_empty(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        for dtype, size in sizes.items()
+        for dtype, size in total.items()
     ]
+
+
+def _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
+    sizes = (
+        matrices * state_size(penalty, center, n, d)
+        for matrices, n, d in (_matrices(x, batched) for x in xs)
+    )
+    state = _by_dtype(xs, sizes) if keep else []
     return xs[0].new_empty((), dtype=_accumulation_dtype(xs)), state
 
 
@@ -150,13 +157,7 @@ def _gram_forward(xs, scale):
 
 
 def _gpu_gram_forward(xs, scale):
-    sizes: dict[torch.dtype, int] = {}  # the means for each dtype, in order of appearance
-    for x in xs:
-        sizes[x.dtype] = sizes.get(x.dtype, 0) + means_size(math.prod(x.shape[1:]))
-    means = [
-        xs[0].new_empty(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        for dtype, size in sizes.items()
-    ]
+    means = _by_dtype(xs, (means_size(math.prod(x.shape[1:])) for x in xs))
     batch = xs[0].shape[0]
     return xs[0].new_empty((len(xs), batch, batch), dtype=_accumulation_dtype(xs)), means
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import validation
 from .dense_outputs import share_memory
-
-if TYPE_CHECKING:
-    from .imcl import IMCL
+from .imcl import IMCL
 
 
 class Perturbation:
@@ -129,8 +126,6 @@ class Perturbation:
 
 
 def _ways_in(model: nn.Module) -> list[IMCL]:
-    from .imcl import IMCL  # which imports a good deal
-
     return [module for module in model.modules() if isinstance(module, IMCL)]
 
 

@@ -20,7 +20,7 @@ from .imcl_output import IMCLOutput
 from .implementations import IMPLEMENTATIONS
 from .modules import ViewDependence
 from .perturbation import Perturbation
-from .taps import Step, Tap, Tape, living
+from .taps import Step, Tap, Tape, living, refuse_replica
 
 STAGES = (0.1, 0.25, 0.5)  # weights of the last layers
 REDUCTIONS = ("sum", "mean")
@@ -195,11 +195,7 @@ class QualityAgnostic(nn.Module):
         """
         if target is None:
             return self.model(views)
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError(
-                "QualityAgnostic can't be trained under nn.DataParallel, whose replicas share its "
-                "hooks; use nn.parallel.DistributedDataParallel"
-            )
+        refuse_replica(self, "QualityAgnostic")
         x, count = self._together(views)
         if not self.training:
             return self._objective(self.model(x), target, count)

@@ -108,11 +108,7 @@ def consistency(
     """
     sigmoid = activation == "sigmoid"
     samples = dense.samples(logits[0])
-    heads = [
-        _masked(z).reshape(-1, z.shape[-1])
-        for stack in logits
-        for z in (stack.unbind(0) if stack.dim() > 2 else [stack])
-    ]
+    heads = _heads(logits)
     if target is not None:
         target = target.flatten(0, len(samples) - 1)
     if sample_weight is not None:
@@ -186,11 +182,7 @@ def jensen_shannon(
     weights = [label_weight, *head_weights]
     factor = sum(weights)  # 1/Z
     samples = dense.samples(logits[0])
-    heads = [
-        _masked(z).reshape(-1, z.shape[-1])
-        for stack in logits
-        for z in (stack.unbind(0) if stack.dim() > 2 else [stack])
-    ]
+    heads = _heads(logits)
     target = target.flatten(0, len(samples) - 1)
     labels, _, known = _labels(
         target, None, heads[0].shape[1], label_smoothing, ignore_index, heads[0].dtype
@@ -347,6 +339,15 @@ def _teachers(
     else:
         teachers = [group[-1]] if kind == "final" else others
     return [(1.0 / len(teachers), _log_probs(z, sigmoid)) for z in teachers]
+
+
+def _heads(logits: Sequence[Tensor]) -> list[Tensor]:
+    """The logits (B, K) of each head, masked classes -inf."""
+    return [
+        _masked(z).reshape(-1, z.shape[-1])
+        for stack in logits
+        for z in (stack.unbind(0) if stack.dim() > 2 else [stack])
+    ]
 
 
 def _masked(z: Tensor) -> Tensor:

@@ -30,6 +30,15 @@ class Tape:
         self.step: Step | None = None
 
 
+def refuse_replica(module: nn.Module, name: str) -> None:
+    """Raises a RuntimeError in a replica of nn.DataParallel, whose hooks are the original's."""
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            f"{name} can't be trained under nn.DataParallel, whose replicas share its hooks; use "
+            "nn.parallel.DistributedDataParallel"
+        )
+
+
 class Tap:
     """A forward hook, with kwargs, that hands a tensor of its module to the step under way.
 
@@ -76,6 +85,7 @@ class Step:
         self.keywords: Mapping[str, Any] = {}  # arguments of the network
         self.weights: dict[str, Tensor] = {}  # see kernel_weights
         self.waiting: list[_Waiting] = []
+        self.over = False  # the network has run, and taps hand over no more
         self.context = _autograd_context()
 
     def take(self, layer: int | None, module: nn.Module, features: Tensor) -> None:
@@ -105,6 +115,7 @@ class Step:
             RuntimeError: features have lost their gradient, as they do inside a segment
                 under reentrant checkpointing, whose end has one.
         """
+        self.over = True
         for layer, module, features, inside_function, autocast in self.waiting:
             if inside_function and torch.is_grad_enabled() and not features.requires_grad:
                 raise RuntimeError(
@@ -138,6 +149,17 @@ def _autocast(x: Tensor) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     enabled = torch.is_autocast_enabled(kind)
     return torch.autocast(kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
+
+
+# Where wrappers that return what they wrap returns have that.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def is_around(module: nn.Module, handle: RemovableHandle) -> bool:
+    """Whether a module has what a hook is on inside it, and isn't merely a wrapper of that."""
+    if handle.id in module._forward_hooks or any(name in module._modules for name in _WRAPPED):
+        return False
+    return any(handle.id in inner._forward_hooks for inner in module.modules())
 
 
 def living(handles: Sequence[RemovableHandle]) -> list[RemovableHandle]:

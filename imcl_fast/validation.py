@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from . import dense
 
@@ -328,7 +329,7 @@ def target(
     # with a NaN loss there instead.
     if value.device.type != "cpu" or torch.compiler.is_compiling() or value.numel() == 0:
         return value
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or is_fake(value):
         return value
     low, high = torch.aminmax(value)
     if low.item() >= 0 and high.item() < classes:

@@ -11,6 +11,7 @@ from .plan import EVERY, TILE, Plan, operands_in_shared_memory
 
 _MOST_WARPS = 8  # of a program: more would leave a thread fewer than 255 registers
 _THREADS_REGISTERS = 2048  # of a processor: as many for a warp's every thread, if it is alone
+TARGETS, PARTIALS = 1024, 128  # that the consistency counts at a time, and adds of each sum
 LARGE_GRADIENT = 2**24  # elements, which PyTorch should multiply in 20 us on an H100
 _CHUNK_WARPS = 4  # where a program takes the classes in chunks: of 8 fewer fit on a processor
 

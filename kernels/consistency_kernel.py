@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from ..algebra import consistency as algebra
+from .config import PARTIALS, TARGETS
 from .consistency_constants import INDICES, PROBABILITIES
 from .consistency_divergences import (
     KL,
@@ -61,8 +62,8 @@ from .reduction import draws_last_ticket, totals
 _REDUCE_MEAN = tl.constexpr(algebra.REDUCE_MEAN)
 _REDUCE_SUM = tl.constexpr(algebra.REDUCE_SUM)
 _REDUCE_NONE = tl.constexpr(algebra.REDUCE_NONE)
-_TARGETS = tl.constexpr(1024)  # counted at a time
-_PARTIALS = tl.constexpr(128)  # of each sum, added at a time
+_TARGETS = tl.constexpr(TARGETS)
+_PARTIALS = tl.constexpr(PARTIALS)
 
 # Tuples that every function takes as the kernel got them: ``logits`` and ``gradients`` are stacks,
 # the sizes of the axes of the samples, and what strides stacks have, of heads and samples in units;

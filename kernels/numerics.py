@@ -16,9 +16,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 # How a product of two tiles is made. TF32 holds float16 exactly, with float32's exponents; of a
 # float32 the tensor cores cut off what it does not hold, twice the error of rounding and always
-# towards 0, so numbers are rounded before;
-# TF32X3 sums three products of it, and is nearly as good as float32. So are BFLOAT16X3 and TF32X2,
-# whose a is of half a float32's bytes and taken as it is, times the parts of a float32 b.
+# towards 0, so numbers are rounded before; TF32X3 sums three products of it, and is nearly as good
+# as float32. So are BFLOAT16X3 and TF32X2, whose a is of half a float32's bytes and taken as it is,
+# times the parts of a float32 b.
 IEEE, TF32, TF32X3, BFLOAT16, FLOAT16, BFLOAT16X3, TF32X2 = (tl.constexpr(i) for i in range(7))
 
 TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}

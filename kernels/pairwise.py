@@ -86,7 +86,7 @@ def backward(
     precision: int,
 ) -> list[Tensor]:
     """The gradient of every layer, scaled by ``grad`` () on its device."""
-    device = xs[0].device
+    device, grad = xs[0].device, grad.resolve_neg()  # the dispatcher, which would, isn't asked
     gradients = [torch.empty_like(x) for x in xs]
     parts = _backward(
         layout(xs), layout((grad, *state)), penalty, center, batched, precision, device

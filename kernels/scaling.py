@@ -37,7 +37,7 @@ def scale_(gradient: Tensor, scale: Tensor) -> Tensor:
     large = gradient.numel() >= LARGE_GRADIENT
     if not large or scale.numel() != 1 or not gradient.is_contiguous():
         return gradient.mul_(scale)
-    count = gradient.numel()
+    count, scale = gradient.numel(), scale.resolve_neg()
     _launch(layout((gradient, scale)), count, gradient.device)(gradient, scale, count)
     return gradient
 

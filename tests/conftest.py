@@ -297,6 +297,13 @@ def check_pairwise(
         assert_accurate(f"gradient {i}", g, truth[i], noise, x.dtype)
 
 
+def widened(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """On the CPU, in float64 once rounded to what kernels take beside logits of ``dtype``."""
+    if x is None or not x.is_floating_point():
+        return x if x is None else x.cpu()
+    return x.to(loss_dtype(dtype)).cpu().double()
+
+
 def check_consistency(
     impl: Impl, logits: Sequence[Tensor], target: Tensor | None, **options
 ) -> None:
@@ -346,13 +353,8 @@ def check_consistency(
     assert loss.shape == ((batch,) if options.get("reduction") == "none" else ())
     assert loss.dtype == terms.dtype == loss_dtype(dtype)
 
-    def widened(x: Tensor | None) -> Tensor | None:
-        """On the CPU, in float64 once rounded to the dtype that the kernels take."""
-        if x is None or not x.is_floating_point():
-            return x if x is None else x.cpu()
-        return x.to(loss_dtype(dtype)).cpu().double()
-
-    target, weights = widened(target), {name: widened(x) for name, x in weights.items()}
+    target = widened(target, dtype)
+    weights = {name: widened(x, dtype) for name, x in weights.items()}
     true_loss, true_terms, truth = run(
         "reference", [leaf(z.cpu(), torch.float64) for z in logits], target, weights
     )
@@ -393,17 +395,13 @@ def check_mixture(
         )
         return loss, torch.autograd.grad(loss, inputs, grad.to(loss))
 
-    def widened(x: Tensor | None) -> Tensor | None:
-        if x is None or not x.is_floating_point():
-            return x if x is None else x.cpu()
-        return x.to(loss_dtype(dtype)).cpu().double()
-
     loss, gradients = run(impl.name, logits, target, sample_weight)
     assert all(bits(x).equal(b) for x, b in zip(given_, before, strict=True)), "input written"
     assert loss.shape == ((batch,) if options.get("reduction") == "none" else ())
     assert loss.dtype == loss_dtype(dtype)
     wide, target, sample_weight = (
-        [leaf(z.cpu(), torch.float64) for z in logits], widened(target), widened(sample_weight)
+        [leaf(z.cpu(), torch.float64) for z in logits], widened(target, dtype),
+        widened(sample_weight, dtype),
     )
     true_loss, truth = run("reference", wide, target, sample_weight)
     spelled = pi if isinstance(pi, Sequence) else [pi, *[(1 - pi) / count] * count]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 PENALTIES = ("square", "abs", "signed")
 TEACHERS = ("others", "mean", "final", "pairwise")
+REDUCTIONS = ("mean", "sum", "none")
 
 # Sizes around the widths of vectors and tiles, where remainders are handled.
 SIZES = (1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 23, 31, 32, 33)

@@ -801,8 +801,6 @@ def test_a_plot_is_the_same_for_the_same_results(found, tmp_path) -> None:
 # ---- the studies of the project --------------------------------------------------------
 
 
-
-
 def shrunk(config: TrainConfig, root: Path) -> TrainConfig:
     """The same on the small data set that lies in ``root``."""
     return dataclasses.replace(

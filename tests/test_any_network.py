@@ -1,8 +1,5 @@
-"""Runs of networks whose forward does as it likes: what it returns, keeps, draws and refuses."""
+"""Runs of networks whose forward does as it likes: what it returns, keeps and refuses."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
 from test_training import QUIET, config, table
@@ -51,13 +48,6 @@ class Named(Plain):
         return {"features": x, "logits": super().forward(x)}
 
 
-class Drawing(Plain):
-    def forward(self, x):
-        if self.training and random.random() < 0.5:
-            x = x * np.random.rand()  # noqa: NPY002
-        return super().forward(x)
-
-
 class Strict(Plain):
     def forward(self, x):
         if x.shape[-1] != 16:
@@ -102,26 +92,6 @@ def test_logits_are_found_in_what_a_network_returns(digits, tmp_path, kind, ways
     assert other.rows[0]["test_accuracy"] == plain.rows[0]["test_accuracy"]
     assert other.rows[0]["train_loss"] == plain.rows[0]["train_loss"]
     assert ("way_seconds" in summary) == bool(ways)
-
-
-def test_the_seed_is_that_of_every_generator(digits):
-    rows = []
-    for noise in (1, 2):
-        random.seed(noise)
-        np.random.seed(noise)  # noqa: NPY002
-        trainer, _ = fit(Drawing(), digits, ways=(), seed=7)
-        rows.append(trainer.rows[0]["train_loss"])
-    assert rows[0] == rows[1]
-
-
-def test_generators_are_afterwards_as_they_were(digits):
-    random.seed(3)
-    np.random.seed(3)  # noqa: NPY002
-    expected = random.random(), np.random.rand()  # noqa: NPY002
-    random.seed(3)
-    np.random.seed(3)  # noqa: NPY002
-    fit(Drawing(), digits, ways=())
-    assert (random.random(), np.random.rand()) == expected  # noqa: NPY002
 
 
 @pytest.fixture

@@ -319,7 +319,6 @@ def test_only_products_are_rounded_to_bfloat16(impl: Impl, reduction: str) -> No
     assert float((got * truth).sum() / truth.square().sum()) == pytest.approx(1, abs=4e-4)
 
 
-
 # --- the second derivative
 
 

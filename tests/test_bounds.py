@@ -28,8 +28,18 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import PENALTIES, TEACHERS, Heads, Matrices, features, heads, layers, weights
-from test_consistency import REDUCTIONS, spec
+from strategies import (
+    PENALTIES,
+    REDUCTIONS,
+    TEACHERS,
+    Heads,
+    Matrices,
+    features,
+    heads,
+    layers,
+    weights,
+)  # fmt: skip
+from test_consistency import spec
 from test_divergences import KINDS, probabilities
 from test_pairwise import FEATURE_SHAPES, WEIGHT_SHAPES
 from torch import Tensor

@@ -190,6 +190,15 @@ def test_any_attribute_may_be_called_groups(groups):
     assert find_kernels(network) == ["0"]
 
 
+def test_codes_of_a_quantized_layer_are_no_kernels():
+    network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    codes = torch.zeros(8, 8, dtype=torch.int8)
+    network[1].weight = nn.Parameter(codes, requires_grad=False)
+    assert find_kernels(network) == ["0", "2"]
+    with pytest.raises(ValueError, match=r"kernels: .*floating-point.*'1' is torch.int8"):
+        check_kernels(network, ["0", "1"])
+
+
 def test_what_makes_the_output_is_no_kernel():
     network = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)

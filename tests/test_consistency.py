@@ -22,12 +22,10 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TEACHERS, Heads, heads, lay_out
+from strategies import REDUCTIONS, TEACHERS, Heads, heads, lay_out
 
 from imcl_fast import functional as F
 from imcl_fast.schemas import ConsistencyOptions
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def spec(
@@ -242,9 +240,6 @@ def test_one_head_is_cross_entropy(impl: Impl) -> None:
         )
         expected = TF.cross_entropy(logits[0], target, label_smoothing=0.1, reduction=reduction)
         torch.testing.assert_close(got, expected)
-
-
-
 
 
 # --- targets that don't count

@@ -15,12 +15,11 @@ from bounds import assert_accurate, consistency_noise, loss_dtype
 from conftest import DTYPES, Impl, assert_layout, assert_same_bits, bits, cases, leaf, threads
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import TEACHERS, lay_out
+from strategies import REDUCTIONS, TEACHERS, lay_out
 from torch import Tensor
 
 from imcl_fast import functional as F
 
-REDUCTIONS = ("mean", "sum", "none")
 LAYOUTS = ("contiguous", "channels_last", "transposed", "reversed", "sliced", "misaligned",
            "expanded_first", "expanded_last")  # fmt: skip
 

@@ -25,8 +25,8 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TEACHERS, Heads, Targets, heads, lay_out, targets
-from test_consistency import REDUCTIONS, check_gradient_of_unknown, spec
+from strategies import REDUCTIONS, TEACHERS, Heads, Targets, heads, lay_out, targets
+from test_consistency import check_gradient_of_unknown, spec
 from test_masked_classes import check as check_masked
 from test_masked_classes import masked
 from torch import Tensor

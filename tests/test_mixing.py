@@ -14,9 +14,6 @@ import_torchvision()
 BATCH = 16
 
 
-
-
-
 def batches(digits, mixing, epoch=0, first=0, seed=5, **options):
     loader = TrainLoader(
         digits.train, digits, batch_size=BATCH, augment=True, mixing=mixing, seed=seed,

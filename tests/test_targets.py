@@ -11,14 +11,13 @@ import torch.nn.functional as TF
 from conftest import DTYPES, Impl, assert_same_bits, cases, check_consistency, leaf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TEACHERS, Targets, targets
+from strategies import REDUCTIONS, TEACHERS, Targets, targets
 from torch import Tensor
 
 import imcl_fast
 from imcl_fast import functional as F
 from imcl_fast.models import import_torchvision
 
-REDUCTIONS = ("mean", "sum", "none")
 CLASSES = 7
 
 

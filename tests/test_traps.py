@@ -1,5 +1,5 @@
-"""What goes wrong without a word elsewhere: heads outside the optimizer, transforms, meta tensors,
-weights in shards."""
+"""What goes wrong without a word elsewhere: heads outside the optimizer, transforms, meta
+tensors."""
 
 import copy
 import warnings
@@ -7,13 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from process_group import in_group
-from test_distributed_objective import Small
 from test_imcl import WEIGHTS, FlatCNN, build
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from imcl_fast import IMCL, Perturbation, unlearnt
 from imcl_fast import functional as F
@@ -247,12 +243,55 @@ def test_gradients_of_several_losses_at_once(impl, reduction):
     torch.testing.assert_close(found[1], found[0])
 
 
+class Adapter(nn.Module):
+    """As LoRA has it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer, self.weight = base, base.weight
+        self.more = nn.Parameter(torch.randn_like(base.weight))
+
+    def forward(self, x):
+        return self.base_layer(x) + nn.functional.linear(x, self.more)
+
+
+class Wrapper(nn.Module):
+    """Of gradient checkpointing, by its name."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._checkpoint_wrapped_module = module
+
+    def forward(self, x):
+        return self._checkpoint_wrapped_module(x)
+
+
+@pytest.mark.parametrize("around", [Adapter, Wrapper])
+def test_an_adapter_around_the_classifier_is_part_of_it(around):
+    imcl = build(FlatCNN(), X, dropout=0.0, multilayer_weight=0)
+    hooks = len(imcl._handles)
+    path = imcl.classifier
+    for _ in range(2):  # one around another
+        imcl.model.set_submodule(path, around(imcl.model.get_submodule(path)))
+        for _ in range(2):
+            out = imcl(X, Y)
+            alike = out.terms["cross_entropy"], out.terms["output_consistency"]
+            torch.testing.assert_close(*alike)
+    out = copy.deepcopy(imcl)(X, Y)
+    torch.testing.assert_close(out.terms["output_consistency"], alike[0])
+    assert len(imcl._handles) == hooks
+    imcl.remove_hooks()
+    assert not any(module._forward_hooks for module in imcl.model.modules())
+
+
 def test_backward_of_tensors_without_values():
     """Memory estimators run a step so."""
     with FakeTensorMode():
         z = torch.randn(6, 5, requires_grad=True)
-        F.collaborative_consistency([z, 2 * z], torch.rand(6, 5)).backward()
-        assert z.grad.shape == z.shape
+        for target in (torch.rand(6, 5), torch.randint(5, (6,))):
+            z.grad = None
+            F.collaborative_consistency([z, 2 * z], target).backward()
+            assert z.grad.shape == z.shape
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
@@ -300,92 +339,6 @@ def test_losses_of_meta_tensors(impl):
         loss = F.collaborative_consistency(z, Y.to("meta"), impl=impl)
         loss.backward()
     assert loss.shape == () and loss.dtype == torch.float32 and z.grad.shape == z.shape
-
-
-# FSDP2 with modules inside sharded
-
-
-def objective(shard=None, **options):
-    torch.manual_seed(0)
-    network = Small().double()
-    x = torch.rand(4, 1, 8, 8, dtype=torch.float64)
-    if shard is not None:
-        fully_shard(network.fc, mesh=shard)
-        fully_shard(network, mesh=shard)
-    torch.manual_seed(1)
-    layers = ["layer1", "layer3", "layer4"]
-    # Also in processes without conftest.
-    options = {"representation_interval": 1, "kernel_interval": 1, **options}
-    return IMCL(network, x, layers, dropout=0.0, **options), x, torch.arange(4)
-
-
-def process(rank, folder):
-    torch.set_num_threads(1)
-    torch.save(in_group(folder, lambda: of_two(rank), rank, 2), f"{folder}/{rank}.pt")
-
-
-def of_two(rank):
-    imcl, x, y = objective(kernel_interval=2)
-    mesh = init_device_mesh("cpu", (2,))
-    for unit in (imcl.model.layer1, imcl.model.layer2, imcl.model.layer4, imcl.model.fc):
-        fully_shard(unit, mesh=mesh)
-    fully_shard(imcl, mesh=mesh)
-    found = []
-    for _ in range(2):
-        imcl.zero_grad()
-        out = imcl(x[2 * rank : 2 * rank + 2], y[2 * rank : 2 * rank + 2])
-        out.loss.backward()
-        grads = {name: p.grad.full_tensor() for name, p in imcl.named_parameters()}
-        found.append([out.terms.get("kernel_similarity"), grads])
-    shared, x, y = objective(shard_kernels=True)
-    fully_shard(shared.model.layer4, mesh=mesh)
-    fully_shard(shared.model.layer3, mesh=mesh)
-    fully_shard(shared, mesh=mesh)
-    try:
-        shared(x, y)
-    except RuntimeError as error:
-        found.append(str(error))
-    distributed.barrier()
-    return found
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_fsdp2_of_one_process_and_of_an_imcl_built_after_it(late, tmp_path):
-    imcl, x, y = objective()
-    imcl(x, y).loss.backward()
-    expected = {name: p.grad.clone() for name, p in imcl.named_parameters()}
-
-    def work():
-        mesh = init_device_mesh("cpu", (1,))
-        imcl, x, y = objective(shard=mesh if late else None)
-        if not late:
-            fully_shard(imcl.model.fc, mesh=mesh)
-            fully_shard(imcl, mesh=mesh)
-        for _ in range(2):
-            imcl.zero_grad()
-            imcl(x, y).loss.backward()
-            found = {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
-                     for name, p in imcl.named_parameters()}  # fmt: skip
-            torch.testing.assert_close(found, expected)
-
-    in_group(tmp_path, work)
-
-
-def test_fsdp2_with_sharded_modules_inside(tmp_path):
-    multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
-    expected = []
-    imcl, x, y = objective(kernel_interval=2)
-    for _ in range(2):
-        imcl.zero_grad()
-        out = imcl(x, y)
-        out.loss.backward()
-        grads = {name: p.grad.clone() for name, p in imcl.named_parameters()}
-        expected.append([out.terms.get("kernel_similarity"), grads])
-    assert [value is None for value, _ in expected] == [False, True]
-    for rank in (0, 1):
-        *found, told = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found, expected)
-        assert told.startswith("shard_kernels: expected whole weights")
 
 
 # The meta device, and torch.func in half precision

@@ -232,6 +232,7 @@ def test_memory_that_holds_negative_values_is_read_as_what_it_means() -> None:
     for loss, given in (
         (lambda x: F.representation_similarity(x, impl="triton"), x),
         (lambda z: F.collaborative_consistency(z, target, impl="triton"), z),
+        (lambda x: F.dependence(x, target[:, :3], impl="triton"), z[0]),
     ):
         values = []
         for each in (given, given.resolve_neg().clone()):
@@ -239,6 +240,25 @@ def test_memory_that_holds_negative_values_is_read_as_what_it_means() -> None:
             value = loss(leaf)
             values.append([value.detach(), *torch.autograd.grad(value, leaf)])
         torch.testing.assert_close(*values)
+
+
+def test_an_incoming_gradient_is_read_as_what_it_means(monkeypatch) -> None:
+    from imcl_fast.kernels import scaling
+
+    monkeypatch.setattr(scaling, "LARGE_GRADIENT", 0)
+    x, z, y = (torch.randn(2, 4, 6, generator=torch.manual_seed(i)).to(DEVICE) for i in range(3))
+    grad = torch.tensor(1 + 2j, device=DEVICE).conj().imag
+    assert grad.is_neg()
+    for loss, given in (
+        (lambda x: F.representation_similarity(x, impl="triton"), x),
+        (lambda x: F.kernel_similarity(x, impl="triton"), x),
+        (lambda z: F.collaborative_consistency(z, None, impl="triton"), z),
+        (lambda x: F.dependence(x[0], y[0], impl="triton"), x),
+    ):
+        leaf = given.clone().requires_grad_()
+        values = [torch.autograd.grad(loss(leaf), leaf, g) for g in (grad, grad.resolve_neg())]
+        torch.testing.assert_close(*values)
+        assert values[0][0].any()
 
 
 class Operators(TorchDispatchMode):

@@ -17,7 +17,7 @@ from imcl_fast.machine import processor
 from imcl_fast.runs import files
 from imcl_fast.runs.folder import Run
 
-from .study import PlannedRun, Study
+from .study import PlannedRun, Study, run_name
 
 FOLDER = Path(__file__).parent / "results"
 COMMIT_DIGITS = 12
@@ -74,7 +74,7 @@ class Result:
     @property
     def name(self) -> str:
         """That of the run."""
-        return f"{self.condition}-{self.network}-{self.method}-s{self.seed}"
+        return run_name(self.condition, self.network, self.method, self.seed)
 
     @property
     def qualities(self) -> dict[str, float]:

@@ -58,6 +58,11 @@ class Method(Part):
     found: bool = False
 
 
+def run_name(condition: str, network: str, method: str, seed: int) -> str:
+    """What a run is called, in a study and in its results."""
+    return f"{condition}-{network}-{method}-s{seed}"
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """A run of a study. Its seed decides weights, order, augmentation and wrong labels, so that
@@ -76,7 +81,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        return f"{self.condition}-{self.network}-{self.method}-s{self.seed}"
+        return run_name(self.condition, self.network, self.method, self.seed)
 
     @property
     def told(self) -> dict[str, Any]:

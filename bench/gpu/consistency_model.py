@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from imcl_fast.kernels.config import LARGE_GRADIENT
+from imcl_fast.kernels.config import LARGE_GRADIENT, PARTIALS, TARGETS
 
 from ..rows import Row, consistency, gpu_rows
 from . import machine
 from .machine import Launch
 
-TARGETS, PARTIALS = 1024, 128  # at a time: kernels/consistency_kernel.py
 # What a language model's heads take: too much for the others that `make gpu` compares with.
 BEYOND = consistency(8, 4096, 128256, dtype=torch.bfloat16)
 

@@ -28,9 +28,9 @@ from . import FUSED
 GPU_ONLY = ("test_gpu.py", "test_triton.py")
 
 
-def refused(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why an implementation takes no tensors of a dtype on a device, or None."""
-    return why_not(name, device, [dtype])
+def refused(name: str, dtype: torch.dtype) -> str | None:
+    """Why an implementation takes no tensors of a dtype on a GPU, or None."""
+    return why_not(name, "cuda", [dtype])
 
 
 def wanted(item: pytest.Item) -> bool:
@@ -42,7 +42,7 @@ def wanted(item: pytest.Item) -> bool:
     names = {getattr(value, "name", value) for value in values if _is_name(value)}
     dtypes = [value for value in values if isinstance(value, torch.dtype)]
     fused = names.intersection(FUSED)
-    return bool(fused) and all(refused(n, "cuda", t) is None for n in fused for t in dtypes)
+    return bool(fused) and all(refused(n, t) is None for n in fused for t in dtypes)
 
 
 def _is_name(value: object) -> bool:
@@ -58,7 +58,7 @@ def pytest_sessionstart() -> None:
     conftest: Any = sys.modules["conftest"]
     conftest.DTYPES = tuple(
         dtype for dtype in conftest.DTYPES
-        if all(refused(n, "cuda", dtype) is None for n in conftest.TESTED if n in FUSED)
+        if all(refused(n, dtype) is None for n in conftest.TESTED if n in FUSED)
     )  # fmt: skip
     conftest.cases = _one_in_turn
     settings = sys.modules["hypothesis"].settings
@@ -78,7 +78,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         return (yield)
     except RuntimeError as error:
         for name in FUSED:
-            reason = refused(name, "cuda", torch.float64)
+            reason = refused(name, torch.float64)
             if reason is not None and f'impl="{name}" can\'t run: {reason}' in str(error):
                 pytest.skip(f"{name}: {reason}")
         raise

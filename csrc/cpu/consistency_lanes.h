@@ -492,6 +492,7 @@ class Lanes {
       store(out + k * pitch, load(out + k * pitch) - ce * load(y + k * pitch));
   }
 
+  // Where a head needs the others': pairwise teachers, and those that aren't detached.
   void gradient_of_class(int64_t k, V weights) {
     V sum = {}, passed = {};  // over the heads: of p and of kl log p; of what goes into teachers
     if (pairwise_) {
@@ -500,14 +501,14 @@ class Lanes {
         sum += tempered_[h * classes_ + k] / heads_[h].tempered;
         if (!group_.detach) passed += finite(log_p_[h]) * heads_[h].kl_scale;
       }
-    } else if (taught_ && !group_.detach) {
+    } else {
       for (int64_t h = 0; h < n_; ++h) passed += into_teacher(h, k);
     }
     const double averaged = static_cast<double>(own_teacher_ || pairwise_ ? n_ - 1 : n_);
     const V average = splat(static_cast<Acc>(1 / averaged));
     for (int64_t h = 0; h < n_; ++h) {
       const State& state = heads_[h];
-      const int64_t i = h * classes_ + k, by = (own_teacher_ ? i : k);
+      const int64_t i = h * classes_ + k, by = own_teacher_ ? i : k;
       V dz = {};
       if (labelled_) {
         const V e = squared_ ? tempered_[i] * tempered_[i] : plain_[i];
@@ -522,13 +523,11 @@ class Lanes {
           const V toward = state.toward * splat(static_cast<Acc>(group_.temperature)) * kl_scale_;
           dz += unless_0(p, p * average * (weights * log_p_[h] - passed - toward));
         }
-      } else if (taught_) {
+      } else {
         dz += tempered_[i] * state.of_tempered - teacher_[by] * state.of_teacher;
-        if (!group_.detach) {
-          if (own_teacher_) dz += (passed - into_teacher(h, k)) * average;
-          else if (group_.teacher == Teacher::kMean) dz += passed * average;
-          else if (h == n_ - 1) dz += passed;
-        }
+        if (own_teacher_) dz += (passed - into_teacher(h, k)) * average;
+        else if (group_.teacher == Teacher::kMean) dz += passed * average;
+        else if (h == n_ - 1) dz += passed;
       }
       // In place, but for what later heads of this class still need.
       pending_[h] = dz;

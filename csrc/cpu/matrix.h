@@ -12,8 +12,6 @@
 namespace imcl {
 inline namespace IMCL_ISA {
 
-inline constexpr double kCentredDeadRatio = 1e-5;  // imcl_fast/reference.py
-
 template <class T>
 struct Matrix {
   const T* x;

@@ -1,4 +1,5 @@
-// The Grams of samples and their gradients, all representations of a dtype in one launch each way.
+// The Grams of samples and their gradients, as many representations of a dtype in a launch as its
+// parameters hold.
 //
 // X has B rows, the samples, of D columns, the features; a_k is the mean of column k over the
 // first 64 samples and X_a = X - 1 a^T.

@@ -64,8 +64,8 @@ inline int64_t span_of(const std::vector<GramLayer>& all, int64_t tiles, int64_t
 
 }  // namespace imcl
 
-// One launch for `count` representations of one dtype, whatever their number as long as a kernel's
-// parameters hold them (some 250).
+// Launches for `count` representations of one dtype, whatever their number: as many in each as its
+// parameters hold (LaunchArguments in matrix.h).
 extern "C" cudaError_t imcl_cuda_gram_forward(const imcl::DependenceCall* call,
                                               const imcl::GramLayer* layers, int64_t count,
                                               const imcl::Dimension* dimensions,

@@ -6,7 +6,7 @@
 
 // That a kernel takes here; devices and drivers of today allow 32764, but a driver that was given
 // more than these in a graph is known to end in a segmentation fault (openxla/xla#19252), and each
-// launch copies all of them. Room for the layers of most networks.
+// launch copies all of them. Room for some 20 layers.
 #define IMCL_PARAMETER_BYTES 4096
 
 namespace imcl {

@@ -85,6 +85,13 @@ struct Workspace {
   double* doubles() const { return static_cast<double*>(memory.mutable_data_ptr()) + before; }
 };
 
+// Launches a kernel on the layers of one dtype.
+template <class Launcher, class Call, class Type>
+void launch(Launcher* launcher, const Call& call, const Type& type, const Device& device) {
+  Device::throw_if(launcher(&call, type.layers.data(), static_cast<int64_t>(type.layers.size()),
+                            type.dimensions.data(), device.stream()));
+}
+
 void check_samples(const std::vector<Tensor>& xs, const Tensor& grams, const Device& device) {
   for (const Tensor& x : xs) {
     device.check(x, "xs");
@@ -128,9 +135,7 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
     if (keep)
       call.state = state.emplace_back(allocate({type.state_size}, accumulation_type(first), first))
                        .mutable_data_ptr();
-    Device::throw_if(imcl_cuda_pairwise_forward(&call, type.layers.data(),
-                                                static_cast<int64_t>(type.layers.size()),
-                                                type.dimensions.data(), device.stream()));
+    launch(imcl_cuda_pairwise_forward, call, type, device);
     call.first_program += type.forward_programs;
   }
   return {loss, state};
@@ -166,9 +171,7 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
         "state: expected the state that pairwise_forward returned");
     call.dtype = dtype_of(first, "xs");
     call.state = const_cast<void*>(state[i].const_data_ptr());  // read only
-    Device::throw_if(imcl_cuda_pairwise_backward(&call, type.layers.data(),
-                                                 static_cast<int64_t>(type.layers.size()),
-                                                 type.dimensions.data(), device.stream()));
+    launch(imcl_cuda_pairwise_backward, call, type, device);
   }
   return gradients;
 }
@@ -257,9 +260,7 @@ std::tuple<Tensor, std::vector<Tensor>> gram_forward(const std::vector<Tensor>& 
       call.partials = workspace->doubles();
       call.tickets = workspace->ticket();
     }
-    Device::throw_if(imcl_cuda_gram_forward(&call, type.layers.data(),
-                                            static_cast<int64_t>(type.layers.size()),
-                                            type.dimensions.data(), device.stream()));
+    launch(imcl_cuda_gram_forward, call, type, device);
   }
   return {grams, means};
 }
@@ -289,9 +290,7 @@ std::vector<Tensor> gram_backward(const Tensor& s, const std::vector<Tensor>& xs
     call.dtype = dtype_of(*type.first, "xs");
     call.means = const_cast<void*>(means[i].const_data_ptr());  // read only
     call.span = span_of(type.layers, divide_up(rows, kTile), kBlocksAtOnce * device.processors());
-    Device::throw_if(imcl_cuda_gram_backward(&call, type.layers.data(),
-                                             static_cast<int64_t>(type.layers.size()),
-                                             type.dimensions.data(), device.stream()));
+    launch(imcl_cuda_gram_backward, call, type, device);
   }
   return gradients;
 }

@@ -109,8 +109,8 @@ IMCL_HOST_DEVICE inline int64_t backward_programs(const Layer& layer) {
 
 }  // namespace imcl
 
-// One launch for `count` layers of one dtype, whatever their number as long as a kernel's
-// parameters hold them (some 300).
+// Launches for `count` layers of one dtype, whatever their number: as many in each as its
+// parameters hold (LaunchArguments in matrix.h).
 extern "C" cudaError_t imcl_cuda_pairwise_forward(const imcl::PairwiseCall* call,
                                                   const imcl::Layer* layers, int64_t count,
                                                   const imcl::Dimension* dimensions,

@@ -1,4 +1,4 @@
-// The gradient of the pairwise cosine penalty, all matrices in one launch.
+// The gradient of the pairwise cosine penalty, many matrices in a launch.
 //
 // primal  dX = A X;  A_ij lies in the state, and A_ii is minus the sum of what the tiles of
 //         row i left there

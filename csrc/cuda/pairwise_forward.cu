@@ -1,4 +1,4 @@
-// The pairwise cosine penalty and what its backward needs, all matrices in one launch.
+// The pairwise cosine penalty and what its backward needs, many matrices in a launch.
 //
 // primal  c_ij = <x_i, x_j>/(n_i n_j);   loss k sum_{i != j} phi(c_ij)
 //         A_ij = 2k phi'(c_ij)/(n_i n_j), A_ii = -sum_j 2k phi'(c_ij) c_ij/n_i^2
@@ -25,8 +25,7 @@
 namespace imcl {
 namespace {
 
-constexpr double kCentredDeadRatio = 1e-5;  // imcl_fast/reference.py
-constexpr int kShiftColumns = 16;           // that make the first guess at a mean
+constexpr int kShiftColumns = 16;  // that make the first guess at a mean
 
 template <class Acc>
 struct Shared {

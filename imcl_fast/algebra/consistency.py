@@ -122,8 +122,10 @@ def _group(
 ) -> tuple[Tensor, Tensor]:
     """D(teacher_h || p_h) [H, B] of one group, from z/T [H, B, K]; and with ``keep``
     d/d(z/T) of the sum of these weighted by w, [H, B, K]."""
+    if len(z) == 1:  # nobody teaches it
+        return z.new_zeros(z.shape[:2]), torch.zeros_like(z) if keep else z
     log_p = torch.log_softmax(z, -1)
-    if divergence == KL or len(z) == 1:
+    if divergence == KL:
         gradient = _group_gradient(log_p, z, w, kind, detached) if keep else z
         return _group_kl(log_p, z, kind), gradient
     if kind == PAIRWISE:
@@ -142,13 +144,10 @@ def _group(
 
 def _group_kl(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
     """KL(teacher_h || p_h) [H, B] of one group, from log p and z/T [H, B, K]."""
-    size = len(z)
-    if size == 1:
-        return z.new_zeros(z.shape[:2])
     if kind == PAIRWISE:
         p = log_p.exp()
         entropy, total = _times(p, log_p).sum(0), p.sum(0)
-        return torch.where(total == 0, 0, entropy - total * log_p).sum(-1) / (size - 1)
+        return torch.where(total == 0, 0, entropy - total * log_p).sum(-1) / (len(z) - 1)
     log_q = _teacher_log_probs(log_p, z, kind)
     kl = _times(log_q.exp(), log_q - log_p).sum(-1)
     if kind == FINAL:
@@ -158,10 +157,7 @@ def _group_kl(log_p: Tensor, z: Tensor, kind: int) -> Tensor:
 
 def _group_gradient(log_p: Tensor, z: Tensor, w: Tensor, kind: int, detached: bool) -> Tensor:
     """d/d(z/T) of sum_h w_h KL(teacher_h || p_h), [H, B, K]."""
-    size = len(z)
-    if size == 1:
-        return torch.zeros_like(z)
-    p = log_p.exp()
+    p, size = log_p.exp(), len(z)
     if kind == PAIRWISE:
         dz = _times(w, p - (p.sum(0) - p) / (size - 1))
         if not detached:

@@ -25,7 +25,6 @@ COLUMNS = (
 )
 
 
-
 def write_report(run_folder: str | Path) -> Path:
     """Write ``report.html`` into a run folder, also while the run is going on.
 

@@ -21,8 +21,8 @@ from ..runs.folder import CHECKPOINTS, CONFIG, WEIGHTS, UnreadableRun, read_own
 from ..runs.network import build_network, named
 
 OBJECTIVE_PREFIX = "model."  # of the plain network in its objective's state_dict
-EXTRA_STATE = "_extra_state"  # how torch ends the names of what is no parameter or buffer
 AVERAGED_PREFIX = "module."  # of it in a moving average's
+EXTRA_STATE = "_extra_state"  # how torch ends the names of what is no parameter or buffer
 
 
 class UnknownNetwork(ValueError):

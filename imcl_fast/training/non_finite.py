@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..layers import has_children
 from ..taps import observed
 
 
@@ -56,7 +57,7 @@ def _first_bad_layer(network: nn.Module, images: Tensor) -> str | None:
     found: list[str] = []
 
     def look(call: tuple[str, int], module: nn.Module, inputs: tuple, output: object) -> None:
-        alone = next(module.children(), None) is None
+        alone = not has_children(module)
         if alone and isinstance(output, Tensor) and not output.isfinite().all():
             found.append(call[0])
 

@@ -38,8 +38,7 @@ def build_schedule(
     """The schedule, to be stepped after every optimizer step.
 
     "onecycle" is that of arXiv 1708.07120 and moves the momentum too, by up to 0.05 around
-    ``config.momentum``; the others multiply
-    ``config.lr`` by a factor of the step alone.
+    ``config.momentum``; the others multiply ``config.lr`` by a factor of the step alone.
     """
     steps = config.epochs * steps_per_epoch
     warmup = round(config.warmup_epochs * steps_per_epoch)

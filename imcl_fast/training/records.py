@@ -32,9 +32,9 @@ from ..runs.folder import (
     USED,
 )  # fmt: skip
 
-# Of the summary: what only the process that trained can measure.
 # What is written after the configuration, and anew when a run begins again.
 WRITTEN_LATER = (METRICS, STEPS, SUMMARY, NOISE, USED)
+# Of the summary: what only the process that trained can measure.
 MEASURED_ONCE = ("peak_memory_bytes", "peak_memory_of", "way_seconds")
 
 

@@ -126,15 +126,16 @@ class Trainer:
                 records = Records(folder) if processes.first else None
                 observer.logs_to(folder / LOG)
             loop = Loop(config, processes, material, network, records, observer)
+            own = self._own(material)
             # From here on, what is random in a step: each process drops out other features.
             seed(config.seed + 7919 * processes.rank, processes.device)
             try:
                 with as_usage_error(DataError):  # an image file can't be read
                     with Interruption() as interruption:
-                        _begin(loop, self._own(material))
+                        _begin(loop, own)
                         loop.train(interruption)
                     observer.finished()
-                    summary = _finish(loop, self._own(material))
+                    summary = _finish(loop, own)
             finally:
                 observer.finished()
                 if records is not None:
