@@ -29,7 +29,8 @@ CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()
 # Two tests at a time where pytest-xdist is there, for most of them use one core only; their
 # files are kept whole in the first run, and shared out in those of the GPU kernels. A process that
 # a hanging test ended is not begun again, or else that test would be.
-ON_EVERY_DEVICE := tests/test_triton.py tests/test_triton_details.py tests/test_pairwise.py \
+ON_EVERY_DEVICE := tests/test_triton.py tests/test_triton_details.py tests/test_operation_details.py \
+    tests/test_pairwise.py \
     tests/test_consistency.py tests/test_masked_classes.py tests/test_autograd.py tests/test_exactness.py \
     tests/test_targets.py tests/test_dense.py tests/test_divergences.py tests/test_operators.py \
     tests/test_dependence.py
@@ -39,7 +40,7 @@ AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2 --max-worker-restart 0")'
 # with those of many tests, and end with few processes that wait for others.
 LONGEST := $(addprefix tests/test_,offline_compile.py compiled_code.py sanitizers.py \
     cuda_sanitizers.py cuda_build.py distribution.py gpu_bench.py accuracy_study.py compile.py \
-    divergences.py examples.py traps.py distributed.py training.py quality_runs.py)
+    divergences.py examples.py traps.py fsdp.py distributed.py training.py quality_runs.py)
 
 .PHONY: demo test test-quick test-slow test-all lint lint-if-installed bench bench-quick \
     bench-check accuracy mutants gpu docs wheels format clean

@@ -9,6 +9,7 @@ in, in how many lanes, threads and tiles, then makes no difference.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -241,6 +242,22 @@ def test_a_batch_of_logits_is_its_samples(impl: Impl, detach: bool, teacher: str
     for b in cases(impl, range(8), 3 * detach):
         one = slice(b, b + 1)
         assert_same_bits(run(z[:, one].clone(), target[one]), [loss[one], g[:, one]])
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((2, 64, 5, 5), False), ((2, 16, 8, 8), True)]
+)
+def test_the_mean_of_every_second_number_is_taken_off_whole(shape, channels_last: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    level = 1e4 * (1 + torch.rand(*shape[:2], 1, 1, generator=generator))
+    x = torch.randn(shape, generator=generator) + level
+    order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)
+    room = torch.full([*(shape[i] for i in order), 2], math.nan)
+    x = room[..., 0].copy_(x.permute(order)).permute([order.index(i) for i in range(4)])
+    found, truth = leaf(x), leaf(x.double().contiguous())
+    for each, name in ((found, "cpp"), (truth, "reference")):
+        F.representation_similarity(each, center=True, impl=name).backward()
+    assert (found.grad - truth.grad).norm() < 3e-5 * truth.grad.norm()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import offline_compile
 import triton
 import triton.language as tl
 import triton.testing
@@ -31,6 +32,7 @@ from imcl_fast.kernels import (
     launch,
     numerics,
     pairwise,
+    plan,
     reduction,
 )
 from imcl_fast.kernels.constants import plain
@@ -292,3 +294,74 @@ def test_there_are_as_many_products_as_parts(name, count, a):
     assert asm["ttir"].count("tt.dot ") == count
     if name == "TF32":
         assert asm["ttir"].count("arith.addi") >= 2 and asm["ttir"].count("4096") >= 1
+
+
+# What is chosen for a GPU
+
+
+@pytest.mark.parametrize("heads", [1, 4, 8, 16, 30, 60])
+@pytest.mark.parametrize("classes", [1, 10, 255, 1000, 50_000])
+def test_a_configuration_has_at_least_one_of_everything(heads: int, classes: int) -> None:
+    for heavy in (False, True):
+        for rich in (False, True):
+            found = config.consistency_config(heads, heavy, rich, 64, classes, CPU)
+            assert min(found) >= 1 and found.block & (found.block - 1) == 0
+
+
+def test_amds_9_4_is_no_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    of = plan.operands_in_shared_memory.__wrapped__
+    assert of(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not of(torch.device("cuda", 0))
+
+
+def test_centred_float16_is_multiplied_in_a_wider_range() -> None:
+    assert plain(pairwise._gram_product(torch.float16, True, 0)) == plain(numerics.TF32)
+
+
+def test_amd_has_no_tensorfloat() -> None:
+    """Of a centred float16, and of a dependence."""
+    of_pass = config.PassConfig(32, 3, 4, 255)
+    plan_of = (1, 0, 0, False, False)
+    centred = pairwise._constants(
+        plan_of, torch.float16, 0, True, True, of_pass, numerics.TF32, None
+    )
+    gram = dependence._constants((1, 0, False), (True, True), torch.float16, (32, 16, 32, 8))
+    for constants, names in ((centred, ("product", "form_product")), (gram, ("product",))):
+        found = launch.for_amd({"C": constants})["C"]
+        assert all(plain(getattr(found, name)) == plain(numerics.IEEE) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "said"),
+    [("IEEE", "*fp32", ""), ("TF32X3", "*fp32", "tf32x3"), ("FLOAT16", "*fp16", "xf16>"),
+     ("BFLOAT16", "*fp32", "xbf16>")],
+)  # fmt: skip
+def test_a_product_is_what_its_name_says(name: str, a: str, said: str) -> None:
+    made = compiled_for_90(_multiplied, (a, "*fp32", "*fp32"), {"PRODUCT": getattr(numerics, name)})
+    (line,) = [each for each in made["ttir"].splitlines() if "tt.dot " in each]
+    assert said in line if said else "tf32" not in line
+
+
+def test_the_labels_gradient_is_stored_after_that_of_all_classes(monkeypatch) -> None:
+    """Other threads store that; without a barrier the last one would win."""
+    import triton._C.libtriton as library
+
+    caught = []
+    monkeypatch.setattr(config, "processors_of", lambda device: 132)
+    monkeypatch.setattr(
+        Launch, "__call__",
+        lambda self, *args: caught.append((self.kernel, args, dict(self.options))),
+    )  # fmt: skip
+    offline_compile.consistency_of(2, 4, 50_000, torch.float32)
+    ((kernel, args, options),) = caught
+    source = offline_compile.source(kernel, args, {"C": options["C"]})
+    target = GPUTarget("cuda", 90, 32)
+    backend = triton.compiler.compiler.make_backend(target)
+    found, context = backend.parse_options({"num_warps": 4}), library.ir.context()
+    library.ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(found)
+    text = str(source.make_ir(target, found, functions, backend.get_module_map(), context))
+    assert text.count("barrier") >= 2  # this one and the ticket's

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +156,20 @@ def test_a_cpu_keeps_half_of_a_symmetric_matrix(n: int, d: int, edge: int) -> No
     _, (state,) = operators.pairwise.forward([x], 0, False, 1e-12, True, 0, True)
     norms = n if edge == d else 0
     assert edge**2 / 2 < state.numel() / 8 - norms <= edge * (edge + 16) / 2
+
+
+STATM = Path("/proc/self/statm")
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="no /proc to read how much memory there is")
+def test_a_large_call_gives_its_working_memory_back() -> None:
+    def resident() -> int:
+        return int(STATM.read_text().split()[1]) * resource.getpagesize()
+
+    for n in (8, 3000):
+        before = resident()
+        operators.pairwise.forward([torch.randn(n, n)], 0, False, 1e-12, False, 0, False)
+    assert resident() - before < 2**24  # of over 2**25
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])

@@ -11,7 +11,16 @@ from conftest import TESTED, Impl, check_consistency, check_pairwise, leaf
 from test_consistency import unchecked_options
 
 from imcl_fast import functional as F
-from imcl_fast.kernels import consistency, dependence, launch, pairwise, plan, reduction
+from imcl_fast.kernels import (
+    autotune,
+    config,
+    consistency,
+    dependence,
+    launch,
+    pairwise,
+    plan,
+    reduction,
+)
 
 if "triton" not in TESTED:
     pytest.skip("Triton runs on a GPU or under TRITON_INTERPRET=1", allow_module_level=True)
@@ -114,3 +123,90 @@ def test_pairwise_teachers_learn_from_all_chunks() -> None:
     """Of pairwise teachers that learn too, classes in several chunks"""
     z = torch.randn(2, 1, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     check_consistency(TRITON, [z], None, teacher="pairwise", detach_teacher=False)
+
+
+# Two chunks of classes
+
+
+def risen(heads: int, batch: int = 1) -> torch.Tensor:
+    """The larger logits in the second of them."""
+    z = torch.randn(heads, batch, 5000, generator=torch.Generator().manual_seed(0))
+    z[..., 2500:] += 3
+    return z.to(DEVICE)
+
+
+def test_one_head_of_several_chunks() -> None:
+    """It has a pass of its own."""
+    target = torch.tensor([4999, 3], device=DEVICE)
+    check_consistency(TRITON, [risen(1, 2)], target, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.5, 3.0])
+def test_temperatures_that_are_no_small_power(temperature: float) -> None:
+    target = torch.tensor([3], device=DEVICE)
+    check_consistency(TRITON, [risen(2)], target, temperature=temperature)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("teacher", ["others", "pairwise"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_label_among_several_chunks(detach: bool, teacher: str, divergence: str) -> None:
+    """The gradient of its class is stored once more."""
+    target = torch.tensor([3], device=DEVICE)
+    check_consistency(TRITON, [risen(2)], target, teacher=teacher, divergence=divergence,
+                      detach_teacher=detach, ce_weight=0.01)  # fmt: skip
+
+
+@pytest.mark.parametrize("divergence", ["kl", "jsd"])
+def test_pairs_without_a_gradient(divergence: str) -> None:
+    z = risen(2)
+    got, truth = (
+        F.collaborative_consistency(x, None, teacher="pairwise", divergence=divergence, impl=name)
+        for x, name in ((z, "triton"), (z.double(), "reference"))
+    )
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=0)
+
+
+def test_each_group_has_its_beta() -> None:
+    z = torch.randn(5, 4, 7, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    check_consistency(TRITON, [z], None, groups=[2, 3], divergence="jsd", beta=[0.2, 0.7])
+
+
+# More elements than 32 bits count
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"),
+    [((1, 3, 5), (8, 2**30, 1)), ((3, 2, 5), (2**30, 8, 1)), ((1, 2, 3), (4, 1, 2**30))],
+    ids=str,
+)
+def test_logits_may_lie_far_apart(size, stride) -> None:
+    room = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=DEVICE)  # most is never touched
+    z = room.as_strided(size, stride)
+    z.copy_(torch.randn(size, generator=torch.Generator().manual_seed(0)))
+    check_consistency(TRITON, [z], torch.arange(size[1], device=DEVICE))
+
+
+# Autotuning
+
+
+def test_a_candidate_of_more_programs_has_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, made = [], consistency.scratch
+
+    def best(operation, bucket, dtype, device, candidates, run):
+        run(candidates[-1])
+        return candidates[-1]
+
+    def scratch(device, count, dtype):
+        asked.append(count)
+        return made(device, count, dtype)
+
+    found = config.ConsistencyConfig(1, 32, 4, 1, 255)
+    monkeypatch.setattr(autotune, "wanted", lambda device: True)
+    monkeypatch.setattr(autotune, "best", best)
+    monkeypatch.setattr(consistency, "scratch", scratch)
+    monkeypatch.setattr(consistency, "_call", consistency._Call)  # not one that is kept
+    monkeypatch.setattr(consistency, "consistency_config", lambda *_: found)
+    monkeypatch.setattr(launch.Launch, "__call__", lambda *_: None)
+    F.collaborative_consistency(torch.randn(2, 300, 3, device=DEVICE), None, impl="triton")
+    assert asked == [8 * 6] * 2  # the candidate's programs, and sums of each
