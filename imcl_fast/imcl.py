@@ -401,7 +401,10 @@ class IMCL(IMCLState):
         """An adapter (LoRA) that has been put around it belongs to it; FSDP2 may have it."""
         if self.classifier is None or not self._handles:
             return
-        classifier = self.model.get_submodule(self.classifier)
+        try:
+            classifier = self.model.get_submodule(self.classifier)
+        except AttributeError:  # taken out: that it doesn't run is told afterwards
+            return
         if taps.is_around(classifier, self._handles[-1]):
             self._handles[-1].remove()
             self._handles[-1] = self._tap_classifier(classifier)

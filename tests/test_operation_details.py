@@ -42,12 +42,13 @@ def test_more_dimensions_than_a_launch_takes(impl: Impl) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 12), (2, 30, 12)], ids=str)
-@pytest.mark.parametrize(("row", "start"), [(13, 0), (12, 1), (12, 0)])
-def test_matrices_that_do_not_begin_on_16_bytes(impl: Impl, row: int, start: int, shape) -> None:
+@pytest.mark.parametrize("odd", ["row", "start", "batch"])
+def test_numbers_that_do_not_begin_on_16_bytes(impl: Impl, odd: str, shape) -> None:
     x = Matrices(shape, True).build(torch.float32, impl.device)
-    batch, rows, _ = shape
-    each = rows * row + 1 - start
-    room = torch.zeros(1 + batch * each + row, device=impl.device)
+    batch, rows, columns = shape
+    row, start = columns + (odd == "row"), int(odd == "start")
+    each = -(-rows * row // 4) * 4 + (odd == "batch")
+    room = torch.zeros(batch * each + 4, device=impl.device)
     y = room.as_strided(shape, (each, row, 1), start).copy_(x)
     for penalty in PENALTIES:
         check_pairwise(impl, [y], batched=True, penalty=penalty)

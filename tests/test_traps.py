@@ -284,6 +284,17 @@ def test_an_adapter_around_the_classifier_is_part_of_it(around):
     assert not any(module._forward_hooks for module in imcl.model.modules())
 
 
+def test_a_classifier_that_was_taken_out_is_told_of_by_what_ran():
+    imcl = build(FlatCNN(), X, multilayer_weight=0)
+    forward = imcl.model.get_submodule(imcl.classifier).forward
+    parent, _, name = imcl.classifier.rpartition(".")
+    owner = imcl.model.get_submodule(parent)
+    delattr(owner, name)
+    object.__setattr__(owner, name, forward)
+    with pytest.raises(RuntimeError, match="model: expected the layers"):
+        imcl(X, Y)
+
+
 def test_backward_of_tensors_without_values():
     """Memory estimators run a step so."""
     with FakeTensorMode():

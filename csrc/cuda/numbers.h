@@ -60,6 +60,16 @@ __device__ __forceinline__ double log_of(double x) { return log(x); }
 __device__ __forceinline__ float larger(float x, float y) { return fmaxf(x, y); }
 __device__ __forceinline__ double larger(double x, double y) { return fmax(x, y); }
 
+// What one access takes at an address that must be aligned to it. The tests see that it is: a CPU
+// takes any, and a GPU ends with an error.
+template <class V, class T>
+__device__ __forceinline__ V* whole(T* address) {
+#if defined(IMCL_CUDA_ON_CPU)
+  emulated::check_aligned(address, alignof(V));
+#endif
+  return reinterpret_cast<V*>(address);
+}
+
 // As many values as one load or store of a thread can take.
 template <class T>
 struct alignas(16) Pack {
@@ -70,7 +80,7 @@ struct alignas(16) Pack {
 // `from` and `to` are aligned to 16 bytes.
 template <class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* from) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  const uint4 raw = *whole<const uint4>(from);
   Pack<T> pack;
   memcpy(&pack, &raw, sizeof(raw));
   return pack;
@@ -80,7 +90,7 @@ template <class T>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack) {
   uint4 raw;
   memcpy(&raw, &pack, sizeof(raw));
-  *reinterpret_cast<uint4*>(to) = raw;
+  *whole<uint4>(to) = raw;
 }
 
 // Rounded to bfloat16, 8 bytes of them; `to` is aligned to these.
@@ -90,7 +100,7 @@ __device__ __forceinline__ void store_pack(__nv_bfloat16* to, const Pack<float>&
   for (int i = 0; i < Pack<float>::kSize; ++i) rounded[i] = __float2bfloat16_rn(pack.at[i]);
   uint2 raw;
   memcpy(&raw, rounded, sizeof(raw));
-  *reinterpret_cast<uint2*>(to) = raw;
+  *whole<uint2>(to) = raw;
 }
 
 }  // namespace imcl

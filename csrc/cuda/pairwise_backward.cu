@@ -41,7 +41,7 @@ class SymmetricReader {
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
       packs_[j] = uint4{0, 0, 0, 0};
-      if (left > 0) packs_[j] = __ldg(reinterpret_cast<const uint4*>(pack));  // [kVector]
+      if (left > 0) packs_[j] = __ldg(whole<const uint4>(pack));  // [kVector]
       left -= kRowStep;
       pack += kRowStep * stride;
     }
@@ -64,8 +64,8 @@ class SymmetricReader {
         piece.bits[e] = Operand::encode(replaced ? diagonal[row(j)] : elements.element[e]);
       }
       auto* place = &number<Operand>(panel, row(j), k);
-      if constexpr (sizeof(piece) == 8) *reinterpret_cast<uint2*>(place) = bits_of<uint2>(piece);
-      else *reinterpret_cast<uint4*>(place) = bits_of<uint4>(piece);
+      if constexpr (sizeof(piece) == 8) *whole<uint2>(place) = bits_of<uint2>(piece);
+      else *whole<uint4>(place) = bits_of<uint4>(piece);
     }
   }
 

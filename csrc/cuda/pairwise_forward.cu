@@ -262,7 +262,7 @@ IMCL_DEVICE void visit_row(const Matrix<const T>& x, int row, int rank, int thre
     const T* data = x.data + row * x.row_stride();
 #pragma unroll 4
     for (int c = rank * vector; c < x.columns(); c += threads * vector) {
-      const auto pack = bits_of<Pack>(__ldg(reinterpret_cast<const uint4*>(data + c)));
+      const auto pack = bits_of<Pack>(__ldg(whole<const uint4>(data + c)));
 #pragma unroll
       for (int e = 0; e < vector; ++e) visit(to_acc(pack.element[e]));
     }

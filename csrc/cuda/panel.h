@@ -81,7 +81,7 @@ class PanelReader {
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
       packs_[j] = uint4{0, 0, 0, 0};
-      if (left > 0) packs_[j] = __ldg(reinterpret_cast<const uint4*>(pack));  // [kVector]
+      if (left > 0) packs_[j] = __ldg(whole<const uint4>(pack));  // [kVector]
       const int step = !along ? kLaneStep : j % kPair + 1 < kPair ? 1 : kKStep - (kPair - 1);
       left -= step;
       pack += step * stride;

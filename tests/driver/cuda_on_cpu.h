@@ -690,6 +690,13 @@ inline T& shared(Key key) {
   return *static_cast<T*>(current->block->shared(key(), sizeof(T), alignof(T)));
 }
 
+// What a GPU ends with an error, and a CPU doesn't notice.
+inline void check_aligned(const void* address, std::size_t alignment) {
+  if (reinterpret_cast<std::uintptr_t>(address) % alignment != 0)
+    current->block->fail("an access that is not aligned to its " + std::to_string(alignment) +
+                         " bytes");
+}
+
 }  // namespace emulated
 
 #define IMCL_LAUNCH(kernel, grid, block, shared_bytes, stream) \
