@@ -29,11 +29,9 @@ CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()
 # Two tests at a time where pytest-xdist is there, for most of them use one core only; their
 # files are kept whole in the first run, and shared out in those of the GPU kernels. A process that
 # a hanging test ended is not begun again, or else that test would be.
-ON_EVERY_DEVICE := tests/test_triton.py tests/test_triton_details.py tests/test_operation_details.py \
-    tests/test_pairwise.py \
-    tests/test_consistency.py tests/test_masked_classes.py tests/test_autograd.py tests/test_exactness.py \
-    tests/test_targets.py tests/test_dense.py tests/test_divergences.py tests/test_operators.py \
-    tests/test_dependence.py
+ON_EVERY_DEVICE := $(addprefix tests/test_,triton.py triton_details.py operation_details.py \
+    pairwise.py consistency.py masked_classes.py autograd.py exactness.py targets.py dense.py \
+    divergences.py operators.py dependence.py)
 AT_ONCE = $(shell $(RUN) -c 'import xdist; print("-n 2 --max-worker-restart 0")' 2>/dev/null)
 
 # What takes longest begins first, for a file is not shared out; by itself pytest-xdist would begin

@@ -33,8 +33,7 @@ def measure(device: torch.device, seconds: float, *, fewest: int = 3) -> dict:
     """Per method: seconds and page faults of a step, with freed memory given back, as where nothing
     is said, and kept. It is kept from then on; without glibc nothing is measured."""
     runs = {
-        name: _with_faults(run_of(STEP, METHODS[name], device))
-        for name in (PLAIN, FUSED)
+        name: _with_faults(run_of(STEP, METHODS[name], device)) for name in (PLAIN, FUSED)
     }
     found = {GIVEN_BACK: interleaved(runs, seconds, fewest=fewest, most=30, warm_up=1)}
     if not keep_freed_memory():

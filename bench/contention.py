@@ -24,10 +24,7 @@ STEP = Step("resnet18", 64, width=32)
 def measure(device: torch.device, seconds: float, *, fewest: int = 5) -> dict:
     """Per method: seconds of a step on a quiet machine and beside a busy process, and their
     ratio. ``over plain`` is what the method adds to the plain step of the same round."""
-    runs = {
-        name: run_of(STEP, METHODS[name], device)
-        for name in (PLAIN, FUSED)
-    }
+    runs = {name: run_of(STEP, METHODS[name], device) for name in (PLAIN, FUSED)}
     found = {}
     for condition, around in (("quiet", nullcontext), ("busy", busy_process)):
         with around():

@@ -409,16 +409,14 @@ class IMCL(IMCLState):
             self._handles[-1].remove()
             self._handles[-1] = self._tap_classifier(classifier)
         if sharding.initialised():
-            step.sharded = hasattr(getattr(classifier, "weight", None), "full_tensor")
+            step.sharded = kernel_weights.is_shard(getattr(classifier, "weight", None))
 
     def _look_at_heads(self) -> None:
         if self._told_of_heads or not self.heads or sharding.world_size() == 1:
             return
         self._told_of_heads = True
-        units = set(filter(kernel_weights.is_unit, self.modules()))
-        if units.intersection(self.model.modules()) and not units.intersection(
-            [self, *self.heads.modules()]
-        ):
+        of_heads = map(kernel_weights.is_unit, [self, *self.heads.modules()])
+        if any(map(kernel_weights.is_unit, self.model.modules())) and not any(of_heads):
             warnings.warn(
                 "IMCL: FSDP2 has the network, but not the auxiliary heads, whose gradients no "
                 "process averages with the others'. Call fully_shard on the whole IMCL before its "
@@ -639,7 +637,7 @@ class IMCL(IMCLState):
         else:
             kernel_weights.reshard(self, where)
             weights = kernel_weights.used(where, step.weights)
-        if share.place is not None and any(hasattr(weight, "full_tensor") for weight in weights):
+        if share.place is not None and any(map(kernel_weights.is_shard, weights)):
             raise RuntimeError(
                 "shard_kernels: expected whole weights, got such as FSDP2 has in shards, which all "
                 "processes gather together; pass shard_kernels=False"

@@ -96,27 +96,28 @@ def reshard(root: nn.Module, weights: Weights) -> None:
     Args:
         root: a module around the network, which FSDP2 may have too.
     """
-    owners = [module for module, name in weights.values() if _is_shard(module, name)]
+    owners = {
+        module for module, name in weights.values() if is_shard(module._parameters.get(name))
+    }
     if not owners:
         return
-    units: dict[nn.Module, nn.Module] = {}  # whose parameters a module's are
-    for path, module in root.named_modules():  # each after those around it
-        around = units.get(root.get_submodule(path.rpartition(".")[0]), module)
-        units[module] = module if is_unit(module) else around
-    for unit in {units[owner] for owner in owners}:
-        if is_unit(unit):
+    for unit in reversed([*filter(is_unit, root.modules())]):  # each before those around it
+        inside = owners.intersection(unit.modules())
+        if inside:
             cast(Any, unit).reshard()
+            owners -= inside
 
 
-def _is_shard(module: nn.Module, name: str) -> bool:
-    return hasattr(module._parameters.get(name), "full_tensor")
+def is_shard(weight: Tensor | None) -> bool:
+    """Whether FSDP2 (or tensor parallelism) has the rest of a weight in other processes."""
+    return hasattr(weight, "full_tensor")
 
 
 def whole(weights: list[Tensor]) -> list[Tensor]:
     """The weights, those that FSDP2 has in shards gathered from all processes: the similarity of
     rows needs all rows. Of the gradient each process keeps its shard, the same in each."""
     return [
-        cast(Tensor, weight.full_tensor()) if hasattr(weight, "full_tensor") else weight
+        cast(Any, weight).full_tensor() if is_shard(weight) else weight
         for weight in weights
     ]
 

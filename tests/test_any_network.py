@@ -13,13 +13,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Plain(nn.Module):
-    def __init__(self):
+    def __init__(self, classes=10):
         super().__init__()
         torch.manual_seed(0)
         self.features = nn.Sequential(
             nn.Conv2d(1, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()
         )
-        self.fc = nn.Linear(8, 10)
+        self.fc = nn.Linear(8, classes)
 
     def forward(self, x):
         return self.fc(self.features(x).mean((2, 3)))

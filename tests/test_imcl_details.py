@@ -4,6 +4,7 @@ went unseen by the tests of the whole."""
 import warnings
 
 import pytest
+import test_any_network
 import torch
 import torch.nn.functional as TF
 from torch import nn
@@ -20,17 +21,9 @@ Y = torch.arange(6) % 5
 IDS = torch.arange(24).view(6, 4) % 9
 
 
-class Plain(nn.Module):
+class Plain(test_any_network.Plain):
     def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()
-        )
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.fc(self.features(x).mean((2, 3)))
+        super().__init__(classes=5)
 
 
 class Named(Plain):
