@@ -100,9 +100,32 @@ class _Average(Function):
     @staticmethod
     def forward(ctx, features: Tensor) -> Tensor:
         ctx.shape = features.shape
-        return features.mean(dim=tuple(range(2, features.dim())))
+        ctx.rows = _comes_in_rows(features)
+        positions = tuple(range(2, features.dim()))
+        if features.device.type == "cpu" and features.dtype == torch.bfloat16:
+            # The mean would be that of a float32 copy of them all. The sum is as exact, and no
+            # larger than the range.
+            return features.sum(dim=positions) / math.prod(features.shape[2:])
+        return features.mean(dim=positions)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        pixels = math.prod(ctx.shape[2:])
-        return (grad / pixels).reshape(*grad.shape, *[1] * (len(ctx.shape) - 2)).expand(ctx.shape)
+        batch, channels, *spatial = ctx.shape
+        each = (grad / math.prod(spatial)).reshape(batch, channels, *[1] * len(spatial))
+        if ctx.rows:
+            row = each.expand(-1, -1, *[1] * (len(spatial) - 1), spatial[-1])
+            each = row.movedim(1, -1).contiguous().movedim(-1, 1)
+        return each.expand(ctx.shape)
+
+
+def _comes_in_rows(features: Tensor) -> bool:
+    """Whether the gradient holds a row of pixels (B, C, 1, W), and not only one (B, C, 1, 1).
+
+    The CPU adds up vectors of numbers that lie side by side, in channels_last those of a pixel.
+    Few channels of half precision, or an odd number of them, fill none: that is 5 to 14 times as
+    slow (3 of the 118 ms of a ResNet-18 of width 16).
+    """
+    _, channels, *spatial = features.shape
+    if features.device.type != "cpu" or len(spatial) < 2 or channels % 64 == 0:
+        return False
+    return features.stride(1) == 1 and features.stride(-1) == channels

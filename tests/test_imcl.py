@@ -1033,12 +1033,21 @@ def test_a_network_that_takes_another_course_is_an_error(network, batch):
         imcl(x, y)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every second pixel", "one row"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_an_auxiliary_heads_average_and_its_gradient_are_those_of_the_mean(dtype):
-    features = torch.randn(2, 3, 4, 5).to(dtype).requires_grad_()
+def test_an_auxiliary_heads_average_and_its_gradient_are_those_of_the_mean(dtype, layout):
+    features = torch.randn(2, 3, 4, 5).to(dtype)
+    if layout != "contiguous":
+        features = features.contiguous(memory_format=torch.channels_last)
+    if layout == "every second pixel":
+        features = features[..., ::2]
+    if layout == "one row":
+        features = features[:, :, 0]  # [B, C, W]
+    positions = tuple(range(2, features.dim()))
+    features.requires_grad_()
     averaged = average(features)
     wide = features.detach().double().requires_grad_()
-    mean = wide.mean((2, 3))
+    mean = wide.mean(positions)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(averaged.double(), mean, rtol=2 * unit, atol=2 * unit)
     grad = torch.randn(2, 3).to(dtype)
@@ -1046,6 +1055,21 @@ def test_an_auxiliary_heads_average_and_its_gradient_are_those_of_the_mean(dtype
     (truth,) = torch.autograd.grad(mean, wide, grad.double())
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), truth, rtol=2 * unit, atol=0)
+
+
+@pytest.mark.parametrize("channels", [3, 24, 64])
+def test_an_average_of_bfloat16_is_cheap(channels):
+    """No float32 copy of all features is made for it, and what is added to their gradient lies in
+    pieces that fill a vector: a row of pixels, or the channels of one."""
+    features = torch.randn(2, channels, 3, 32).to(torch.bfloat16)
+    features = features.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        averaged = average(features)
+    copies = [event for event in profile.events() if event.name == "aten::copy_"]
+    assert not [event for event in copies if event.input_shapes[0] == list(features.shape)]
+    (gradient,) = torch.autograd.grad(averaged.sum(), features)
+    row = channels if channels % 64 else 0
+    assert gradient.stride() == (row * 32 or channels, 1, 0, row)
 
 
 def made_to_change(**options):
