@@ -11,6 +11,7 @@ whatever their strides, and copy none, but for logits of mixed dtypes.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, overload
@@ -509,15 +510,17 @@ def _consistency_options(
 ) -> ConsistencyOptions:
     """Arguments of ``collaborative_consistency`` for so many heads, validated, with its errors."""
     sizes = [heads] if groups is None else validation.partition("groups", groups, heads)
+    weights = {
+        name: [
+            validation.number(name, w, low=-math.inf, high=math.inf, open_low=True)
+            for w in validation.per(name, given, heads, "head")
+        ]
+        for name, given in (("ce_weight", ce_weight), ("kl_weight", kl_weight))
+    }
+    ends = list(itertools.accumulate(sizes))
+    weighs = [any(weights["kl_weight"][end - n : end]) for n, end in zip(sizes, ends, strict=True)]
     return ConsistencyOptions(
-        ce_weight=[
-            validation.number("ce_weight", w, low=-math.inf, high=math.inf, open_low=True)
-            for w in validation.per("ce_weight", ce_weight, heads, "head")
-        ],
-        kl_weight=[
-            validation.number("kl_weight", w, low=-math.inf, high=math.inf, open_low=True)
-            for w in validation.per("kl_weight", kl_weight, heads, "head")
-        ],
+        **weights,
         groups=sizes,
         temperature=[
             validation.number("temperature", t, low=0, high=math.inf, open_low=True)
@@ -527,9 +530,12 @@ def _consistency_options(
             validation.choice("teacher", name, TEACHERS)
             for name in validation.per("teacher", teacher, len(sizes), "group")
         ],
+        # What weighs nothing teaches nothing: a gradient less to take 0 times.
         detach=[
-            validation.boolean("detach_teacher", value)
-            for value in validation.per("detach_teacher", detach_teacher, len(sizes), "group")
+            validation.boolean("detach_teacher", value) or not weighs[group]
+            for group, value in enumerate(
+                validation.per("detach_teacher", detach_teacher, len(sizes), "group")
+            )
         ],
         divergence=[
             validation.choice("divergence", name, DIVERGENCES)

@@ -150,8 +150,11 @@ def consistency(
 
     share = _loss_dtype(share)
     zero = share.new_zeros(())
-    ce = torch.stack([_loss_dtype(term) for term in ce_terms])  # [H, B]
-    kl = torch.stack([_loss_dtype(term) for term in kl_terms])
+    ce, kl = (
+        # Of a head that has no class left even a gradient of 0 would come back as NaN.
+        torch.stack([_loss_dtype(t if w else t.detach()) for w, t in zip(ws, terms, strict=True)])
+        for ws, terms in ((ce_weight, ce_terms), (kl_weight, kl_terms))
+    )  # [H, B]
     ce, kl = (torch.where(counted, share * term, zero) for term in (ce, kl))
     of_labels = share if label_weight is None else share * _loss_dtype(label_weight)
     ce_mean, kl_mean = _averaged(ce, of_labels), _averaged(kl, share)

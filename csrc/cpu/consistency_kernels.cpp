@@ -873,7 +873,7 @@ class Work {
     const Acc* weighted = sum + chunk_.size;
     for (int64_t i = 0; i < chunk_.padded(); i += width) {
       const Vec<Acc> p_h = load(p + i);
-      Vec<Acc> d = kl * (p_h - (load(sum + i) - p_h) * others);
+      Vec<Acc> d = unless_0(kl, kl * (p_h - (load(sum + i) - p_h) * others));
       if (!group_.detach)
         d += unless_0(p_h, p_h * others * (weight_sum * log_p(h, i) - load(weighted + i) - toward));
       store(dz + i, load(dz + i) + d);

@@ -518,7 +518,7 @@ class Lanes {
       }
       if (pairwise_) {
         const V p = tempered_[i] / state.tempered;
-        dz += state.kl_scale * (p - (sum - p) * average);
+        dz += unless_0(state.kl_scale, state.kl_scale * (p - (sum - p) * average));
         if (!group_.detach) {
           const V toward = state.toward * splat(static_cast<Acc>(group_.temperature)) * kl_scale_;
           dz += unless_0(p, p * average * (weights * log_p_[h] - passed - toward));
