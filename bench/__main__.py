@@ -132,11 +132,12 @@ def counted() -> dict:
 
 def publish(results: dict) -> None:
     """The plot and the tables of the documents, from results; those of bfloat16 from the newest
-    stored ones that have it, which may be another machine's."""
+    stored ones that have it, which may be another machine's, and the targets of all."""
     scaling.plot(results["scaling"], PLOT)
     stored = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     for document in DOCUMENTS:
         names = render.fill(document, results) + render.fill_bfloat16(document, stored)
+        names += render.fill_machines(document, stored)
         print(f"{document.relative_to(ROOT)}: {', '.join(names) or 'has no place for a table'}")
 
 

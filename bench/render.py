@@ -472,6 +472,28 @@ def fill_bfloat16(path: Path, everything: Iterable[Results]) -> list[str]:
     })  # fmt: skip
 
 
+def fill_machines(path: Path, everything: Iterable[Results]) -> list[str]:
+    """Put the targets of all these results, side by side, into a document's place
+    ``<!-- machines:targets -->``; the names of the places."""
+    return fill_places(path, "machines", {"targets": partial(_side_by_side, list(everything))})
+
+
+def _side_by_side(everything: Sequence[Results]) -> str:
+    """What each machine found of each target, the newest first; in bold what it missed."""
+    newest = sorted(everything, key=lambda results: results["facts"]["date"], reverse=True)
+    head, found = ["target", "reach"], []
+    for results in newest:
+        facts = results["facts"]
+        head.append(f"{facts['cpu']}, {facts['date']}, {facts['commit']}")
+        lines = targets.lines(results)
+        found.append({what: value if met == "yes" else f"**{value}**"
+                      for what, _, value, met, _ in lines})  # fmt: skip
+    return table(head, (
+        [target.what, target.reach, *(of.get(target.what, "") for of in found)]
+        for target in targets.TARGETS
+    ))  # fmt: skip
+
+
 def text(results: Results, names: Iterable[str] = TABLES) -> str:
     """The tables named, each under its name."""
     return "".join(f"\n{name}\n\n{TABLES[name](results)}" for name in names)

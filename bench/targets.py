@@ -32,6 +32,10 @@ class Target:
     find: Callable[[Results], Found]
     least: bool = False
 
+    @property
+    def reach(self) -> str:
+        return f"at {'least' if self.least else 'most'} {self.unit.format(self.bound)}"
+
     def met(self, value: float) -> bool:
         return value >= self.bound if self.least else value <= self.bound
 
@@ -43,10 +47,9 @@ def lines(results: Results) -> Iterator[list[str]]:
             value, said = target.find(results)
         except KeyError:
             continue
-        sign = "at least" if target.least else "at most"
         yield [
             target.what,
-            f"{sign} {target.unit.format(target.bound)}",
+            target.reach,
             target.unit.format(value),
             "yes" if target.met(value) else "no",
             said,

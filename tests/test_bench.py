@@ -635,6 +635,24 @@ def test_bfloat16_is_shown_of_whoever_measured_it_last(tmp_path: Path) -> None:
     assert "| a step, bfloat16 autocast |" in text and "| a step |" not in text
 
 
+def test_the_targets_of_all_machines_stand_side_by_side(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- machines:targets -->\n<!-- /machines:targets -->\n")
+    cheap = {**RESULTS["operations"], "kernel R18 float32": {
+        "competitors": {"cpp": times(0.001, 0.001)}, "floors": {"both": 0.004},
+    }}  # fmt: skip
+    new = {**RESULTS, "facts": {**RESULTS["facts"], "cpu": "the new", "date": "2026-02-01"}}
+    old = {**RESULTS, "operations": cheap, "host": {},
+           "facts": {**RESULTS["facts"], "cpu": "the old", "date": "2026-01-01"}}  # fmt: skip
+    assert render.fill_machines(page, [old, new]) == ["targets"]
+    head, _, *lines = page.read_text().splitlines()[1:-1]
+    assert head.startswith("| target | reach | the new, 2026-02-01, ")
+    assert [line.split(" | ")[0] for line in lines] == [f"| {t.what}" for t in targets.TARGETS]
+    assert "| kernel R18 float32 | at most 1.00 x | **2.00 x** | 0.50 x |" in lines
+    (of_host,) = (line for line in lines if "host time" in line)
+    assert of_host.startswith("| host time") and of_host.endswith(" |  |")
+
+
 def found_lines(results: dict) -> list[tuple[str, list[str]]]:
     empty = {"steps": {}, "host": {}, "contention": {}}
     return [(line[0], line[1:]) for line in targets.lines({**empty, **results})]
@@ -878,6 +896,7 @@ def test_the_tables_in_the_documents_are_those_of_the_stored_results(tmp_path: P
         copy = tmp_path / Path(document).name
         copy.write_text(text)
         render.fill_bfloat16(copy, stored)
+        render.fill_machines(copy, stored)
         filled = []
         for results in stored:  # one for each machine
             render.fill(copy, results)
