@@ -245,10 +245,11 @@ def test_one_head_is_cross_entropy(impl: Impl) -> None:
 # --- targets that don't count
 
 
-@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 255])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 255, 2**32 + 1, -(2**63)])
 def test_ignore_index(impl: Impl, ignore_index: int) -> None:
     for dtype in (torch.float32, torch.float16):
         logits, target = spec(3, 12, 7).build(dtype, impl.device)
+        target[1] = 1  # as which 32 bits of 2^32 + 1 would be taken
         target[[0, 4, 11]] = ignore_index
         for reduction in REDUCTIONS:
             check_consistency(
