@@ -173,6 +173,8 @@ def _dependence(
             scale = [1 / (width**2 * max(x[0].numel(), 1)) for x in xs]
         grams = SampleGrams.apply(implementations.dependence(impl), scale, *xs)
         kernels = algebra.kernels(grams.unflatten(0, (-1, views)), kind, width is None)
+        if normalize:
+            kernels = algebra.scaled(kernels, how)
         values = algebra.hsic(kernels, how)  # [L, V, V]
         if normalize:
             values = algebra.cka(values)

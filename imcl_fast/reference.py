@@ -268,6 +268,8 @@ def dependence(
     total = []
     for weight, layer in zip(layer_weight, zip(*views, strict=True), strict=True):
         kernels = [_sample_kernel(x, kernel, bandwidth) for x in layer]
+        if normalize:  # CKA is the same of all their multiples, and variances stay in range
+            kernels = [k / _spread(k, estimator) for k in kernels]
         pairs = []
         for v, k in enumerate(kernels):
             for w in kernels[:v]:
@@ -299,6 +301,14 @@ def _sample_kernel(x: Tensor, kernel: str, bandwidth: float | None) -> Tensor:
     i, j = torch.triu_indices(len(rows), len(rows), 1, device=x.device)
     median = squared.detach()[i, j].median()
     return (-squared / (2 * median.masked_fill(median == 0, 1))).exp()
+
+
+def _spread(k: Tensor, estimator: str) -> float:
+    """How far the elements that count are from one another; 1 if that is nothing at all."""
+    own = torch.eye(len(k), dtype=torch.bool, device=k.device)
+    pairs = k.detach() if estimator == "biased" else k.detach()[~own]
+    spread = float(pairs.max() - pairs.min())
+    return spread if not spread < 1e-290 else 1.0
 
 
 def _hsic(k: Tensor, l: Tensor, estimator: str) -> Tensor:  # noqa: E741

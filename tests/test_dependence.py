@@ -301,6 +301,45 @@ def test_identical_views_have_a_cka_of_1(impl: Impl, kernel: str) -> None:
         pytest.approx(1, rel=1e-5)  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("factor", [1e-90, 1e70])
+@pytest.mark.parametrize("estimator", module.ESTIMATORS)
+def test_a_cka_does_not_depend_on_the_size_of_its_kernels(
+    estimator: str, factor: float, name: str
+) -> None:
+    (x,), (y,) = Views(8, ((6,),)).build(torch.float64, "cpu")
+    options = {"kernel": "linear", "estimator": estimator, "normalize": True, "impl": name}
+    expected = F.dependence(x, y, **options)
+    (truth,) = torch.autograd.grad(expected, x)
+    other = leaf(x.detach() * factor)
+    got = F.dependence(other, y, **options)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, other)[0] * factor, truth)
+
+
+@pytest.mark.parametrize("bandwidth", [0.3, 0.06, 0.04])
+def test_a_cka_of_narrow_kernels(impl: Impl, bandwidth: float) -> None:
+    """All similarities but the largest few of a kernel are next to nothing beside its diagonal,
+    which the unbiased estimate leaves out: here the truth is made of multiples of the others."""
+    (x,), (y,) = Views(6, ((5,),)).build(torch.float32, impl.device)
+
+    def hollow(x: Tensor) -> Tensor:
+        distances = torch.cdist(x.double().cpu(), x.double().cpu()).square()
+        least = distances[~torch.eye(len(x), dtype=torch.bool)].min()
+        return (-(distances - least) / (2 * bandwidth**2 * x.shape[1])).exp().fill_diagonal_(0)
+
+    def hsic(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+        n = len(k)
+        return ((k @ l).trace() + k.sum() * l.sum() / ((n - 1) * (n - 2))
+                - 2 * (k @ l).sum() / (n - 2))  # fmt: skip
+
+    k, l = hollow(x), hollow(y)  # noqa: E741
+    truth = hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt()
+    loss = F.dependence(x, y, bandwidth=bandwidth, normalize=True, impl=impl.name)
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-3, abs=1e-3)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [x, y]))
+
+
 # --- degenerate
 
 

@@ -96,6 +96,17 @@ def hsic(kernels: Tensor, estimator: int) -> Tensor:
     return flat @ flat.mT / count
 
 
+def scaled(kernels: Tensor, estimator: int) -> Tensor:
+    """Kernels (..., B, B) of the same CKA, as large as 1: products of the variances of narrow ones
+    are too small for any number."""
+    spread = (kernels - kernels[..., :1, 1:2]).detach().abs()
+    if estimator == UNBIASED:
+        spread.diagonal(dim1=-2, dim2=-1).zero_()
+    largest = spread.amax((-2, -1), keepdim=True)
+    limits = torch.finfo(kernels.dtype)
+    return kernels / torch.where(largest < limits.tiny / limits.eps, 1.0, largest)
+
+
 def cka(hsic: Tensor) -> Tensor:
     """HSIC_vw / sqrt(HSIC_vv HSIC_ww); 0, and its gradient, where one of these is not positive."""
     own = hsic.diagonal(dim1=-2, dim2=-1)
