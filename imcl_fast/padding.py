@@ -55,4 +55,5 @@ def neutral(features: Tensor, mask: Tensor, center: bool) -> Tensor:
             for x in (filled.to(means.dtype), torch.where(mask, filled - means, 0))
         )
         dead = (norm <= CENTRED_DEAD_RATIO * raw) & raw.isfinite()
-    return torch.where(mask & ~dead, features - means, 0)
+    # Not where(mask & ~dead), which lies as a mask of all channels does, and the gradient with it.
+    return torch.where(mask, (features - means) * ~dead, 0)

@@ -66,6 +66,18 @@ def test_a_mask_cuts_the_padding_off(name, center, penalty, padded):
     assert (unmasked - loss).abs() > 1e-3
 
 
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_a_gradient_beside_a_mask_lies_as_the_features_do(impl, center):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 16, 8, 8).to(memory_format=layout).requires_grad_()
+        mask = torch.rand(2, 8, 8) > 0.3
+        loss = F.representation_similarity(x, mask=mask, center=center, impl=impl)
+        (g,) = torch.autograd.grad(loss, x)
+        assert g.stride() == x.stride()
+
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("center", [True, False])
 def test_masks_in_lower_precision(dtype, center):
