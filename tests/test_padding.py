@@ -72,7 +72,7 @@ def test_a_gradient_beside_a_mask_lies_as_the_features_do(impl, center):
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 16, 8, 8).to(memory_format=layout).requires_grad_()
         mask = torch.rand(2, 8, 8) > 0.3
-        loss = F.representation_similarity(x, mask=mask, center=center, impl=impl)
+        loss = functional.representation_similarity(x, mask=mask, center=center, impl=impl)
         (g,) = torch.autograd.grad(loss, x)
         assert g.stride() == x.stride()
 
