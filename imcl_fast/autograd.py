@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import operators
+from .algebra import dependence as algebra
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -55,7 +56,12 @@ class PairwisePenalty(Function):
                 # The state is in the order that the inputs lay in, and what unpacks them
                 # (save_on_cpu with pinned memory) has made contiguous ones.
                 _, state = ctx.implementation.forward(xs, *ctx.options, True)
-            dxs = ctx.implementation.backward(grad, xs, state, *ctx.options)
+            if _is_several(grad):  # operators have no batching rule, and this is linear in it
+                one = xs[0].new_ones((), dtype=grad.dtype)
+                dxs = ctx.implementation.backward(one, xs, state, *ctx.options)
+                dxs = [(grad * dx).to(dx.dtype) for dx in dxs]
+            else:
+                dxs = ctx.implementation.backward(grad, xs, state, *ctx.options)
         dxs = _first_order_only(dxs, [grad, *xs])
         return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
 
@@ -130,7 +136,10 @@ class SampleGrams(Function):
                 s = torch.stack([f * each for f, each in zip(ctx.scale, s, strict=True)])
             if _lie_otherwise(xs, ctx.strides):  # as of PairwisePenalty's state
                 _, means = ctx.implementation.forward(xs, ctx.scale)
-            dxs = ctx.implementation.backward(s.to(ctx.accumulation), xs, means)
+            if _is_several(grad):  # operators have no batching rule
+                dxs = algebra.products(s.to(ctx.accumulation), xs, algebra.means(xs))
+            else:
+                dxs = ctx.implementation.backward(s.to(ctx.accumulation), xs, means)
         dxs = _first_order_only(dxs, [grad, *xs])
         return None, None, *_needed(dxs, ctx.needs_input_grad[2:])
 
@@ -140,13 +149,19 @@ def _lie_otherwise(xs: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> 
     return [x.stride() for x in xs] != strides
 
 
+def _is_several(grad: Tensor) -> bool:
+    """Whether it is the gradients of several losses at once, of PyTorch's older vmap
+    (is_grads_batched, jacobian(vectorize=True))."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def _is_last_use(grad: Tensor) -> bool:
     """Whether the saved tensors die with this backward, so that they may be overwritten."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(grad):
         return False
-    # Gradients of several losses at once and ones without values: no number can be looked at, and
-    # what one of them writes to would be everyone's.
-    if type(grad) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad):
+    # Of several, and of ones without values, no number can be looked at, and what one of them
+    # writes to would be everyone's.
+    if type(grad) is not Tensor or _is_several(grad):
         return False
     return not _keeps_graph()
 

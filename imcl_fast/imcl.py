@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,9 +155,11 @@ class IMCL(IMCLState):
     changes in every step makes a graph in every step.
 
     Under gradient checkpointing the work on a layer is done once, not again when its segment
-    is run again. A layer inside a segment, other than at its end, needs
-    ``use_reentrant=False``; ``torch.compile`` then can't have ``fullgraph=True``. So does way 4
-    under DistributedDataParallel, or there ``static_graph=True`` and a ``kernel_interval`` of 1.
+    is run again. A segment is a part of the network: one that holds the call of the ``IMCL``
+    itself would run the schedule's next call when it is run again. A layer inside a segment,
+    other than at its end, needs ``use_reentrant=False``; ``torch.compile`` then can't have
+    ``fullgraph=True``. So does way 4 under DistributedDataParallel, or there
+    ``static_graph=True`` and a ``kernel_interval`` of 1.
 
     FSDP2 takes the whole ``IMCL``: ``fully_shard(imcl)`` after modules inside of it, before the
     network first runs. Where an ``IMCL`` is built around a network that FSDP2 has already, call
@@ -394,6 +396,8 @@ class IMCL(IMCLState):
             self._look_at_classifier(step)
             self._look_at_heads()
         step.kernel, step.kernels = kernel, None if kernel_first else weights
+        if kernel_first:
+            step.compared = weights, kernel_weights.parameters(weights)
         self._tape.step = step
         return step
 
@@ -633,7 +637,7 @@ class IMCL(IMCLState):
         if not where:
             return next(self.model.parameters()).new_zeros(())
         if step is None:
-            weights = [cast(Tensor, module._parameters[name]) for module, name in where.values()]
+            weights = kernel_weights.parameters(where)
         else:
             kernel_weights.reshard(self, where)
             weights = kernel_weights.used(where, step.weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,9 @@ class IMCLStep(Step):
         self.counts = counts  # on the schedule
         self.mask: Tensor | None = None
         self.kernel: Tensor | None = None
-        # To be compared when the network has run.
+        # Those to be compared when the network has run, or where those were that have been before.
         self.kernels: kernel_weights.Weights | None = None
+        self.compared: tuple[kernel_weights.Weights, list[Tensor]] = {}, []
         self.similar = bool(imcl.representation_weight and turn.representation)
         self.similarities: list[Tensor] = []
         self.head_logits: dict[int, Tensor] = {}
@@ -55,6 +56,13 @@ class IMCLStep(Step):
     @property
     def padding(self) -> Padding:
         return Padding.of(self.keywords)
+
+    def begins(self) -> None:
+        """The network is about to run: other parameters may have taken their places since, those
+        of torch.func.functional_call."""
+        where, weights = self.compared
+        if any(a is not b for a, b in zip(kernel_weights.parameters(where), weights, strict=True)):
+            self.kernel = cast(Any, self.imcl)._kernel_similarity(where, self.turn)
 
     def instead_of(self, output: Any) -> Any:
         if not self.sharded or self.views is None or not isinstance(output, Tensor):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import operators, tracing
 from .algebra import consistency as algebra_consistency
@@ -191,8 +192,8 @@ def choose(
     if _transformed():
         if impl not in ("auto", "reference"):
             raise RuntimeError(
-                f'impl="{impl}" can\'t run under torch.func (grad, vmap, jvp and the like); pass '
-                'impl="auto", which is the reference there'
+                f'impl="{impl}" can\'t run under torch.func (grad, vmap, jvp and the like) or '
+                'torch.autograd.forward_ad; pass impl="auto", which is the reference there'
             )
         return "reference"
     if impl == "auto":
@@ -210,8 +211,8 @@ def choose(
 
 @tracing.constant
 def _transformed() -> bool:
-    """Whether torch.func is at work, also while its transform is compiled."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether torch.func is at work, also while its transform is compiled, or forward_ad."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @tracing.constant

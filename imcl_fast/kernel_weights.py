@@ -47,6 +47,11 @@ def are_parameters(weights: Weights) -> bool:
     )
 
 
+def parameters(weights: Weights) -> list[Tensor]:
+    """The weights, all of which are parameters."""
+    return [cast(Tensor, module._parameters[name]) for module, name in weights.values()]
+
+
 def tap(weights: Weights, tape: Tape) -> list[RemovableHandle]:
     """Hook onto the parametrizations of the weights that have none of ``tape``'s taps yet."""
     handles = []

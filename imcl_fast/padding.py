@@ -17,10 +17,12 @@ from .reference import CENTRED_DEAD_RATIO
 
 
 def broadcast(mask: Tensor, features: Tensor) -> Tensor:
-    """(B, *spatial), True (or not 0) where a position counts -> (B, 1, *spatial), bool."""
-    return (mask if mask.dtype == torch.bool else mask != 0).reshape(
-        len(features), 1, *features.shape[2:]
-    )
+    """(B, *spatial), True (or not 0) where a position counts -> (B, 1, *spatial), bool.
+
+    Contiguous, or the gradient of what it selects from would lie as the mask does.
+    """
+    counts = mask if mask.dtype == torch.bool else mask != 0
+    return counts.reshape(len(features), 1, *features.shape[2:]).contiguous()
 
 
 def zeroed(features: Tensor, mask: Tensor) -> Tensor:

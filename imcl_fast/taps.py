@@ -92,6 +92,9 @@ class Step:
         """What to do with the features of a layer, or of the classifier (None)."""
         raise NotImplementedError
 
+    def begins(self) -> None:
+        """What to do when the network is about to run."""
+
     def instead_of(self, output: Any) -> Any:
         """What the classifier is to return in place of its output; None: that."""
         return None

@@ -96,6 +96,8 @@ class _Runs:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.tape.step is not None:
             self.tape.step.keywords = kwargs
+            if not torch.compiler.is_compiling():
+                self.tape.step.begins()
 
 
 class _Ran:

@@ -19,6 +19,7 @@ from .kept import on_device
 
 TILE = 64  # edge of a tile of the Gram matrix, in both GPU backends
 ROW_BLOCK = 32  # rows at a time in the dual and signed forms, which work on whole rows
+MOST = 2**30  # rows, or columns
 
 # The record of a layer in the geometry table, int64 each.
 (
@@ -204,7 +205,15 @@ def geometry(layers: tuple[Layer, ...], itemsize: int, batched: bool) -> Geometr
     rows_unit = by_rows > by_columns
     records: list[list[int]] = []
     offsets: list[int] = []
-    first_offset = len(layers) * (2 + FIELDS)
+    places: dict[tuple[tuple[int, int], ...], int] = {}
+
+    def place_of(columns: tuple[tuple[int, int], ...]) -> int:
+        """Where the offsets of columns are, which all that lie alike share."""
+        if columns not in places:
+            places[columns] = len(layers) * (2 + FIELDS) + len(offsets)
+            offsets.extend(_offsets(columns))
+        return places[columns]
+
     for v in views:
         record = [0] * FIELDS
         record[BATCH], record[ROWS], record[COLUMNS] = v.batch, v.n, v.d
@@ -214,10 +223,8 @@ def geometry(layers: tuple[Layer, ...], itemsize: int, batched: bool) -> Geometr
         if record[FAST]:
             record[X_COLUMN] = record[DX_COLUMN] = v.columns[0].x if v.columns else 1
         else:
-            record[X_OFFSETS] = first_offset + len(offsets)
-            offsets += _offsets([(c.size, c.x) for c in v.columns])
-            record[DX_OFFSETS] = first_offset + len(offsets)
-            offsets += _offsets([(c.size, c.dx) for c in v.columns])
+            record[X_OFFSETS] = place_of(tuple([(c.size, c.x) for c in v.columns]))
+            record[DX_OFFSETS] = place_of(tuple([(c.size, c.dx) for c in v.columns]))
         records.append(record)
     return Geometry(records, offsets, rows_unit)
 
@@ -254,8 +261,14 @@ def _view(layer: Layer, batched: bool) -> _View:
     nothing, if the gradient's are permuted alike, and more dimensions then collapse.
     """
     shape, stride = layer.shape, layer.stride
-    gradient = torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
     row = 1 if batched else 0
+    rows_and_columns = shape[row], math.prod(shape[row + 1 :])
+    if max(rows_and_columns) > MOST:  # the kernels count them in 32 bits
+        raise RuntimeError(
+            "expected at most 2^30 rows and columns for Triton's kernels, got "
+            f'{rows_and_columns[0]} and {rows_and_columns[1]}; pass impl="torch"'
+        )
+    gradient = torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
     dims = [
         _Column(shape[i], stride[i], gradient[i])
         for i in range(row + 1, len(shape))
@@ -271,8 +284,7 @@ def _view(layer: Layer, batched: bool) -> _View:
     return _View(
         layer,
         shape[0] if batched else 1,
-        shape[row],
-        math.prod(shape[row + 1 :]),
+        *rows_and_columns,
         stride[0] if batched else 0,
         stride[row],
         gradient[0] if batched else 0,

@@ -1316,6 +1316,24 @@ def test_weights_of_a_functional_call_are_not_kept(batch, grad):
     torch.save(copy.deepcopy(imcl), io.BytesIO())
 
 
+def test_a_functional_call_is_watched_with_its_own_weights(batch):
+    """Also by way 4, whose weights are compared before the network runs."""
+    x, _ = batch
+    imcl = build(FlatCNN(norm=nn.Identity), x, impl="auto")
+    fast = {
+        name: (p + 0.1 * torch.randn_like(p)).detach().requires_grad_()
+        for name, p in imcl.model.named_parameters()
+    }
+    with imcl.watch() as ways:
+        torch.func.functional_call(imcl.model, fast, (x,))
+    ways.loss().backward()
+    kernels = [fast[f"{path}.weight"] for path in imcl.kernels]
+    expected = functional.kernel_similarity(kernels, impl="reference")
+    torch.testing.assert_close(ways.terms["kernel_similarity"], expected.detach())
+    assert all(p.grad is None for p in imcl.model.parameters())
+    assert all(kernel.grad is not None for kernel in kernels)
+
+
 @pytest.mark.parametrize("where", ["checkpointed", "no_grad", "watch"])
 def test_layers_under_an_autocast_of_the_networks_own(batch, where):
     """Whose features wait for the end of the network, when it is over."""

@@ -1,5 +1,7 @@
 """Padded positions count for nothing: in the functional, and in the ways of an IMCL."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,9 +71,10 @@ def test_a_mask_cuts_the_padding_off(name, center, penalty, padded):
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
 def test_a_gradient_beside_a_mask_lies_as_the_features_do(impl, center):
-    for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(2, 16, 8, 8).to(memory_format=layout).requires_grad_()
-        mask = torch.rand(2, 8, 8) > 0.3
+    mask = torch.rand(2, 7, 8) > 0.3
+    masks = [mask, mask.mT.contiguous().mT, mask.long().mT.contiguous().mT]
+    for layout, mask in itertools.product((torch.contiguous_format, torch.channels_last), masks):
+        x = torch.randn(2, 16, 7, 8).to(memory_format=layout).requires_grad_()
         loss = functional.representation_similarity(x, mask=mask, center=center, impl=impl)
         (g,) = torch.autograd.grad(loss, x)
         assert g.stride() == x.stride()

@@ -10,6 +10,7 @@ import torch
 from test_imcl import WEIGHTS, FlatCNN, build
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from imcl_fast import IMCL, Perturbation, unlearnt
 from imcl_fast import functional as F
@@ -241,6 +242,60 @@ def test_gradients_of_several_losses_at_once(impl, reduction):
 
     found = [torch.autograd.functional.jacobian(loss, HEADS[0], vectorize=v) for v in (False, True)]
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_several_similarities_and_dependences_at_once(dtype, impl):
+    losses = [
+        lambda x: F.representation_similarity([x, x[:, :3]], center=True, impl=impl),
+        lambda x: F.kernel_similarity(x, impl=impl),
+        lambda x: F.dependence(x, x.detach().flip(1) ** 2, bandwidth=2.0, impl=impl),
+    ]
+    plain = torch.randn(6, 4, 3, 2).to(dtype)
+    for x in (plain, plain.to(memory_format=torch.channels_last), plain.transpose(0, 1)):
+        for loss in losses:
+            found = [
+                torch.autograd.functional.jacobian(
+                    lambda x, loss=loss: torch.stack([loss(x), -2 * loss(x)]), x, vectorize=v
+                )
+                for v in (False, True)
+            ]
+            assert found[0].any() and found[1].dtype == dtype
+            torch.testing.assert_close(found[1], found[0])
+
+
+def test_forward_mode_takes_the_reference():
+    x, tangent = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    for loss in (F.kernel_similarity, lambda x: F.dependence(x, x**2),
+                 lambda x: F.collaborative_consistency([x, x**2], Y.clamp(max=3))):  # fmt: skip
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, tangent)
+            found = forward_ad.unpack_dual(loss(dual)).tangent
+            with pytest.raises(RuntimeError, match=r"forward_ad; pass impl=.auto"):
+                F.kernel_similarity(dual, impl="cpp")
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+        torch.testing.assert_close(found, (gradient * tangent).sum())
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp", "reference"])
+@pytest.mark.parametrize("loss", [F.collaborative_consistency, F.jensen_shannon])
+def test_losses_of_samples_can_be_changed_in_place(loss, impl):
+    z = torch.randn(2, 6, 5, requires_grad=True)
+    found = loss(z, Y.clamp(max=4), reduction="none", impl=impl)
+    found *= torch.arange(6.0)
+    found.sum().backward()
+    assert not z.grad[:, 0].any() and z.grad[:, 1:].any()
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp", "reference"])
+def test_another_default_device_changes_nothing(impl):
+    z, y = torch.randn(3, 6, 5), Y.clamp(max=4)
+    for loss in (F.collaborative_consistency, F.jensen_shannon):
+        expected = loss(z, y, impl=impl)
+        with torch.device("meta"):
+            assert torch.equal(loss(z, y, impl=impl), expected)
 
 
 class Adapter(nn.Module):

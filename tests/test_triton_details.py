@@ -187,6 +187,30 @@ def test_logits_may_lie_far_apart(size, stride) -> None:
     check_consistency(TRITON, [z], torch.arange(size[1], device=DEVICE))
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 2**30 + 1), (1, 2**30 + 1, 2)])
+@pytest.mark.parametrize("made", ["pairwise", "dependence"])
+def test_rows_and_columns_beyond_32_bits_are_refused(made: str, shape: tuple) -> None:
+    layers = (plan.Layer(shape, (0, 0, 0), True),)
+    with pytest.raises(RuntimeError, match=r"at most 2\^30 rows and columns .*pass impl="):
+        if made == "pairwise":
+            plan.plan(layers, 4, 0, False, True, DEVICE)
+        else:
+            plan.geometry(layers, 4, False)
+
+
+def test_layers_that_lie_alike_share_the_offsets_of_their_columns() -> None:
+    """Also a layer and its gradient; where they don't, each has its own."""
+    lie = plan.geometry((plan.Layer((2, 4, 3, 5), (60, 15, 5, 1), True),) * 3, 4, True)
+    assert lie.offsets == [*range(15)]
+    assert len({r[f] for r in lie.records for f in (plan.X_OFFSETS, plan.DX_OFFSETS)}) == 1
+    cropped = plan.Layer((2, 4, 3, 5), (400, 100, 10, 1), True)
+    lie = plan.geometry((cropped, plan.Layer((2, 4, 15), (60, 15, 1), True)), 4, True)
+    own = [10 * i + j for i in range(3) for j in range(5)]
+    assert lie.offsets == [*own, *range(15), *range(15)]
+    (x, dx), (other, again) = ((r[plan.X_OFFSETS], r[plan.DX_OFFSETS]) for r in lie.records)
+    assert x + 15 == dx and dx + 15 == other == again
+
+
 # Autotuning
 
 

@@ -25,7 +25,9 @@
 namespace imcl {
 namespace {
 
-constexpr int kShiftColumns = 16;  // that make the first guess at a mean
+// Columns that make the first guess at a mean: four blocks all over the row, for the first ones
+// alone may be unlike the others, as the border of an image is.
+constexpr int kShiftBlocks = 4, kShiftBlock = 4;
 
 template <class Acc>
 struct Shared {
@@ -144,10 +146,13 @@ IMCL_DEVICE double primal(const Task<T>& task, Acc<T> k_twice, Shared<Acc<T>>& s
 
   Acc shift = 0;
   if (center) {
-    const int count = d < kShiftColumns ? d : kShiftColumns;
+    constexpr int kMost = kShiftBlocks * kShiftBlock;
+    const int count = d < kMost ? d : kMost;
+    const int apart = d < kMost ? kShiftBlock : d / kShiftBlocks;
     if (row < n) {
 #pragma unroll 4
-      for (int c = 0; c < count; ++c) shift += to_acc(view.at(row, c));
+      for (int c = 0; c < count; ++c)
+        shift += to_acc(view.at(row, c / kShiftBlock * apart + c % kShiftBlock));
       shift /= static_cast<Acc>(count);
     }
     shared.shift[half][mine] = shift;

@@ -103,7 +103,8 @@ def forward(
     terms = torch.stack([ce.sum(-1), kl.sum(-1)])
     if reduction != REDUCE_SUM:
         terms = terms * torch.stack([ce_mean, kl_mean]).unsqueeze(-1)
-    loss = loss.view(samples) if reduction == REDUCE_NONE else loss.sum()
+    # No view, which autograd would not let be changed in place.
+    loss = loss.reshape(samples).clone() if reduction == REDUCE_NONE else loss.sum()
     if not keep:
         return loss, terms, []
 
@@ -242,7 +243,7 @@ def _inverse(total: Tensor) -> Tensor:
 
 
 def _column(weights: Sequence[float], z: Tensor) -> Tensor:
-    return torch.tensor(list(weights), dtype=z.dtype).to(z.device).view(-1, 1, 1)
+    return torch.tensor(list(weights), dtype=z.dtype, device="cpu").to(z.device).view(-1, 1, 1)
 
 
 def _stack(logits: Sequence[Tensor], binary: bool) -> Tensor:

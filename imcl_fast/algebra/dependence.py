@@ -26,23 +26,32 @@ BIASED, UNBIASED = range(2)
 
 def gram_forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
     """scale X_c X_c^T of every x (B, *) as (n, B, B), and the means (D,)."""
-    grams, means = [], []
-    for x, factor in zip(xs, scale, strict=True):
-        rows = _rows(x)
-        mean = rows.mean(0)
-        centred = rows - mean
+    grams, of_rows = [], means(xs)
+    for x, factor, mean in zip(xs, scale, of_rows, strict=True):
+        centred = _rows(x) - mean
         grams.append(factor * (centred @ centred.T))
-        means.append(mean)
-    return torch.stack(grams), means
+    return torch.stack(grams), of_rows
+
+
+def means(xs: Sequence[Tensor]) -> list[Tensor]:
+    """The mean over the samples of every x (B, *), each (D,)."""
+    return [_rows(x).mean(0) for x in xs]
 
 
 def gram_backward(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[Tensor]:
     """S X_c of every x, shaped and strided like x; S (n, B, B) is symmetric."""
-    gradients = []
-    for each, x, mean in zip(s, xs, means, strict=True):
-        dx = (each @ (_rows(x) - mean)).to(x.dtype).reshape(x.shape)
-        gradients.append(dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx))
-    return gradients
+    return [
+        dx if dx.stride() == x.stride() else torch.empty_like(x).copy_(dx)
+        for dx, x in zip(products(s, xs, means), xs, strict=True)
+    ]
+
+
+def products(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[Tensor]:
+    """The same, strided anyhow."""
+    return [
+        (each @ (_rows(x) - mean)).to(x.dtype).reshape(x.shape)
+        for each, x, mean in zip(s, xs, means, strict=True)
+    ]
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def mixture(
     """KL(y || m) [B], KL(p_h || m) [H, B], and d/dz [H, B, K] of the sum of pi_h KL(p_h || m) and
     pi_0 KL(y || m), over pi_h."""
     p = log_p.exp()
-    of_heads = torch.tensor(pi[1:], dtype=p.dtype).to(p.device).view(-1, 1, 1)
+    of_heads = torch.tensor(pi[1:], dtype=p.dtype, device="cpu").to(p.device).view(-1, 1, 1)
     log_m = _log(pi[0] * labels + (of_heads * p).sum(0))
     of_label = times(labels, labels.log() - log_m).sum(-1)
     heads = times(p, log_p - log_m)
