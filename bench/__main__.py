@@ -88,7 +88,8 @@ def run(device: torch.device, quick: bool) -> dict:
 
 
 def again(results: dict, names: list[str], device: torch.device) -> None:
-    """Measures rows of stored results anew, and notes in them when and at which commit.
+    """Measures rows, or training steps, of stored results anew, and notes in them when and at which
+    commit.
 
     Raises:
         ValueError: there is no such row, or the results are of another machine.
@@ -101,16 +102,22 @@ def again(results: dict, names: list[str], device: torch.device) -> None:
                 f"{now.get(key)}; run `make bench`"
             )
     known = {row.name: row for row in rows.rows(quick=False)}
+    steps = {one.name: one for one in step.steps(quick=False)}
     for name in names:
-        if name not in known:
-            raise ValueError(f"--again {name!r}: no such row; there are {', '.join(known)}")
+        if name not in {**known, **steps}:
+            raise ValueError(
+                f"--again {name!r}: no such row; there are {', '.join([*known, *steps])}"
+            )
     if device.type == "cpu":
         allocator.keep_freed_memory()
     for name in names:
-        results["operations"][name] = {
-            **_measured(known[name], results["rates"], device, FULL_SECONDS["row"]),
-            "again": {key: now[key] for key in ("commit", "date")},
-        }
+        if name in known:
+            kind = "operations"
+            found = _measured(known[name], results["rates"], device, FULL_SECONDS["row"])
+        else:
+            kind, found = "steps", step.measure(steps[name], device, FULL_SECONDS["step"])
+        noted = {key: now[key] for key in ("commit", "date")}
+        results[kind][name] = {**found, "again": noted}
 
 
 def _measured(row: rows.Row, rates: dict, device: torch.device, seconds: float) -> dict:
@@ -163,7 +170,7 @@ def main() -> int:
     what.add_argument("--render", type=Path, metavar="RESULTS",
                       help="measure nothing, fill the documents from these results")  # fmt: skip
     what.add_argument("--again", nargs="+", metavar="ROW",
-                      help="measure these rows of the stored results anew")  # fmt: skip
+                      help="measure these rows, or steps, of the stored results anew")  # fmt: skip
     what.add_argument("--check", action="store_true",
                       help="compare instruction counts with bench/baseline.json")  # fmt: skip
     what.add_argument("--update-baseline", action="store_true",

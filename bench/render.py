@@ -121,12 +121,11 @@ def machine(results: Results) -> str:
 def _again(results: Results) -> str:
     """Which rows are of a later run of their own."""
     found: dict[tuple[str, str], list[str]] = {}
-    for name, row in results.get("operations", {}).items():
+    for name, row in [*results.get("operations", {}).items(), *results.get("steps", {}).items()]:
         if "again" in row:
             found.setdefault((row["again"]["commit"], row["again"]["date"]), []).append(name)
     return "".join(
-        f" Something else slowed the machine in between; measured again, commit {commit}, {date}: "
-        f"{', '.join(names)}."
+        f" Measured again, commit {commit}, {date}: {'; '.join(names)}."
         for (commit, date), names in found.items()
     )
 

@@ -55,6 +55,10 @@ enum class Teacher { kOthers, kMean, kFinal, kPairwise };
 enum class Divergence { kKl, kReverseKl, kJsd, kMixture };
 enum class Reduction { kMean, kSum, kNone };
 
+// Logits beyond this are extreme: they may be masked, overflow when they are summed, or drown
+// the other heads in a sum, so that these can't be had back by subtraction.
+constexpr int kModerate = 1024;
+
 // What the samples of dense logits are spread over: images, up to four dimensions of their pixels,
 // and labels that are each a sample.
 constexpr int kMostAxes = 6;

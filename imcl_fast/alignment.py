@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,6 @@ class _Layers:
 
 
 def _gram(output: Any) -> Tensor:
-    first = output[0] if isinstance(output, (tuple, list)) else output
+    first = cast(Tensor, outputs.first_tensor(output))
     grams, _ = algebra.gram_forward([first.detach()], [1.0])
     return grams[0].double()

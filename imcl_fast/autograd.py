@@ -68,7 +68,7 @@ class PairwisePenalty(Function):
 
 class CollaborativeConsistency(Function):
     """apply(implementation, options, target, weight, sample_weight, *logits)
-    -> (loss () or (B,), terms (2, H)).
+    -> (loss () or of the samples' sizes, terms (2, H)).
 
     The forward already makes the gradient, in the logits' dtype, while the exponentials are at
     hand; the backward only scales it, in place unless the graph is kept for another, and on a CPU
@@ -152,7 +152,7 @@ def _lie_otherwise(xs: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> 
 def _is_several(grad: Tensor) -> bool:
     """Whether it is the gradients of several losses at once, of PyTorch's older vmap
     (is_grads_batched, jacobian(vectorize=True))."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _is_last_use(grad: Tensor) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor
 from . import implementations, reference, validation
 from .algebra import dependence as algebra
 from .autograd import SampleGrams, without_autocast
+from .dtypes import accumulation
+from .operators import Gram
 
 KERNELS = ("linear", "gaussian")
 ESTIMATORS = ("biased", "unbiased")
@@ -122,10 +124,7 @@ def view_dependence(
                 f"views[{v}]: expected as many layers as views[0], at least 1, got {len(view)} "
                 f"and {layers}"
             )
-    weights = [
-        validation.number("layer_weight", w, low=-math.inf, high=math.inf, open_low=True)
-        for w in validation.per("layer_weight", layer_weight, layers, "layer")
-    ]
+    weights = validation.numbers_per("layer_weight", layer_weight, layers, "layer")
     names = [f"views[{v}][{i}]" for i in range(layers) for v in range(len(each))]
     xs = [view[i] for i in range(layers) for view in each]
     return _dependence(
@@ -158,7 +157,7 @@ def _dependence(
         xs = implementations.as_they_lie(xs)
     with without_autocast(device):
         if xs[0].shape[0] == 0:
-            return torch.stack([x.sum() for x in xs]).sum().to(_accumulation(xs[0]))
+            return torch.stack([x.sum() for x in xs]).sum().to(accumulation(xs[0].dtype))
         if impl == "reference":
             return reference.dependence(
                 [xs[v::views] for v in range(views)],
@@ -171,7 +170,7 @@ def _dependence(
         scale = [1.0] * len(xs)
         if kind == algebra.GAUSSIAN and width is not None:
             scale = [1 / (width**2 * max(x[0].numel(), 1)) for x in xs]
-        grams = SampleGrams.apply(implementations.dependence(impl), scale, *xs)
+        grams = _grams(implementations.dependence(impl), scale, xs)
         kernels = algebra.kernels(grams.unflatten(0, (-1, views)), kind, width is None)
         if normalize:
             kernels = algebra.scaled(kernels, how)
@@ -182,7 +181,21 @@ def _dependence(
         # Not the sum of all less the diagonal, beside which what is looked for can be small.
         of_layers = values.triu(1).sum((-2, -1))
         total = sum(w / pairs * each for w, each in zip(layer_weight, of_layers, strict=True))
-        return total.to(_accumulation(xs[0]))
+        return total.to(accumulation(xs[0].dtype))
+
+
+def _grams(implementation: Gram, scale: list[float], xs: Sequence[Tensor]) -> Tensor:
+    """Grams (n, B, B) of all; those that learn in a call of their own, or a gradient of the others,
+    as of a teacher's features, would be made as well."""
+    learning = [i for i, x in enumerate(xs) if x.requires_grad]
+    others = [i for i, x in enumerate(xs) if not x.requires_grad]
+    if not (learning and others and torch.is_grad_enabled()):
+        return SampleGrams.apply(implementation, scale, *xs)
+    grams: dict[int, Tensor] = {}
+    for part in (learning, others):
+        found = SampleGrams.apply(implementation, [scale[i] for i in part], *[xs[i] for i in part])
+        grams.update(zip(part, found.unbind(), strict=True))
+    return torch.stack([grams[i] for i in range(len(xs))])
 
 
 def check_bandwidth(value: float | str) -> float | None:
@@ -192,7 +205,3 @@ def check_bandwidth(value: float | str) -> float | None:
             raise ValueError(f"bandwidth: expected a number above 0 or 'median', got {value!r}")
         return None
     return validation.number("bandwidth", value, low=0, high=math.inf, open_low=True)
-
-
-def _accumulation(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

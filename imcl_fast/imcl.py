@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import dense, functional, kernel_weights, outputs, plan, sharding, taps, validation
+from . import calls, dense, kernel_weights, outputs, plan, sharding, taps, validation
 from . import layers as find
 from .choice import choose
 from .dense_outputs import Resize
@@ -223,9 +223,9 @@ class IMCL(IMCLState):
         if not validation.is_integer(views) or views < 2:
             raise ValueError(f"views: expected an int of at least 2, got {views!r}")
         self.views = int(views)
-        validation.choice("multilayer_teacher", multilayer_teacher, functional.TEACHERS)
-        validation.choice("representation_penalty", representation_penalty, functional.PENALTIES)
-        validation.choice("kernel_penalty", kernel_penalty, functional.PENALTIES)
+        validation.choice("multilayer_teacher", multilayer_teacher, calls.TEACHERS)
+        validation.choice("representation_penalty", representation_penalty, calls.PENALTIES)
+        validation.choice("kernel_penalty", kernel_penalty, calls.PENALTIES)
         validation.choice("impl", impl, IMPLEMENTATIONS)
         self.center = validation.boolean("center", center)
         shard_kernels = validation.boolean("shard_kernels", shard_kernels)
@@ -250,7 +250,7 @@ class IMCL(IMCLState):
 
         dense.check_class_dim(class_dim)
         self.ignore_index = validation.integer("ignore_index", ignore_index)
-        validation.choice("activation", activation, functional.ACTIVATIONS)
+        validation.choice("activation", activation, calls.ACTIVATIONS)
         self.activation = activation
         self.model = model
         trace = find.trace(
@@ -492,15 +492,15 @@ class IMCL(IMCLState):
         return IMCLOutput(
             loss,
             logits,
-            criterion,
-            head_terms,
-            representation,
-            None if kernel is None else kernel.detach(),
-            own,
-            len(step.head_logits),
-            self.multilayer_weight != 0,
-            0 if step.views is None else self.views,
-            output,
+            _criterion=criterion,
+            _head_terms=head_terms,
+            _representation=representation,
+            _kernel=None if kernel is None else kernel.detach(),
+            _own=own,
+            _auxiliary=len(step.head_logits),
+            _multilayer=self.multilayer_weight != 0,
+            _views=0 if step.views is None else self.views,
+            output=output,
         )
 
     def _evaluate(
@@ -510,12 +510,11 @@ class IMCL(IMCLState):
         if self.criterion is not None:
             loss = _scalar(self.criterion(output, target))
             logits = self._logits_if_any(output)
-            parts = loss.detach(), None, None, None
-            return IMCLOutput(loss, logits, *parts, False, output=output)
+            return IMCLOutput(loss, logits, _criterion=loss.detach(), output=output)
         logits = outputs.logits(output, self._find_logits)
         masks = token_mask, outputs.Padding.of(keywords).of_logits
         loss, head_terms = self._consistency.own(self, logits, target, masks)
-        return IMCLOutput(loss, logits, None, head_terms, None, None, True, output=output)
+        return IMCLOutput(loss, logits, _head_terms=head_terms, _own=True, output=output)
 
     def _notice_plain_training(self) -> None:
         if self._told_of_plain or torch.compiler.is_compiling():
@@ -655,8 +654,8 @@ class IMCL(IMCLState):
                     "set kernel_weight to 0"
                 )
         weights = kernel_weights.by_role(weights, share.roles, where)
-        kind = functional.PENALTIES.index(self.kernel_penalty)
-        similarity = functional._pairwise(weights, kind, False, EPS, False, self.impl)
+        kind = calls.PENALTIES.index(self.kernel_penalty)
+        similarity = calls.pairwise(weights, kind, False, EPS, False, self.impl)
         return similarity if share.scale == 1 else similarity * share.scale
 
 

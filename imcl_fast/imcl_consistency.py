@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import functional, validation
+from . import calls, validation
+from .dtypes import widest
 from .imcl_state import IMCLState
 from .imcl_step import IMCLStep
 from .schemas import ConsistencyOptions
@@ -33,7 +34,7 @@ class HeadsConsistency:
         self, imcl: IMCLState, logits: Tensor, target: Tensor, masks: tuple[Any, Any]
     ) -> tuple[Tensor, Tensor]:
         """The network's own cross entropy alone, and the terms (2, 1)."""
-        options = functional._consistency_options(
+        options = calls.consistency_options(
             1, ce_weight=1.0, kl_weight=0.0, groups=None, temperature=1.0, teacher="others",
             detach_teacher=True, label_smoothing=imcl.label_smoothing,
             ignore_index=_ignored(imcl, target), reduction="mean", binary=_binary(imcl),
@@ -70,7 +71,7 @@ def _call(
         if imcl.class_dim == 1 and isinstance(target, Tensor) and target.is_floating_point():
             target = target.movedim(1, -1)
     checked = validation.target(target, stacks, options.ignore_index, options.binary)
-    return functional._consistency(stacks, checked, options, imcl.impl, sample_weight=weight)
+    return calls.consistency(stacks, checked, options, imcl.impl, sample_weight=weight)
 
 
 def _classes_last(
@@ -107,8 +108,7 @@ def _weight(imcl: IMCLState, masks: tuple[Any, Any], stacks: list[Tensor]) -> Te
         )
     for mask in masks:
         if isinstance(mask, Tensor) and mask.shape == samples:
-            wide = any(stack.dtype == torch.float64 for stack in stacks)
-            return (mask != 0).to(torch.float64 if wide else torch.float32)
+            return (mask != 0).to(widest(stacks))
     return None
 
 
@@ -160,7 +160,7 @@ def _options(imcl: IMCLState, n: int, own: bool, ignored: int) -> ConsistencyOpt
     output = imcl.output_weight / imcl.views
     multilayer = imcl.multilayer_weight if n else 0.0
     groups = 2 if views else 1
-    return functional._consistency_options(
+    return calls.consistency_options(
         n + 1 + views,
         ce_weight=[multilayer / max(n, 1)] * n + [float(own)] + [output] * views,
         kl_weight=[multilayer / (n + 1)] * (n + 1) + [output] * views,

@@ -28,11 +28,11 @@ class IMCLOutput:
 
     loss: Tensor
     logits: Tensor
-    _criterion: Tensor | None = field(repr=False)
-    _head_terms: Tensor | None = field(repr=False)  # (2, H), cross entropies and KL
-    _representation: Tensor | None = field(repr=False)
-    _kernel: Tensor | None = field(repr=False)
-    _own: bool = field(repr=False)  # whether the network's cross entropy counts
+    _criterion: Tensor | None = field(repr=False, default=None)
+    _head_terms: Tensor | None = field(repr=False, default=None)  # (2, H), cross entropies and KL
+    _representation: Tensor | None = field(repr=False, default=None)
+    _kernel: Tensor | None = field(repr=False, default=None)
+    _own: bool = field(repr=False, default=False)  # whether the network's cross entropy counts
     _auxiliary: int = field(repr=False, default=0)
     _multilayer: bool = field(repr=False, default=False)  # whether the auxiliary heads count
     _views: int = field(repr=False, default=0)

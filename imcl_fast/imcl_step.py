@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from . import functional, kernel_weights, padding
+from . import calls, kernel_weights, padding
 from .imcl_state import IMCLState
 from .outputs import Padding
 from .schedule import Turn
@@ -87,9 +87,9 @@ class IMCLStep(Step):
         mask = self._mask(index, features)
         if self.similar:
             seen = features if mask is None else padding.neutral(features, mask, imcl.center)
-            kind = functional.PENALTIES.index(imcl.representation_penalty)
+            kind = calls.PENALTIES.index(imcl.representation_penalty)
             self.similarities.append(
-                functional._pairwise([seen], kind, imcl.center, EPS, True, imcl.impl)
+                calls.pairwise([seen], kind, imcl.center, EPS, True, imcl.impl)
             )
         if index in imcl._head_of:
             self.head_logits[index] = imcl.heads[imcl._head_of[index]](features, mask)

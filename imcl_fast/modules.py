@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from . import dependence, functional, validation
+from . import calls, dependence, functional, validation
 
 
 class RepresentationSimilarityLoss(nn.Module):
@@ -25,7 +25,7 @@ class RepresentationSimilarityLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        validation.choice("penalty", penalty, functional.PENALTIES)
+        validation.choice("penalty", penalty, calls.PENALTIES)
         self.penalty, self.impl = penalty, impl
         self.center, self.eps = validation.plain(center), validation.plain(eps)
 
@@ -59,7 +59,7 @@ class KernelSimilarityLoss(nn.Module):
         self, *, penalty: str = "square", eps: float = 1e-12, impl: str = "auto"
     ) -> None:
         super().__init__()
-        validation.choice("penalty", penalty, functional.PENALTIES)
+        validation.choice("penalty", penalty, calls.PENALTIES)
         self.penalty, self.eps, self.impl = penalty, validation.plain(eps), impl
 
     def forward(self, weights: Tensor | Sequence[Tensor]) -> Tensor:
@@ -102,8 +102,8 @@ class CollaborativeConsistencyLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        validation.choice("reduction", reduction, functional.REDUCTIONS)
-        validation.choice("activation", activation, functional.ACTIVATIONS)
+        validation.choice("reduction", reduction, calls.REDUCTIONS)
+        validation.choice("activation", activation, calls.ACTIVATIONS)
         self.temperature = validation.plain(temperature)
         self.ce_weight, self.kl_weight = validation.plain(ce_weight), validation.plain(kl_weight)
         self.detach_teacher = validation.plain(detach_teacher)
@@ -172,7 +172,7 @@ class JensenShannonLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        validation.choice("reduction", reduction, functional.REDUCTIONS)
+        validation.choice("reduction", reduction, calls.REDUCTIONS)
         self.pi, self.normalize = validation.plain(pi), validation.plain(normalize)
         self.label_smoothing = validation.plain(label_smoothing)
         self.ignore_index = validation.plain(ignore_index)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from . import dense
-from .algebra.consistency import REDUCE_NONE, kept_dtype
+from .algebra.consistency import REDUCE_NONE
 from .algebra.pairwise import SIGNED, is_dual
 from .build_facts import BUILT, BuildFacts
+from .dtypes import accumulation, kept, widest
 from .kernels.dependence_plan import means_size
 from .kernels.plan import state_size
 from .schemas import LAYOUT, SCHEMAS
@@ -73,10 +75,6 @@ consistency: Callable | None = None
 gram: Gram | None = None
 
 
-def _accumulation_dtype(xs: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in xs) else torch.float32
-
-
 def _matrices(x, batched):
     """Number of matrices, rows and columns."""
     matrices, n = (x.shape[0], x.shape[1]) if batched else (1, x.shape[0])
@@ -89,7 +87,7 @@ def _by_dtype(xs: Sequence[Tensor], sizes: Iterable[int]) -> list[Tensor]:
     for x, size in zip(xs, sizes, strict=True):
         total[x.dtype] = total.get(x.dtype, 0) + size
     return [
-        xs[0].new_empty(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        xs[0].new_empty(size, dtype=accumulation(dtype))
         for dtype, size in total.items()
     ]
 
@@ -100,7 +98,7 @@ def _gpu_pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
         for matrices, n, d in (_matrices(x, batched) for x in xs)
     )
     state = _by_dtype(xs, sizes) if keep else []
-    return xs[0].new_empty((), dtype=_accumulation_dtype(xs)), state
+    return xs[0].new_empty((), dtype=widest(xs)), state
 
 
 def _symmetric_size(n):
@@ -124,10 +122,10 @@ def _pairwise_forward(xs, penalty, center, eps, batched, precision, keep):
             size = n + means
         else:
             size = _symmetric_size(n) + means
-        dtype = _accumulation_dtype([x])
+        dtype = accumulation(x.dtype)
         sizes[dtype] = sizes.get(dtype, 0) + (matrices * size + 15) // 16 * 16
     state = [xs[0].new_empty(size, dtype=dtype) for dtype, size in sizes.items()]
-    return xs[0].new_empty((), dtype=_accumulation_dtype(xs)), state
+    return xs[0].new_empty((), dtype=widest(xs)), state
 
 
 def _pairwise_backward(grad, xs, state, penalty, center, eps, batched, precision):
@@ -136,22 +134,22 @@ def _pairwise_backward(grad, xs, state, penalty, center, eps, batched, precision
 
 def _consistency(logits, target, weight, sample_weight, ce_weight, *options):
     *_, reduction, keep = options
-    dtype, kept = _accumulation_dtype(logits), kept_dtype(logits[0].dtype)
+    dtype, of_gradients = widest(logits), kept(logits[0].dtype)
     size = dense.samples(logits[0]) if reduction == REDUCE_NONE else ()
     loss = logits[0].new_empty(size, dtype=dtype)
     terms = logits[0].new_empty((2, len(ce_weight)), dtype=dtype)
     if keep and all(stack.is_contiguous() for stack in logits):
         shape = (len(ce_weight), *dense.samples(logits[0]), logits[0].shape[-1])
-        gradients = [logits[0].new_empty(shape, dtype=kept)]
+        gradients = [logits[0].new_empty(shape, dtype=of_gradients)]
     else:
-        gradients = [torch.empty_like(stack, dtype=kept) for stack in logits if keep]
+        gradients = [torch.empty_like(stack, dtype=of_gradients) for stack in logits if keep]
     return loss, terms, gradients
 
 
 def _gram_forward(xs, scale):
     if xs[0].device.type != "cpu":
         return _gpu_gram_forward(xs, scale)
-    batch, dtype = xs[0].shape[0], _accumulation_dtype(xs)
+    batch, dtype = xs[0].shape[0], widest(xs)
     means = [x.new_empty((math.prod(x.shape[1:]),), dtype=dtype) for x in xs]
     return xs[0].new_empty((len(xs), batch, batch), dtype=dtype), means
 
@@ -159,7 +157,7 @@ def _gram_forward(xs, scale):
 def _gpu_gram_forward(xs, scale):
     means = _by_dtype(xs, (means_size(math.prod(x.shape[1:])) for x in xs))
     batch = xs[0].shape[0]
-    return xs[0].new_empty((len(xs), batch, batch), dtype=_accumulation_dtype(xs)), means
+    return xs[0].new_empty((len(xs), batch, batch), dtype=widest(xs)), means
 
 
 def _gram_backward(s, xs, means):
@@ -187,43 +185,16 @@ if build_info is not None:
     )
 
 
-# The launchers are imported when first called: importing Triton takes a second.
-def _triton_pairwise_forward(*args):
-    from .kernels import pairwise
+def _launcher(module: str, name: str) -> Callable:
+    """A launcher of kernels/, imported when first called: importing Triton takes a second."""
 
-    return pairwise.forward(*args)
+    def launch(*args):
+        return getattr(import_module(f".kernels.{module}", __package__), name)(*args)
 
-
-def _triton_pairwise_backward(*args):
-    from .kernels import pairwise
-
-    return pairwise.backward(*args)
+    return launch
 
 
-def _triton_consistency(*args):
-    from .kernels import consistency
-
-    return consistency.forward(*args)
-
-
-def _triton_scale_(gradient, scale):
-    from .kernels import scaling
-
-    return scaling.scale_(gradient, scale)
-
-
-def _triton_gram_forward(*args):
-    from .kernels import dependence
-
-    return dependence.forward(*args)
-
-
-def _triton_gram_backward(*args):
-    from .kernels import dependence
-
-    return dependence.backward(*args)
-
-
+_triton_scale_ = _launcher("scaling", "scale_")
 _triton = torch.library.Library("imcl_fast", "FRAGMENT")
 
 
@@ -243,13 +214,13 @@ def _as_operator(operation: str, launch: Callable, fake: Callable) -> Callable:
 
 
 triton_pairwise = Pairwise(
-    _as_operator("pairwise", _triton_pairwise_forward, _gpu_pairwise_forward),
-    _as_operator("pairwise_backward", _triton_pairwise_backward, _pairwise_backward),
+    _as_operator("pairwise", _launcher("pairwise", "forward"), _gpu_pairwise_forward),
+    _as_operator("pairwise_backward", _launcher("pairwise", "backward"), _pairwise_backward),
 )
-triton_consistency = _as_operator("consistency", _triton_consistency, _consistency)
+triton_consistency = _as_operator("consistency", _launcher("consistency", "forward"), _consistency)
 triton_gram = Gram(
-    _as_operator("gram_forward", _triton_gram_forward, _gpu_gram_forward),
-    _as_operator("gram_backward", _triton_gram_backward, _gram_backward),
+    _as_operator("gram_forward", _launcher("dependence", "forward"), _gpu_gram_forward),
+    _as_operator("gram_backward", _launcher("dependence", "backward"), _gram_backward),
 )
 
 

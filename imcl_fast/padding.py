@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dtypes import accumulation
 from .reference import CENTRED_DEAD_RATIO
 
 
@@ -36,9 +37,9 @@ def mean(zeroed: Tensor, mask: Tensor) -> Tensor:
 
 
 def _wide_mean(zeroed: Tensor, mask: Tensor) -> Tensor:
-    """The same in float32, of float64 in that."""
+    """The same in the accumulation dtype."""
     positions = tuple(range(2, zeroed.dim()))
-    dtype = zeroed.dtype if zeroed.dtype == torch.float64 else torch.float32
+    dtype = accumulation(zeroed.dtype)
     count = mask.sum(positions, dtype=dtype).clamp(min=1)
     return zeroed.sum(positions, dtype=dtype) / count
 

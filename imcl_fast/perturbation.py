@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import validation
 from .dense_outputs import share_memory
+from .dtypes import accumulation
 from .imcl import IMCL
 
 
@@ -138,7 +139,7 @@ def _step(weight: Tensor, grad: Tensor, gamma: float) -> Tensor:
     """Where a loss rises, gamma of the weight's norm away; no way is known without waiting."""
     grad = grad.to_dense() if grad.layout != torch.strided else grad  # of an embedding, perhaps
     # Half types have norms beyond their range.
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = accumulation(weight.dtype)
     size, slope = (torch.linalg.vector_norm(x, dtype=wide) for x in (weight, grad))
     scale = gamma * size / slope
     # Not a product with 0: 0 times infinity is NaN.

@@ -332,7 +332,4 @@ def _weights(layer_weight: float | Sequence[float] | None, layers: list[str]) ->
                 f"those of {len(STAGES)}"
             )
         return list(STAGES[-len(layers) :])
-    return [
-        validation.number("layer_weight", w, low=-math.inf, high=math.inf, open_low=True)
-        for w in validation.per("layer_weight", layer_weight, len(layers), "layer")
-    ]
+    return validation.numbers_per("layer_weight", layer_weight, len(layers), "layer")

@@ -29,6 +29,9 @@ class Tape:
     def __init__(self) -> None:
         self.step: Step | None = None
 
+    def __reduce__(self) -> tuple[type[Tape], tuple[()]]:
+        return Tape, ()  # the step under way is not a copy's
+
 
 def refuse_replica(module: nn.Module, name: str) -> None:
     """Raises a RuntimeError in a replica of nn.DataParallel, whose hooks are the original's."""

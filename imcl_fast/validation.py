@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from . import dense
+from .dtypes import widest
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IGNORED = -100  # no class, unless another number is said to be none
@@ -231,6 +232,16 @@ def per(name: str, value: Any, count: int, what: str) -> list[Any]:
     return list(value)
 
 
+def numbers_per(
+    name: str, value: Any, count: int, what: str, low: float = -math.inf
+) -> list[float]:
+    """A finite number above ``low`` for each of ``count`` things, from one or as many."""
+    return [
+        number(name, each, low=low, high=math.inf, open_low=True)
+        for each in per(name, value, count, what)
+    ]
+
+
 def rows(name: str, xs: Sequence[Tensor], dim: int, kind: str) -> None:
     """At least two rows in every matrix: a penalty between pairs needs a pair."""
     for i, x in enumerate(xs):
@@ -395,8 +406,7 @@ def _constant(name: str, value: Tensor, logits: Sequence[Tensor]) -> Tensor:
             f"{name}: expected a Tensor that requires no gradient, for none flows into it, got "
             "one that does; pass it with .detach()"
         )
-    wide = any(z.dtype == torch.float64 for z in logits)
-    return value.to(torch.float64 if wide else torch.float32)
+    return value.to(widest(logits))
 
 
 def _on_the_device(name: str, value: Tensor, logits: Sequence[Tensor]) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from .. import dense
-from ..algebra.consistency import PAIRWISE, REDUCE_NONE, kept_dtype
+from ..algebra.consistency import PAIRWISE, REDUCE_NONE
 from ..algebra.divergences import KL
+from ..dtypes import accumulation, kept
 from . import autotune
 from .blank import blank
 from .config import ConsistencyConfig, consistency_candidates, consistency_config, power_of_2
@@ -25,6 +25,7 @@ from .consistency_kernel import consistency_kernel
 from .constants import plain
 from .kept import scratch
 from .launch import Launch
+from .numerics import TRITON
 from .plan import Layout, layout
 
 _POWERS = (1.0, 2.0, 3.0, 4.0)  # temperatures T at which exp(x) is a power of exp(x/T)
@@ -50,9 +51,9 @@ def forward(
     reduction: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Loss () or (B,), terms (2, H), and with ``keep`` the gradients, scaled completely, in the
-    ``kept_dtype``: one (H, B, K) if all logits are contiguous, else one like each stack of logits.
-    """
+    """Loss () or of the samples' sizes, terms (2, H), and with ``keep`` the gradients, scaled
+    completely, in what ``dtypes.kept`` says: one (H, *samples, K) if all logits are contiguous,
+    else one like each stack of logits."""
     device = logits[0].device
     given = [x for x in (target, weight, sample_weight) if x is not None]
     options = _Options(
@@ -137,14 +138,14 @@ class _Call:
         kind = NO_TARGET
         if target is not None:
             kind = PROBABILITIES if target[0].is_floating_point else INDICES
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = accumulation(dtype)
         heads, classes = sum(options.groups), 2 if options.binary else shape[-1]
         per_sample = options.reduction == REDUCE_NONE
 
         self.geometry, self.batch = geometry, math.prod(geometry.samples)
         self.loss = blank(geometry.samples if per_sample else (), wide, device)
         self.terms = blank((2, heads), wide, device)
-        self.kept = kept_dtype(dtype)
+        self.kept = kept(dtype)
         packed = (heads, *geometry.samples, shape[-1])
         self.gradient = None
         if options.keep and geometry.packed:
@@ -157,15 +158,14 @@ class _Call:
         )
         self.other = any(name != KL for name in options.divergences)
         each = zip(options.groups, options.teachers, options.detach, strict=True)
-        heavy = self.other or any(
+        heavy = options.keep and (self.other or any(
             size > 1 and (teacher == PAIRWISE or not fixed) for size, teacher, fixed in each
-        )
+        ))  # fmt: skip
         rich = kind == PROBABILITIES or weight is not None or len(geometry.sizes) > 1
-        shares = heads, heavy and options.keep, rich
-        self.bucket = (*shares, power_of_2(self.batch), power_of_2(classes))
+        self.bucket = heads, heavy, rich, power_of_2(self.batch), power_of_2(classes)
         if self.batch:
             self.config = consistency_config(
-                max(options.groups), *shares[1:], self.batch, classes, device
+                max(options.groups), heavy, rich, self.batch, classes, device
             )
         self._device = device
         self._slices = functools.partial(_slices, geometry=geometry, classes=classes, dtype=dtype)
@@ -176,7 +176,7 @@ class _Call:
             gradient_heads=geometry.gradient_heads, unit=geometry.unit, target=kind,
             weighted=weight is not None, shared=sample_weight is not None,
             lowest=torch.finfo(dtype).min,
-            acc=tl.float64 if wide == torch.float64 else tl.float32,
+            acc=TRITON[wide],
         )  # fmt: skip
         self._launches: dict[ConsistencyConfig, tuple[Launch, int]] = {}
 

@@ -89,7 +89,7 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
     else:
         u = teacher_of(tile, H, TEACHER)
         share = teacher_share(numbers.inverse_t, N, TEACHER)
-        log_q = exponent(u, states[H][4], share) - tl.log2(states[H][5])[:, None]
+        log_q = exponent(u, states[H].teacher_top, share) - tl.log2(states[H].teacher)[:, None]
         q = tl.exp2(log_q)
         value, head, teacher = _parts(log_q, q, log_p, p, numbers.beta, DIVERGENCE)
         return value, head, teacher, p, q

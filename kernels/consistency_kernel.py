@@ -21,9 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..algebra import consistency as algebra
-from .config import PARTIALS, TARGETS
-from .consistency_constants import INDICES, PROBABILITIES
+from .consistency_constants import INDICES
 from .consistency_divergences import (
     KL,
     MIXTURE,
@@ -31,6 +29,27 @@ from .consistency_divergences import (
     add_label,
     divergence_gradient,
     passed_on,
+)
+from .consistency_inputs import (
+    across,
+    class_weight,
+    label_size,
+    numbers_of,
+    places_of,
+    read_label_logits,
+    read_logits,
+    read_samples,
+    soft_labels,
+)
+from .consistency_sums import (
+    REDUCE_MEAN,
+    REDUCE_NONE,
+    add_weights,
+    averaged,
+    finish,
+    no_sums,
+    store_sums,
+    with_more,
 )
 from .consistency_tiles import (
     FINAL,
@@ -57,148 +76,15 @@ from .consistency_tiles import (
     times,
 )
 from .numerics import rounded
-from .reduction import draws_last_ticket, totals
-
-_REDUCE_MEAN = tl.constexpr(algebra.REDUCE_MEAN)
-_REDUCE_SUM = tl.constexpr(algebra.REDUCE_SUM)
-_REDUCE_NONE = tl.constexpr(algebra.REDUCE_NONE)
-_TARGETS = tl.constexpr(TARGETS)
-_PARTIALS = tl.constexpr(PARTIALS)
-
-# Tuples that every function takes as the kernel got them: ``logits`` and ``gradients`` are stacks,
-# the sizes of the axes of the samples, and what strides stacks have, of heads and samples in units;
-# ``labels`` a target, its strides of samples, its stride of classes, class weights, their stride,
-# weights of the samples, their strides.
-
-
-@triton.jit
-def _numbers(numbers, FIRST: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr):
-    """N of the numbers, of which Triton takes the float32; float64 adds the rest of each."""
-    values = ()
-    for i in tl.static_range(N):
-        if ACC == tl.float64:
-            value = tl.cast(numbers[0][FIRST + i], ACC) + tl.cast(numbers[1][FIRST + i], ACC)
-        else:
-            value = tl.cast(numbers[0][FIRST + i], ACC)
-        values += (value,)
-    return values
-
-
-@triton.jit
-def _offsets(index, sizes, strides):
-    """Where the samples lie, [S]; the last of their axes runs fastest."""
-    rest = index.to(tl.int64)
-    offsets = tl.zeros_like(rest)
-    for i in tl.static_range(len(strides) - 1):
-        offsets += rest % sizes[len(strides) - 1 - i] * strides[len(strides) - 1 - i]
-        rest = rest // sizes[len(strides) - 1 - i]
-    return offsets + rest * strides[0]
-
-
-@triton.jit
-def _places(at, index, k, HEADS: tl.constexpr, H: tl.constexpr, UNIT: tl.constexpr):
-    """Where the classes k, [S, K] or (1, K), of the samples lie in head H, [S, K]. Heads that lie
-    alike share all but a number, and the registers for it."""
-    stride = at[2][HEADS[H][2]]
-    head = at[0][HEADS[H][0]] + tl.full((), HEADS[H][1], tl.int64) * stride[0] * UNIT
-    rows = _offsets(index, at[1], stride[1]) * UNIT
-    return head + (rows[:, None] + k.to(tl.int64) * stride[2])
-
-
-@triton.jit
-def _masked(z, C: tl.constexpr):
-    """Logits as they are summed, -inf where they are the lowest number of their dtype."""
-    return tl.where(z <= C.lowest, float("-inf"), z)
-
-
-@triton.jit
-def _across(k):
-    """Classes [K] or [S, K] as (1, K) or [S, K]."""
-    if len(k.shape) == 1:
-        return k[None, :]
-    else:
-        return k
-
-
-@triton.jit
-def _read(logits, samples, k, mask, EXACT: tl.constexpr, C: tl.constexpr, G: tl.constexpr):
-    """The logits [S, K] of every head of a group; if not exact, those of masked classes are
-    numbers whose exponentials are 0."""
-    k = _across(k)
-    FIRST: tl.constexpr = C.groups[G][0]
-    N: tl.constexpr = C.groups[G][1]
-    z = ()
-    other = tl.where(samples.counted, float("-inf"), 0.0)[:, None]
-    if C.binary:
-        mask = mask & (k < 1)
-        other = tl.where(k < C.k, 0.0, other)
-    for i in tl.static_range(N):
-        places = _places(logits, samples.index, k, C.heads, FIRST + i, C.unit)
-        of_head = tl.load(places, mask=mask, other=other).to(C.acc)  # [S, K]
-        z += (_masked(of_head, C) if EXACT or C.lowest > -1e38 else of_head,)
-    return z
-
-
-@triton.jit
-def _read_labels(logits, samples, C: tl.constexpr, G: tl.constexpr):
-    """The logits [S] of the label of every head, of the first class where it is unknown; 0 where
-    labels are no class."""
-    FIRST: tl.constexpr = C.groups[G][0]
-    N: tl.constexpr = C.groups[G][1]
-    z = ()
-    for i in tl.static_range(N):
-        if C.plain[G] and not C.soft:
-            k = tl.maximum(samples.label, 0)[:, None]
-            places = _places(logits, samples.index, k, C.heads, FIRST + i, C.unit)
-            of_head = tl.load(places, mask=samples.counted[:, None], other=0.0).to(C.acc)
-            of_head = _masked(tl.sum(of_head, 1), C)  # [S]
-        else:
-            of_head = tl.zeros([C.samples], C.acc)
-        z += (of_head,)
-    return z
-
-
-@triton.jit
-def _soft(labels, sizes, samples, smoothing, k, mask, C: tl.constexpr):
-    """Soft labels [S, K], 0 outside of the mask."""
-    if C.soft:
-        k = _across(k)
-        if C.target == PROBABILITIES:
-            rows = labels[0] + _offsets(samples.index, sizes, labels[1])
-            soft = tl.load(rows[:, None] + k.to(tl.int64) * labels[2], mask=mask, other=0.0)
-            soft = soft.to(C.acc) * (1 - smoothing)  # [S, K]
-        else:
-            soft = tl.where(k == samples.label[:, None], 1 - smoothing, 0.0)
-        soft += smoothing * (1.0 / C.k)
-        if C.weighted:
-            weight = tl.load(labels[3] + k.to(tl.int64) * labels[4], mask=k < C.k, other=0.0)
-            soft *= weight  # (1, K), or [S, K]
-        return tl.where(mask, soft, 0.0)
-    else:
-        return 0.0
-
-
-@triton.jit
-def _label_size(labels, sizes, samples, smoothing, C: tl.constexpr):
-    """The sum of soft labels, or the class weight of an index, NaN of an unknown one; [S]."""
-    if C.soft:
-        size = tl.zeros(samples.index.shape, C.acc)
-        for first in range(0, C.k, C.block):
-            k = first + tl.arange(0, C.block)
-            mask = samples.counted[:, None] & (k < C.k)[None, :]
-            size += tl.sum(_soft(labels, sizes, samples, smoothing, k, mask, C), 1)
-        return size
-    else:
-        weight = _class_weight(labels, samples.label, samples.counted)
-        return tl.where(samples.label >= 0, weight, float("nan"))
+from .reduction import draws_last_ticket
 
 
 @triton.jit
 def _write(gradients, index, tile, dz, H: tl.constexpr, C: tl.constexpr):
     mask = tile.stored
     if C.binary:
-        mask = mask & (_across(tile.k) < 1)
-    places = _places(gradients, index, _across(tile.k), C.gradient_heads, H, C.unit)
+        mask = mask & (across(tile.k) < 1)
+    places = places_of(gradients, index, across(tile.k), C.gradient_heads, H, C.unit)
     tl.store(places, rounded(dz, places.dtype.element_ty), mask=mask)  # [S, K]
 
 
@@ -210,8 +96,8 @@ def _tile(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.cons
     mask = samples.counted[:, None] & inside
     # With the states known, the gradient of a detached teacher's head is of exponentials alone.
     EXACT: tl.constexpr = C.k <= C.block or C.other[G] or C.pairs[G] or not C.detach[G]
-    z = _read(logits, samples, k, mask, EXACT, C, G)
-    soft = _soft(labels, logits[1], samples, smoothing, k, mask, C)
+    z = read_logits(logits, samples, k, mask, EXACT, C, G)
+    soft = soft_labels(labels, logits[1], samples, smoothing, k, mask, C)
     after = () if C.k <= C.block else sums_after(z, C.teachers[G])
     return Tile(z, after, soft, k, inside, samples.stored[:, None] & inside)
 
@@ -248,8 +134,8 @@ def _sliced(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.co
         k = first + slice_[:, None] + (tl.arange(0, EACH) * C.slices)[None, :]
     inside = k < C.k
     mask = samples.counted[:, None] & inside
-    z = _read(logits, samples, k, mask, True, C, G)
-    soft = _soft(labels, logits[1], samples, smoothing, k, mask, C)
+    z = read_logits(logits, samples, k, mask, True, C, G)
+    soft = soft_labels(labels, logits[1], samples, smoothing, k, mask, C)
     return Tile(z, sums_after(z, C.teachers[G]), soft, k, inside, mask)
 
 
@@ -301,7 +187,7 @@ def _absorb_heads(tile, inverse_t, states, C: tl.constexpr, G: tl.constexpr):
     if N == 1 and C.divergences[G] != MIXTURE:
         return (absorb_alone(tile, states[0], C, G),)
     else:
-        risen = (states[0][0], states[0][0])
+        risen = (states[0].top, states[0].top)
         new = ()
         for i in tl.static_range(N):
             state, risen = absorb(
@@ -418,7 +304,7 @@ def _group(
         divergences += ((zero, zero, zero),)
     smoothing, inverse_t = numbers.smoothing, numbers.inverse_t
     if C.k <= C.block:
-        z_y = _read_labels(logits, samples, C, G)
+        z_y = read_label_logits(logits, samples, C, G)
         tile = _tile(0, logits, labels, samples, smoothing, C, G)
         if C.keep and not PAIRS and not OTHER and (C.detach[G] or N == 1):
             return _gradients_and_terms(
@@ -458,7 +344,7 @@ def _group(
                     _store_gradients(
                         tile, samples, numbers, states, toward, divergences, gradients, scales, C, G
                     )
-        z_y = _read_labels(logits, samples, C, G)
+        z_y = read_label_logits(logits, samples, C, G)
         if C.keep and C.plain[G] and not C.soft:
             tl.debug_barrier()  # the gradient without the label's part is stored there already
             tile = _tile_of_labels(z_y, samples, C, G)
@@ -477,121 +363,6 @@ def _group(
     return ce_terms, kl_terms
 
 
-@triton.jit
-def _samples(labels, sizes, index, stored, ignore_index, C: tl.constexpr):
-    """The weight of each sample, 0 of one that doesn't count; whether it does; its index, -1 of
-    an unknown one. All [S]."""
-    counted = stored
-    share = tl.where(counted, 1.0, 0.0).to(C.acc)
-    label = tl.zeros(index.shape, tl.int32)
-    if C.shared:
-        place = labels[5] + _offsets(index, sizes, labels[6])
-        share = tl.load(place, mask=stored, other=0.0)  # [S]
-        counted = share != 0.0
-    if C.target == INDICES:
-        place = labels[0] + _offsets(index, sizes, labels[1])
-        y = tl.load(place, mask=stored, other=ignore_index)  # [S]
-        counted = counted & (y != ignore_index)
-        share = tl.where(counted, share, 0.0)
-        label = tl.where((y >= 0) & (y < C.k), y, -1).to(tl.int32)
-    return share, counted, label
-
-
-@triton.jit
-def _class_weight(labels, label, counted):
-    """The class weight of each sample's index, 0 of an unknown one, [S]."""
-    place = labels[3] + label.to(tl.int64) * labels[4]
-    return tl.load(place, mask=counted & (label >= 0), other=0.0)
-
-
-@triton.jit
-def _no_sums(C: tl.constexpr):
-    """What a program adds up, before its first sample: a tuple of [S]; of one sample at a time a
-    tile of numbers, which every thread has a few of, not all."""
-    if C.samples == 1:
-        return tl.zeros([C.padded], C.acc)
-    else:
-        sums = ()
-        for _ in tl.static_range(C.sums):
-            sums += (tl.zeros([C.samples], C.acc),)
-        return sums
-
-
-@triton.jit
-def _with(sums, more, C: tl.constexpr):
-    """Sums and more ones, a tuple of [S]."""
-    if C.samples == 1:
-        which = tl.arange(0, C.padded)
-        for c in tl.static_range(C.sums):
-            sums += tl.where(which == c, tl.sum(more[c]), 0.0)
-        return sums
-    else:
-        new = ()
-        for c in tl.static_range(C.sums):
-            new += (sums[c] + more[c],)
-        return new
-
-
-@triton.jit
-def _store_sums(place, programs, sums, C: tl.constexpr):
-    if C.samples == 1:
-        which = tl.arange(0, C.padded)
-        tl.store(place + which * programs, sums, mask=which < C.sums)
-    else:
-        for c in tl.static_range(C.sums):
-            tl.store(place + c * programs, tl.sum(sums[c]))
-
-
-@triton.jit
-def _add_weights(labels, sizes, batch, ignore_index, C: tl.constexpr):
-    """What the means of the cross entropies and of the divergences are divided by."""
-    ce = tl.zeros([_TARGETS], C.acc)
-    kl = tl.zeros([_TARGETS], C.acc)
-    for first in range(0, batch, _TARGETS):
-        b = first + tl.arange(0, _TARGETS)
-        share, counted, label = _samples(labels, sizes, b, b < batch, ignore_index, C)
-        kl += share
-        if C.target == INDICES and C.weighted:
-            share *= _class_weight(labels, label, counted)
-        ce += share
-    return tl.sum(ce), tl.sum(kl)
-
-
-@triton.jit
-def _finish(partials, programs, loss, terms, C: tl.constexpr):
-    """Add up what all programs have stored, and write the loss and the terms."""
-    H: tl.constexpr = C.head_count
-    which = tl.arange(0, C.padded)
-    sums = totals(partials, programs, C.sums, C.padded, _PARTIALS, C.acc)
-    by = _one_of(sums, which, 2 * H + 1)
-    if C.reduction != _REDUCE_NONE:
-        whole = _one_of(sums, which, 2 * H)
-        if C.reduction == _REDUCE_MEAN:
-            whole = _averaged(whole, by)
-        if C.split:
-            ce = _one_of(sums, which, 2 * H + 3)
-            if C.reduction == _REDUCE_MEAN:
-                ce = _averaged(ce, _one_of(sums, which, 2 * H + 2))
-            whole += ce
-        tl.store(loss, whole)
-    if C.reduction != _REDUCE_SUM:
-        if C.split:
-            by = tl.where(which < H, _one_of(sums, which, 2 * H + 2), by)
-        sums = _averaged(sums, by)
-    tl.store(terms + which, sums, mask=which < 2 * H)  # [2H]
-
-
-@triton.jit
-def _one_of(sums, which, WANTED: tl.constexpr):
-    return tl.sum(tl.where(which == WANTED, sums, 0.0))
-
-
-@triton.jit
-def _averaged(total, weights):
-    """total / weights; of no weights nothing."""
-    return tl.where(weights == 0.0, total * 0.0, total / weights)
-
-
 @triton.jit(do_not_specialize=["ignore_index", "batch"])
 def consistency_kernel(
     logits, labels, ignore_index, numbers, gradients, results, batch, C: tl.constexpr
@@ -605,38 +376,38 @@ def consistency_kernel(
     H: tl.constexpr = C.head_count
     GROUPS: tl.constexpr = C.group_count
     sizes = logits[1]
-    ce_weights = _numbers(numbers, 0, H, C.acc)
-    kl_weights = _numbers(numbers, H, H, C.acc)
-    temperatures = _numbers(numbers, 2 * H, GROUPS, C.acc)
-    smoothing = _numbers(numbers, 2 * H + GROUPS, 1, C.acc)[0]
+    ce_weights = numbers_of(numbers, 0, H, C.acc)
+    kl_weights = numbers_of(numbers, H, H, C.acc)
+    temperatures = numbers_of(numbers, 2 * H, GROUPS, C.acc)
+    smoothing = numbers_of(numbers, 2 * H + GROUPS, 1, C.acc)[0]
     betas = temperatures
     if len(numbers[0]) > 2 * H + GROUPS + 1:
-        betas = _numbers(numbers, 2 * H + GROUPS + 1, GROUPS, C.acc)
+        betas = numbers_of(numbers, 2 * H + GROUPS + 1, GROUPS, C.acc)
     one = tl.full((), 1.0, C.acc)
     ce_mean = one
     kl_mean = one
-    if C.keep and C.reduction == _REDUCE_MEAN:
+    if C.keep and C.reduction == REDUCE_MEAN:
         if C.target == INDICES or C.shared:
-            ce_sum, kl_sum = _add_weights(labels, sizes, batch, ignore_index, C)
-            kl_mean = _averaged(one, kl_sum)
-            ce_mean = _averaged(one, ce_sum) if C.split else kl_mean
+            ce_sum, kl_sum = add_weights(labels, sizes, batch, ignore_index, C)
+            kl_mean = averaged(one, kl_sum)
+            ce_mean = averaged(one, ce_sum) if C.split else kl_mean
         else:
             kl_mean = 1.0 / batch.to(C.acc)
             ce_mean = kl_mean
 
-    sums = _no_sums(C)
+    sums = no_sums(C)
     programs = tl.num_programs(0)
     for start in range(tl.program_id(0) * C.samples, batch, programs * C.samples):
         index = start + tl.arange(0, C.samples)
         stored = index < batch
-        share, counted, label = _samples(labels, sizes, index, stored, ignore_index, C)
+        share, counted, label = read_samples(labels, sizes, index, stored, ignore_index, C)
         samples = Samples(index, stored, counted, label, share)
         kl_scale = share * kl_mean
         # No loss is right for an unknown class, and asking for it here would cost a wait.
         kl_scale = tl.where(counted & (label < 0), float("nan"), kl_scale)
         ce_scale = kl_scale
         if C.split or C.soft:
-            size = _label_size(labels, sizes, samples, smoothing, C)
+            size = label_size(labels, sizes, samples, smoothing, C)
             samples = Samples(index, stored, counted, label, size)
         if C.split:
             ce_scale = share * ce_mean
@@ -667,15 +438,15 @@ def consistency_kernel(
             term = times(share, kl[h]) if C.shared else kl[h]
             kl_loss += times(kl_weights[h], term)
             more += (term,)
-        if C.reduction == _REDUCE_NONE:
+        if C.reduction == REDUCE_NONE:
             tl.store(results[2] + index, ce_loss + kl_loss, mask=stored)  # [S]
         if C.split:
-            of_label = share * _class_weight(labels, label, counted)
+            of_label = share * class_weight(labels, label, counted)
             more += (kl_loss, share, of_label, ce_loss)
         else:
             more += (ce_loss + kl_loss, share)
-        sums = _with(sums, more, C)
+        sums = with_more(sums, more, C)
 
-    _store_sums(results[0] + tl.program_id(0), programs, sums, C)
+    store_sums(results[0] + tl.program_id(0), programs, sums, C)
     if draws_last_ticket(results[1], programs):
-        _finish(results[0], programs, results[2], results[3], C)
+        finish(results[0], programs, results[2], results[3], C)

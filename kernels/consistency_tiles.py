@@ -8,12 +8,10 @@ needs a condition.
 
 Exponents are in units of log 2, so that an exponential is one instruction on top of the
 multiplication by 1/T: ``inverse_t`` is log2(e)/T. The logits of a teacher are u ``share``,
-u [S, K] and share a number, so that its maximum needs no multiplications. The state of a
-head, over the classes seen so far:
+u [S, K] and share a number, so that its maximum needs no multiplications. In the ``State`` of a
+head, over the classes seen so far,
 
-(max z, sum exp(z - max z), sum 2^x, sum z / K, max u, sum 2^y, sum 2^y (y - x)),
-of soft labels, a tile t, sum t z in place of sum z / K;
-x = (z - max z) inverse_t, y = (u - max u) share
+x = (z - max z) inverse_t, y = (u - max u) share.
 
 Both x and y are small where 2^y (y - x) weighs most: nothing large cancels.
 """
@@ -53,6 +51,18 @@ class Numbers(NamedTuple):
     inverse_t: Any
     beta: Any
     smoothing: Any
+
+
+class State(NamedTuple):
+    """What is known of a head after some classes, each [S]."""
+
+    top: Any  # max z
+    plain: Any  # sum exp(z - top)
+    tempered: Any  # sum 2^x
+    label_logit: Any  # sum z / K, or of soft labels y sum y z
+    teacher_top: Any  # max u
+    teacher: Any  # sum 2^y
+    gap: Any  # sum 2^y (y - x)
 
 
 class Tile(NamedTuple):
@@ -173,7 +183,7 @@ def initial(inverse_t, N: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr):
     zero = tl.zeros([S], ACC)
     states = ()
     for _ in tl.static_range(N):
-        states += ((low, zero, zero, zero, low, zero, zero),)
+        states += (State(low, zero, zero, zero, low, zero, zero),)
     return states
 
 
@@ -232,18 +242,20 @@ def _of_labels(tile, H: tl.constexpr, C: tl.constexpr):
 def absorb_alone(tile, state, C: tl.constexpr, G: tl.constexpr):
     """The state of a head without KL after its next classes."""
     z = tile.z[0]
-    top, plain, raw = state[0], state[1], state[3]
+    top, plain, label_logit = state.top, state.plain, state.label_logit
     if C.plain[G]:
         # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
         top = tl.maximum(top, tl.max(z, 1))
         e = _plain(z, z, top, 0)
         if C.smooth or C.soft:
-            more, more_raw = _sums((e, _of_labels(tile, 0, C)))
-            raw += more_raw
+            more, more_label_logit = _sums((e, _of_labels(tile, 0, C)))
+            label_logit += more_label_logit
         else:
             more = tl.sum(e, 1)
-        plain = plain * tl.exp2((state[0] - top) * LOG2_E) + more
-    return (top, plain, state[2], raw, state[4], state[5], state[6])
+        plain = plain * tl.exp2((state.top - top) * LOG2_E) + more
+    return State(
+        top, plain, state.tempered, label_logit, state.teacher_top, state.teacher, state.gap
+    )  # fmt: skip
 
 
 @triton.jit
@@ -263,23 +275,24 @@ def absorb(
     z = tile.z[H]
     u = teacher_of(tile, H, TEACHER)
     share = teacher_share(inverse_t, len(tile.z), TEACHER)
-    raw, teacher_top, teacher, gap = state[3], state[4], state[5], state[6]
+    label_logit, teacher_top = state.label_logit, state.teacher_top
+    teacher, gap = state.teacher, state.gap
     if TAUGHT and OWN:
         top, teacher_top = _maxima(z, u)
-        teacher_top = tl.maximum(state[4], teacher_top)
+        teacher_top = tl.maximum(state.teacher_top, teacher_top)
     else:
         top = tl.max(z, 1)
     # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
-    top = tl.maximum(state[0], top)
-    drop = state[0] - top
+    top = tl.maximum(state.top, top)
+    drop = state.top - top
     x = exponent(z, top, inverse_t)
     root = tl.exp2(x)
     power = _plain(z, root, top, POWER)
     if TAUGHT:
         if OWN:
-            risen = ((state[4] - teacher_top) * share, teacher)
+            risen = ((state.teacher_top - teacher_top) * share, teacher)
         else:
-            teacher_top = shared[4]
+            teacher_top = shared.teacher_top
         y = exponent(u, teacher_top, share)
         q = tl.exp2(y)
         more, more_plain, more_teacher, more_gap = _sums((root, power, q, times(q, y - x)))
@@ -289,11 +302,11 @@ def absorb(
     else:
         more, more_plain = _sums((root, power))
     plain_shrunk, tempered_shrunk = _lowered(drop, inverse_t, POWER)
-    tempered = state[2] * tempered_shrunk + more
-    plain = state[1] * plain_shrunk + more_plain
+    tempered = state.tempered * tempered_shrunk + more
+    plain = state.plain * plain_shrunk + more_plain
     if C.plain[G] and (C.smooth or C.soft):
-        raw += tl.sum(_of_labels(tile, H, C), 1)
-    return (top, plain, tempered, raw, teacher_top, teacher, gap), risen
+        label_logit += tl.sum(_of_labels(tile, H, C), 1)
+    return State(top, plain, tempered, label_logit, teacher_top, teacher, gap), risen
 
 
 @triton.jit
@@ -310,26 +323,32 @@ def merged(sliced, inverse_t, TEACHER: tl.constexpr, S: tl.constexpr, SLICES: tl
         of_head = ()
         for j in tl.static_range(7):
             of_head += (tl.reshape(sliced[i][j], [S, SLICES]),)
+        of_head = State(
+            of_head[0], of_head[1], of_head[2], of_head[3], of_head[4], of_head[5], of_head[6]
+        )  # fmt: skip
         of += (of_head,)
-        maxima += (of_head[0], of_head[4])
+        maxima += (of_head.top, of_head.teacher_top)
     tops = _parted(tl.max(_joined(maxima), 1), 2 * N)
     addends = ()
     for i in tl.static_range(N):
-        drop = of[i][0] - tops[2 * i][:, None]
-        plain, tempered = of[i][1] * tl.exp2(drop * LOG2_E), of[i][2] * tl.exp2(drop * inverse_t)
-        teacher, gap = of[i][5], of[i][6]
+        drop = of[i].top - tops[2 * i][:, None]
+        plain = of[i].plain * tl.exp2(drop * LOG2_E)
+        tempered = of[i].tempered * tl.exp2(drop * inverse_t)
+        teacher, gap = of[i].teacher, of[i].gap
         if TAUGHT:
             share = teacher_share(inverse_t, N, TEACHER)
-            rise = (of[i][4] - tops[2 * i + 1][:, None]) * share
+            rise = (of[i].teacher_top - tops[2 * i + 1][:, None]) * share
             shrunk = tl.exp2(rise)
             gap = times(shrunk, gap + (rise - drop * inverse_t) * teacher)
             teacher = teacher * shrunk
-        addends += (plain, tempered, of[i][3], teacher, gap)
+        addends += (plain, tempered, of[i].label_logit, teacher, gap)
     sums = _parted(tl.sum(_joined(addends), 1), 5 * N)
     states = ()
     for i in tl.static_range(N):
-        plain, tempered, raw, teacher, gap = sums[5 * i : 5 * i + 5]
-        states += ((tops[2 * i], plain, tempered, raw, tops[2 * i + 1], teacher, gap),)
+        plain, tempered, label_logit, teacher, gap = sums[5 * i : 5 * i + 5]
+        states += (
+            State(tops[2 * i], plain, tempered, label_logit, tops[2 * i + 1], teacher, gap),
+        )  # fmt: skip
     return states
 
 
@@ -337,20 +356,20 @@ def merged(sliced, inverse_t, TEACHER: tl.constexpr, S: tl.constexpr, SLICES: tl
 def cross_entropy(z_y, state, smoothing, samples, C: tl.constexpr):
     """CE [S]: of soft labels from their sum; else from the logit of the label [S], smoothed if
     asked."""
-    log_sum = tl.log(state[1])
+    log_sum = tl.log(state.plain)
     if C.soft:
-        ce = samples.size * log_sum - (state[3] - samples.size * state[0])
+        ce = samples.size * log_sum - (state.label_logit - samples.size * state.top)
     else:
-        ce = log_sum - (z_y - state[0])
+        ce = log_sum - (z_y - state.top)
         if C.smooth:
-            uniform = log_sum - (state[3] - state[0])
+            uniform = log_sum - (state.label_logit - state.top)
             ce = (1 - smoothing) * ce + smoothing * uniform
     return ce
 
 
 @triton.jit
 def _divergence(state):
-    return state[6] / state[5] + tl.log2(state[2] / state[5])
+    return state.gap / state.teacher + tl.log2(state.tempered / state.teacher)
 
 
 @triton.jit
@@ -365,12 +384,12 @@ def plain_gradient(
 ):  # fmt: skip
     """ce (softmax(z) sum(y) - y) of head H, [S, K], of weights ce [S]."""
     POWER: tl.constexpr = C.powers[G] if len(tile.z) > 1 else 0
-    root = tl.exp2(exponent(tile.z[H], state[0], numbers.inverse_t))
-    plain = _plain(tile.z[H], root, state[0], POWER)
+    root = tl.exp2(exponent(tile.z[H], state.top, numbers.inverse_t))
+    plain = _plain(tile.z[H], root, state.top, POWER)
     if C.soft:
-        return plain * _per(ce * samples.size, state[1])[:, None] - ce[:, None] * tile.soft
+        return plain * _per(ce * samples.size, state.plain)[:, None] - ce[:, None] * tile.soft
     else:
-        dz = plain * _per(ce, state[1])[:, None]
+        dz = plain * _per(ce, state.plain)[:, None]
         if C.smooth:
             dz -= (ce * numbers.smoothing * (1.0 / C.k))[:, None]
         part = (ce * (1 - numbers.smoothing))[:, None]
@@ -385,24 +404,24 @@ def plain_gradient(
 def taught_gradient(tile, inverse_t, state, kl, H: tl.constexpr, TEACHER: tl.constexpr):
     """kl (p - q) of head H, [S, K], of weights kl [S]."""
     share = teacher_share(inverse_t, len(tile.z), TEACHER)
-    p = tl.exp2(exponent(tile.z[H], state[0], inverse_t))
-    q = tl.exp2(exponent(teacher_of(tile, H, TEACHER), state[4], share))
-    return p * _per(kl, state[2])[:, None] - q * _per(kl, state[5])[:, None]
+    p = tl.exp2(exponent(tile.z[H], state.top, inverse_t))
+    q = tl.exp2(exponent(teacher_of(tile, H, TEACHER), state.teacher_top, share))
+    return p * _per(kl, state.tempered)[:, None] - q * _per(kl, state.teacher)[:, None]
 
 
 @triton.jit
 def log_p_of(z, inverse_t, state):
-    return exponent(z, state[0], inverse_t) - tl.log2(state[2])[:, None]
+    return exponent(z, state.top, inverse_t) - tl.log2(state.tempered)[:, None]
 
 
 @triton.jit
 def into_teacher(tile, inverse_t, state, kl, H: tl.constexpr, TEACHER: tl.constexpr):
     """kl q (log q - log p - KL) of head H, [S, K]: the gradient of its teacher's logits."""
     share = teacher_share(inverse_t, len(tile.z), TEACHER)
-    y = exponent(teacher_of(tile, H, TEACHER), state[4], share)
-    gap = y - (tl.log2(state[5]) + _divergence(state))[:, None]
+    y = exponent(teacher_of(tile, H, TEACHER), state.teacher_top, share)
+    gap = y - (tl.log2(state.teacher) + _divergence(state))[:, None]
     gap -= log_p_of(tile.z[H], inverse_t, state)
-    return times(tl.exp2(y) * (_per(kl, state[5]) * LN_2)[:, None], gap)
+    return times(tl.exp2(y) * (_per(kl, state.teacher) * LN_2)[:, None], gap)
 
 
 @triton.jit

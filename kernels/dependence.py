@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..dtypes import accumulation
 from . import numerics
 from .blank import blank
 from .config import DependenceConfig, dependence_config
@@ -87,10 +88,10 @@ def _forward(layers: Layout, device: torch.device) -> _Forward:
             maxnreg=config.registers,
         )  # fmt: skip
         parts.append(_Part(typed, plan, launch))
-        accumulation = numerics.accumulation(typed.dtype)
-        means.append(blank((plan.means,), accumulation, device))
+        acc = accumulation(typed.dtype)
+        means.append(blank((plan.means,), acc, device))
         tiles = plan.gram.programs if plan.divided else 0
-        summands.append(blank((tiles, TILE, TILE), accumulation, device))
+        summands.append(blank((tiles, TILE, TILE), acc, device))
     grams = blank((len(layers), batch, batch), dtype, device)
     return _Forward(tuple(parts), grams, tuple(means), tuple(summands))
 
@@ -157,5 +158,5 @@ def _constants(
         aligned=aligned,
         fan=fan,
         product=numerics.careful_product(dtype),
-        acc=numerics.TRITON[numerics.accumulation(dtype)],
+        acc=numerics.TRITON[accumulation(dtype)],
     )

@@ -7,16 +7,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ..reference import CENTRED_DEAD_RATIO
 from . import plan
 from .numerics import rounded
 
 _FIELDS = tl.constexpr(plan.FIELDS)
-_ROWS, _COLUMNS = tl.constexpr(plan.ROWS), tl.constexpr(plan.COLUMNS)
+_BATCH, _ROWS = tl.constexpr(plan.BATCH), tl.constexpr(plan.ROWS)
+_COLUMNS = tl.constexpr(plan.COLUMNS)
+_RATIO = tl.constexpr(CENTRED_DEAD_RATIO)
 _BY_ROWS, _BY_COLUMNS = tl.constexpr(plan.BY_ROWS), tl.constexpr(plan.BY_COLUMNS)
 
 
 class Matrix(NamedTuple):
-    """One matrix of a layer, as a kernel reads or writes it: see plan.py for the LAYOUT."""
+    """One matrix of a layer, as a kernel reads or writes it, in one of plan.py's layouts."""
 
     start: Any  # pointer to its first element
     n: Any  # rows
@@ -139,14 +142,22 @@ def triangle(tile):
 
 
 @triton.jit
-def inverse_norm(square, mean, d, eps, CENTER: tl.constexpr, RATIO: tl.constexpr):
-    """1/n of rows from n^2, 0 where the row is dead, NaN where a square was too large."""
+def scale_of(record, layers, ACC: tl.constexpr):
+    """k = 1/(L B N (N - 1)), of one of ``layers`` layers."""
+    batch, rows = tl.load(record + _BATCH).to(ACC), tl.load(record + _ROWS).to(ACC)
+    return 1.0 / (layers * batch) / rows / (rows - 1.0)
+
+
+@triton.jit
+def inverse_norm(square, mean, d, eps, CENTER: tl.constexpr):
+    """1/n of rows from n^2, 0 where the row is dead, NaN where a square was too large; all [rows],
+    but for d and eps."""
     norm = tl.sqrt(square)
     limit = eps
     raw = norm
     if CENTER:
         raw = tl.sqrt(square + d * mean * mean)
-        limit = tl.maximum(eps, raw * RATIO)
+        limit = tl.maximum(eps, raw * _RATIO)
     dead = norm <= limit
     nothing = raw - raw  # or NaN
     return tl.where(dead, nothing, 1.0 / tl.where(dead, 1.0, norm) + nothing)

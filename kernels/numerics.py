@@ -24,10 +24,6 @@ IEEE, TF32, TF32X3, BFLOAT16, FLOAT16, BFLOAT16X3, TF32X2 = (tl.constexpr(i) for
 TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def careful_product(dtype: torch.dtype) -> tl.constexpr:
     """Of what nearly equal numbers are subtracted from: nothing much coarser than float32."""
     return TF32X3 if dtype.itemsize == 2 else IEEE

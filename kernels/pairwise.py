@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import accumulation
 from . import numerics
 from .blank import blank
 from .config import PairwiseConfig, PassConfig, pairwise_config
@@ -125,7 +126,7 @@ def _forward(
         )
         parts.append(_Part(typed, found, launch))
         if keep:
-            states.append(blank((found.state,), numerics.accumulation(typed.dtype), device))
+            states.append(blank((found.state,), accumulation(typed.dtype), device))
         programs += found.forward
     return _Forward(tuple(parts), programs, blank((), loss, device), tuple(states))
 
@@ -188,7 +189,7 @@ def _constants(
     loss: torch.dtype | None,
 ) -> PairwiseConstants:
     layers, forms, paths, narrow, rows_unit = of_plan
-    accumulation = numerics.accumulation(dtype)
+    acc = accumulation(dtype)
     return PairwiseConstants.of(
         layers=layers,
         padded=triton.next_power_of_2(layers),
@@ -204,8 +205,8 @@ def _constants(
         product=product,
         form_product=_form_product(dtype, center),
         settle=config.settle,
-        acc=numerics.TRITON[accumulation],
-        loss=numerics.TRITON[loss or accumulation],
+        acc=numerics.TRITON[acc],
+        loss=numerics.TRITON[loss or acc],
     )
 
 

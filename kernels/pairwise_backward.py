@@ -26,6 +26,7 @@ from .matrices import (
     padded,
     read,
     record_of,
+    scale_of,
     select,
     write,
 )
@@ -33,7 +34,7 @@ from .numerics import dot
 
 _TILE, _ROW_BLOCK = tl.constexpr(plan.TILE), tl.constexpr(plan.ROW_BLOCK)
 _SIGNED = tl.constexpr(algebra.SIGNED)
-_BATCH, _ROWS, _BACKWARD = (tl.constexpr(f) for f in (plan.BATCH, plan.ROWS, plan.BACKWARD))
+_BACKWARD = tl.constexpr(plan.BACKWARD)
 _OVER_ROWS, _FAST = tl.constexpr(plan.OVER_ROWS), tl.constexpr(plan.FAST)
 _SOME, _EVERY, _GATHERED = (tl.constexpr(f) for f in (plan.SOME, plan.EVERY, plan.GATHERED))
 _X_BATCH, _DX_BATCH = tl.constexpr(plan.X_BATCH), tl.constexpr(plan.DX_BATCH)
@@ -154,15 +155,14 @@ def backward_kernel(xs, dxs, table, state, grad, layers, C: tl.constexpr):
     """One program for one block of rows (primal: and columns) of one matrix of one layer."""
     layer, local = find_layer(table + C.layers, tl.program_id(0), C.layers, C.padded)
     record = record_of(table, layer, C.layers)
-    batch, tiles = tl.load(record + _BATCH), tl.load(record + _BACKWARD).to(tl.int32)
+    tiles = tl.load(record + _BACKWARD).to(tl.int32)
     over_rows = tl.load(record + _OVER_ROWS) != 0
     index, tile = (local // tiles).to(tl.int64), local % tiles
     x, dx = select(xs, layer, C.layers), select(dxs, layer, C.layers)
     size = multiple(tl.load(record + _STATE_SIZE), 4)
     state += multiple(tl.load(record + _STATE), 4) + index * size
     scale = tl.load(grad).to(C.acc)
-    rows = tl.load(record + _ROWS).to(C.acc)
-    k = 1.0 / (layers * batch.to(C.acc)) / rows / (rows - 1.0)
+    k = scale_of(record, layers, C.acc)
     if C.paths == _SOME:
         fast = tl.load(record + _FAST) != 0
     else:

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 
 from ..algebra import pairwise as algebra
-from ..reference import CENTRED_DEAD_RATIO
 from . import plan
 from .matrices import (
     core_mask,
@@ -33,6 +32,7 @@ from .matrices import (
     padded,
     read,
     record_of,
+    scale_of,
     select,
     triangle,
 )
@@ -42,10 +42,9 @@ from .reduction import draws_last_ticket, total
 
 _TILE, _ROW_BLOCK = tl.constexpr(plan.TILE), tl.constexpr(plan.ROW_BLOCK)
 _REDUCE = tl.constexpr(_REDUCTION)
-_RATIO = tl.constexpr(CENTRED_DEAD_RATIO)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 _SQUARE, _SIGNED = tl.constexpr(algebra.SQUARE), tl.constexpr(algebra.SIGNED)
-_BATCH, _ROWS, _FORWARD = (tl.constexpr(f) for f in (plan.BATCH, plan.ROWS, plan.FORWARD))
+_FORWARD = tl.constexpr(plan.FORWARD)
 _OVER_ROWS, _FAST = tl.constexpr(plan.OVER_ROWS), tl.constexpr(plan.FAST)
 _BY_COLUMNS = tl.constexpr(plan.BY_COLUMNS)
 _GATHERED_BLOCK = tl.constexpr(16)  # columns: each element has a pointer of its own
@@ -158,8 +157,8 @@ def _primal(m, state, tile, k, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
         square_j = tl.maximum(square_j - width * sum_j * sum_j, 0.0, propagate_nan=_ALL)
         gram -= width * sum_i[:, None] * sum_j[None, :]
         mean_i, mean_j = shift_i + sum_i, shift_j + sum_j
-    inverse_i = inverse_norm(square_i, mean_i, width, eps, C.center, _RATIO)
-    inverse_j = inverse_norm(square_j, mean_j, width, eps, C.center, _RATIO)
+    inverse_i = inverse_norm(square_i, mean_i, width, eps, C.center)
+    inverse_j = inverse_norm(square_j, mean_j, width, eps, C.center)
     scale = inverse_i[:, None] * inverse_j[None, :]
     c = tl.where(rows_i[:, None] == rows_j[None, :], 0.0, gram * scale)
     if C.penalty == _SQUARE:
@@ -210,7 +209,7 @@ def _row_norms(m, rows, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
         over = tl.sum(sums, 1) / width
         squares = tl.maximum(squares - width * over * over, 0.0, propagate_nan=_ALL)
         shift += over
-    return shift, inverse_norm(squares, shift, width, eps, C.center, _RATIO)
+    return shift, inverse_norm(squares, shift, width, eps, C.center)
 
 
 @triton.jit
@@ -223,7 +222,7 @@ def _whole_rows(m, rows, columns, eps, LAYOUT: tl.constexpr, C: tl.constexpr):
         mean = tl.sum(x.to(C.acc), 1) / width
         x = _shifted(x, mean, columns, m.d, C)
     exact = x.to(C.acc)
-    return mean, inverse_norm(tl.sum(exact * exact, 1), mean, width, eps, C.center, _RATIO), x
+    return mean, inverse_norm(tl.sum(exact * exact, 1), mean, width, eps, C.center), x
 
 
 @triton.jit
@@ -304,7 +303,7 @@ def forward_kernel(
     program = tl.program_id(0)
     layer, local = find_layer(table, program, C.layers, C.padded)
     record = record_of(table, layer, C.layers)
-    batch, tiles = tl.load(record + _BATCH), tl.load(record + _FORWARD).to(tl.int32)
+    tiles = tl.load(record + _FORWARD).to(tl.int32)
     over_rows = tl.load(record + _OVER_ROWS) != 0
     index, tile = (local // tiles).to(tl.int64), local % tiles
     x = select(xs, layer, C.layers)
@@ -312,8 +311,7 @@ def forward_kernel(
     if C.keep:
         size = multiple(tl.load(record + _STATE_SIZE), 4)
         mine += multiple(tl.load(record + _STATE), 4) + index * size
-    rows = tl.load(record + _ROWS).to(C.acc)
-    k = 1.0 / (layers * batch.to(C.acc)) / rows / (rows - 1.0)
+    k = scale_of(record, layers, C.acc)
 
     if C.paths == _SOME:
         fast = tl.load(record + _FAST) != 0

@@ -38,7 +38,7 @@ MOST = 2**30  # rows, or columns
     DX_OFFSETS,
     STATE,  # where in the state the first matrix begins
     STATE_SIZE,
-    FORWARD,  # programs of a matrix
+    FORWARD,  # programs of a matrix; of a dependence, of each tile of its Gram
     BACKWARD,
     PLACE,  # of a dependence: which of its Grams
     FIELDS,

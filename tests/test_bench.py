@@ -414,15 +414,19 @@ def test_a_row_measured_again_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "measure", lambda *_: measured)
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: True)
     monkeypatch.setattr(facts, "commit", lambda: "after")
-    results = stored_run()
-    command.again(results, ["kernel R18 float32"], CPU)
+    monkeypatch.setattr(step, "measure", lambda one, *_: {"step": one.name})
+    title = "resnet18, width 64, 32x32, batch 128, float32"
+    results = {**stored_run(), "steps": {title: {"old": 3}, "another": {"old": 4}}}
+    command.again(results, ["kernel R18 float32", title], CPU)
     row = results["operations"]["kernel R18 float32"]
     assert "old" not in row and row["left_out"] == {"torch": "a reason"} and row["floors"]
     assert row["again"] == {"commit": "after", "date": facts.facts(CPU)["date"]}
     assert results["operations"]["kernel R50 float32"] == {"old": 2}
+    assert results["steps"] == {title: {"step": title, "again": row["again"]},
+                                "another": {"old": 4}}  # fmt: skip
     line = render.machine(results)
     assert "commit before, then." in line
-    assert line.endswith(f"commit after, {row['again']['date']}: kernel R18 float32.\n")
+    assert line.endswith(f"commit after, {row['again']['date']}: kernel R18 float32; {title}.\n")
 
 
 def test_rows_of_another_machine_are_not_mixed() -> None:

@@ -8,7 +8,7 @@ from conftest import HALVES, Impl, assert_same_bits, dtype_name, leaf, matmul_pr
 from strategies import Matrices
 from torch import Tensor
 
-from imcl_fast import functional, implementations
+from imcl_fast import calls, implementations
 from imcl_fast import functional as F
 
 # Inductor takes seconds for each graph, so that most graphs here are only traced
@@ -185,7 +185,7 @@ def test_compiled_code_follows_the_matmul_precision(impl: Impl) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("precision", functional.PRECISIONS)
+@pytest.mark.parametrize("precision", calls.PRECISIONS)
 def test_the_matmul_precision_reaches_the_operation(
     precision: str, autocast: bool, impl: Impl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +198,7 @@ def test_the_matmul_precision_reaches_the_operation(
         return real.forward(*arguments)
 
     monkeypatch.setitem(implementations._PAIRWISE, impl.name, real._replace(forward=forward))
-    expected = functional.PRECISIONS.index("medium" if autocast else precision)
+    expected = calls.PRECISIONS.index("medium" if autocast else precision)
     x = torch.randn(4, 6, device=impl.device)
     with matmul_precision(precision), torch.autocast(impl.device, torch.bfloat16, autocast):
         F.kernel_similarity(x, impl=impl.name)

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import REDUCTIONS, TEACHERS, Heads, heads, lay_out
 
+from imcl_fast import calls
 from imcl_fast import functional as F
 from imcl_fast.schemas import ConsistencyOptions
 
@@ -302,12 +303,12 @@ def test_zero_size_batch(impl: Impl, reduction: str) -> None:
 
 
 def unchecked_options(count: int, **changes) -> ConsistencyOptions:
-    """For ``F._consistency``, which doesn't look at the labels, as nobody can on a GPU."""
+    """For ``calls.consistency``, which doesn't look at the labels, as nobody can on a GPU."""
     given = dict(
         temperature=2.0, ce_weight=1.0, kl_weight=1.0, teacher="others", detach_teacher=True,
         label_smoothing=0.0, ignore_index=-100, reduction="none", groups=None,
     )  # fmt: skip
-    return F._consistency_options(count, **{**given, **changes})
+    return calls.consistency_options(count, **{**given, **changes})
 
 
 def check_gradient_of_unknown(impl: Impl, options: ConsistencyOptions, batch: int) -> None:
@@ -315,7 +316,7 @@ def check_gradient_of_unknown(impl: Impl, options: ConsistencyOptions, batch: in
     z = leaf(torch.randn(2, batch, 5, generator=torch.Generator().manual_seed(0)).to(impl.device))
     target = torch.arange(batch, device=impl.device) % 5
     target[1] = 5
-    loss, _ = F._consistency([z], target, options, impl.name)
+    loss, _ = calls.consistency([z], target, options, impl.name)
     (g,) = torch.autograd.grad(loss.sum(), z)
     unknown = [i == 1 for i in range(batch)]
     assert loss.isnan().tolist() == unknown
@@ -327,7 +328,7 @@ def test_a_label_out_of_range_that_nobody_checked_is_no_class(impl: Impl, label:
     """On a GPU, and in a trace, the labels can't be looked at beforehand."""
     logits = [leaf(z) for z in spec(2, 3, 5, size=1.0).build(torch.float32, impl.device)[0]]
     target = torch.tensor([0, label, 4], device=impl.device)
-    loss, _ = F._consistency(logits, target, unchecked_options(len(logits)), impl.name)
+    loss, _ = calls.consistency(logits, target, unchecked_options(len(logits)), impl.name)
     assert loss.isnan().tolist() == [False, True, False]
 
 

@@ -32,6 +32,7 @@ from test_masked_classes import masked
 from torch import Tensor
 
 import imcl_fast
+from imcl_fast import calls
 from imcl_fast import functional as F
 
 OTHER = ("reverse_kl", "jsd")
@@ -615,10 +616,10 @@ def test_dense_mixture(impl: Impl) -> None:
 def test_a_label_out_of_range_that_nobody_checked_is_no_class(impl: Impl, label: int) -> None:
     z = leaf(numbers(2, 3, 5).float().to(impl.device))
     target = torch.tensor([0, label, 4], device=impl.device)
-    options = F._mixture_options(
+    options = calls.mixture_options(
         2, pi=0.5, normalize=True, label_smoothing=0.0, ignore_index=-100, reduction="none"
     )
-    loss, _ = F._consistency([z], target, options, impl.name)
+    loss, _ = calls.consistency([z], target, options, impl.name)
     assert loss.isnan().tolist() == [False, True, False]
 
 
@@ -785,7 +786,7 @@ def test_indices_are_no_target_of_a_sigmoid_whatever_their_dtype() -> None:
 def test_the_gradient_of_a_mixture_with_a_label_out_of_range_is_none(
     impl: Impl, batch: int
 ) -> None:
-    options = F._mixture_options(
+    options = calls.mixture_options(
         2, pi=0.5, normalize=True, label_smoothing=0.0, ignore_index=-100, reduction="none"
     )
     check_gradient_of_unknown(impl, options, batch)

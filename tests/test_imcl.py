@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from imcl_fast import IMCL, functional, reference
+from imcl_fast import IMCL, calls, functional, reference
 from imcl_fast.heads import average
 from imcl_fast.imcl import NO_CHANCE
 from imcl_fast.models import import_torchvision, resnet18
@@ -240,14 +240,14 @@ def test_each_way_alone(network, batch, weight):
 def test_a_weight_of_0_costs_nothing(network, batch, monkeypatch, weight, expected):
     x, y = batch
     spies = {}
-    for name in ("_consistency", "_pairwise"):
-        spies[name] = Mock(wraps=getattr(functional, name))
-        monkeypatch.setattr(functional, name, spies[name])
+    for name in ("consistency", "pairwise"):
+        spies[name] = Mock(wraps=getattr(calls, name))
+        monkeypatch.setattr(calls, name, spies[name])
     imcl = build(network, x, **({} if weight == "all" else only(weight)))
     imcl(x, y)
-    of_layers = [call.args[4] for call in spies["_pairwise"].call_args_list]  # batched
+    of_layers = [call.args[4] for call in spies["pairwise"].call_args_list]  # batched
     ran = {
-        "consistency": spies["_consistency"].call_count,
+        "consistency": spies["consistency"].call_count,
         "kernel": of_layers.count(False),
         "layers": of_layers.count(True),
     }

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree
 
-from imcl_fast import IMCL, dense_outputs, functional, heads, padding, sharding
+from imcl_fast import IMCL, calls, dense_outputs, functional, heads, padding, sharding
 from imcl_fast.kernel_choice import check_kernels, find_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,17 +123,17 @@ def test_the_plain_call_within_a_watch_block_is_no_plain_training():
     assert ways.loss(Y).isfinite()
 
 
-@pytest.mark.parametrize("function", ["_consistency", "_pairwise"])
+@pytest.mark.parametrize("function", ["consistency", "pairwise"])
 def test_every_way_is_computed_by_the_implementation_asked_for(function, monkeypatch):
-    seen, found = [], getattr(functional, function)
+    seen, found = [], getattr(calls, function)
 
     def called(*args, **options):
-        seen.append(args[3] if function == "_consistency" else args[-1])
+        seen.append(args[3] if function == "consistency" else args[-1])
         return found(*args, **options)
 
-    monkeypatch.setattr(functional, function, called)
+    monkeypatch.setattr(calls, function, called)
     built(impl="torch")(X, Y).loss.backward()
-    assert len(seen) == (1 if function == "_consistency" else 3) and set(seen) == {"torch"}
+    assert len(seen) == (1 if function == "consistency" else 3) and set(seen) == {"torch"}
 
 
 def test_a_state_from_the_start_sets_the_schedule_back():

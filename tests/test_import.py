@@ -34,6 +34,7 @@ LAYERS = [
     "heads kernel_weights unlearnt",
     "layers",
     "functional",
+    "calls",
     "dependence independent",
     "implementations autograd",
     "operators",
@@ -41,7 +42,7 @@ LAYERS = [
     "algebra padding",
     "reference validation",
     "schedule taps modes tracing outputs residual dense dense_outputs build_facts schemas "
-    "imcl_output machine",
+    "imcl_output machine dtypes",
 ]
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from imcl_fast import IMCL, functional, reference
+from imcl_fast import IMCL, calls, functional, reference
 from imcl_fast.models import import_torchvision
 
 import_torchvision()
@@ -145,14 +145,14 @@ def test_tokens_are_seen_as_pixels_without_a_copy(monkeypatch):
     network, x, y = vit(), torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
     imcl = IMCL(network, x)
     seen, made = [], []
-    similarity = functional._pairwise
+    similarity = calls.pairwise
 
     def spy(xs, penalty, center, eps, batched, impl):
         if batched:  # not the kernels
             seen.extend(xs)
         return similarity(xs, penalty, center, eps, batched, impl)
 
-    monkeypatch.setattr(functional, "_pairwise", spy)
+    monkeypatch.setattr(calls, "pairwise", spy)
     for layer in imcl.layers:
         network.get_submodule(layer).register_forward_hook(lambda m, a, output: made.append(output))
     imcl(x, y)

@@ -12,8 +12,8 @@ from conftest import DTYPES, Impl, dtype_name
 from strategies import TEACHERS
 from test_compile import features, labels, logits, weights
 
-from imcl_fast import implementations, operators, schemas
-from imcl_fast.functional import DIVERGENCES
+from imcl_fast import calls, implementations, operators, schemas
+from imcl_fast.calls import DIVERGENCES
 
 # Gradients come from the autograd Functions: the operators themselves have none.
 OPCHECKS = ("test_schema", "test_faketensor")
@@ -215,7 +215,7 @@ def test_what_is_kept_of_square_matrices(penalty):
     (got,) = torch.autograd.grad(compiled(w, penalty=penalty, impl="cpp"), w)
     assert torch.equal(got, expected)
     from torch._subclasses import FakeTensorMode
-    options = ([w.detach()], F.PENALTIES.index(penalty), False, 1e-12, False, 0, True)
+    options = ([w.detach()], calls.PENALTIES.index(penalty), False, 1e-12, False, 0, True)
     _, (state,) = operators.pairwise.forward(*options)
     plain = w.detach()
     with FakeTensorMode() as mode:

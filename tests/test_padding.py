@@ -11,7 +11,7 @@ from test_imcl import TERMS, WAYS_ON, only
 from torch import nn
 
 import imcl_fast
-from imcl_fast import IMCL, functional, padding, reference
+from imcl_fast import IMCL, calls, functional, padding, reference
 from imcl_fast.models import import_torchvision
 
 LENGTHS = (10, 7, 5, 0)  # of the samples; the last is padding only
@@ -46,7 +46,7 @@ def by_hand(x, center, penalty):
     return total / len(x)
 
 
-@pytest.mark.parametrize("penalty", functional.PENALTIES)
+@pytest.mark.parametrize("penalty", calls.PENALTIES)
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("name", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("padded", [10, 40, 160])

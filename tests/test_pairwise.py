@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import LAYOUTS, PENALTIES, Matrices, features, layers, weights
 
+from imcl_fast import calls
 from imcl_fast import functional as F
 
 # Shapes at which implementations change their course: 2D around N (primal or dual),
@@ -626,8 +627,8 @@ def test_the_same_tensor_twice(impl: Impl) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_to_bfloat16_alone_rounds_products(dtype):
     with torch.autocast("cpu", dtype=dtype):
-        got = F._precision("cpu")
-    assert F.PRECISIONS[got] == ("medium" if dtype == torch.bfloat16 else "highest")
+        got = calls._precision("cpu")
+    assert calls.PRECISIONS[got] == ("medium" if dtype == torch.bfloat16 else "highest")
 
 
 # --- layouts that don't collapse, eps beside centring, threads

@@ -12,7 +12,7 @@ from conftest import DEFAULT_INTERVALS
 from test_imcl import WAYS_ON, FlatCNN, build, only, step
 from torch._dynamo.testing import CompileCounter
 
-from imcl_fast import IMCL, functional
+from imcl_fast import IMCL, calls
 from imcl_fast.schedule import Schedule
 
 R, K = "representation_similarity", "kernel_similarity"
@@ -71,8 +71,8 @@ def test_no_call_computes_both_where_that_can_be_avoided():
 
 def test_what_is_not_computed_costs_nothing(monkeypatch):
     imcl = scheduled(2, 4)
-    similarity = Mock(wraps=functional._pairwise)
-    monkeypatch.setattr(functional, "_pairwise", similarity)
+    similarity = Mock(wraps=calls.pairwise)
+    monkeypatch.setattr(calls, "pairwise", similarity)
     counts = []
     for _ in range(4):
         similarity.reset_mock()

@@ -15,7 +15,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils import _pytree as pytree
 
-from imcl_fast import functional, operators
+from imcl_fast import calls, functional, operators
 from imcl_fast.algebra import consistency, divergences, pairwise
 from imcl_fast.dependence import dependence
 from imcl_fast.schemas import LAYOUT, SCHEMAS, ConsistencyOptions, PairwiseOptions
@@ -25,11 +25,11 @@ LOADED = pytest.mark.skipif(
 )
 CSRC = Path(__file__).parents[1] / "csrc"
 ENUMERATIONS = {
-    "Penalty": functional.PENALTIES,
-    "Precision": functional.PRECISIONS,
-    "Teacher": functional.TEACHERS,
-    "Divergence": (*functional.DIVERGENCES, "mixture"),
-    "Reduction": functional.REDUCTIONS,
+    "Penalty": calls.PENALTIES,
+    "Precision": calls.PRECISIONS,
+    "Teacher": calls.TEACHERS,
+    "Divergence": (*calls.DIVERGENCES, "mixture"),
+    "Reduction": calls.REDUCTIONS,
 }
 
 
@@ -41,7 +41,9 @@ def source(name: str) -> str:
 
 
 def test_the_registration_has_these_schemas() -> None:
-    text = re.sub(r'"\s+"', "", source("registration.cpp"))  # C++ joins adjacent strings
+    text = source("registration.cpp")
+    (layout,) = re.findall(r"#define IMCL_LAYOUT (.*)", text)
+    text = re.sub(r'"\s+"', "", text.replace("IMCL_LAYOUT", layout))  # C++ joins adjacent strings
     assert re.findall(r'm\.def\(\s*"(.*?)"\)', text) == [
         f"{name}.{LAYOUT}{schema}" for name, schema in SCHEMAS.items()
     ]
@@ -142,9 +144,9 @@ def test_enumerators_stand_in_the_order_of_the_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        (pairwise, [f"{each}" for each in functional.PENALTIES]),
-        (consistency, functional.TEACHERS),
-        (consistency, [f"reduce_{each}" for each in functional.REDUCTIONS]),
+        (pairwise, [f"{each}" for each in calls.PENALTIES]),
+        (consistency, calls.TEACHERS),
+        (consistency, [f"reduce_{each}" for each in calls.REDUCTIONS]),
         (divergences, ENUMERATIONS["Divergence"]),
     ],
 )

@@ -15,6 +15,7 @@ from strategies import REDUCTIONS, TEACHERS, Targets, targets
 from torch import Tensor
 
 import imcl_fast
+from imcl_fast import calls
 from imcl_fast import functional as F
 from imcl_fast.models import import_torchvision
 
@@ -246,12 +247,12 @@ def test_a_label_out_of_range_that_nobody_checked_has_no_weight(
 ) -> None:
     z = leaf(logits().float().to(impl.device))
     target = torch.tensor([0, label, 5, 1, 6, 2], device=impl.device)
-    options = F._consistency_options(
+    options = calls.consistency_options(
         3, temperature=2.0, ce_weight=1.0, kl_weight=1.0, teacher="others", detach_teacher=True,
         label_smoothing=0.1, ignore_index=-100, reduction=reduction, groups=None,
     )  # fmt: skip
     weight = torch.ones(CLASSES, device=impl.device)
-    loss, _ = F._consistency([z], target, options, impl.name, weight)
+    loss, _ = calls.consistency([z], target, options, impl.name, weight)
     (gradient,) = torch.autograd.grad(loss.sum(), z)
     if reduction == "none":
         assert loss.isnan().tolist() == [False, True, False, False, False, False]

@@ -11,8 +11,9 @@ from test_imcl import WEIGHTS, FlatCNN, build
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from imcl_fast import IMCL, Perturbation, unlearnt
+from imcl_fast import IMCL, Perturbation, calls, unlearnt
 from imcl_fast import functional as F
 from imcl_fast.heads import average
 from imcl_fast.imcl import EVERY_WAY
@@ -265,6 +266,47 @@ def test_gradients_of_several_similarities_and_dependences_at_once(dtype, impl):
             torch.testing.assert_close(found[1], found[0])
 
 
+class Backward(TorchDispatchMode):
+    """How many tensors each call of a backward operator has gradients to make of."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "imcl_fast" in str(function) and "_backward" in str(function):
+            self.counts.append(len(args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp", "reference"])
+@pytest.mark.parametrize("learning", [(1,), (0, 2)])
+def test_what_is_frozen_has_no_gradient_made_of_it(learning, impl):
+    """Neither frozen layers, as LoRA leaves them, nor a teacher's features."""
+    xs = [torch.randn(6, 4, 3), torch.randn(6, 2, 5, dtype=torch.float64), torch.randn(6, 9, 2)]
+    losses = {
+        "kernel": lambda xs: F.kernel_similarity(xs, impl=impl),
+        "features": lambda xs: F.representation_similarity(xs, center=True, impl=impl),
+        "dependence": lambda xs: F.view_dependence(
+            [[xs[0]], [xs[1].float()], [xs[2]]], kernel="linear", impl=impl
+        ),
+    }
+    for loss in losses.values():
+        whole = [x.clone().requires_grad_() for x in xs]
+        expected = loss(whole)
+        truth = torch.autograd.grad(expected, whole)
+        some = [x.clone().requires_grad_(i in learning) for i, x in enumerate(xs)]
+        got = loss(some)
+        with Backward() as backward:
+            found = torch.autograd.grad(got, [some[i] for i in learning])
+        torch.testing.assert_close(got, expected)
+        for i, gradient in zip(learning, found, strict=True):
+            torch.testing.assert_close(gradient, truth[i])
+        assert sum(backward.counts) == (len(learning) if impl == "cpp" else 0)
+        with torch.no_grad():
+            torch.testing.assert_close(loss(some), expected)
+
+
 def test_forward_mode_takes_the_reference():
     x, tangent = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     for loss in (F.kernel_similarity, lambda x: F.dependence(x, x**2),
@@ -371,7 +413,7 @@ def test_what_is_saved_may_come_back_in_another_order(impl, pinned):
         with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
             loss = F.kernel_similarity([w], impl=name) + sum(
                 F.representation_similarity(x, penalty=penalty, impl=name)
-                for penalty in F.PENALTIES
+                for penalty in calls.PENALTIES
             )
         return torch.autograd.grad(loss, [w, x])
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from conftest import TESTED, Impl, check_consistency, check_pairwise, leaf
 from test_consistency import unchecked_options
 
+from imcl_fast import calls
 from imcl_fast import functional as F
 from imcl_fast.kernels import (
     autotune,
@@ -64,7 +65,7 @@ def test_there_is_room_for_what_all_programs_of_a_gpu_leave(
 def test_a_label_of_more_than_32_bits_is_no_class() -> None:
     z = leaf(torch.randn(2, 3, 5, device=DEVICE))
     target = torch.tensor([0, 2**32 + 1, 1], device=DEVICE)
-    loss, _ = F._consistency([z], target, unchecked_options(2), "triton", None)
+    loss, _ = calls.consistency([z], target, unchecked_options(2), "triton", None)
     assert loss.isnan().tolist() == [False, True, False]
 
 
@@ -79,7 +80,7 @@ def test_the_gradient_of_an_unknown_label_with_class_weights_is_none() -> None:
     options = unchecked_options(
         1, temperature=1.0, kl_weight=0.0, label_smoothing=0.1, reduction="sum"
     )
-    loss, _ = F._consistency(
+    loss, _ = calls.consistency(
         [z], torch.tensor([0, 7, 1], device=DEVICE), options, "triton", torch.ones(5, device=DEVICE)
     )
     (gradient,) = torch.autograd.grad(loss, z)

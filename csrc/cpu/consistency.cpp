@@ -3,6 +3,7 @@
 #include "consistency.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "scratch.h"
 
@@ -85,11 +86,9 @@ void clear_row(const Head& head, const Walk& sample, int64_t classes) {
 void clear_gradient(const Consistency& problem, const Walk& sample) {
   for (const Head& head : problem.heads) {
     if (!head.dz) continue;
-    switch (kept_type(problem.dtype)) {
-      case DType::kFloat64: clear_row<double>(head, sample, problem.classes); break;
-      case DType::kBFloat16: clear_row<BFloat16>(head, sample, problem.classes); break;
-      default: clear_row<float>(head, sample, problem.classes);
-    }
+    with_type(kept_type(problem.dtype), [&](auto* kept) {
+      clear_row<std::remove_pointer_t<decltype(kept)>>(head, sample, problem.classes);
+    });
   }
 }
 

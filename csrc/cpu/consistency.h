@@ -39,6 +39,40 @@ struct Scale {
   double share, cross_entropy, kl;
 };
 
+// What is to be done for the heads of a group.
+struct Roles {
+  bool mixture;      // of the label and the heads, each to the mixture of all: no teacher
+  bool kl;           // there is a divergence
+  bool pairwise;     // all other heads teach
+  bool taught;       // a head has one teacher
+  bool own_teacher;  // of its own, and not the one of all
+  bool other;        // the divergence isn't KL(q || p)
+  bool labelled;     // there are cross entropies
+  bool soft;         // labels are a number for each class
+  bool summed;       // labels are of more than one class
+  bool squared;      // T is 2, where exp(z) is exp(z/T)^2: one exponential serves both
+  bool plain;        // exp(z) is taken by itself
+  int64_t untaught;  // the head that is its own teacher; -1: none
+
+  IMCL_INLINE Roles(const Labels& labels, const Group& group)
+      : mixture(group.divergence == Divergence::kMixture),
+        kl(group.size > 1 || mixture),
+        pairwise(kl && !mixture && group.teacher == Teacher::kPairwise),
+        taught(kl && !mixture && !pairwise),
+        own_teacher(taught && group.teacher == Teacher::kOthers),
+        other(kl && group.divergence != Divergence::kKl),
+        labelled(labels.any() && !mixture),
+        soft(labels.soft() || mixture),
+        summed(labelled && (soft || labels.smoothing > 0)),
+        squared(kl && group.temperature == 2),
+        plain(labelled && !squared),
+        untaught(group.teacher == Teacher::kFinal ? group.size - 1 : -1) {}
+
+  IMCL_INLINE bool has_kl(int64_t h) const { return kl && h != untaught; }
+  // Which teacher head h has.
+  IMCL_INLINE int64_t teacher_of(int64_t h) const { return own_teacher ? h : 0; }
+};
+
 // A term may be infinite; what has no weight is left out.
 IMCL_INLINE double weighted(double weight, double term) {
   return weight == 0 ? 0.0 : weight * term;

@@ -17,6 +17,7 @@
 #include <algorithm>
 
 #include "consistency.h"
+#include "consistency_chunk.h"
 #include "consistency_divergences.h"
 #include "consistency_lanes.h"
 #include "exp.h"
@@ -27,131 +28,9 @@ namespace imcl {
 inline namespace IMCL_ISA {
 namespace {
 
-constexpr int64_t kChunkLogits = 32768;  // of all heads: with their exponentials 512 KiB
-
 // Heads up to which the teachers are products of the heads' own exponentials. A rounding error
 // grows with the power that is taken of them.
 constexpr int64_t kMostProducts = 5;
-
-// Logits beyond this are extreme: they may be masked, overflow when they are summed, or drown
-// the other heads in a sum, so that these can't be had back by subtraction.
-constexpr int kModerate = 1024;
-
-// One chunk of the classes of all heads of a group, in the accumulation type. The last
-// vector is filled up with copies of the last class: harmless to maxima, and `keep`
-// takes them out of sums.
-template <class T>
-struct Chunk {
-  using Acc = AccOf<T>;
-  static constexpr int width = kLanes<Acc>;
-
-  int64_t size;  // classes at most, a multiple of the width
-  int64_t first = 0, count = 0;
-  const Acc** z;  // (heads) pointers to `padded()` values each
-  Acc* copies;    // (heads, size)
-
-  Chunk(Scratch& scratch, int64_t heads, int64_t classes)
-      : size((std::min(classes, kChunkLogits / heads) / width + 1) * width),
-        z(scratch.get<const Acc*>(heads)),
-        copies(scratch.get<Acc>(heads * size)) {}
-
-  int64_t padded() const { return (count + width - 1) / width * width; }
-
-  void read(const Consistency& problem, const Group& group, int64_t sample, int64_t from) {
-    first = from;
-    count = std::min(size, problem.classes - from);
-    for (int64_t h = 0; h < group.size; ++h) {
-      const Head& head = problem.heads[static_cast<std::size_t>(group.first + h)];
-      const T* row = static_cast<const T*>(head.z) + problem.samples.offset(sample, head.z_sample) +
-                     from * head.z_class;
-      if constexpr (std::is_same_v<T, Acc>) {
-        if (head.z_class == 1 && count % width == 0) {
-          z[h] = row;
-          continue;
-        }
-      }
-      Acc* copy = copies + h * size;
-      int64_t i = 0;
-      if (head.z_class == 1)
-        for (; i + width <= count; i += width) store(copy + i, load_acc(row + i));
-      for (; i < count; ++i) copy[i] = to_acc(row[i * head.z_class]);
-      for (; i < padded(); ++i) copy[i] = copy[count - 1];
-      z[h] = copy;
-    }
-  }
-
-  // Makes the lowest number -inf, in the copies.
-  void mask(int64_t heads) {
-    for (int64_t h = 0; h < heads; ++h) {
-      Acc* copy = copies + h * size;
-      for (int64_t i = 0; i < padded(); i += width) {
-        const Vec<Acc> x = load(z[h] + i);
-        store(copy + i, x <= splat(kLowest<T>) ? splat(kMasked<Acc>) : x);
-      }
-      z[h] = copy;
-    }
-  }
-
-  // Calls body(i, keep) for every vector of the chunk; keep is 1, or 0 in the padding.
-  template <class Body>
-  IMCL_INLINE void each(const Body& body) const {
-    int64_t i = 0;
-    for (; i + width <= count; i += width) body(i, splat(Acc(1)));
-    if (i == count) return;
-    Vec<Acc> keep = {};
-    for (int lane = 0; lane < count - i; ++lane) keep[lane] = 1;
-    body(i, keep);
-  }
-};
-
-// A running maximum and the sum of exp(x - maximum).
-template <class Acc>
-struct Online {
-  Acc max = kMasked<Acc>;
-  double sum = 0;
-
-  // Takes in a chunk's maximum and shrinks the sum to it; returns the old maximum less the
-  // new, 0 where there was none.
-  double raise(Acc chunk_max) {
-    const double old = static_cast<double>(max);
-    if (!(chunk_max > max)) return 0;
-    max = chunk_max;
-    if (sum == 0) return 0;
-    const double drop = old - static_cast<double>(max);
-    sum *= std::exp(drop);
-    return drop;
-  }
-
-  // What to subtract: as long as all classes are masked, nothing.
-  Acc shift() const { return max == kMasked<Acc> ? Acc(0) : max; }
-};
-
-// The largest of n values, a multiple of a vector's lanes; `least` goes down to them. NaN may be
-// passed over: the sum of exp(x - maximum) comes out NaN all the same.
-template <class Acc>
-Acc max_of(const Acc* x, int64_t n, Vec<Acc>& least) {
-  constexpr int width = kLanes<Acc>, chains = 4;  // a single chain would wait for each compare
-  Vec<Acc> max[chains], min[chains];
-  for (int u = 0; u < chains; ++u) {
-    max[u] = load(x);
-    min[u] = least;
-  }
-  int64_t i = 0;
-  for (; i + chains * width <= n; i += chains * width) {
-#pragma GCC unroll 4
-    for (int u = 0; u < chains; ++u) {
-      const Vec<Acc> v = load(x + i + u * width);
-      max[u] = max_vector(max[u], v);
-      min[u] = min_vector(min[u], v);
-    }
-  }
-  for (; i < n; i += width) {
-    max[0] = max_vector(max[0], load(x + i));
-    min[0] = min_vector(min[0], load(x + i));
-  }
-  least = min_vector(min_vector(min[0], min[1]), min_vector(min[2], min[3]));
-  return max_lanes<Acc>(max_vector(max_vector(max[0], max[1]), max_vector(max[2], max[3])));
-}
 
 // One group of heads on one sample.
 template <class T>
@@ -166,29 +45,22 @@ class Work {
         group_(group),
         sample_(sample),
         n_(group.size),
-        mixture_(group.divergence == Divergence::kMixture),
-        kl_(n_ > 1 || mixture_),
-        pairwise_(kl_ && !mixture_ && group.teacher == Teacher::kPairwise),
-        taught_(kl_ && !mixture_ && !pairwise_),
-        own_teacher_(taught_ && group.teacher == Teacher::kOthers),
-        other_(kl_ && group.divergence != Divergence::kKl),
-        labelled_(problem.labels.any() && !mixture_),
-        summed_(labelled_ && (problem.labels.smoothing > 0 || problem.labels.soft())),
+        is_(problem.labels, group),
         inverse_t_(static_cast<Acc>(1 / group.temperature)),
         teacher_share_(static_cast<Acc>(
-            1 / (group.temperature * static_cast<double>(own_teacher_ ? n_ - 1 : n_)))),
+            1 / (group.temperature * static_cast<double>(is_.own_teacher ? n_ - 1 : n_)))),
         chunk_(scratch_, n_, problem.classes),
         running_(scratch_.get<Running>(n_)),
         total_(scratch_.get<Acc>(chunk_.size)),
         t_(scratch_.get<Acc>(chunk_.size)),
-        teacher_(scratch_.get<Acc>(chunk_.size * (own_teacher_ ? n_ : 1))),
-        soft_(problem.labels.soft() || mixture_ ? scratch_.get<Acc>(chunk_.size) : nullptr),
-        shares_(other_ ? scratch_.get<Acc>(n_) : nullptr) {
-    if (other_) shares_of(problem, group, shares_);
+        teacher_(scratch_.get<Acc>(chunk_.size * (is_.own_teacher ? n_ : 1))),
+        soft_(is_.soft ? scratch_.get<Acc>(chunk_.size) : nullptr),
+        shares_(is_.other ? scratch_.get<Acc>(n_) : nullptr) {
+    if (is_.other) shares_of(problem, group, shares_);
     for (int64_t h = 0; h < n_; ++h) running_[h] = Running{};
     if (wants_gradient && problem.classes <= chunk_.size) {
-      tempered_ = kl_ ? scratch_.get<Acc>(n_ * chunk_.size) : nullptr;
-      plain_ = has_plain() ? scratch_.get<Acc>(n_ * chunk_.size) : nullptr;
+      tempered_ = is_.kl ? scratch_.get<Acc>(n_ * chunk_.size) : nullptr;
+      plain_ = is_.plain ? scratch_.get<Acc>(n_ * chunk_.size) : nullptr;
       kept_ = true;
     }
   }
@@ -199,11 +71,11 @@ class Work {
       chunk_.read(problem_, group_, sample_, from);
       if (soft_) label_size_ += read_labels();
       survey();
-      if (kept_ && own_teacher_ && n_ <= kMostProducts && !extreme_ && read_products()) {
-        if (!group_.detach || other_) sum_heads();  // for the teachers' logits
+      if (kept_ && is_.own_teacher && n_ <= kMostProducts && !extreme_ && read_products()) {
+        if (!group_.detach || is_.other) sum_heads();  // for the teachers' logits
         break;
       }
-      if (taught_) sum_heads();
+      if (is_.taught) sum_heads();
       double teacher_drop = 0;
       double sum_before = 0;  // the teacher's sum without this chunk
       for (int64_t h = 0; h < n_; ++h) {
@@ -212,8 +84,8 @@ class Work {
         run.shift = run.plain.shift();
         if (drop != 0) run.tempered *= std::exp(drop / group_.temperature);
         sum_head(h);
-        if (!taught_) continue;
-        if (h == 0 || own_teacher_) {
+        if (!is_.taught) continue;
+        if (h == 0 || is_.own_teacher) {
           const Acc max = teacher_logits(h);
           sum_before = run.teacher.sum;
           teacher_drop = run.teacher.raise(max);
@@ -223,7 +95,7 @@ class Work {
           const double shrunk = std::exp(teacher_drop);
           run.gap = shrunk > 0 ? run.gap * shrunk : 0;  // it may be infinite
         }
-        if (h == 0 || own_teacher_) {
+        if (h == 0 || is_.own_teacher) {
           sum_teacher(h);
         } else {
           sum_gap(h);
@@ -234,19 +106,19 @@ class Work {
       Running& run = running_[h];
       run.log_sum = std::log(run.plain.sum);
       run.log_tempered = std::log(run.tempered);
-      const Online<Acc>& teacher = running_[own_teacher_ ? h : 0].teacher;
+      const Online<Acc>& teacher = running_[is_.teacher_of(h)].teacher;
       run.teacher_sum = teacher.sum;
       run.teacher_max = teacher.shift();
-      if (other_) {
+      if (is_.other) {
         run.log_teacher = static_cast<Acc>(std::log(teacher.sum));
         run.inverse_teacher = static_cast<Acc>(1 / teacher.sum);
         run.inverse_tempered = static_cast<Acc>(1 / run.tempered);
       }
-      if (taught_ && !other_ && has_kl(h))
+      if (is_.taught && !is_.other && is_.has_kl(h))
         run.kl = run.gap / teacher.sum - std::log(teacher.sum) + run.log_tempered;
     }
-    if (other_) as_constant(group_.divergence, [&](auto kind) { read_other<kind.value>(); });
-    else if (pairwise_) read_pairwise();
+    if (is_.other) as_constant(group_.divergence, [&](auto kind) { read_other<kind.value>(); });
+    else if (is_.pairwise) read_pairwise();
   }
 
   void terms(double* cross_entropy, double* kl) const {
@@ -255,12 +127,12 @@ class Work {
       const Running& run = running_[h];
       kl[h] = group_.temperature * group_.temperature * run.kl;
       cross_entropy[h] = label_kl_;
-      if (!labelled_ && !mixture_) continue;
+      if (!is_.labelled && !is_.mixture) continue;
       if (!target_is_valid()) {
         cross_entropy[h] = std::numeric_limits<double>::quiet_NaN();
         continue;
       }
-      if (mixture_) continue;
+      if (is_.mixture) continue;
       const double max = static_cast<double>(run.plain.max);
       if (soft_) {
         cross_entropy[h] = label_size_ * run.log_sum - (run.label_logit - label_size_ * max);
@@ -293,9 +165,9 @@ class Work {
         chunk_.read(problem_, group_, sample_, from);
         if (extreme_) chunk_.mask(n_);
         if (soft_) read_labels();
-        if (taught_) sum_heads();
+        if (is_.taught) sum_heads();
       }
-      const bool sums = pairwise_ || other_ || (taught_ && !group_.detach);
+      const bool sums = is_.pairwise || is_.other || (is_.taught && !group_.detach);
       if (sums) std::fill_n(sum, 2 * size, Acc(0));
       for (int64_t h = 0; h < n_; ++h) {
         const Head& out = head(h);
@@ -309,14 +181,14 @@ class Work {
         gradient_of_head(h, scale, dz + h * size, p + h * size, sum);
         if (!sums) store_strided(row, out.dz_class, dz + h * size, chunk_.count);
       }
-      if (other_)
+      if (is_.other)
         as_constant(group_.divergence,
                     [&](auto kind) { add_other<kind.value>(scale, dz, p, sum); });
       for (int64_t h = 0; sums && h < n_; ++h) {
         const Head& out = head(h);
-        if (other_) {
-          if (taught_ && !group_.detach) add_teacher(h, dz + h * size, p + h * size, sum);
-        } else if (pairwise_) add_pairwise(h, scale.kl, dz + h * size, p + h * size, sum);
+        if (is_.other) {
+          if (is_.taught && !group_.detach) add_teacher(h, dz + h * size, p + h * size, sum);
+        } else if (is_.pairwise) add_pairwise(h, scale.kl, dz + h * size, p + h * size, sum);
         else add_teacher(h, dz + h * size, p + h * size, sum);
         store_strided(row_of(out) + from * out.dz_class, out.dz_class, dz + h * size, chunk_.count);
       }
@@ -358,12 +230,8 @@ class Work {
     return labels.weight ? static_cast<const Acc*>(labels.weight)[k * labels.weight_stride]
                          : Acc(1);
   }
-  bool has_kl(int64_t h) const {
-    return kl_ && !(group_.teacher == Teacher::kFinal && h == n_ - 1);
-  }
-  // At T = 2, exp(z) is exp(z/T)^2: one exponential serves both.
-  bool squared() const { return kl_ && group_.temperature == 2; }
-  bool has_plain() const { return labelled_ && !squared(); }
+  // exp(t - its maximum) of the teacher of head h, (size).
+  Acc* teacher(int64_t h) const { return teacher_ + is_.teacher_of(h) * chunk_.size; }
 
   IMCL_INLINE Vec<Acc> shifted(int64_t h, int64_t i) const {
     return load(chunk_.z[h] + i) - splat(running_[h].shift);
@@ -421,8 +289,8 @@ class Work {
       Vec<Acc> t = {};
       if (extreme_ && group_.teacher != Teacher::kFinal) {
         for (int64_t j = 0; j < n_; ++j)
-          if (j != h || !own_teacher_) t += load(chunk_.z[j] + i) * splat(teacher_share_);
-      } else if (own_teacher_) {
+          if (j != h || !is_.own_teacher) t += load(chunk_.z[j] + i) * splat(teacher_share_);
+      } else if (is_.own_teacher) {
         t = (load(total_ + i) - load(chunk_.z[h] + i)) * splat(teacher_share_);
       } else if (group_.teacher == Teacher::kMean) {
         t = load(total_ + i) * splat(teacher_share_);
@@ -437,7 +305,7 @@ class Work {
 
   void sum_head(int64_t h) {
     Running& run = running_[h];
-    if (kl_) {
+    if (is_.kl) {
       Vec<Acc> plain_sum = {}, tempered_sum = {};
       Acc* out = kept_ ? tempered_ + h * chunk_.size : nullptr;
       const Vec<Acc> max = splat(run.shift), inverse_t = splat(inverse_t_);
@@ -449,10 +317,10 @@ class Work {
         plain_sum += e * e * keep;  // what it should be at T = 2 only
       });
       run.tempered += static_cast<double>(sum_lanes<Acc>(tempered_sum));
-      if (!has_plain()) run.plain.sum += static_cast<double>(sum_lanes<Acc>(plain_sum));
+      if (!is_.plain) run.plain.sum += static_cast<double>(sum_lanes<Acc>(plain_sum));
     }
-    if (has_plain()) sum_plain(h);
-    if (summed_) sum_logits(h);
+    if (is_.plain) sum_plain(h);
+    if (is_.summed) sum_logits(h);
   }
 
   void sum_plain(int64_t h) {
@@ -557,9 +425,9 @@ class Work {
       run.teacher.sum = static_cast<double>(sum_lanes<Acc>(teacher_sum[h]));
       run.gap = static_cast<double>(sum_lanes<Acc>(gap[h]));
       run.tempered = static_cast<double>(sum_lanes<Acc>(tempered_sum[h]));
-      if (has_plain()) sum_plain(h);
+      if (is_.plain) sum_plain(h);
       else run.plain.sum = static_cast<double>(sum_lanes<Acc>(plain_sum[h]));
-      if (summed_) sum_logits(h);
+      if (is_.summed) sum_logits(h);
     }
     return true;
   }
@@ -568,7 +436,7 @@ class Work {
   // where they weigh most: nothing large is cancelled.
   void sum_teacher(int64_t h) {
     Running& run = running_[h];
-    Acc* out = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
+    Acc* out = teacher(h);
     const Vec<Acc> teacher_max = splat(run.teacher.shift()), max = splat(run.shift);
     const Vec<Acc> inverse_t = splat(inverse_t_);
     const Acc *t = t_, *z = chunk_.z[h];
@@ -647,22 +515,22 @@ class Work {
       if (!kept_) {
         chunk_.read(problem_, group_, sample_, from);
         if (extreme_) chunk_.mask(n_);
-        if (mixture_) read_labels();
-        if (taught_) sum_heads();
+        if (is_.mixture) read_labels();
+        if (is_.taught) sum_heads();
       }
       for (int64_t h = 0; h < n_; ++h) joint.sums[h] = Parts<Vec<Acc>>{};
       Vec<Acc> of_label = {};
       if constexpr (kind != Divergence::kMixture) {
-        for (int64_t h = 0; taught_ && h < n_; ++h) {
-          if (h == 0 || own_teacher_) teacher_logits(h);
-          if (!has_kl(h)) continue;
+        for (int64_t h = 0; is_.taught && h < n_; ++h) {
+          if (h == 0 || is_.own_teacher) teacher_logits(h);
+          if (!is_.has_kl(h)) continue;
           Parts<Vec<Acc>> sums{};
           chunk_.each(
               [&](int64_t i, Vec<Acc> keep) { sums.add(taught_parts<kind>(h, i).parts, keep); });
           joint.sums[h] = sums;
         }
       }
-      if (!taught_) {
+      if (!is_.taught) {
         chunk_.each([&](int64_t i, Vec<Acc> keep) {
           of_label += joint_parts<kind>(i, joint) * keep;
           for (int64_t h = 0; h < n_; ++h) joint.sums[h].add(joint.parts[h], keep);
@@ -721,8 +589,7 @@ class Work {
     const Running& run = running_[h];
     const Vec<Acc> log_p = this->log_p(h, i), p = p_of(h, i);
     const Vec<Acc> log_q = load(t_ + i) - splat(run.teacher_max) - splat(run.log_teacher);
-    const Acc* kept = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
-    const Vec<Acc> q = kept_ ? load(kept + i) * splat(run.inverse_teacher) : exp_of(log_q);
+    const Vec<Acc> q = kept_ ? load(teacher(h) + i) * splat(run.inverse_teacher) : exp_of(log_q);
     return {p, q, parts_of<kind>(log_q, q, log_p, p, splat(static_cast<Acc>(group_.beta)))};
   }
 
@@ -733,11 +600,11 @@ class Work {
     Joint joint(scratch, n_);
     const int64_t size = chunk_.size, padded = chunk_.padded();
     if constexpr (kind != Divergence::kMixture) {
-      for (int64_t h = 0; taught_ && h < n_; ++h) {
+      for (int64_t h = 0; is_.taught && h < n_; ++h) {
         const Running& run = running_[h];
-        if (h == 0 || own_teacher_) teacher_logits(h);
+        if (h == 0 || is_.own_teacher) teacher_logits(h);
         Acc *row = dz + h * size, *into = own + h * size;
-        if (!has_kl(h)) {
+        if (!is_.has_kl(h)) {
           std::fill_n(into, padded, Acc(0));
           continue;
         }
@@ -753,7 +620,7 @@ class Work {
           store(sum + i, load(sum + i) + passed);
         }
       }
-      if (taught_) return;
+      if (is_.taught) return;
     }
     const double all = group_.temperature * scale.kl;
     for (int64_t i = 0; i < padded; i += width) {
@@ -762,10 +629,10 @@ class Work {
         const Running& run = running_[h];
         // The label's scale is not a number where a label is unknown.
         const double weight =
-            mixture_ ? head(h).kl_weight * scale.cross_entropy : kl_scale(h, scale.kl);
+            is_.mixture ? head(h).kl_weight * scale.cross_entropy : kl_scale(h, scale.kl);
         Vec<Acc> d = pull(splat(static_cast<Acc>(weight)), joint.parts[h].head, joint.p[h],
                           splat(static_cast<Acc>(run.head_parts)));
-        if (pairwise_ && !group_.detach)
+        if (is_.pairwise && !group_.detach)
           d += pull(splat(static_cast<Acc>(all)), joint.parts[h].teacher, joint.p[h],
                     splat(static_cast<Acc>(run.teacher_parts)));
         store(dz + h * size + i, load(dz + h * size + i) + d);
@@ -774,7 +641,7 @@ class Work {
   }
 
   double kl_scale(int64_t h, double scale) const {
-    return has_kl(h) ? head(h).kl_weight * group_.temperature * scale : 0.0;
+    return is_.has_kl(h) ? head(h).kl_weight * group_.temperature * scale : 0.0;
   }
 
   // weight / sum; of no weight 0, even where all classes are masked.
@@ -786,29 +653,28 @@ class Work {
   void gradient_of_head(int64_t h, Scale scale, Acc* dz, Acc* own, Acc* sum) {
     const Running& run = running_[h];
     const Labels& labels = problem_.labels;
-    double ce = labelled_ ? head(h).ce_weight * scale.cross_entropy : 0.0;
-    const double kl = other_ ? 0.0 : kl_scale(h, scale.kl);
-    const bool taught = taught_ && !other_;
+    double ce = is_.labelled ? head(h).ce_weight * scale.cross_entropy : 0.0;
+    const double kl = is_.other ? 0.0 : kl_scale(h, scale.kl);
+    const bool taught = is_.taught && !is_.other;
     if (labels.weight && labels.target && !soft_ && target_is_valid()) ce *= label_weight();
     const Vec<Acc> uniform = splat(static_cast<Acc>(
         soft_ ? 0.0 : ce * labels.smoothing / static_cast<double>(problem_.classes)));
     const Vec<Acc> of_plain = quotient(soft_ ? ce * label_size_ : ce, run.plain.sum);
-    if (!kl_) {
+    if (!is_.kl) {
       for (int64_t i = 0; i < chunk_.padded(); i += width)
-        put(dz, i, labelled_ ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
+        put(dz, i, is_.labelled ? plain(h, i) * of_plain - uniform : Vec<Acc>{});
     } else {
-      const Acc* q = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
-      if (taught && (!kept_ || !group_.detach) && (h == 0 || own_teacher_)) {
+      Acc* q = teacher(h);
+      if (taught && (!kept_ || !group_.detach) && (h == 0 || is_.own_teacher)) {
         teacher_logits(h);
         if (!kept_) {
-          Acc* e = teacher_ + (own_teacher_ ? h * chunk_.size : 0);
           for (int64_t i = 0; i < chunk_.padded(); i += width)
-            store(e + i, exp_of(load(t_ + i) - splat(run.teacher_max)));
+            store(q + i, exp_of(load(t_ + i) - splat(run.teacher_max)));
         }
       }
-      const Vec<Acc> of_tempered = quotient(pairwise_ ? 0.0 : kl, run.tempered);
+      const Vec<Acc> of_tempered = quotient(is_.pairwise ? 0.0 : kl, run.tempered);
       const Vec<Acc> of_teacher = quotient(taught ? kl : 0.0, run.teacher_sum);
-      if (squared()) {
+      if (is_.squared) {
         for (int64_t i = 0; i < chunk_.padded(); i += width) {
           const Vec<Acc> e = tempered(h, i);
           Vec<Acc> d = e * (e * of_plain + of_tempered) - uniform;
@@ -818,18 +684,18 @@ class Work {
       } else {
         for (int64_t i = 0; i < chunk_.padded(); i += width) {
           Vec<Acc> d = tempered(h, i) * of_tempered - uniform;
-          if (labelled_) d += plain(h, i) * of_plain;
+          if (is_.labelled) d += plain(h, i) * of_plain;
           if (taught) d -= load(q + i) * of_teacher;
           put(dz, i, d);
         }
       }
-      if (pairwise_ && !other_) keep_pairwise(h, kl, own, sum);
+      if (is_.pairwise && !is_.other) keep_pairwise(h, kl, own, sum);
       else if (taught && !group_.detach) keep_teacher(h, q, of_teacher, own, sum);
     }
-    if (soft_ && labelled_) {
+    if (soft_ && is_.labelled) {
       const auto factor = static_cast<Acc>(ce);
       for (int64_t i = 0; i < chunk_.count; ++i) dz[i] -= factor * soft_[i];
-    } else if (labelled_) {
+    } else if (is_.labelled) {
       const int64_t y = target() - chunk_.first;
       if (y >= 0 && y < chunk_.count) dz[y] -= static_cast<Acc>(ce * (1 - labels.smoothing));
     }
@@ -883,11 +749,11 @@ class Work {
   void add_teacher(int64_t h, Acc* dz, const Acc* own, const Acc* sum) const {
     if (group_.teacher == Teacher::kFinal && h < n_ - 1) return;
     const double average = group_.teacher == Teacher::kFinal ? 1.0
-                           : own_teacher_                    ? 1.0 / static_cast<double>(n_ - 1)
+                           : is_.own_teacher                 ? 1.0 / static_cast<double>(n_ - 1)
                                                              : 1.0 / static_cast<double>(n_);
     const Vec<Acc> factor = splat(static_cast<Acc>(average));
     for (int64_t i = 0; i < chunk_.padded(); i += width) {
-      const Vec<Acc> into = own_teacher_ ? load(sum + i) - load(own + i) : load(sum + i);
+      const Vec<Acc> into = is_.own_teacher ? load(sum + i) - load(own + i) : load(sum + i);
       store(dz + i, load(dz + i) + into * factor);
     }
   }
@@ -896,8 +762,7 @@ class Work {
   const Consistency& problem_;
   const Group& group_;
   const int64_t sample_, n_;
-  const bool mixture_, kl_, pairwise_, taught_, own_teacher_, other_, labelled_;
-  const bool summed_;                    // labels are of more than one class
+  const Roles is_;
   const Acc inverse_t_, teacher_share_;  // t_h = (S - z_h) teacher_share, or S times it
   Chunk<T> chunk_;
   Running* running_;
@@ -946,12 +811,9 @@ void sample_of(const Consistency& problem, int64_t sample, Scale scale, double* 
 
 void sample(const Consistency& problem, int64_t index, Scale scale, double* cross_entropy,
             double* kl) {
-  switch (problem.dtype) {
-    case DType::kFloat64: return sample_of<double>(problem, index, scale, cross_entropy, kl);
-    case DType::kBFloat16: return sample_of<BFloat16>(problem, index, scale, cross_entropy, kl);
-    case DType::kFloat16: return sample_of<Float16>(problem, index, scale, cross_entropy, kl);
-    default: sample_of<float>(problem, index, scale, cross_entropy, kl); return;
-  }
+  with_type(problem.dtype, [&](auto* z) {
+    sample_of<std::remove_pointer_t<decltype(z)>>(problem, index, scale, cross_entropy, kl);
+  });
 }
 
 // Samples of a block in lanes, or 0 where one by one is quicker.
@@ -985,17 +847,15 @@ void samples_of(const Consistency& problem, int64_t first, int64_t count, const 
 }
 
 int64_t block(const Consistency& problem) {
-  return problem.dtype == DType::kFloat64 ? block_of<double>(problem) : block_of<float>(problem);
+  return with_type(problem.dtype,
+                   [&](auto* z) { return block_of<std::remove_pointer_t<decltype(z)>>(problem); });
 }
 
 void samples(const Consistency& problem, int64_t first, int64_t count, const Scale* scales,
              double* sums, double* losses) {
-  switch (problem.dtype) {
-    case DType::kFloat64: return samples_of<double>(problem, first, count, scales, sums, losses);
-    case DType::kBFloat16: return samples_of<BFloat16>(problem, first, count, scales, sums, losses);
-    case DType::kFloat16: return samples_of<Float16>(problem, first, count, scales, sums, losses);
-    default: samples_of<float>(problem, first, count, scales, sums, losses); return;
-  }
+  with_type(problem.dtype, [&](auto* z) {
+    samples_of<std::remove_pointer_t<decltype(z)>>(problem, first, count, scales, sums, losses);
+  });
 }
 
 }  // namespace

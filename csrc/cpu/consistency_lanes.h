@@ -109,34 +109,24 @@ class Lanes {
         given_(problem.binary ? 1 : classes_),
         scales_(scales),
         gradient_(wants_gradient),
-        mixture_(group.divergence == Divergence::kMixture),
-        kl_(n_ > 1 || mixture_),
-        pairwise_(kl_ && !mixture_ && group.teacher == Teacher::kPairwise),
-        taught_(kl_ && !mixture_ && !pairwise_),
-        own_teacher_(taught_ && group.teacher == Teacher::kOthers),
-        other_(kl_ && group.divergence != Divergence::kKl),
-        labelled_(labels_.any() && !mixture_),
-        soft_(labels_.soft() || mixture_),
-        summed_(labelled_ && (soft_ || labels_.smoothing > 0)),
-        squared_(kl_ && group.temperature == 2),
-        plain_is_kept_(labelled_ && !squared_),
+        is_(labels_, group),
         inverse_t_(static_cast<Acc>(1 / group.temperature)),
         uniform_(static_cast<Acc>(labels_.smoothing / static_cast<double>(classes_))),
         sharp_(static_cast<Acc>(1 - labels_.smoothing)),
         offsets_(scratch_.get<int64_t>(pitch)),
         indices_(labels_.target ? scratch_.get<int64_t>(pitch) : nullptr),
         z_(scratch_.get<Acc>(n_ * classes_ * pitch)),
-        y_(soft_ ? scratch_.get<Acc>(classes_ * pitch) : nullptr),
+        y_(is_.soft ? scratch_.get<Acc>(classes_ * pitch) : nullptr),
         heads_(scratch_.get<State>(n_)),
-        tempered_(kl_ ? scratch_.get<V>(n_ * classes_) : nullptr),
-        plain_(plain_is_kept_ ? scratch_.get<V>(n_ * classes_) : nullptr),
-        teacher_(taught_ ? scratch_.get<V>(teachers() * classes_) : nullptr),
-        t_(taught_ ? scratch_.get<V>(teachers() * classes_) : nullptr),
-        log_p_(pairwise_ || other_ ? scratch_.get<V>(n_) : nullptr),
-        parts_(other_ ? scratch_.get<Parts<V>>(n_) : nullptr),
-        p_(other_ ? scratch_.get<V>(2 * n_) : nullptr),
-        shares_(other_ ? scratch_.get<Acc>(n_) : nullptr) {
-    if (other_) shares_of(problem, group, shares_);
+        tempered_(is_.kl ? scratch_.get<V>(n_ * classes_) : nullptr),
+        plain_(is_.plain ? scratch_.get<V>(n_ * classes_) : nullptr),
+        teacher_(is_.taught ? scratch_.get<V>(teachers() * classes_) : nullptr),
+        t_(is_.taught ? scratch_.get<V>(teachers() * classes_) : nullptr),
+        log_p_(is_.pairwise || is_.other ? scratch_.get<V>(n_) : nullptr),
+        parts_(is_.other ? scratch_.get<Parts<V>>(n_) : nullptr),
+        p_(is_.other ? scratch_.get<V>(2 * n_) : nullptr),
+        shares_(is_.other ? scratch_.get<Acc>(n_) : nullptr) {
+    if (is_.other) shares_of(problem, group, shares_);
   }
 
   // Adds, in their order, the weighted terms of these samples to sums (2, heads) of the problem,
@@ -148,7 +138,7 @@ class Lanes {
       class_major<T>(from.z_class, given_).read(static_cast<const T*>(from.z), z_of(h, 0));
       if (given_ < classes_) std::fill_n(z_of(h, given_), pitch_, Acc(0));
     }
-    if (soft_ && labels_.probabilities) {
+    if (is_.soft && labels_.probabilities) {
       locate(labels_.probability_sample);
       class_major<Acc>(labels_.probability_class, classes_)
           .read(static_cast<const Acc*>(labels_.probabilities), y_);
@@ -162,8 +152,8 @@ class Lanes {
       read_labels();
       mask();
       statistics();
-      if (other_) other_divergences();
-      else if (pairwise_) divergences();
+      if (is_.other) other_divergences();
+      else if (is_.pairwise) divergences();
       terms(sums, losses);
       if (gradient_) gradient();
     }
@@ -177,10 +167,10 @@ class Lanes {
  private:
   // What is known of one head, of each lane's sample.
   struct State {
-    V shift;                        // its maximum; 0 where all classes are masked
-    V plain, tempered;              // sums of exp(z - shift) and exp((z - shift) / T)
-    V label_logit;                  // sum of z / K, or of y z of soft labels
-    V teacher, teacher_shift, gap;  // sum of q = exp(t - shift); of q ((t - shift) - (z - shift)/T)
+    V shift;            // its maximum; 0 where all classes are masked
+    V plain, tempered;  // sums of exp(z - shift) and exp((z - shift) / T)
+    V label_logit;      // sum of z / K, or of y z of soft labels
+    V teacher;          // sum of q = exp(t - its maximum)
     V log_tempered, kl, toward;
     V head_sum, teacher_sum, log_teacher;                 // of another divergence
     V of_plain, of_tempered, of_teacher, rest, kl_scale;  // of the gradient
@@ -189,10 +179,7 @@ class Lanes {
   const Head& head(int64_t h) const {
     return problem_.heads[static_cast<std::size_t>(group_.first + h)];
   }
-  int64_t teachers() const { return own_teacher_ ? n_ : 1; }
-  bool has_kl(int64_t h) const {
-    return kl_ && !(group_.teacher == Teacher::kFinal && h == n_ - 1);
-  }
+  int64_t teachers() const { return is_.own_teacher ? n_ : 1; }
   Acc* z_of(int64_t h, int64_t k) const { return z_ + (h * classes_ + k) * pitch_; }
   IMCL_INLINE V z(int64_t h, int64_t k) const { return load(z_of(h, k) + at_); }
   IMCL_INLINE V shifted(int64_t h, int64_t k) const { return z(h, k) - heads_[h].shift; }
@@ -229,13 +216,13 @@ class Lanes {
       if (!labels_.target) continue;
       index_[lane] = indices_[i];
       if (index_[lane] >= 0 && index_[lane] < classes_) {
-        if (labels_.weight && !soft_) size_[lane] = class_weight(index_[lane]);
+        if (labels_.weight && !is_.soft) size_[lane] = class_weight(index_[lane]);
       } else {
         index_[lane] = -1;
         ce_scale_[lane] = std::numeric_limits<Acc>::quiet_NaN();
       }
     }
-    if (!soft_) return;
+    if (!is_.soft) return;
     size_ = V{};
     for (int64_t k = 0; k < classes_; ++k) {
       V y = {};
@@ -272,10 +259,10 @@ class Lanes {
 
   void statistics() {
     for (int64_t h = 0; h < n_; ++h) sum_head(h);
-    for (int64_t h = 0; taught_ && h < n_; ++h) {
-      if (h == 0 || own_teacher_) sum_teacher(h);
-      if (other_) heads_[h].log_teacher = log_of(heads_[own_teacher_ ? h : 0].teacher);
-      else if (has_kl(h)) sum_gap(h);
+    for (int64_t h = 0; is_.taught && h < n_; ++h) {
+      if (h == 0 || is_.own_teacher) sum_teacher(h);
+      if (is_.other) heads_[h].log_teacher = log_of(heads_[is_.teacher_of(h)].teacher);
+      else if (is_.has_kl(h)) sum_gap(h);
     }
   }
 
@@ -293,7 +280,7 @@ class Lanes {
     const Acc* z = z_of(h, 0) + at_;
     const V shift = state.shift, inverse_t = splat(inverse_t_);
     const int64_t classes = classes_, pitch = pitch_;
-    if (kl_) {
+    if (is_.kl) {
       V* kept = tempered_ + h * classes;
       for (int64_t k = 0; k < classes; ++k) {
         const V e = exp_of((load(z + k * pitch) - shift) * inverse_t);
@@ -302,7 +289,7 @@ class Lanes {
         plain += e * e;  // what it should be at T = 2 only
       }
     }
-    if (plain_is_kept_) {
+    if (is_.plain) {
       V* kept = plain_ + h * classes;
       plain = V{};
       for (int64_t k = 0; k < classes; ++k) {
@@ -313,11 +300,11 @@ class Lanes {
     }
     state.plain = plain;
     state.tempered = tempered;
-    state.log_tempered = kl_ ? log_of(tempered) : V{};
+    state.log_tempered = is_.kl ? log_of(tempered) : V{};
     state.kl = state.toward = state.label_logit = V{};
     const V of_class = splat(static_cast<Acc>(1.0 / static_cast<double>(classes_)));
-    for (int64_t k = 0; summed_ && k < classes_; ++k) {
-      const V y = soft_ ? load(y_ + k * pitch_ + at_) : of_class;
+    for (int64_t k = 0; is_.summed && k < classes_; ++k) {
+      const V y = is_.soft ? load(y_ + k * pitch_ + at_) : of_class;
       state.label_logit += unless_0(y, y * this->z(h, k));
     }
   }
@@ -325,11 +312,11 @@ class Lanes {
   // The teacher of head h, or of all: t less its maximum, and exp of that.
   void sum_teacher(int64_t h) {
     V *t = t_ + h * classes_, *q = teacher_ + h * classes_;
-    const double averaged = static_cast<double>(own_teacher_ ? n_ - 1 : n_);
+    const double averaged = static_cast<double>(is_.own_teacher ? n_ - 1 : n_);
     const V teacher_share = splat(static_cast<Acc>(1 / (group_.temperature * averaged)));
     V max = splat(kMasked<Acc>), sum = {};
     const int64_t classes = classes_, pitch = pitch_, head = classes * pitch, n = n_;
-    const int64_t left_out = own_teacher_ ? h : -1;
+    const int64_t left_out = is_.own_teacher ? h : -1;
     const bool final = group_.teacher == Teacher::kFinal;
     const V factor = final ? splat(inverse_t_) : teacher_share;
     for (int64_t k = 0; k < classes; ++k) {
@@ -353,7 +340,7 @@ class Lanes {
   // Both differences of a gap are small where they weigh most: nothing large is cancelled.
   void sum_gap(int64_t h) {
     State& state = heads_[h];
-    const int64_t by = own_teacher_ ? h : 0;
+    const int64_t by = is_.teacher_of(h);
     const V *t = t_ + by * classes_, *q = teacher_ + by * classes_;
     const Acc* z = z_of(h, 0) + at_;
     const V shift = state.shift, inverse_t = splat(inverse_t_);
@@ -394,10 +381,10 @@ class Lanes {
     const auto heads = static_cast<int64_t>(problem_.heads.size());
     for (int64_t h = 0; h < n_; ++h) {
       const State& state = heads_[h];
-      V ce = mixture_ ? label_kl_ : V{};
-      if (labelled_) {
+      V ce = is_.mixture ? label_kl_ : V{};
+      if (is_.labelled) {
         const V log_sum = log_of(state.plain);
-        if (soft_) {
+        if (is_.soft) {
           ce = size_ * log_sum - (state.label_logit - size_ * state.shift);
         } else {
           V of_label = {};
@@ -410,7 +397,7 @@ class Lanes {
           if (labels_.weight) ce = unless_0(size_, size_ * ce);
         }
       }
-      const V kl = has_kl(h) ? state.kl * splat(t2) : V{};
+      const V kl = is_.has_kl(h) ? state.kl * splat(t2) : V{};
       for (int lane = 0; lane < width; ++lane) {
         if (!counts_[lane]) continue;
         const Scale& scale = scales_[at_ + lane];
@@ -436,25 +423,25 @@ class Lanes {
     for (int64_t h = 0; h < n_; ++h) {
       State& state = heads_[h];
       const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_ * size_;
-      const V kl = has_kl(h)
+      const V kl = is_.has_kl(h)
                        ? splat(static_cast<Acc>(head(h).kl_weight * group_.temperature)) * kl_scale_
                        : V{};
-      const V teacher = taught_ ? heads_[own_teacher_ ? h : 0].teacher : splat(Acc(1));
-      state.of_plain = labelled_ ? quotient(ce, state.plain) : V{};
-      state.of_tempered = kl_ ? quotient(kl, state.tempered) : V{};
+      const V teacher = is_.taught ? heads_[is_.teacher_of(h)].teacher : splat(Acc(1));
+      state.of_plain = is_.labelled ? quotient(ce, state.plain) : V{};
+      state.of_tempered = is_.kl ? quotient(kl, state.tempered) : V{};
       state.of_teacher = quotient(kl, teacher);
       state.rest += state.kl;
       state.kl_scale = kl;
       weights += kl;
     }
-    if (other_) {
+    if (is_.other) {
       gradient_of_other();
-    } else if (pairwise_ || (taught_ && !group_.detach)) {
+    } else if (is_.pairwise || (is_.taught && !group_.detach)) {
       for (int64_t k = 0; k < classes_; ++k) gradient_of_class(k, weights);
     } else {
       for (int64_t h = 0; h < n_; ++h) gradient_of_head(h);
     }
-    if (!labelled_ || soft_) return;
+    if (!is_.labelled || is_.soft) return;
     for (int lane = 0; lane < width; ++lane) {
       const int64_t y = index_[lane];
       if (!counts_[lane] || y < 0) continue;
@@ -471,10 +458,10 @@ class Lanes {
     const V of_plain = state.of_plain, of_tempered = state.of_tempered;
     const V of_teacher = state.of_teacher;
     const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_;
-    const V uniform = labelled_ && !soft_ ? ce * size_ * splat(uniform_) : V{};
-    const V* tempered = kl_ ? tempered_ + h * classes : nullptr;
-    const V* plain = plain_is_kept_ ? plain_ + h * classes : nullptr;
-    const V* q = taught_ ? teacher_ + (own_teacher_ ? h : 0) * classes : nullptr;
+    const V uniform = is_.labelled && !is_.soft ? ce * size_ * splat(uniform_) : V{};
+    const V* tempered = is_.kl ? tempered_ + h * classes : nullptr;
+    const V* plain = is_.plain ? plain_ + h * classes : nullptr;
+    const V* q = is_.taught ? teacher_ + is_.teacher_of(h) * classes : nullptr;
     Acc* out = z_of(h, 0) + at_;
     for (int64_t k = 0; k < classes; ++k) {
       V dz = V{} - uniform;
@@ -486,7 +473,7 @@ class Lanes {
       if (q) dz -= q[k] * of_teacher;
       store(out + k * pitch, dz);
     }
-    if (!soft_) return;
+    if (!is_.soft) return;
     const Acc* y = y_ + at_;
     for (int64_t k = 0; k < classes; ++k)
       store(out + k * pitch, load(out + k * pitch) - ce * load(y + k * pitch));
@@ -495,7 +482,7 @@ class Lanes {
   // Where a head needs the others': pairwise teachers, and those that aren't detached.
   void gradient_of_class(int64_t k, V weights) {
     V sum = {}, passed = {};  // over the heads: of p and of kl log p; of what goes into teachers
-    if (pairwise_) {
+    if (is_.pairwise) {
       for (int64_t h = 0; h < n_; ++h) {
         log_p_[h] = log_p(h, k);
         sum += tempered_[h * classes_ + k] / heads_[h].tempered;
@@ -504,19 +491,19 @@ class Lanes {
     } else {
       for (int64_t h = 0; h < n_; ++h) passed += into_teacher(h, k);
     }
-    const double averaged = static_cast<double>(own_teacher_ || pairwise_ ? n_ - 1 : n_);
+    const double averaged = static_cast<double>(is_.own_teacher || is_.pairwise ? n_ - 1 : n_);
     const V average = splat(static_cast<Acc>(1 / averaged));
     for (int64_t h = 0; h < n_; ++h) {
       const State& state = heads_[h];
-      const int64_t i = h * classes_ + k, by = own_teacher_ ? i : k;
+      const int64_t i = h * classes_ + k, by = is_.own_teacher ? i : k;
       V dz = {};
-      if (labelled_) {
-        const V e = squared_ ? tempered_[i] * tempered_[i] : plain_[i];
+      if (is_.labelled) {
+        const V e = is_.squared ? tempered_[i] * tempered_[i] : plain_[i];
         const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_;
         dz = e * state.of_plain -
-             ce * (soft_ ? load(y_ + k * pitch_ + at_) : size_ * splat(uniform_));
+             ce * (is_.soft ? load(y_ + k * pitch_ + at_) : size_ * splat(uniform_));
       }
-      if (pairwise_) {
+      if (is_.pairwise) {
         const V p = tempered_[i] / state.tempered;
         dz += unless_0(state.kl_scale, state.kl_scale * (p - (sum - p) * average));
         if (!group_.detach) {
@@ -525,7 +512,7 @@ class Lanes {
         }
       } else {
         dz += tempered_[i] * state.of_tempered - teacher_[by] * state.of_teacher;
-        if (own_teacher_) dz += (passed - into_teacher(h, k)) * average;
+        if (is_.own_teacher) dz += (passed - into_teacher(h, k)) * average;
         else if (group_.teacher == Teacher::kMean) dz += passed * average;
         else if (h == n_ - 1) dz += passed;
       }
@@ -563,13 +550,13 @@ class Lanes {
     if constexpr (kind == Divergence::kMixture) {
       const V y = load(y_ + k * pitch_ + at_);
       label_kl_ += mixture_parts<Acc>(n_, log_p_, p_, shares_, beta, y, parts_);
-    } else if (pairwise_) {
+    } else if (is_.pairwise) {
       pairwise_parts<kind, Acc>(n_, log_p_, p_, shares_, beta, parts_);
     } else {
       for (int64_t h = 0; h < n_; ++h) {
         parts_[h] = Parts<V>{};
-        if (!has_kl(h)) continue;
-        const int64_t by = own_teacher_ ? h : 0;
+        if (!is_.has_kl(h)) continue;
+        const int64_t by = is_.teacher_of(h);
         const V q = p_[n_ + h] = teacher_[by * classes_ + k] / heads_[by].teacher;
         const V log_q = t_[by * classes_ + k] - heads_[h].log_teacher;
         parts_[h] = parts_of<kind>(log_q, q, log_p_[h], p_[h], beta);
@@ -587,34 +574,34 @@ class Lanes {
   }
 
   void gradient_of_parts(int64_t k) {
-    const bool passes = !group_.detach && (pairwise_ || taught_);
+    const bool passes = !group_.detach && (is_.pairwise || is_.taught);
     const V into_all = splat(static_cast<Acc>(group_.temperature)) * kl_scale_;
     V passed = {};
     for (int64_t h = 0; h < n_; ++h) {
       const State& state = heads_[h];
       V& into = parts_[h].teacher;  // now what goes into the teacher of h, or into h as one
-      if (passes && pairwise_) into = pull(into_all, into, p_[h], state.teacher_sum);
-      else if (passes && has_kl(h))
+      if (passes && is_.pairwise) into = pull(into_all, into, p_[h], state.teacher_sum);
+      else if (passes && is_.has_kl(h))
         into = pull(state.kl_scale, into, p_[n_ + h], state.teacher_sum);
       passed += into;
     }
-    const double averaged = static_cast<double>(own_teacher_ ? n_ - 1 : n_);
+    const double averaged = static_cast<double>(is_.own_teacher ? n_ - 1 : n_);
     const V average = splat(static_cast<Acc>(1 / averaged));
     for (int64_t h = 0; h < n_; ++h) {
       const State& state = heads_[h];
       const V ce = splat(static_cast<Acc>(head(h).ce_weight)) * ce_scale_;
       // The label's scale, of the same samples, is not a number where a label is unknown.
       const V scale =
-          mixture_ ? splat(static_cast<Acc>(head(h).kl_weight)) * ce_scale_ : state.kl_scale;
+          is_.mixture ? splat(static_cast<Acc>(head(h).kl_weight)) * ce_scale_ : state.kl_scale;
       V dz = pull(scale, parts_[h].head, p_[h], state.head_sum);
-      if (labelled_) {
+      if (is_.labelled) {
         const V root = tempered_[h * classes_ + k];
-        const V e = squared_ ? root * root : plain_[h * classes_ + k];
+        const V e = is_.squared ? root * root : plain_[h * classes_ + k];
         dz += e * state.of_plain -
-              ce * (soft_ ? load(y_ + k * pitch_ + at_) : size_ * splat(uniform_));
+              ce * (is_.soft ? load(y_ + k * pitch_ + at_) : size_ * splat(uniform_));
       }
-      if (passes && pairwise_) dz += parts_[h].teacher;
-      else if (passes && own_teacher_) dz += (passed - parts_[h].teacher) * average;
+      if (passes && is_.pairwise) dz += parts_[h].teacher;
+      else if (passes && is_.own_teacher) dz += (passed - parts_[h].teacher) * average;
       else if (passes && group_.teacher == Teacher::kMean) dz += passed * average;
       else if (passes && h == n_ - 1) dz += passed;
       pending_[h] = dz;
@@ -624,9 +611,9 @@ class Lanes {
 
   // T kl_h q_h (log q_h - log p_h - KL_h).
   V into_teacher(int64_t h, int64_t k) const {
-    if (!has_kl(h)) return V{};
+    if (!is_.has_kl(h)) return V{};
     const State& state = heads_[h];
-    const int64_t by = (own_teacher_ ? h : 0) * classes_ + k;
+    const int64_t by = is_.teacher_of(h) * classes_ + k;
     const V weight = teacher_[by] * state.of_teacher;
     return unless_0(weight, weight * (t_[by] - state.rest - log_p(h, k)));
   }
@@ -637,8 +624,8 @@ class Lanes {
   const Group& group_;
   const int64_t first_, count_, pitch_, n_, classes_, given_;  // given_: of the classes
   const Scale* scales_;
-  const bool gradient_, mixture_, kl_, pairwise_, taught_, own_teacher_, other_;
-  const bool labelled_, soft_, summed_, squared_, plain_is_kept_;
+  const bool gradient_;
+  const Roles is_;
   const Acc inverse_t_, uniform_, sharp_;
   int64_t *offsets_, *indices_;  // (pitch)
   Acc *z_, *y_;           // (heads, classes, pitch), (classes, pitch): logits, and soft labels

@@ -12,13 +12,12 @@ namespace imcl {
 // One representation: samples are the rows of a single matrix. All pointers are to numbers of the
 // accumulation type.
 struct Representation {
-  Matrices x;
-  double scale;  // of the Gram
-  void* mean;    // (columns): of each column over the samples
-  void* gram;    // (rows, rows)
+  Matrices x;  // its scale is the Gram's
+  void* mean;  // (columns): of each column over the samples
+  void* gram;  // (rows, rows)
 };
 
-// The per-ISA kernels; each call is for columns [first, first + count) and serial.
+// The per-ISA kernels, serial. A partial and a product are of columns [first, first + count).
 struct DependenceKernels {
   // Bytes of the Gram of some of the columns, in whole panels.
   int64_t (*partial_size)(const Representation&);

@@ -54,7 +54,7 @@ void partial_of(const Representation& s, int64_t first, int64_t count, void* par
     Acc* mean = static_cast<Acc*>(s.mean) + first + done;
     column_means(x, mean);
     const Source<T> source{x.x, x.row, x.column, nullptr, mean};
-    gram<Acc>(source, x.rows, x.columns, upper, padded_rows<Acc>(s), kSerial, done > 0);
+    gram<Acc>(source, x.rows, x.columns, upper, padded_rows<Acc>(s), Parallel::serial(), done > 0);
   }
 }
 
@@ -62,7 +62,7 @@ template <class Acc>
 void finish_gram(const Representation& s, const Acc* partials, int64_t count) {
   constexpr int64_t width = kLanes<Acc>;
   const int64_t n = s.x.rows, padded = padded_rows<Acc>(s);
-  const Vec<Acc> scale = splat(static_cast<Acc>(s.scale));
+  const Vec<Acc> scale = splat(static_cast<Acc>(s.x.scale));
   Acc* g = static_cast<Acc*>(s.gram);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = i / width * width; j < n; j += width) {
@@ -119,18 +119,7 @@ void product_of(const Representation& s, int64_t first, int64_t count) {
     work.dx = static_cast<T*>(s.x.dx) + out.offset;
     work.dx_free = out.axis;
     work.free_count = x.columns;
-    work.run(kSerial);
-  }
-}
-
-// Calls run with a null pointer of the tensor's type.
-template <class Run>
-auto with_type(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::kFloat64: return run(static_cast<double*>(nullptr));
-    case DType::kBFloat16: return run(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16: return run(static_cast<Float16*>(nullptr));
-    default: return run(static_cast<float*>(nullptr));
+    work.run(Parallel::serial());
   }
 }
 

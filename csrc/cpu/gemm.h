@@ -157,13 +157,13 @@ struct Source {
   const AccOf<T>* mean_of_lane = nullptr;
   const AccOf<T>* mean_of_k = nullptr;
   const AccOf<T>* scale_of_k = nullptr;
-  int64_t rest = 0;  // how far behind a mean lies what rounding took of it; 0 is nowhere
+  const AccOf<T>* rest = nullptr;  // what rounding took of the means, if anything
 
   bool is_plain() const { return !mean_of_lane && !mean_of_k && !scale_of_k; }
 };
 
-// out[j * kPanel + lane] = adjusted(x(first_lane + lane, first_k + j), the lane's vector, its k);
-// lanes >= lanes are 0.
+// out[j * kPanel + i] = adjusted(x(first_lane + i, first_k + j), the vector of i, the k), 0 for
+// i >= lanes.
 template <class T, class Adjusted>
 void pack_adjusted(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k,
                    int64_t depth, AccOf<T>* out, const Adjusted& adjusted) {
@@ -203,34 +203,35 @@ void pack_adjusted(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_
   }
 }
 
-// out[j * kPanel + lane] = x(first_lane + lane, first_k + j); lanes >= lanes are 0.
+// out[j * kPanel + i] = (x - mean - rest) * scale of (first_lane + i, first_k + j), 0 for i >=
+// lanes.
 template <class T>
 void pack_panel(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t first_k,
                 int64_t depth, AccOf<T>* out) {
   using Acc = AccOf<T>;
   constexpr int width = kLanes<Acc>, panel = kPanel<Acc>;
-  const auto pack_as = [&](const auto& adjusted) {
+  const auto adjust = [&](const auto& adjusted) {
     pack_adjusted(x, first_lane, lanes, first_k, depth, out, adjusted);
   };
-  if (x.is_plain()) return pack_as([](Vec<Acc> v, int, int64_t) { return v; });
+  if (x.is_plain()) return adjust([](Vec<Acc> v, int, int64_t) { return v; });
   alignas(kVectorBytes) Acc mean[panel] = {}, rest[panel] = {};
   if (x.mean_of_lane) {
     std::copy_n(x.mean_of_lane + first_lane, lanes, mean);
-    if (x.rest) std::copy_n(x.mean_of_lane + x.rest + first_lane, lanes, rest);
-    return pack_as([&](Vec<Acc> v, int vector, int64_t k) {
+    if (x.rest) std::copy_n(x.rest + first_lane, lanes, rest);
+    return adjust([&](Vec<Acc> v, int vector, int64_t k) {
       v = (v - load(mean + vector * width)) - load(rest + vector * width);
       return x.scale_of_k ? v * splat(x.scale_of_k[k]) : v;
     });
   }
-  pack_as([&](Vec<Acc> v, int, int64_t k) {
+  adjust([&](Vec<Acc> v, int, int64_t k) {
     if (x.mean_of_k) v -= splat(x.mean_of_k[k]);
-    if (x.mean_of_k && x.rest) v -= splat(x.mean_of_k[k + x.rest]);
+    if (x.mean_of_k && x.rest) v -= splat(x.rest[k]);
     return x.scale_of_k ? v * splat(x.scale_of_k[k]) : v;
   });
 }
 
-// out[r * stride + j] = x(first_lane + r, first_k + j) for kStrip lanes, absent ones 0:
-// a broadcast operand that stays in the order it is read in.
+// out[r * stride + j] = x(first_lane + r, j) - mean - rest for kStrip lanes, absent ones 0: a
+// broadcast operand that stays in the order it is read in. Nothing that is packed so has a scale.
 template <class T>
 void pack_strip(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t depth, AccOf<T>* out,
                 int64_t stride) {
@@ -245,20 +246,20 @@ void pack_strip(const Source<T>& x, int64_t first_lane, int64_t lanes, int64_t d
     const T* from = x.data + x.lane[first_lane + r];
     const Acc* const of_k = x.mean_of_k;
     const Acc mean = x.mean_of_lane ? x.mean_of_lane[first_lane + r] : Acc(0);
-    const Acc rest = x.mean_of_lane && x.rest ? x.mean_of_lane[first_lane + r + x.rest] : Acc(0);
+    const Acc rest = x.mean_of_lane && x.rest ? x.rest[first_lane + r] : Acc(0);
     int64_t j = 0;
     if (x.k.is_unit()) {
       for (; j + width <= depth; j += width) {
         Vec<Acc> v = load_acc(from + j) - splat(mean) - splat(rest);
         if (of_k) v -= load(of_k + j);
-        if (of_k && x.rest) v -= load(of_k + j + x.rest);
+        if (of_k && x.rest) v -= load(x.rest + j);
         store(row + j, v);
       }
     }
     for (; j < depth; ++j) {
       Acc v = to_acc(from[x.k[j]]) - mean - rest;
       if (of_k) v -= of_k[j];
-      if (of_k && x.rest) v -= of_k[j + x.rest];
+      if (of_k && x.rest) v -= x.rest[j];
       row[j] = v;
     }
   }

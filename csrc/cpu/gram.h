@@ -10,10 +10,6 @@ namespace {  // what is handed to Parallel must be no symbol that ISA levels cou
 
 inline constexpr int64_t kDepthBlock = 256;  // k packed at a time by a Gram: panels stay in L2
 
-const Parallel kSerial{1, [](int64_t count, void (*body)(int64_t, void*), void* context) {
-                         for (int64_t i = 0; i < count; ++i) body(i, context);
-                       }};
-
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Elements of E that a panel or a strip of `depth` k holds of each lane.

@@ -175,6 +175,12 @@ void prefetch(const Matrix<T>& x) {
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(data + i, 0, 2);
 }
 
+// What rounding took of N row means, behind them as State has it; none of none.
+template <class Acc>
+const Acc* rests_of(const Acc* mean, int64_t rows) {
+  return mean ? mean + rows : nullptr;
+}
+
 // Row means, 2N numbers as of State, and 1/n of the forms that need them before their product;
 // returns N_live.
 template <class T>

@@ -25,10 +25,7 @@ namespace {
 void run_parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
   const int64_t threads =
       std::min<int64_t>(count, static_cast<int64_t>(torch::stable::get_num_threads()));
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) body(i, context);
-    return;
-  }
+  if (threads <= 1) return Parallel::serial().run(count, body, context);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < count; i = next++) body(i, context);
@@ -121,7 +118,8 @@ Axes::Dimensions columns_of(const Tensor& x, bool batched) {
   return columns;
 }
 
-Matrices matrices_of(const Tensor& x, bool batched, std::size_t layers, Axes& axes) {
+// But for the scale.
+Matrices matrices_of(const Tensor& x, bool batched, Axes& axes) {
   STD_TORCH_CHECK(x.dim() >= (batched ? 2 : 1), "xs: expected (B, N, *) or (N, *)");
   Matrices m{};
   const int64_t row = batched ? 1 : 0;
@@ -135,7 +133,6 @@ Matrices matrices_of(const Tensor& x, bool batched, std::size_t layers, Axes& ax
   m.batch_axis = batched ? axes.of(x, {0}) : Axis{0, nullptr};
   m.row_axis = axes.of(x, {row});
   m.column_axis = axes.of(x, columns_of(x, batched));
-  m.scale = scale_of(layers, m.batch, m.rows);
   return m;
 }
 
@@ -213,9 +210,10 @@ std::tuple<Tensor, std::vector<Tensor>> pairwise_forward(const std::vector<Tenso
   States states(settings);
   ScalarType loss_type = ScalarType::Float;
   for (const Tensor& x : xs) {
-    layers.push_back(matrices_of(x, batched, xs.size(), axes));
-    states.add(layers.back());
-    if (layers.back().dtype == DType::kFloat64) loss_type = ScalarType::Double;
+    Matrices& m = layers.emplace_back(matrices_of(x, batched, axes));
+    m.scale = scale_of(xs.size(), m.batch, m.rows);
+    states.add(m);
+    if (m.dtype == DType::kFloat64) loss_type = ScalarType::Double;
   }
   std::vector<Tensor> state;
   if (keep) {
@@ -238,7 +236,8 @@ std::vector<Tensor> pairwise_backward(const Tensor& grad, const std::vector<Tens
   std::vector<Tensor> gradients;
   gradients.reserve(xs.size());
   for (const Tensor& x : xs) {
-    Matrices& m = layers.emplace_back(matrices_of(x, batched, xs.size(), axes));
+    Matrices& m = layers.emplace_back(matrices_of(x, batched, axes));
+    m.scale = scale_of(xs.size(), m.batch, m.rows);
     states.add(m);
     const Tensor& dx = gradients.emplace_back(allocate_like(x));
     m.dx = advised(dx);
@@ -315,7 +314,7 @@ std::vector<Representation> representations_of(const std::vector<Tensor>& xs, co
   std::vector<Representation> all;
   for (std::size_t i = 0; i < xs.size(); ++i) {
     Representation s{};
-    s.x = matrices_of(xs[i], false, xs.size(), axes);
+    s.x = matrices_of(xs[i], false, axes);
     STD_TORCH_CHECK(s.x.rows == xs[0].size(0) && accumulation_type(xs[i]) == grams.scalar_type(),
                     "xs: expected as many samples in each, and all float64 or none");
     const auto offset = static_cast<int64_t>(i) * s.x.rows * s.x.rows;
@@ -339,7 +338,7 @@ std::tuple<Tensor, std::vector<Tensor>> gram_forward(const std::vector<Tensor>& 
   std::vector<Representation> all = representations_of(xs, grams, axes);
   std::vector<Tensor> means;
   for (std::size_t i = 0; i < xs.size(); ++i) {
-    all[i].scale = scale[i];
+    all[i].x.scale = scale[i];
     all[i].mean = means.emplace_back(allocate({all[i].x.columns}, dtype, xs[0])).mutable_data_ptr();
   }
   imcl::gram_forward(*chosen_kernels().dependence, all, parallel());

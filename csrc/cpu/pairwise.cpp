@@ -29,9 +29,7 @@ struct Task {
 template <class Body>
 void schedule(const std::vector<Matrices>& layers, Penalty penalty, const Parallel& parallel,
               const Body& body) {
-  const Parallel serial{1, [](int64_t count, void (*body)(int64_t, void*), void* context) {
-                          for (int64_t i = 0; i < count; ++i) body(i, context);
-                        }};
+  const Parallel serial = Parallel::serial();
   std::vector<Task> tasks;
   for (const Matrices& m : layers) {
     const double each = cost(m, penalty);

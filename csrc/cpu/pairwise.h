@@ -18,7 +18,7 @@ struct Matrices {
   void* dx;  // backward only, as are its axes
   Axis dx_batch_axis, dx_row_axis, dx_column_axis;
   void* state;   // (batch, state_size()) in the accumulation type; may be null in forward
-  double scale;  // 1 / (layers * batch * rows * (rows - 1))
+  double scale;  // of the penalty's terms: scale_of() of ../tensors.h; or of a Gram
 };
 
 // Whether the primal form makes A again in the backward, tile by tile, instead of keeping it: where

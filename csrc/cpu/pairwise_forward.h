@@ -97,11 +97,12 @@ void gram_in_halves(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* g, int64
   const int64_t first = divide_up(x.columns, 2 * kWhole) * kWhole;
   const auto make = [&](int64_t half, const Parallel& inner) {
     const Matrix<T> part = columns_of(x, half * first, half == 0 ? first : x.columns - first);
-    const Source<T> source{part.x, part.row, part.column, mean, nullptr, nullptr, x.rows};
+    const Source<T> source{part.x,  part.row, part.column,           mean,
+                           nullptr, nullptr,  rests_of(mean, x.rows)};
     gram<E>(source, x.rows, part.columns, halves[half], padded, inner);
   };
   if (parallel.threads == 2) {
-    parallel(2, [&](int64_t half) { make(half, kSerial); });
+    parallel(2, [&](int64_t half) { make(half, Parallel::serial()); });
   } else {
     for (int64_t half = 0; half < 2; ++half) make(half, parallel);
   }
@@ -129,7 +130,7 @@ double forward_primal(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseS
   if (in_halves(n, x.columns)) {
     gram_in_halves<E>(x, mean, g, padded, parallel);
   } else {
-    const Source<T> source{x.x, x.row, x.column, mean, nullptr, nullptr, n};
+    const Source<T> source{x.x, x.row, x.column, mean, nullptr, nullptr, rests_of(mean, n)};
     gram<E>(source, n, x.columns, g, padded, parallel);
   }
 
@@ -161,7 +162,7 @@ double forward_dual(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseSet
   const int64_t live = row_norms(x, settings, mean, inverse);
   Acc* m = scratch.get<Acc>(padded * padded);
   const Acc* means = settings.center ? mean : nullptr;
-  const Source<T> source{x.x, x.column, x.row, nullptr, means, inverse, n};
+  const Source<T> source{x.x, x.column, x.row, nullptr, means, inverse, rests_of(means, n)};
   gram<Acc>(source, d, n, m, padded, parallel);
   double sum = 0;
   for (int64_t i = 0; i < d; ++i) {
@@ -188,7 +189,7 @@ double forward_signed(const Matrix<T>& x, State<AccOf<T>> state, const PairwiseS
   Acc* inverse = state.core ? state.inverse_norm : scratch.get<Acc>(n);
   const int64_t live = row_norms(x, settings, mean, inverse);
   const Acc* means = settings.center ? mean : nullptr;
-  const Source<T> source{x.x, x.column, x.row, nullptr, means, inverse, n};
+  const Source<T> source{x.x, x.column, x.row, nullptr, means, inverse, rests_of(means, n)};
   const int64_t panels = divide_up(d, panel);
   double* squares = scratch.get<double>(panels);
   parallel(panels, [&](int64_t p) {

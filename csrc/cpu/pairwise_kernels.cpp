@@ -45,8 +45,10 @@ void backward_matrix(const Matrices& m, int64_t index, const PairwiseSettings& s
   prefetch(matrix);
 
   Backward<E, T> work{};
-  work.x = primal ? Source<T>{x, m.column_axis, m.row_axis, nullptr, mean, nullptr, m.rows}
-                  : Source<T>{x, m.row_axis, m.column_axis, mean, nullptr, nullptr, m.rows};
+  work.x =
+      primal
+          ? Source<T>{x, m.column_axis, m.row_axis, nullptr, mean, nullptr, rests_of(mean, m.rows)}
+          : Source<T>{x, m.row_axis, m.column_axis, mean, nullptr, nullptr, rests_of(mean, m.rows)};
   work.dx = dx;
   work.dx_free = primal ? m.dx_column_axis : m.dx_row_axis;
   work.dx_k = primal ? m.dx_row_axis : m.dx_column_axis;
@@ -112,13 +114,9 @@ auto with_types(const Matrices& m, const PairwiseSettings& settings, const Run& 
     if (m.dtype == DType::kFloat32 && settings.precision == Precision::kMedium)
       return run(Pair{}, static_cast<float*>(nullptr));
   }
-  float* element = nullptr;
-  switch (m.dtype) {
-    case DType::kFloat64: return run(static_cast<double*>(nullptr), static_cast<double*>(nullptr));
-    case DType::kBFloat16: return run(element, static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16: return run(element, static_cast<Float16*>(nullptr));
-    default: return run(element, static_cast<float*>(nullptr));
-  }
+  return with_type(m.dtype, [&](auto* x) {
+    return run(static_cast<AccOf<std::remove_pointer_t<decltype(x)>>*>(nullptr), x);
+  });
 }
 
 double forward(const Matrices& m, int64_t index, const PairwiseSettings& settings,

@@ -29,7 +29,7 @@ class Tiles {
         depth_(divide_up(x.columns, kStrip<Acc>) * kStrip<Acc>),
         inverse_(inverse),
         packed_(scratch.get<Acc>(panels_ * depth_ * panel)) {
-    const Source<T> source{x.x, x.row, x.column, mean, nullptr, nullptr, rows_};
+    const Source<T> source{x.x, x.row, x.column, mean, nullptr, nullptr, rests_of(mean, rows_)};
     parallel(panels_, [&](int64_t p) {
       Acc* out = packed_ + p * depth_ * panel;
       pack_panel(source, p * panel, std::min(panel, rows_ - p * panel), 0, columns_, out);

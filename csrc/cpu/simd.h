@@ -270,7 +270,7 @@ IMCL_INLINE void store_acc(Float16* p, Vec<float> v) {
 #endif
 }
 
-// x[i], i < n (a multiple of nothing), to and from memory of any stride.
+// x[i], i < n, to memory of any stride.
 template <class T>
 IMCL_INLINE void store_strided(T* p, int64_t stride, const AccOf<T>* x, int64_t n) {
   constexpr int lanes = kLanes<AccOf<T>>;

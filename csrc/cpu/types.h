@@ -24,10 +24,28 @@ struct Axis {
   IMCL_INLINE bool is_unit() const { return table == nullptr && stride == 1; }
 };
 
+// Calls run with a null pointer of the elements' type.
+template <class Run>
+IMCL_INLINE auto with_type(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::kFloat64: return run(static_cast<double*>(nullptr));
+    case DType::kBFloat16: return run(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16: return run(static_cast<Float16*>(nullptr));
+    default: return run(static_cast<float*>(nullptr));
+  }
+}
+
 // Runs body(i) for every i in [0, count), on any threads, in any order.
 struct Parallel {
   int threads;
   void (*run)(int64_t count, void (*body)(int64_t i, void* context), void* context);
+
+  // On the calling thread only, in order.
+  static IMCL_INLINE Parallel serial() {
+    return {1, [](int64_t count, void (*body)(int64_t, void*), void* context) {
+              for (int64_t i = 0; i < count; ++i) body(i, context);
+            }};
+  }
 
   template <class Body>
   IMCL_INLINE void operator()(int64_t count, const Body& body) const {

@@ -223,12 +223,9 @@ ConsistencyArguments consistency_arguments(const Consistency& problem, Reduction
 }
 
 ConsistencyPlan consistency_plan(DType dtype, ConsistencyArguments& arguments, int processors) {
-  switch (dtype) {
-    case DType::kFloat64: return plan_of<double>(arguments, processors);
-    case DType::kBFloat16: return plan_of<__nv_bfloat16>(arguments, processors);
-    case DType::kFloat16: return plan_of<__half>(arguments, processors);
-    default: return plan_of<float>(arguments, processors);
-  }
+  return with_type(dtype, [&](auto* z) {
+    return plan_of<std::remove_pointer_t<decltype(z)>>(arguments, processors);
+  });
 }
 
 }  // namespace imcl
@@ -237,10 +234,7 @@ extern "C" cudaError_t imcl_cuda_consistency(imcl::DType dtype,
                                              const imcl::ConsistencyArguments* arguments,
                                              const imcl::ConsistencyPlan* plan,
                                              cudaStream_t stream) {
-  switch (dtype) {
-    case imcl::DType::kFloat64: return imcl::launch<double>(*arguments, *plan, stream);
-    case imcl::DType::kBFloat16: return imcl::launch<__nv_bfloat16>(*arguments, *plan, stream);
-    case imcl::DType::kFloat16: return imcl::launch<__half>(*arguments, *plan, stream);
-    default: return imcl::launch<float>(*arguments, *plan, stream);
-  }
+  return imcl::with_type(dtype, [&](auto* z) {
+    return imcl::launch<std::remove_pointer_t<decltype(z)>>(*arguments, *plan, stream);
+  });
 }

@@ -11,98 +11,11 @@
 
 #include "consistency.h"
 #include "consistency_divergences.h"
+#include "consistency_state.h"
 #include "numbers.h"
 #include "reduction.h"
 
 namespace imcl {
-
-constexpr int kValues = 5;  // sums of a head that are reduced together
-
-// Logits beyond this are extreme: they may be masked, overflow when they are summed, or drown
-// the other heads in a sum, so that these can't be had back by subtraction.
-constexpr int kModerate = 1024;
-
-// The factor of all of a sample's loss; 0 if it doesn't count.
-template <class A>
-__device__ __forceinline__ A share_of(const ConsistencyArguments& in, int64_t sample) {
-  const Labels& labels = in.labels;
-  if (labels.target &&
-      labels.target[in.samples.offset(sample, labels.target_sample)] == labels.ignore_index)
-    return 0;
-  if (!labels.sample_weight) return 1;
-  return static_cast<const A*>(
-      labels.sample_weight)[in.samples.offset(sample, labels.weight_sample)];
-}
-
-template <class A>
-__device__ __forceinline__ A class_weight(const Labels& labels, int64_t k) {
-  return labels.weight ? static_cast<const A*>(labels.weight)[k * labels.weight_stride] : A(1);
-}
-
-// The weight of a sample's label in the mean of the cross entropies.
-template <class A>
-__device__ __forceinline__ A label_weight(const ConsistencyArguments& in, int64_t sample) {
-  const Labels& labels = in.labels;
-  if (!labels.target || !labels.weight) return 1;
-  const int64_t y = labels.target[in.samples.offset(sample, labels.target_sample)];
-  return y < 0 || y >= in.classes ? A(0) : class_weight<A>(labels, y);
-}
-
-// What is known of one head, in shared memory.
-template <class A>
-struct HeadState {
-  A max, max_shift;              // of z; and by how much the last chunk raised it, as old - new
-  A teacher_max, teacher_shift;  // of t
-  A plain, tempered;             // sums of exp(z - max) and exp((z - max) / T)
-  A label_logit;                 // sum of z / K, or of y z of soft labels; KL(y || m) of a mixture
-  A teacher;                     // sum of exp(t - teacher_max)
-  // Sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T); of another divergence than
-  // KL, of what Parts call the head.
-  A cross;
-  A log_tempered, log_teacher;
-  A inverse_plain, inverse_tempered, inverse_teacher;
-  A kl;      // the divergence, without T^2
-  A toward;  // sum of p (W log p - V), or of what Parts call the teacher
-  A value;   // this sample's part of the loss, without scale
-};
-
-// Bytes of a team's working memory, which lies in the order of these, each a multiple of 16.
-template <class T>
-struct Layout {
-  std::size_t terms, states, buffer, sums, logits;
-
-  __host__ __device__ Layout(int heads, int largest, int threads, int packs) {
-    const auto round = [](std::size_t bytes) { return (bytes + 15) / 16 * 16; };
-    const std::size_t warps = static_cast<std::size_t>(threads) / 32;
-    const std::size_t all = static_cast<std::size_t>(threads) * static_cast<std::size_t>(packs);
-    const auto n = static_cast<std::size_t>(largest);
-    terms = round(sizeof(double) * 2 * static_cast<std::size_t>(heads));
-    states = round(sizeof(HeadState<Acc<T>>) * n);
-    buffer = round(sizeof(Acc<T>) * kValues * n * warps);
-    sums = sizeof(Acc<T>) * Pack<T>::kSize * all * (n > 1 ? 3 : 0);
-    logits = sizeof(Pack<T>) * all * n;
-  }
-  __host__ __device__ std::size_t bytes() const { return terms + states + buffer + sums + logits; }
-};
-
-// The threads that share a sample: a warp of a block, or all of it.
-struct Team {
-  bool warp;
-  int size, rank, index, count;  // index and count: of the teams of this block
-
-  __device__ explicit Team(bool warp)
-      : warp(warp),
-        size(warp ? warpSize : static_cast<int>(blockDim.x)),
-        rank(static_cast<int>(threadIdx.x) % size),
-        index(static_cast<int>(threadIdx.x) / size),
-        count(static_cast<int>(blockDim.x) / size) {}
-
-  __device__ int warps() const { return size / warpSize; }
-  __device__ void sync() const {
-    if (warp) __syncwarp();
-    else __syncthreads();
-  }
-};
 
 // What is not kGeneral has KL and softmax, labels that are no sums, and samples of one axis.
 template <class T, bool kGeneral>
@@ -390,13 +303,13 @@ class Work {
       HeadState<A>& state = states_[h];
       state.max = shift_of(state.max);
       state.teacher_max = shift_of(state.teacher_max);
-      state.log_tempered = log(state.tempered);
-      state.log_teacher = log(state.teacher);
+      state.log_tempered = log_of(state.tempered);
+      state.log_teacher = log_of(state.teacher);
       state.inverse_plain = 1 / state.plain;
       state.inverse_tempered = 1 / state.tempered;
       state.inverse_teacher = 1 / state.teacher;
       if (taught(h) && !other())
-        state.kl = state.cross * state.inverse_teacher - state.log_teacher + state.log_tempered;
+        state.kl = state.gap * state.inverse_teacher - state.log_teacher + state.log_tempered;
     }
     team_.sync();
   }
@@ -464,7 +377,7 @@ class Work {
       if (smoothed) put(h * kValues + 2, warp_sum(label_logit));
       if (!taught(h)) continue;
       const A t_max = teacher_max(h);
-      A teacher = 0, cross = 0;
+      A teacher = 0, gap = 0;
       each_slice([&](const Slice& slice) {
         const Values z = z_of(h, slice);
         Values t = teacher_logits(
@@ -476,10 +389,10 @@ class Work {
           t.at[i] = times(q.at[i], t.at[i] - (z.at[i] - max) * inverse_t_);
         });
         add(teacher, q, slice);
-        if (!other()) add(cross, t, slice);
+        if (!other()) add(gap, t, slice);
       });
       put(h * kValues + 3, warp_sum(teacher));
-      put(h * kValues + 4, warp_sum(cross));
+      put(h * kValues + 4, warp_sum(gap));
     }
     team_.sync();
     for (int h = rank_; h < n_; h += size_) {
@@ -493,8 +406,8 @@ class Work {
         // The exponents of what was summed so far were relative to lower maxima. Of another
         // divergence nothing was: its own sum comes later.
         if (!other())
-          state.cross = times(factor, state.cross + state.teacher * (t_shift - tempered_shift)) +
-                        get_sum(h * kValues + 4);
+          state.gap = times(factor, state.gap + state.teacher * (t_shift - tempered_shift)) +
+                      get_sum(h * kValues + 4);
         state.teacher = factor * state.teacher + get_sum(h * kValues + 3);
       }
     }
@@ -573,12 +486,12 @@ class Work {
       } else if (mixture()) {
         ce = state.label_logit;
       } else if (soft()) {
-        ce = label_size_ * log(state.plain) - (state.label_logit - label_size_ * state.max);
+        ce = label_size_ * log_of(state.plain) - (state.label_logit - label_size_ * state.max);
       } else if (in_.labels.target) {
         const Head& from = head(h);
         const auto smoothing = static_cast<A>(in_.labels.smoothing);
         const T* row = static_cast<const T*>(from.z) + offset(sample_, from.z_sample);
-        const A log_sum = log(state.plain), z = to_acc(masked(row[label_ * from.z_class]));
+        const A log_sum = log_of(state.plain), z = to_acc(masked(row[label_ * from.z_class]));
         ce = (1 - smoothing) * (log_sum - (z - state.max));
         if (smoothing > 0) ce += smoothing * (log_sum - (state.label_logit - state.max));
         ce = times(label_size_, ce);
@@ -755,7 +668,7 @@ class Work {
         if (!learns(h)) continue;
         HeadState<A>& state = states_[h];
         state.kl += get_sum(h * kValues);
-        state.cross += get_sum(h * kValues + 1);
+        state.gap += get_sum(h * kValues + 1);
         state.toward += get_sum(h * kValues + 2);
         if (mixture()) state.label_logit += get_sum(kValues - 1);
       }
@@ -793,7 +706,7 @@ class Work {
           const Other of = of_head(h, slice, common);
           const A weight = scale * kl_weight(h);
           each([&](int i) {
-            dz.at[i] += pull(weight, of.head.at[i], of.p.at[i], state.cross);
+            dz.at[i] += pull(weight, of.head.at[i], of.p.at[i], state.gap);
             if (!passes) return;
             if (pairwise()) dz.at[i] += pull(scale, of.teacher.at[i], of.p.at[i], state.toward);
             else if (teacher_ == Teacher::kOthers)

@@ -89,11 +89,11 @@ IMCL_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 // A float32 as the sum of two Tf32: 22 bits of it count, where one has 11. The first is what comes
 // without its last bits, which takes a third of the instructions of rounding it; a product leaves
 // out the last 13 bits of the second, which is rounded by that.
-struct Parts {
+struct Tf32Sum {
   uint32_t high, low;
 };
 
-IMCL_DEVICE Parts parts_of(float x) {
+IMCL_DEVICE Tf32Sum tf32_sum_of(float x) {
   const uint32_t high = bits_of<uint32_t>(x) & ~uint32_t{0x1fff};
   return {high, bits_of<uint32_t>(x - Tf32::decode(high)) + 0x1000};
 }
@@ -101,7 +101,7 @@ IMCL_DEVICE Parts parts_of(float x) {
 // It leaves out the product of what the first Tf32 of a and of b leave; and of b, where that is
 // exact, what the first one leaves, which is nothing.
 template <bool kExact>
-IMCL_DEVICE void multiply(float (&d)[4], const Parts (&a)[4], const Parts (&b)[2]) {
+IMCL_DEVICE void multiply(float (&d)[4], const Tf32Sum (&a)[4], const Tf32Sum (&b)[2]) {
   const uint32_t high_a[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
   const uint32_t high_b[2] = {b[0].high, b[1].high};
   mma<Tf32>(d, {a[0].low, a[1].low, a[2].low, a[3].low}, high_b);
@@ -113,11 +113,11 @@ IMCL_DEVICE void multiply(float (&d)[4], const Parts (&a)[4], const Parts (&b)[2
 template <class Operand>
 IMCL_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<Operand, SplitTf32>) {
-    Parts parts_a[4], parts_b[2];
+    Tf32Sum parts_a[4], parts_b[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) parts_a[i] = parts_of(Tf32::decode(a[i]));
+    for (int i = 0; i < 4; ++i) parts_a[i] = tf32_sum_of(Tf32::decode(a[i]));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) parts_b[i] = parts_of(Tf32::decode(b[i]));
+    for (int i = 0; i < 2; ++i) parts_b[i] = tf32_sum_of(Tf32::decode(b[i]));
     multiply<false>(d, parts_a, parts_b);
   } else {
     mma<Operand>(d, a, b);

@@ -168,16 +168,16 @@ IMCL_DEVICE void add_segment(Product& product, const SegmentRows<T>& rows, int l
       const auto unit = [&](int side, int i, int k) {
         return scale.unit(k, decoded(x[side][i], e + k));
       };
-      Parts a[kGroups][2], b[kGroups][2];
+      Tf32Sum a[kGroups][2], b[kGroups][2];
 #pragma unroll
       for (int i = 0; i < kGroups; ++i)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           if constexpr (kCenter) {
-            a[i][k] = b[i][k] = parts_of(unit(0, i, k));
-            if (!same) b[i][k] = parts_of(unit(1, i, k));
+            a[i][k] = b[i][k] = tf32_sum_of(unit(0, i, k));
+            if (!same) b[i][k] = tf32_sum_of(unit(1, i, k));
           } else {
-            a[i][k] = parts_of(unit(0, i, k) * scale.inverse[k]);
+            a[i][k] = tf32_sum_of(unit(0, i, k) * scale.inverse[k]);
             b[i][k] = {bits_of<uint32_t>(decoded(x[1][i], e + k)), 0};
           }
         }

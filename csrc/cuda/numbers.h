@@ -5,9 +5,21 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../problem.h"
 #include "launch.h"
 
 namespace imcl {
+
+// Calls run with a null pointer of the elements' type.
+template <class Run>
+auto with_type(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::kFloat64: return run(static_cast<double*>(nullptr));
+    case DType::kBFloat16: return run(static_cast<__nv_bfloat16*>(nullptr));
+    case DType::kFloat16: return run(static_cast<__half*>(nullptr));
+    default: return run(static_cast<float*>(nullptr));
+  }
+}
 
 template <class T>
 struct Accumulated {

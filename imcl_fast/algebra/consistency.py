@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dense
+from ..dtypes import accumulation, kept
 from . import divergences
 from .divergences import KL, MIXTURE, pull
 from .divergences import times as _times
@@ -46,7 +47,7 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss () or of the samples' sizes, terms (2, H), and with ``keep`` the gradient of every
-    stack of logits, in their ``kept_dtype``.
+    stack of logits, in what ``dtypes.kept`` says.
 
     Binary logits have one class: that of a second is 0. Of a mixture, whose temperature is 1,
     ``beta`` is the label's part and the heads' are in proportion to their ``kl_weight``; the terms
@@ -251,20 +252,14 @@ def _stack(logits: Sequence[Tensor], binary: bool) -> Tensor:
     z = torch.cat([stack if stack.dim() > 2 else stack.unsqueeze(0) for stack in logits])
     z = z.flatten(1, -2)
     masked = z <= torch.finfo(z.dtype).min
-    z = z if z.dtype == torch.float64 else z.float()
+    z = z.to(accumulation(z.dtype))
     z = torch.where(masked, -math.inf, z)
     return torch.cat([z, torch.zeros_like(z)], -1) if binary else z
-
-
-def kept_dtype(logits: torch.dtype) -> torch.dtype:
-    """What a gradient of logits is kept in until its factor is known: their own, but that of
-    float16 would underflow where a scaled loss is all that keeps it from doing so."""
-    return torch.float32 if logits == torch.float16 else logits
 
 
 def _unstack(dz: Tensor, logits: Sequence[Tensor]) -> list[Tensor]:
     sizes = [len(stack) if stack.dim() > 2 else 1 for stack in logits]
     return [
-        torch.empty_like(stack, dtype=kept_dtype(stack.dtype)).copy_(part.reshape(stack.shape))
+        torch.empty_like(stack, dtype=kept(stack.dtype)).copy_(part.reshape(stack.shape))
         for part, stack in zip(dz.split(sizes), logits, strict=True)
     ]

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import accumulation
+
 LINEAR, GAUSSIAN = range(2)
 BIASED, UNBIASED = range(2)
 
@@ -57,7 +59,7 @@ def products(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[T
 def _rows(x: Tensor) -> Tensor:
     """(B, D) in the accumulation dtype."""
     rows = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
-    return rows if rows.dtype == torch.float64 else rows.float()
+    return rows.to(accumulation(rows.dtype))
 
 
 def kernels(grams: Tensor, kernel: int, median: bool) -> Tensor:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import accumulation
 from ..reference import CENTRED_DEAD_RATIO, as_matrices
 
 SQUARE, ABS, SIGNED = range(3)
@@ -117,7 +118,7 @@ def backward(
 def _rows(x: Tensor, center: bool, batched: bool) -> Tensor:
     """Rows [B, N, D] in the accumulation dtype, centred if asked."""
     rows = as_matrices(x, batched)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = rows.to(accumulation(rows.dtype))
     return rows - rows.mean(dim=-1, keepdim=True) if center else rows
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import data, models, validation
+from ..calls import PENALTIES, TEACHERS
 from ..data import noise
 from ..data.quality import Quality
 from ..dependence import KERNELS
-from ..functional import PENALTIES, TEACHERS
 from ..implementations import IMPLEMENTATIONS
 from ..objectives import METHODS, OF_QUALITIES, WAYS, WITH_WAYS
 from ..quality_agnostic import REDUCTIONS
