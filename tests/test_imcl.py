@@ -1316,6 +1316,20 @@ def test_weights_of_a_functional_call_are_not_kept(batch, grad):
     torch.save(copy.deepcopy(imcl), io.BytesIO())
 
 
+def test_a_copy_in_the_middle_of_a_step_has_none_under_way(batch):
+    x, y = batch
+    imcl, file = build(FlatCNN(norm=nn.Identity), x, impl="auto"), io.BytesIO()
+    with imcl.watch() as ways:
+        imcl.model(x)
+        copied, alone = copy.deepcopy(imcl), copy.deepcopy(imcl.model)
+        torch.save(imcl, file)
+    file.seek(0)
+    for each in (copied, torch.load(file, weights_only=False), imcl):
+        each(x, y).loss.backward()
+    torch.testing.assert_close(alone(x), imcl.model(x))
+    ways.loss(y).backward()
+
+
 def test_a_functional_call_is_watched_with_its_own_weights(batch):
     """Also by way 4, whose weights are compared before the network runs."""
     x, _ = batch
