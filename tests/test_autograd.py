@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bounds import unit
 from conftest import Impl, assert_same_bits, bits, dtype_name, leaf
 from strategies import PENALTIES, TEACHERS, Matrices, lay_out
 from torch import Tensor
@@ -182,7 +183,12 @@ def test_only_the_gradients_needed(impl: Impl, kind: str, name: str) -> None:
         some = [x if needed >> i & 1 else x.detach() for i, x in enumerate(xs)]
         wanted = [x for x in some if x.requires_grad]
         got = torch.autograd.grad(function(some).sum(), wanted)
-        assert_same_bits(got, [g for i, g in enumerate(every) if needed >> i & 1])
+        expected = [g for i, g in enumerate(every) if needed >> i & 1]
+        if kind == "consistency" or needed == 7:
+            assert_same_bits(got, expected)
+        else:  # in a call of their own, whose mean is rounded by itself
+            for g, e in zip(got, expected, strict=True):
+                assert (g.double() - e.double()).norm() <= 8 * unit(e.dtype) * e.double().norm()
         for x in xs:
             x.grad = None
         function(some).sum().backward()

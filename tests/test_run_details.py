@@ -131,19 +131,19 @@ def test_a_row_of_steps_has_the_rate_it_was_taken_with(digits, tmp_path):
 
 
 def test_loss_is_the_mean_over_the_qualities_and_the_last_epochs_accuracies_are_summed_up(digits):
-    def fit(*names):
-        trainer = Trainer(
-            config(ways=(), qualities=names, epochs=3, lr=0.9), data_set=digits, observer=QUIET
-        )
+    def fit(seed, *names):
+        settings = config(ways=(), qualities=names, epochs=3, lr=0.9, seed=seed)
+        trainer = Trainer(settings, data_set=digits, observer=QUIET)
         return trainer.fit(), trainer.rows
 
-    summary, rows = fit("raw", "noise1")
-    losses = [fit(name)[1][-1]["test_loss"] for name in ("raw", "noise1")]
+    # One whose last epoch isn't the best; which one that is depends on the machine's rounding.
+    found = ((seed, *fit(seed, "raw", "noise1")) for seed in range(20))
+    seed, summary, rows = next(each for each in found if each[1]["best_epoch"] != 3)
+    losses = [fit(seed, name)[1][-1]["test_loss"] for name in ("raw", "noise1")]
     assert rows[-1]["test_loss"] == pytest.approx(sum(losses) / 2)
     assert summary["last_test_accuracy_at"] == {
         n: rows[-1][f"test_accuracy_{n}"] for n in ("raw", "noise1")
     }
-    assert summary["best_epoch"] != 3
 
 
 def test_the_summary_is_of_all_epochs(digits):
