@@ -297,7 +297,7 @@ def _sample_kernel(x: Tensor, kernel: str, bandwidth: float | None) -> Tensor:
     norms = gram.diagonal()
     squared = norms.unsqueeze(1) + norms.unsqueeze(0) - 2 * gram
     if bandwidth is not None:
-        return (-squared / (2 * bandwidth**2 * rows.shape[1])).exp()
+        return (-squared / (2 * bandwidth**2 * max(rows.shape[1], 1))).exp()
     i, j = torch.triu_indices(len(rows), len(rows), 1, device=x.device)
     median = squared.detach()[i, j].median()
     return (-squared / (2 * median.masked_fill(median == 0, 1))).exp()

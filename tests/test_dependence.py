@@ -354,6 +354,17 @@ def test_constant_features_depend_on_nothing(impl: Impl, options: dict) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=option_name)
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_representations_without_features_depend_on_nothing(
+    impl: Impl, options: dict, name: str
+) -> None:
+    x = leaf(torch.randn(8, 3, device=impl.device))
+    none = leaf(torch.empty(8, 0, device=impl.device))
+    loss = F.dependence(x, none, impl=name if name == "reference" else impl.name, **options)
+    assert loss.item() == 0 and not torch.autograd.grad(loss, x)[0].any()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=option_name)
 @pytest.mark.parametrize("value", [0.0, 0.1, 1000.7])
 def test_constant_features_depend_on_nothing_in_any_batch(
     impl: Impl, options: dict, value: float
