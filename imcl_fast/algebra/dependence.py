@@ -28,16 +28,14 @@ BIASED, UNBIASED = range(2)
 
 def gram_forward(xs: Sequence[Tensor], scale: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
     """scale X_c X_c^T of every x (B, *) as (n, B, B), and the means (D,)."""
-    grams, of_rows = [], means(xs)
-    for x, factor, mean in zip(xs, scale, of_rows, strict=True):
-        centred = _rows(x) - mean
+    grams, means = [], []
+    for x, factor in zip(xs, scale, strict=True):
+        rows = _rows(x)
+        mean = rows.mean(0)
+        centred = rows - mean
         grams.append(factor * (centred @ centred.T))
-    return torch.stack(grams), of_rows
-
-
-def means(xs: Sequence[Tensor]) -> list[Tensor]:
-    """The mean over the samples of every x (B, *), each (D,)."""
-    return [_rows(x).mean(0) for x in xs]
+        means.append(mean)
+    return torch.stack(grams), means
 
 
 def gram_backward(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[Tensor]:
@@ -54,6 +52,11 @@ def products(s: Tensor, xs: Sequence[Tensor], means: Sequence[Tensor]) -> list[T
         (each @ (_rows(x) - mean)).to(x.dtype).reshape(x.shape)
         for each, x, mean in zip(s, xs, means, strict=True)
     ]
+
+
+def means(xs: Sequence[Tensor]) -> list[Tensor]:
+    """Those of ``gram_forward``, for whoever has none."""
+    return [_rows(x).mean(0) for x in xs]
 
 
 def _rows(x: Tensor) -> Tensor:
