@@ -128,8 +128,9 @@ def consistency(
     # Autograd would multiply whatever they hold by 0.
     heads = [z.masked_fill(~counted.unsqueeze(-1), 0) for z in heads]
     if labels is not None:
+        nothing = (labels == 0).flatten(1).all(-1, keepdim=True)
         for h, z in enumerate(heads):
-            log_p = _log_probs(z, sigmoid).masked_fill(labels == 0, 0)
+            log_p = _log_probs(z.masked_fill(nothing, 0), sigmoid).masked_fill(labels == 0, 0)
             ce_terms[h] = -(labels * log_p).flatten(1).sum(-1)
 
     first = 0

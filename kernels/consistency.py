@@ -55,6 +55,8 @@ def forward(
     completely, in what ``dtypes.kept`` says: one (H, *samples, K) if all logits are contiguous,
     else one like each stack of logits."""
     device = logits[0].device
+    # A head alone has no teacher.
+    temperature = [t if size > 1 else 1.0 for t, size in zip(temperature, groups, strict=True)]
     given = [x for x in (target, weight, sample_weight) if x is not None]
     options = _Options(
         tuple(groups), tuple(teacher), tuple(detach), tuple(divergence),
@@ -75,7 +77,7 @@ def forward(
 
     numbers = (*ce_weight, *kl_weight, *temperature, label_smoothing)
     if call.other:
-        numbers += tuple(beta)
+        numbers += (*beta, *(1 - b for b in beta))
     numbers = tuple(map(float, numbers))
     rests = _rests(numbers) if loss.dtype == torch.float64 else ()
     of_target, of_classes, of_weight, of_samples = call.label_strides

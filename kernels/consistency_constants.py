@@ -29,6 +29,7 @@ class ConsistencyConstants(Constants):
         teachers, divergences, detach: as algebra.consistency numbers them;
         powers: T, where exp(x) is that power of exp(x/T), or 0;
         plain: whether there are cross entropies;
+        summed: whether their labels are of more than one class;
         other: whether heads have a divergence that isn't KL(q || p);
         pairs: whether they have KL of pairs.
         reduction: as algebra.consistency numbers it.
@@ -59,6 +60,7 @@ class ConsistencyConstants(Constants):
     detach: Any
     powers: Any
     plain: Any
+    summed: Any
     other: Any
     pairs: Any
     reduction: Any
@@ -97,6 +99,7 @@ def constants(
     split = target == INDICES and weighted
     sums = 2 * sum(groups) + (4 if split else 2)
     soft = target == PROBABILITIES or (target == INDICES and (any(mixes) or (weighted and smooth)))
+    plain = tuple(target != NO_TARGET and not mixture for mixture in mixes)
     return ConsistencyConstants.of(
         head_count=sum(groups),
         group_count=len(groups),
@@ -104,7 +107,8 @@ def constants(
         # A mixture has no teacher: the head is all that is known of its softmaxes.
         teachers=tuple(algebra.PAIRWISE if name == MIXTURE else kind for _, kind, name in named),
         divergences=divergences,
-        plain=tuple(target != NO_TARGET and not mixture for mixture in mixes),
+        plain=plain,
+        summed=tuple(each and (soft or smooth) for each in plain),
         other=other,
         pairs=tuple(
             size > 1 and kind == algebra.PAIRWISE and not another

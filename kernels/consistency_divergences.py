@@ -32,14 +32,14 @@ _REVERSE_KL = tl.constexpr(algebra.REVERSE_KL)
 
 
 @triton.jit
-def _parts(log_q, q, log_p, p, beta, DIVERGENCE: tl.constexpr):
+def _parts(log_q, q, log_p, p, numbers, DIVERGENCE: tl.constexpr):
     """value, head and teacher [S, K] of D(q || p)."""
     if DIVERGENCE == _REVERSE_KL:
         value = times(p, log_p - log_q) * LN_2
         return value, value, -p
     else:
-        mixed = beta * q
-        own = p - beta * p
+        mixed = numbers.beta * q
+        own = numbers.rest * p
         log_m = tl.log2(mixed + own)
         head = times(own, log_p - log_m) * LN_2
         teacher = times(mixed, log_q - log_m) * LN_2
@@ -51,7 +51,7 @@ def _log_mixture(tile, numbers, states):
     """log2 m, [S, K], of a label and heads in proportion to their weights; 0 where m is, be it that
     shares of the smallest probabilities round to 0."""
     m = numbers.beta * tile.soft
-    rest = (1 - numbers.beta) / sum_of(numbers.kl)
+    rest = numbers.rest / sum_of(numbers.kl)
     for i in tl.static_range(len(tile.z)):
         log_p = log_p_of(tile.z[i], numbers.inverse_t, states[i])
         m += tl.exp2(log_p) * (numbers.kl[i] * rest)
@@ -79,10 +79,10 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
             if i != H:
                 log_q = log_p_of(tile.z[i], numbers.inverse_t, states[i])
                 q = tl.exp2(log_q)
-                of_h = _parts(log_q, q, log_p, p, numbers.beta, DIVERGENCE)
+                of_h = _parts(log_q, q, log_p, p, numbers, DIVERGENCE)
                 value += of_h[0]
                 head += of_h[1]
-                as_one = _parts(log_p, p, log_q, q, numbers.beta, DIVERGENCE)
+                as_one = _parts(log_p, p, log_q, q, numbers, DIVERGENCE)
                 teacher += times(numbers.kl[i], as_one[2])
         average: tl.constexpr = 1.0 / (N - 1)  # a variable would be float32
         return value * average, head * average, teacher * average, p, p
@@ -91,7 +91,7 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
         share = teacher_share(numbers.inverse_t, N, TEACHER)
         log_q = exponent(u, states[H].teacher_top, share) - tl.log2(states[H].teacher)[:, None]
         q = tl.exp2(log_q)
-        value, head, teacher = _parts(log_q, q, log_p, p, numbers.beta, DIVERGENCE)
+        value, head, teacher = _parts(log_q, q, log_p, p, numbers, DIVERGENCE)
         return value, head, teacher, p, q
 
 

@@ -122,21 +122,6 @@ def soft_labels(labels, sizes, samples, smoothing, k, mask, C: tl.constexpr):
 
 
 @triton.jit
-def label_size(labels, sizes, samples, smoothing, C: tl.constexpr):
-    """The sum of soft labels, or the class weight of an index, NaN of an unknown one; [S]."""
-    if C.soft:
-        size = tl.zeros(samples.index.shape, C.acc)
-        for first in range(0, C.k, C.block):
-            k = first + tl.arange(0, C.block)
-            mask = samples.counted[:, None] & (k < C.k)[None, :]
-            size += tl.sum(soft_labels(labels, sizes, samples, smoothing, k, mask, C), 1)
-        return size
-    else:
-        weight = class_weight(labels, samples.label, samples.counted)
-        return tl.where(samples.label >= 0, weight, float("nan"))
-
-
-@triton.jit
 def read_samples(labels, sizes, index, stored, ignore_index, C: tl.constexpr):
     """The weight of each sample, 0 of one that doesn't count; whether it does; its index, -1 of
     an unknown one. All [S]."""

@@ -33,7 +33,6 @@ from .consistency_divergences import (
 from .consistency_inputs import (
     across,
     class_weight,
-    label_size,
     numbers_of,
     places_of,
     read_label_logits,
@@ -141,19 +140,19 @@ def _sliced(first, logits, labels, samples, smoothing, C: tl.constexpr, G: tl.co
 
 @triton.jit
 def _read_states(
-    logits, labels, samples, smoothing, inverse_t, C: tl.constexpr, G: tl.constexpr
+    logits, labels, samples, numbers, C: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """The states of all heads of a group, after a pass over classes in chunks. Every thread sums
     over its own, for threads that add up wait for one another: so they do once."""
     rows = Samples(
         _repeated(samples.index, C), _repeated(samples.stored, C), _repeated(samples.counted, C),
-        _repeated(samples.label, C), samples.size,
+        _repeated(samples.label, C), samples.weight,
     )  # fmt: skip
-    states = initial(inverse_t, C.groups[G][1], C.samples * C.slices, C.acc)
+    states = initial(C.groups[G][1], C.samples * C.slices, C.acc)
     for first in range(0, C.k, C.block):
-        tile = _sliced(first, logits, labels, rows, smoothing, C, G)
-        states = _absorb_heads(tile, inverse_t, states, C, G)
-    return merged(states, inverse_t, C.teachers[G], C.samples, C.slices)
+        tile = _sliced(first, logits, labels, rows, numbers.smoothing, C, G)
+        states = _absorb_heads(tile, numbers, states, C, G)
+    return merged(states, numbers, C, G)
 
 
 @triton.jit
@@ -167,9 +166,9 @@ def _terms(
     ce = tl.zeros_like(pairs)
     kl = pairs
     if C.plain[G]:
-        ce = cross_entropy(z_y, state, numbers.smoothing, samples, C)
+        ce = cross_entropy(z_y, state, numbers, C)
         if C.weighted and not C.soft:
-            ce = times(samples.size, ce)
+            ce = times(samples.weight, ce)
         ce = tl.where(samples.label >= 0, ce, float("nan"))
     elif C.divergences[G] == MIXTURE:
         ce = tl.where(samples.label >= 0, z_y, float("nan"))
@@ -181,18 +180,16 @@ def _terms(
 
 
 @triton.jit
-def _absorb_heads(tile, inverse_t, states, C: tl.constexpr, G: tl.constexpr):
+def _absorb_heads(tile, numbers, states, C: tl.constexpr, G: tl.constexpr):
     """The states of all heads of a group after these classes."""
     N: tl.constexpr = C.groups[G][1]
     if N == 1 and C.divergences[G] != MIXTURE:
-        return (absorb_alone(tile, states[0], C, G),)
+        return (absorb_alone(tile, numbers, states[0], C, G),)
     else:
         risen = (states[0].top, states[0].top)
         new = ()
         for i in tl.static_range(N):
-            state, risen = absorb(
-                tile, inverse_t, states[i], (new + states)[0], risen, i, C, G
-            )
+            state, risen = absorb(tile, numbers, states[i], (new + states)[0], risen, i, C, G)
             new += (state,)
         return new
 
@@ -215,9 +212,9 @@ def _gradients_and_terms(
     for i in tl.static_range(N):
         dz = tl.zeros_like(tile.z[i])
         if N == 1:
-            state = absorb_alone(tile, states[i], C, G)
+            state = absorb_alone(tile, numbers, states[i], C, G)
         else:
-            state, risen = absorb(tile, numbers.inverse_t, states[i], first, risen, i, C, G)
+            state, risen = absorb(tile, numbers, states[i], first, risen, i, C, G)
             if i == 0:
                 first = state
             if not (TEACHER == FINAL and i == N - 1):
@@ -295,14 +292,14 @@ def _group(
     zeros = ()
     for _ in tl.static_range(N):
         zeros += (zero,)
-    states = initial(numbers.inverse_t, N, C.samples, C.acc)
+    states = initial(N, C.samples, C.acc)
     toward = zeros
     pairs = zeros
     of_label = zero
     divergences = ()
     for _ in tl.static_range(N):
         divergences += ((zero, zero, zero),)
-    smoothing, inverse_t = numbers.smoothing, numbers.inverse_t
+    smoothing = numbers.smoothing
     if C.k <= C.block:
         z_y = read_label_logits(logits, samples, C, G)
         tile = _tile(0, logits, labels, samples, smoothing, C, G)
@@ -310,7 +307,7 @@ def _group(
             return _gradients_and_terms(
                 tile, z_y, samples, numbers, states, gradients, scales, C, G
             )
-        states = _absorb_heads(tile, inverse_t, states, C, G)
+        states = _absorb_heads(tile, numbers, states, C, G)
         if OTHER:
             divergences = add_divergences(tile, numbers, states, divergences, C, G)
         if MIXED:
@@ -324,7 +321,7 @@ def _group(
                 tile, samples, numbers, states, toward, divergences, gradients, scales, C, G
             )
     else:
-        states = _read_states(logits, labels, samples, smoothing, inverse_t, C, G)
+        states = _read_states(logits, labels, samples, numbers, C, G)
         if OTHER:
             for first in range(0, C.k, C.block):
                 tile = _tile(first, logits, labels, samples, smoothing, C, G)
@@ -368,10 +365,10 @@ def consistency_kernel(
     logits, labels, ignore_index, numbers, gradients, results, batch, C: tl.constexpr
 ):  # fmt: skip
     """Numbers are ce_weight (H), kl_weight (H), T (G), label smoothing and, if a group's divergence
-    isn't KL, beta (G), and the rests of all; results the partials, a ticket, the loss and the
-    terms. Partials (2H + 2, programs): CE (H), KL (H), the loss, the weight of the samples; where
-    class weights have the cross entropies averaged otherwise, two more: the weight of their labels,
-    and their part of the loss.
+    isn't KL, beta (G) and 1 - beta (G), and the rests of all; results the partials, a ticket, the
+    loss and the terms. Partials (2H + 2, programs): CE (H), KL (H), the loss, the weight of the
+    samples; where class weights have the cross entropies averaged otherwise, two more: the weight
+    of their labels, and their part of the loss.
     """
     H: tl.constexpr = C.head_count
     GROUPS: tl.constexpr = C.group_count
@@ -381,8 +378,10 @@ def consistency_kernel(
     temperatures = numbers_of(numbers, 2 * H, GROUPS, C.acc)
     smoothing = numbers_of(numbers, 2 * H + GROUPS, 1, C.acc)[0]
     betas = temperatures
+    others = temperatures
     if len(numbers[0]) > 2 * H + GROUPS + 1:
         betas = numbers_of(numbers, 2 * H + GROUPS + 1, GROUPS, C.acc)
+        others = numbers_of(numbers, 2 * H + 2 * GROUPS + 1, GROUPS, C.acc)
     one = tl.full((), 1.0, C.acc)
     ce_mean = one
     kl_mean = one
@@ -401,18 +400,18 @@ def consistency_kernel(
         index = start + tl.arange(0, C.samples)
         stored = index < batch
         share, counted, label = read_samples(labels, sizes, index, stored, ignore_index, C)
-        samples = Samples(index, stored, counted, label, share)
+        weight = share
+        if C.split and not C.soft:
+            weight = class_weight(labels, label, counted)
+        samples = Samples(index, stored, counted, label, weight)
         kl_scale = share * kl_mean
         # No loss is right for an unknown class, and asking for it here would cost a wait.
         kl_scale = tl.where(counted & (label < 0), float("nan"), kl_scale)
         ce_scale = kl_scale
-        if C.split or C.soft:
-            size = label_size(labels, sizes, samples, smoothing, C)
-            samples = Samples(index, stored, counted, label, size)
         if C.split:
             ce_scale = share * ce_mean
             if not C.soft:
-                ce_scale = times(ce_scale, samples.size)
+                ce_scale = times(ce_scale, weight)
             ce_scale = tl.where(counted & (label < 0), float("nan"), ce_scale)
         ce = ()
         kl = ()
@@ -420,7 +419,7 @@ def consistency_kernel(
             of_group = Numbers(
                 ce_weights[C.groups[g][0]:C.groups[g][0] + C.groups[g][1]],
                 kl_weights[C.groups[g][0]:C.groups[g][0] + C.groups[g][1]],
-                temperatures[g], 1.0 / temperatures[g] * LOG2_E, betas[g], smoothing,
+                temperatures[g], 1.0 / temperatures[g] * LOG2_E, betas[g], others[g], smoothing,
             )  # fmt: skip
             ce_terms, kl_terms = _group(
                 logits, labels, gradients, samples, of_group, (ce_scale, kl_scale), C, g

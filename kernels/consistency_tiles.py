@@ -11,9 +11,10 @@ multiplication by 1/T: ``inverse_t`` is log2(e)/T. The logits of a teacher are u
 u [S, K] and share a number, so that its maximum needs no multiplications. In the ``State`` of a
 head, over the classes seen so far,
 
-x = (z - max z) inverse_t, y = (u - max u) share.
+x = z inverse_t - top, top = max z inverse_t, y = u share - teacher_top, teacher_top = max u share.
 
-Both x and y are small where 2^y (y - x) weighs most: nothing large cancels.
+Both x and y are small where 2^y (y - x) weighs most: nothing large cancels. What was rounded of a
+top, all exponents have in common: it is gone where the logarithm of their sum is subtracted.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Samples(NamedTuple):
     stored: Any  # whether there is such a sample
     counted: Any  # whether it counts
     label: Any  # class, -1 of an unknown one
-    size: Any  # of the label: the sum of soft labels, the class weight of an index
+    weight: Any  # of the class of the index
 
 
 class Numbers(NamedTuple):
@@ -49,18 +50,20 @@ class Numbers(NamedTuple):
     kl: Any
     temperature: Any
     inverse_t: Any
-    beta: Any
+    beta: Any  # what a mixture has of a teacher or a label
+    rest: Any  # and of heads, 1 - beta, where a beta near 1 has all of its digits
     smoothing: Any
 
 
 class State(NamedTuple):
     """What is known of a head after some classes, each [S]."""
 
-    top: Any  # max z
-    plain: Any  # sum exp(z - top)
+    top: Any  # max z inverse_t
+    plain: Any  # sum 2^(T x)
     tempered: Any  # sum 2^x
-    label_logit: Any  # sum z / K, or of soft labels y sum y z
-    teacher_top: Any  # max u
+    labels: Any  # sum of soft labels, or of 1/K
+    label_exponent: Any  # sum of that times T x
+    teacher_top: Any  # max u share
     teacher: Any  # sum 2^y
     gap: Any  # sum 2^y (y - x)
 
@@ -144,8 +147,8 @@ def _per(weight, total):
 
 @triton.jit
 def exponent(z, top, factor):
-    """(z - top) factor, in one instruction."""
-    return tl.fma(z, factor, -(top * factor)[:, None])
+    """z factor - top, in one instruction."""
+    return tl.fma(z, factor, -top[:, None])
 
 
 @triton.jit
@@ -157,33 +160,22 @@ def _power(root, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def _plain(z, root, top, POWER: tl.constexpr):
-    """exp(z - top): where T = POWER, a power of 2^x, which is needed too."""
+def _plain(x, root, temperature, POWER: tl.constexpr):
+    """2^(T x): where T = POWER, a power of the root 2^x, which is needed too."""
     if POWER > 0:
         return _power(root, POWER)
     else:
-        return tl.exp2(exponent(z, top, tl.full((), LOG2_E, z.dtype)))
+        return tl.exp2(x * temperature)
 
 
 @triton.jit
-def _lowered(drop, inverse_t, POWER: tl.constexpr):
-    """What sums of exp(z - max z) and of 2^x are multiplied with when max z is by ``drop`` less
-    than it will be."""
-    tempered = tl.exp2(drop * inverse_t)
-    if POWER > 0:
-        return _power(tempered, POWER), tempered
-    else:
-        return tl.exp2(drop * LOG2_E), tempered
-
-
-@triton.jit
-def initial(inverse_t, N: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr):
+def initial(N: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr):
     """The states of N heads before their first class."""
-    low = tl.zeros([S], ACC) + _LOWEST / tl.maximum(inverse_t, LOG2_E)
+    low = tl.full([S], _LOWEST, ACC)
     zero = tl.zeros([S], ACC)
     states = ()
     for _ in tl.static_range(N):
-        states += (State(low, zero, zero, zero, low, zero, zero),)
+        states += (State(low, zero, zero, zero, zero, low, zero, zero),)
     return states
 
 
@@ -230,37 +222,46 @@ def teacher_of(tile, H: tl.constexpr, TEACHER: tl.constexpr):
 
 
 @triton.jit
-def _of_labels(tile, H: tl.constexpr, C: tl.constexpr):
-    """What the state sums of the logits for labels that are more than one class, [S, K]."""
-    if C.soft:
-        return times(tile.soft, tile.z[H])
-    else:
-        return tl.where(tile.inside, tile.z[H], 0.0) * (1.0 / C.k)
+def _absorb_labels(
+    tile, x, drop, state, temperature, C: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """What a state has of labels that are more than one class, after their next; by ``drop`` its
+    top was less."""
+    labels, label_exponent = state.labels, state.label_exponent
+    if C.summed[G]:
+        y = tile.soft
+        if not C.soft:
+            y = tl.where(tile.inside, 1.0 / C.k, tl.zeros_like(x))
+        more, more_exponent = _sums((y, times(y, x * temperature)))
+        if C.k > C.block:
+            label_exponent += times(labels, drop * temperature)
+        label_exponent += more_exponent
+        labels += more
+    return labels, label_exponent
 
 
 @triton.jit
-def absorb_alone(tile, state, C: tl.constexpr, G: tl.constexpr):
-    """The state of a head without KL after its next classes."""
+def absorb_alone(tile, numbers, state, C: tl.constexpr, G: tl.constexpr):
+    """The state of a head without KL after its next classes; its temperature is 1."""
     z = tile.z[0]
-    top, plain, label_logit = state.top, state.plain, state.label_logit
+    top, plain = state.top, state.plain
+    labels, label_exponent = state.labels, state.label_exponent
     if C.plain[G]:
         # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
-        top = tl.maximum(top, tl.max(z, 1))
-        e = _plain(z, z, top, 0)
-        if C.smooth or C.soft:
-            more, more_label_logit = _sums((e, _of_labels(tile, 0, C)))
-            label_logit += more_label_logit
-        else:
-            more = tl.sum(e, 1)
-        plain = plain * tl.exp2((state.top - top) * LOG2_E) + more
+        top = tl.maximum(top, tl.max(z, 1) * numbers.inverse_t)
+        x = exponent(z, top, numbers.inverse_t)
+        drop = state.top - top
+        plain = plain * tl.exp2(drop) + tl.sum(tl.exp2(x), 1)
+        labels, label_exponent = _absorb_labels(tile, x, drop, state, numbers.temperature, C, G)
     return State(
-        top, plain, state.tempered, label_logit, state.teacher_top, state.teacher, state.gap
+        top, plain, state.tempered, labels, label_exponent, state.teacher_top, state.teacher,
+        state.gap,
     )  # fmt: skip
 
 
 @triton.jit
 def absorb(
-    tile, inverse_t, state, shared, risen, H: tl.constexpr, C: tl.constexpr, G: tl.constexpr
+    tile, numbers, state, shared, risen, H: tl.constexpr, C: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """The state of head H after its next classes.
 
@@ -274,57 +275,59 @@ def absorb(
     POWER: tl.constexpr = C.powers[G] if C.plain[G] else 1
     z = tile.z[H]
     u = teacher_of(tile, H, TEACHER)
-    share = teacher_share(inverse_t, len(tile.z), TEACHER)
-    label_logit, teacher_top = state.label_logit, state.teacher_top
-    teacher, gap = state.teacher, state.gap
+    share = teacher_share(numbers.inverse_t, len(tile.z), TEACHER)
+    teacher_top, teacher, gap = state.teacher_top, state.teacher, state.gap
     if TAUGHT and OWN:
         top, teacher_top = _maxima(z, u)
-        teacher_top = tl.maximum(state.teacher_top, teacher_top)
+        teacher_top = tl.maximum(state.teacher_top, teacher_top * share)
     else:
         top = tl.max(z, 1)
     # A NaN may be passed over here: 2^(z - maximum) is NaN all the same.
-    top = tl.maximum(state.top, top)
+    top = tl.maximum(state.top, top * numbers.inverse_t)
     drop = state.top - top
-    x = exponent(z, top, inverse_t)
+    x = exponent(z, top, numbers.inverse_t)
     root = tl.exp2(x)
-    power = _plain(z, root, top, POWER)
+    power = _plain(x, root, numbers.temperature, POWER)
     if TAUGHT:
         if OWN:
-            risen = ((state.teacher_top - teacher_top) * share, teacher)
+            risen = (state.teacher_top - teacher_top, teacher)
         else:
             teacher_top = shared.teacher_top
         y = exponent(u, teacher_top, share)
         q = tl.exp2(y)
         more, more_plain, more_teacher, more_gap = _sums((root, power, q, times(q, y - x)))
         shrunk = tl.exp2(risen[0])
-        gap = times(shrunk, gap + (risen[0] - drop * inverse_t) * risen[1]) + more_gap
+        gap = times(shrunk, gap + (risen[0] - drop) * risen[1]) + more_gap
         teacher = teacher * shrunk + more_teacher
     else:
         more, more_plain = _sums((root, power))
-    plain_shrunk, tempered_shrunk = _lowered(drop, inverse_t, POWER)
-    tempered = state.tempered * tempered_shrunk + more
-    plain = state.plain * plain_shrunk + more_plain
-    if C.plain[G] and (C.smooth or C.soft):
-        label_logit += tl.sum(_of_labels(tile, H, C), 1)
-    return State(top, plain, tempered, label_logit, teacher_top, teacher, gap), risen
+    shrunk = tl.exp2(drop)
+    tempered = state.tempered * shrunk + more
+    plain = state.plain * _plain(drop, shrunk, numbers.temperature, POWER) + more_plain
+    labels, label_exponent = _absorb_labels(tile, x, drop, state, numbers.temperature, C, G)
+    return (
+        State(top, plain, tempered, labels, label_exponent, teacher_top, teacher, gap), risen
+    )  # fmt: skip
 
 
 @triton.jit
-def merged(sliced, inverse_t, TEACHER: tl.constexpr, S: tl.constexpr, SLICES: tl.constexpr):
+def merged(sliced, numbers, C: tl.constexpr, G: tl.constexpr):
     """The states [S] of all heads, from those [S SLICES] of slices of each sample's classes.
 
     Joined, all maxima wait for the other warps once, and so do all sums.
     """
     N: tl.constexpr = len(sliced)
-    TAUGHT: tl.constexpr = N > 1 and TEACHER != PAIRWISE
+    TAUGHT: tl.constexpr = N > 1 and C.teachers[G] != PAIRWISE
+    EACH: tl.constexpr = 6 if C.summed[G] else 4  # addends of a head
     of = ()
     maxima = ()
     for i in tl.static_range(N):
         of_head = ()
-        for j in tl.static_range(7):
-            of_head += (tl.reshape(sliced[i][j], [S, SLICES]),)
+        for j in tl.static_range(8):
+            of_head += (tl.reshape(sliced[i][j], [C.samples, C.slices]),)
         of_head = State(
-            of_head[0], of_head[1], of_head[2], of_head[3], of_head[4], of_head[5], of_head[6]
+            of_head[0], of_head[1], of_head[2], of_head[3], of_head[4], of_head[5], of_head[6],
+            of_head[7],
         )  # fmt: skip
         of += (of_head,)
         maxima += (of_head.top, of_head.teacher_top)
@@ -332,39 +335,48 @@ def merged(sliced, inverse_t, TEACHER: tl.constexpr, S: tl.constexpr, SLICES: tl
     addends = ()
     for i in tl.static_range(N):
         drop = of[i].top - tops[2 * i][:, None]
-        plain = of[i].plain * tl.exp2(drop * LOG2_E)
-        tempered = of[i].tempered * tl.exp2(drop * inverse_t)
+        plain = of[i].plain * tl.exp2(drop * numbers.temperature)
+        tempered = of[i].tempered * tl.exp2(drop)
         teacher, gap = of[i].teacher, of[i].gap
         if TAUGHT:
-            share = teacher_share(inverse_t, N, TEACHER)
-            rise = (of[i].teacher_top - tops[2 * i + 1][:, None]) * share
+            rise = of[i].teacher_top - tops[2 * i + 1][:, None]
             shrunk = tl.exp2(rise)
-            gap = times(shrunk, gap + (rise - drop * inverse_t) * teacher)
+            gap = times(shrunk, gap + (rise - drop) * teacher)
             teacher = teacher * shrunk
-        addends += (plain, tempered, of[i].label_logit, teacher, gap)
-    sums = _parted(tl.sum(_joined(addends), 1), 5 * N)
+        addends += (plain, tempered, teacher, gap)
+        if C.summed[G]:
+            labels = of[i].labels
+            addends += (
+                labels, of[i].label_exponent + times(labels, drop * numbers.temperature)
+            )  # fmt: skip
+    sums = _parted(tl.sum(_joined(addends), 1), EACH * N)
     states = ()
     for i in tl.static_range(N):
-        plain, tempered, label_logit, teacher, gap = sums[5 * i : 5 * i + 5]
+        plain, tempered, teacher, gap = sums[EACH * i : EACH * i + 4]
+        labels, label_exponent = plain, plain  # nobody asks
+        if C.summed[G]:
+            labels, label_exponent = sums[EACH * i + 4 : EACH * i + 6]
         states += (
-            State(tops[2 * i], plain, tempered, label_logit, tops[2 * i + 1], teacher, gap),
+            State(
+                tops[2 * i], plain, tempered, labels, label_exponent, tops[2 * i + 1], teacher, gap
+            ),
         )  # fmt: skip
     return states
 
 
 @triton.jit
-def cross_entropy(z_y, state, smoothing, samples, C: tl.constexpr):
+def cross_entropy(z_y, state, numbers, C: tl.constexpr):
     """CE [S]: of soft labels from their sum; else from the logit of the label [S], smoothed if
     asked."""
-    log_sum = tl.log(state.plain)
+    log_sum = tl.log2(state.plain)
     if C.soft:
-        ce = samples.size * log_sum - (state.label_logit - samples.size * state.top)
+        ce = times(state.labels, log_sum) - state.label_exponent
     else:
-        ce = log_sum - (z_y - state.top)
+        ce = log_sum - tl.fma(z_y, numbers.inverse_t, -state.top) * numbers.temperature
         if C.smooth:
-            uniform = log_sum - (state.label_logit - state.top)
-            ce = (1 - smoothing) * ce + smoothing * uniform
-    return ce
+            uniform = log_sum - state.label_exponent
+            ce = (1 - numbers.smoothing) * ce + numbers.smoothing * uniform
+    return ce * LN_2
 
 
 @triton.jit
@@ -383,11 +395,10 @@ def plain_gradient(
     tile, samples, numbers, state, ce, H: tl.constexpr, C: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """ce (softmax(z) sum(y) - y) of head H, [S, K], of weights ce [S]."""
-    POWER: tl.constexpr = C.powers[G] if len(tile.z) > 1 else 0
-    root = tl.exp2(exponent(tile.z[H], state.top, numbers.inverse_t))
-    plain = _plain(tile.z[H], root, state.top, POWER)
+    x = exponent(tile.z[H], state.top, numbers.inverse_t)
+    plain = _plain(x, tl.exp2(x), numbers.temperature, C.powers[G])
     if C.soft:
-        return plain * _per(ce * samples.size, state.plain)[:, None] - ce[:, None] * tile.soft
+        return plain * _per(ce * state.labels, state.plain)[:, None] - ce[:, None] * tile.soft
     else:
         dz = plain * _per(ce, state.plain)[:, None]
         if C.smooth:

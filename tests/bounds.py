@@ -179,7 +179,9 @@ def consistency_noise(
     """The noise of the loss () or (B,), of its terms (2, H), and of dz (H, B).
 
     A logit is rounded relative to the largest one of its sample, and so is the logarithm of
-    every probability: ``spread``. A masked class, of -inf or the lowest number, has neither.
+    every probability: ``spread``. Of cross entropies it is rounded less its head's maximum, for
+    what logits have in common is none of their business. A masked class, of -inf or the lowest
+    number, has neither.
     Independent labels are as many samples of two classes.
     """
 
@@ -219,7 +221,9 @@ def consistency_noise(
     base = 1 + torch.tensor(float(classes)).log()
     ce_weight, kl_weight = (torch.tensor(w).double().abs() for w in (ce_weight, kl_weight))
 
-    ce = ((base + largest) * size).expand(heads, batch)
+    below = (z.masked_fill(masked, -torch.inf).amax(-1, keepdim=True) - z).masked_fill(masked, 0)
+    below = below.amax(-1) if z.numel() else z.new_zeros(heads, batch)
+    ce = (base + below) * size
     kl = torch.zeros(heads, batch, dtype=torch.float64)
     dz_ce = (ce_weight.view(-1, 1) * ce).unsqueeze(-1) * z.softmax(-1)
     dz_kl = torch.zeros_like(z)

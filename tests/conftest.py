@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import cuda_emulation
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from bounds import (
@@ -85,6 +86,17 @@ if "cuda" in INTERPRETED:
     implementations._why_not_cuda = lambda device: (
         None if device == "cpu" else f"it is emulated on CPU tensors, and these are on {device}"
     )
+
+
+if "triton" in INTERPRETED:
+    from triton.runtime import interpreter
+
+    def _fma(_builder: object, x, y, z):
+        """Rounded once, as hardware does; the interpreter's own rounds the product, too."""
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = _fma
 
 
 def gpu_or_cpu(name: str) -> str:

@@ -354,6 +354,27 @@ def test_layouts(impl: Impl, layout: str) -> None:
         check_consistency(impl, logits, target, divergence=name, activation=activation)
 
 
+@pytest.mark.parametrize("teacher", ["others", "pairwise"])
+@pytest.mark.parametrize("batch", [3, 40])
+def test_a_head_s_part_of_the_jsd_has_its_digits_near_the_limit(
+    impl: Impl, batch: int, teacher: str
+) -> None:
+    """1 - beta is no difference of rounded numbers."""
+    z = numbers(2, batch, 9)
+    beta = 1 - 1e-5
+
+    def gradient(z: torch.Tensor, name: str) -> torch.Tensor:
+        z = leaf(z)
+        loss = F.collaborative_consistency(
+            z, None, divergence="jsd", beta=beta, teacher=teacher, impl=name
+        )
+        return torch.autograd.grad(loss, z)[0]
+
+    truth = gradient(z, "reference")
+    error = (gradient(z.float().to(impl.device), impl.name).cpu() - truth).norm() / truth.norm()
+    assert error < 1e-5
+
+
 def test_equal_heads_have_no_divergence(impl: Impl) -> None:
     z = leaf(torch.randn(9, 14, device=impl.device))
     for (name, activation), teacher in product((("kl", "softmax"), *KINDS), TEACHERS):

@@ -617,6 +617,21 @@ def test_a_head_without_weight_may_have_no_class(impl: Impl, batch: int) -> None
     assert loss.isfinite() and g.isfinite().all() and not g[0].any()
 
 
+@pytest.mark.parametrize("batch", [4, 40])
+def test_a_sample_without_a_label_may_have_no_class(impl: Impl, batch: int) -> None:
+    """Soft labels of 0 ask for nothing, not even for a class."""
+    z = torch.randn(1, batch, 7, generator=torch.Generator().manual_seed(0)).to(impl.device)
+    z[:, 1] = -math.inf
+    target = torch.full((batch, 7), 1 / 7, device=impl.device)
+    target[1] = 0
+    for name in (impl.name, "reference"):
+        z = leaf(z)
+        loss = F.collaborative_consistency(z, target, reduction="none", impl=name)
+        (g,) = torch.autograd.grad(loss.sum(), z)
+        assert loss[1] == 0 and not g[:, 1].any(), name
+        assert loss.isfinite().all() and g.isfinite().all(), name
+
+
 def test_a_divergence_that_became_nothing_stays_so(impl: Impl) -> None:
     """Infinite in the first chunk, of classes that the last one leaves no probability."""
     z = torch.zeros(2, 1, 40_000, device=impl.device)

@@ -23,15 +23,25 @@ struct Parts {
   }
 };
 
+// What a mixture has of a teacher or a label, beta, and of heads, 1 - beta, where a beta near 1 has
+// all of its digits.
+template <class Acc>
+struct Mixed {
+  Vec<Acc> beta, rest;
+
+  IMCL_INLINE explicit Mixed(const Group& group)
+      : beta(splat(static_cast<Acc>(group.beta))), rest(splat(static_cast<Acc>(1 - group.beta))) {}
+};
+
 // Of the JSD, m = beta q + (1 - beta) p; the others have no beta.
-template <Divergence kind, class V>
-IMCL_INLINE Parts<V> parts_of(V log_q, V q, V log_p, V p, V beta) {
+template <Divergence kind, class Acc, class V = Vec<Acc>>
+IMCL_INLINE Parts<V> parts_of(V log_q, V q, V log_p, V p, Mixed<Acc> part) {
   static_assert(kind == Divergence::kReverseKl || kind == Divergence::kJsd, "of two softmaxes");
   if constexpr (kind == Divergence::kReverseKl) {
     const V value = unless_0(p, p * (log_p - log_q));
     return {value, value, -p};
   } else {
-    const V mixed = beta * q, own = p - beta * p, log_m = log_of(mixed + own);
+    const V mixed = part.beta * q, own = part.rest * p, log_m = log_of(mixed + own);
     const V head = unless_0(own, own * (log_p - log_m));
     const V teacher = unless_0(mixed, mixed * (log_q - log_m));
     return {head + teacher, head, teacher};
@@ -42,14 +52,14 @@ IMCL_INLINE Parts<V> parts_of(V log_q, V q, V log_p, V p, V beta) {
 // the weights.
 template <Divergence kind, class Acc>
 void pairwise_parts(int64_t n, const Vec<Acc>* log_p, const Vec<Acc>* p, const Acc* weights,
-                    Vec<Acc> beta, Parts<Vec<Acc>>* parts) {
+                    Mixed<Acc> part, Parts<Vec<Acc>>* parts) {
   const Vec<Acc> others = splat(static_cast<Acc>(1.0 / static_cast<double>(n - 1)));
   for (int64_t h = 0; h < n; ++h) parts[h] = Parts<Vec<Acc>>{};
   for (int64_t h = 0; h < n; ++h) {
     const Vec<Acc> weight = splat(weights[h]) * others;
     for (int64_t j = 0; j < n; ++j) {
       if (j == h) continue;
-      const Parts<Vec<Acc>> of = parts_of<kind>(log_p[j], p[j], log_p[h], p[h], beta);
+      const Parts<Vec<Acc>> of = parts_of<kind>(log_p[j], p[j], log_p[h], p[h], part);
       parts[h].value += of.value * others;
       parts[h].head += of.head * others;
       parts[j].teacher += unless_0(weight, weight * of.teacher);
@@ -60,8 +70,8 @@ void pairwise_parts(int64_t n, const Vec<Acc>* log_p, const Vec<Acc>* p, const A
 // KL(p_h || m) of every head, m = beta y + sum_h pi_h p_h; returns KL(y || m).
 template <class Acc>
 Vec<Acc> mixture_parts(int64_t n, const Vec<Acc>* log_p, const Vec<Acc>* p, const Acc* pi,
-                       Vec<Acc> beta, Vec<Acc> y, Parts<Vec<Acc>>* parts) {
-  Vec<Acc> mixed = beta * y;
+                       Mixed<Acc> part, Vec<Acc> y, Parts<Vec<Acc>>* parts) {
+  Vec<Acc> mixed = part.beta * y;
   for (int64_t h = 0; h < n; ++h) mixed += p[h] * splat(pi[h]);
   // Shares of the smallest probabilities round to 0, while these don't.
   const Vec<Acc> log_m = unless_0(mixed, log_of(mixed));

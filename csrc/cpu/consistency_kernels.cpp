@@ -69,6 +69,9 @@ class Work {
   void read() {
     for (int64_t from = 0; from < problem_.classes; from += chunk_.size) {
       chunk_.read(problem_, group_, sample_, from);
+      // The sum of the labels, without this chunk's.
+      const double labels_before =
+          soft_ ? label_size_ : static_cast<double>(from) / static_cast<double>(problem_.classes);
       if (soft_) label_size_ += read_labels();
       survey();
       if (kept_ && is_.own_teacher && n_ <= kMostProducts && !extreme_ && read_products()) {
@@ -82,7 +85,10 @@ class Work {
         Running& run = running_[h];
         const double drop = run.plain.raise(run.chunk_max);
         run.shift = run.plain.shift();
-        if (drop != 0) run.tempered *= std::exp(drop / group_.temperature);
+        if (drop != 0) {
+          run.tempered *= std::exp(drop / group_.temperature);
+          run.label_logit += drop * labels_before;
+        }
         sum_head(h);
         if (!is_.taught) continue;
         if (h == 0 || is_.own_teacher) {
@@ -133,9 +139,8 @@ class Work {
         continue;
       }
       if (is_.mixture) continue;
-      const double max = static_cast<double>(run.plain.max);
       if (soft_) {
-        cross_entropy[h] = label_size_ * run.log_sum - (run.label_logit - label_size_ * max);
+        cross_entropy[h] = weighted(label_size_, run.log_sum) - run.label_logit;
         continue;
       }
       const Head& head = this->head(h);
@@ -143,10 +148,10 @@ class Work {
           static_cast<const T*>(head.z) + problem_.samples.offset(sample_, head.z_sample);
       const Acc label = to_acc(row[target() * head.z_class]);
       const auto zy = static_cast<double>(label <= kLowest<T> ? kMasked<Acc> : label);
-      cross_entropy[h] = run.log_sum - (zy - max);
+      cross_entropy[h] = run.log_sum - (zy - static_cast<double>(run.plain.max));
       if (smoothing > 0)
-        cross_entropy[h] = (1 - smoothing) * cross_entropy[h] +
-                           smoothing * (run.log_sum - (run.label_logit - max));
+        cross_entropy[h] =
+            (1 - smoothing) * cross_entropy[h] + smoothing * (run.log_sum - run.label_logit);
       if (problem_.labels.weight)
         cross_entropy[h] = unless_0(label_weight(), label_weight() * cross_entropy[h]);
     }
@@ -200,7 +205,7 @@ class Work {
     Online<Acc> plain, teacher;    // softmax(z), softmax(t)
     double tempered = 0;           // sum exp((z - max z)/T)
     double gap = 0;                // sum exp(t - max t) ((t - max t) - (z - max z)/T)
-    double label_logit = 0;        // sum of z / K, or of y z of soft labels
+    double label_logit = 0;        // sum of y (z - max z), y the soft labels or 1/K
     Acc chunk_max = 0, shift = 0;  // shift: of plain
     // Known after the last chunk:
     double log_sum = 0, log_tempered = 0, teacher_sum = 0, kl = 0;
@@ -336,15 +341,16 @@ class Work {
     running_[h].plain.sum += static_cast<double>(sum_lanes<Acc>(sum));
   }
 
+  // Of logits less their maximum, as all else: what they have in common would cost digits.
   void sum_logits(int64_t h) {
     const Vec<Acc> of_class = splat(static_cast<Acc>(1.0 / static_cast<double>(problem_.classes)));
-    const Acc* z = chunk_.z[h];
     Vec<Acc> sum = {};
     if (soft_) {
       for (int64_t i = 0; i < chunk_.padded(); i += width)
-        sum += unless_0(load(soft_ + i), load(soft_ + i) * load(z + i));
+        sum += unless_0(load(soft_ + i), load(soft_ + i) * shifted(h, i));
     } else {
-      chunk_.each([&](int64_t i, Vec<Acc> keep) { sum += unless_0(keep, load(z + i)) * of_class; });
+      chunk_.each(
+          [&](int64_t i, Vec<Acc> keep) { sum += unless_0(keep, shifted(h, i)) * of_class; });
     }
     running_[h].label_logit += static_cast<double>(sum_lanes<Acc>(sum));
   }
@@ -564,16 +570,16 @@ class Work {
   // Of heads that have no teacher but one another, and the label; returns its KL.
   template <Divergence kind>
   IMCL_INLINE Vec<Acc> joint_parts(int64_t i, Joint& joint) const {
-    const Vec<Acc> beta = splat(static_cast<Acc>(group_.beta));
+    const Mixed<Acc> part(group_);
     for (int64_t h = 0; h < n_; ++h) {
       joint.log_p[h] = log_p(h, i);
       joint.p[h] = p_of(h, i);
     }
     if constexpr (kind == Divergence::kMixture) {
-      return mixture_parts<Acc>(n_, joint.log_p, joint.p, shares_, beta, load(soft_ + i),
+      return mixture_parts<Acc>(n_, joint.log_p, joint.p, shares_, part, load(soft_ + i),
                                 joint.parts);
     } else {
-      pairwise_parts<kind, Acc>(n_, joint.log_p, joint.p, shares_, beta, joint.parts);
+      pairwise_parts<kind, Acc>(n_, joint.log_p, joint.p, shares_, part, joint.parts);
       return Vec<Acc>{};
     }
   }
@@ -590,7 +596,7 @@ class Work {
     const Vec<Acc> log_p = this->log_p(h, i), p = p_of(h, i);
     const Vec<Acc> log_q = load(t_ + i) - splat(run.teacher_max) - splat(run.log_teacher);
     const Vec<Acc> q = kept_ ? load(teacher(h) + i) * splat(run.inverse_teacher) : exp_of(log_q);
-    return {p, q, parts_of<kind>(log_q, q, log_p, p, splat(static_cast<Acc>(group_.beta)))};
+    return {p, q, parts_of<kind>(log_q, q, log_p, p, Mixed<Acc>(group_))};
   }
 
   // To dz (heads, size); of teachers that aren't detached also what goes into them, to own and sum.

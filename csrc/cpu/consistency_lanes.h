@@ -169,7 +169,7 @@ class Lanes {
   struct State {
     V shift;            // its maximum; 0 where all classes are masked
     V plain, tempered;  // sums of exp(z - shift) and exp((z - shift) / T)
-    V label_logit;      // sum of z / K, or of y z of soft labels
+    V label_logit;      // sum of y (z - shift), y the soft labels or 1/K
     V teacher;          // sum of q = exp(t - its maximum)
     V log_tempered, kl, toward;
     V head_sum, teacher_sum, log_teacher;                 // of another divergence
@@ -305,7 +305,7 @@ class Lanes {
     const V of_class = splat(static_cast<Acc>(1.0 / static_cast<double>(classes_)));
     for (int64_t k = 0; is_.summed && k < classes_; ++k) {
       const V y = is_.soft ? load(y_ + k * pitch_ + at_) : of_class;
-      state.label_logit += unless_0(y, y * this->z(h, k));
+      state.label_logit += unless_0(y, y * shifted(h, k));
     }
   }
 
@@ -385,15 +385,15 @@ class Lanes {
       if (is_.labelled) {
         const V log_sum = log_of(state.plain);
         if (is_.soft) {
-          ce = size_ * log_sum - (state.label_logit - size_ * state.shift);
+          ce = unless_0(size_, size_ * log_sum) - state.label_logit;
         } else {
           V of_label = {};
           for (int lane = 0; lane < width; ++lane)
             of_label[lane] = z_of(h, std::max<int64_t>(index_[lane], 0))[at_ + lane];
           ce = log_sum - (of_label - state.shift);
           if (labels_.smoothing > 0)
-            ce = splat(sharp_) * ce + splat(static_cast<Acc>(labels_.smoothing)) *
-                                          (log_sum - (state.label_logit - state.shift));
+            ce = splat(sharp_) * ce +
+                 splat(static_cast<Acc>(labels_.smoothing)) * (log_sum - state.label_logit);
           if (labels_.weight) ce = unless_0(size_, size_ * ce);
         }
       }
@@ -546,12 +546,12 @@ class Lanes {
       log_p_[h] = log_p(h, k);
       p_[h] = tempered_[h * classes_ + k] / heads_[h].tempered;
     }
-    const V beta = splat(static_cast<Acc>(group_.beta));
+    const Mixed<Acc> part(group_);
     if constexpr (kind == Divergence::kMixture) {
       const V y = load(y_ + k * pitch_ + at_);
-      label_kl_ += mixture_parts<Acc>(n_, log_p_, p_, shares_, beta, y, parts_);
+      label_kl_ += mixture_parts<Acc>(n_, log_p_, p_, shares_, part, y, parts_);
     } else if (is_.pairwise) {
-      pairwise_parts<kind, Acc>(n_, log_p_, p_, shares_, beta, parts_);
+      pairwise_parts<kind, Acc>(n_, log_p_, p_, shares_, part, parts_);
     } else {
       for (int64_t h = 0; h < n_; ++h) {
         parts_[h] = Parts<V>{};
@@ -559,7 +559,7 @@ class Lanes {
         const int64_t by = is_.teacher_of(h);
         const V q = p_[n_ + h] = teacher_[by * classes_ + k] / heads_[by].teacher;
         const V log_q = t_[by * classes_ + k] - heads_[h].log_teacher;
-        parts_[h] = parts_of<kind>(log_q, q, log_p_[h], p_[h], beta);
+        parts_[h] = parts_of<kind>(log_q, q, log_p_[h], p_[h], part);
       }
     }
   }

@@ -19,14 +19,22 @@ struct Parts {
   A value, head, teacher;
 };
 
+// What a mixture has of a teacher or a label, beta, and of heads, 1 - beta, where a beta near 1 has
+// all of its digits.
+template <class A>
+struct Mixed {
+  A beta, rest;
+};
+
 // Of the JSD, m = beta q + (1 - beta) p; the reverse KL has no beta.
 template <class A>
-__device__ __forceinline__ Parts<A> parts_of(Divergence kind, A log_q, A q, A log_p, A p, A beta) {
+__device__ __forceinline__ Parts<A> parts_of(Divergence kind, A log_q, A q, A log_p, A p,
+                                             const Mixed<A>& part) {
   if (kind == Divergence::kReverseKl) {
     const A value = times(p, log_p - log_q);
     return {value, value, -p};
   }
-  const A mixed = beta * q, own = p - beta * p, log_m = log_of(mixed + own);
+  const A mixed = part.beta * q, own = part.rest * p, log_m = log_of(mixed + own);
   const A head = times(own, log_p - log_m), teacher = times(mixed, log_q - log_m);
   return {head + teacher, head, teacher};
 }

@@ -44,8 +44,9 @@ struct HeadState {
   A max, max_shift;              // of z; and by how much the last chunk raised it, as old - new
   A teacher_max, teacher_shift;  // of t
   A plain, tempered;             // sums of exp(z - max) and exp((z - max) / T)
-  A label_logit;                 // sum of z / K, or of y z of soft labels; KL(y || m) of a mixture
-  A teacher;                     // sum of exp(t - teacher_max)
+  // Sum of y (z - max), y the soft labels or 1/K; of a mixture KL(y || m).
+  A label_logit;
+  A teacher;  // sum of exp(t - teacher_max)
   // Sum of exp(t - teacher_max) ((t - teacher_max) - (z - max) / T); of another divergence than
   // KL, of what Parts call the head.
   A gap;

@@ -48,8 +48,7 @@ class Work {
     ce_scale_ = share_ * ce_scale;
     kl_scale_ = share_ * kl_scale;
     if constexpr (kGeneral) soft_ = labels.soft();
-    if (soft() && counts) measure_labels();
-    else label_size_ = label_weight<A>(in_, index);
+    label_size_ = label_weight<A>(in_, index);
     A value = 0;
     for (int g = 0; g < in_.group_count; ++g) {
       enter(in_.groups[g]);
@@ -83,7 +82,7 @@ class Work {
     detach_ = group.detach;
     if constexpr (kGeneral) {
       divergence_ = group.divergence;
-      beta_ = static_cast<A>(group.beta);
+      part_ = {static_cast<A>(group.beta), static_cast<A>(1 - group.beta)};
     }
     kl_ = n_ > 1 || mixture();
     squares_ = group.temperature == 2;
@@ -109,6 +108,8 @@ class Work {
   __device__ bool binary() const { return kGeneral && in_.binary; }
   // Whether there is a cross entropy.
   __device__ bool labelled() const { return in_.labels.any() && !mixture(); }
+  // Whether its labels are of more than one class.
+  __device__ bool summed() const { return labelled() && (soft() || in_.labels.smoothing > 0); }
 
   // kl_h, 0 where the teacher is the head itself.
   __device__ A kl_weight(int h) const {
@@ -290,6 +291,7 @@ class Work {
   // ---- statistics ----
 
   __device__ void statistics() {
+    if (soft()) label_size_ = 0;
     for (int h = rank_; h < n_; h += size_) {
       states_[h] = HeadState<A>{};
       states_[h].max = states_[h].teacher_max = -INFINITY;
@@ -324,6 +326,7 @@ class Work {
   }
 
   __device__ void maxima() {
+    const bool summed = this->summed();
     for (int h = 0; h < n_; ++h) {
       A max = -INFINITY;
       each_slice([&](const Slice& slice) {
@@ -342,18 +345,34 @@ class Work {
       });
       put(n_ + h, warp_max(max));
     }
+    if (summed && soft()) put(n_ + teachers, warp_sum(labels_of_chunk()));
     team_.sync();
+    // Of the chunks before.
+    const A labels = soft() ? label_size_ : static_cast<A>(chunk_) / static_cast<A>(in_.classes);
+    if (summed && soft()) label_size_ += get_sum(n_ + teachers);
     for (int i = rank_; i < n_ + teachers; i += size_) {
       HeadState<A>& state = states_[i < n_ ? i : i - n_];
-      if (i < n_) raise(state.max, state.max_shift, get_max(i));
-      else raise(state.teacher_max, state.teacher_shift, get_max(i));
+      if (i < n_) {
+        raise(state.max, state.max_shift, get_max(i));
+        if (summed) state.label_logit += labels * state.max_shift;
+      } else {
+        raise(state.teacher_max, state.teacher_shift, get_max(i));
+      }
     }
     team_.sync();
   }
 
+  __device__ A labels_of_chunk() const {
+    A sum = 0;
+    each_slice([&](const Slice& slice) {
+      const Values y = soft_labels(slice);
+      each([&](int i) { sum += y.at[i]; });
+    });
+    return sum;
+  }
+
   __device__ void exponentials() {
-    const bool labelled = this->labelled();
-    const bool smoothed = labelled && (soft() || in_.labels.smoothing > 0);
+    const bool labelled = this->labelled(), summed = this->summed();
     const A of_class = static_cast<A>(1.0 / static_cast<double>(in_.classes));
     for (int h = 0; h < n_; ++h) {
       const A max = shift_of(states_[h].max);
@@ -363,7 +382,9 @@ class Work {
         const Values e = tempered(z, max);
         add(tempered_sum, e, slice);
         if (labelled) add(plain_sum, plain(e, z, max), slice);
-        if (!smoothed) return;
+        if (!summed) return;
+        // Less their maximum, as all else: what logits have in common would cost digits.
+        each([&](int i) { z.at[i] -= max; });
         if (soft()) {
           const Values y = soft_labels(slice);
           each([&](int i) { z.at[i] = times(y.at[i], z.at[i]); });
@@ -374,7 +395,7 @@ class Work {
       });
       if (kl_) put(h * kValues, warp_sum(tempered_sum));
       if (labelled) put(h * kValues + 1, warp_sum(plain_sum));
-      if (smoothed) put(h * kValues + 2, warp_sum(label_logit));
+      if (summed) put(h * kValues + 2, warp_sum(label_logit));
       if (!taught(h)) continue;
       const A t_max = teacher_max(h);
       A teacher = 0, gap = 0;
@@ -400,7 +421,7 @@ class Work {
       const A shift = state.max_shift, tempered_shift = shift * inverse_t_;
       if (kl_) state.tempered = state.tempered * fast_exp(tempered_shift) + get_sum(h * kValues);
       if (labelled) state.plain = state.plain * fast_exp(shift) + get_sum(h * kValues + 1);
-      if (smoothed) state.label_logit += get_sum(h * kValues + 2);
+      if (summed) state.label_logit += get_sum(h * kValues + 2);
       if (taught(h)) {
         const A t_shift = teacher_shift(h), factor = fast_exp(t_shift);
         // The exponents of what was summed so far were relative to lower maxima. Of another
@@ -486,14 +507,14 @@ class Work {
       } else if (mixture()) {
         ce = state.label_logit;
       } else if (soft()) {
-        ce = label_size_ * log_of(state.plain) - (state.label_logit - label_size_ * state.max);
+        ce = times(label_size_, log_of(state.plain)) - state.label_logit;
       } else if (in_.labels.target) {
         const Head& from = head(h);
         const auto smoothing = static_cast<A>(in_.labels.smoothing);
         const T* row = static_cast<const T*>(from.z) + offset(sample_, from.z_sample);
         const A log_sum = log_of(state.plain), z = to_acc(masked(row[label_ * from.z_class]));
         ce = (1 - smoothing) * (log_sum - (z - state.max));
-        if (smoothing > 0) ce += smoothing * (log_sum - (state.label_logit - state.max));
+        if (smoothing > 0) ce += smoothing * (log_sum - state.label_logit);
         ce = times(label_size_, ce);
       }
       const A kl = t_ * t_ * state.kl;
@@ -585,8 +606,8 @@ class Work {
     if (pairwise()) return log_m;
     if (!mixture()) return teacher_sum(slice);
     const Values y = soft_labels(slice);
-    each([&](int i) { log_m.at[i] = beta_ * y.at[i]; });
-    const A rest = (1 - beta_) / kl_weights_;
+    each([&](int i) { log_m.at[i] = part_.beta * y.at[i]; });
+    const A rest = part_.rest / kl_weights_;
 #pragma unroll 1
     for (int h = 0; h < n_; ++h) {
       const A share = kl_weight(h) * rest;
@@ -615,10 +636,10 @@ class Work {
         const A weight = kl_weight(j) * average_;
         each([&](int i) {
           const A p = of.p.at[i], q = exp_of(log_q.at[i]);
-          const Parts<A> own = parts_of(divergence_, log_q.at[i], q, log_p.at[i], p, beta_);
+          const Parts<A> own = parts_of(divergence_, log_q.at[i], q, log_p.at[i], p, part_);
           of.value.at[i] += own.value * average_;
           of.head.at[i] += own.head * average_;
-          const Parts<A> its = parts_of(divergence_, log_p.at[i], p, log_q.at[i], q, beta_);
+          const Parts<A> its = parts_of(divergence_, log_p.at[i], p, log_q.at[i], q, part_);
           of.teacher.at[i] += times(weight, its.teacher);
         });
       }
@@ -629,7 +650,7 @@ class Work {
         const A log_q = t.at[i] - t_max - log_teacher;
         of.q.at[i] = exp_of(log_q);
         const Parts<A> own =
-            parts_of(divergence_, log_q, of.q.at[i], log_p.at[i], of.p.at[i], beta_);
+            parts_of(divergence_, log_q, of.q.at[i], log_p.at[i], of.p.at[i], part_);
         of.value.at[i] = own.value;
         of.head.at[i] = own.head;
         of.teacher.at[i] = own.teacher;
@@ -738,22 +759,6 @@ class Work {
     return y;
   }
 
-  // The sum of the soft labels, for every thread of the team.
-  __device__ void measure_labels() {
-    A sum = 0;
-    for (int chunk = 0; chunk < in_.chunks; ++chunk) {
-      chunk_ = chunk * in_.packs * size_ * kPack;
-      each_slice([&](const Slice& slice) {
-        const Values y = soft_labels(slice);
-        each([&](int i) { sum += y.at[i]; });
-      });
-    }
-    team_.sync();  // nobody still reads the buffer
-    put(0, warp_sum(sum));
-    team_.sync();
-    label_size_ = get_sum(0);
-  }
-
   struct Taught {
     Values gradient;  // -T kl_h q_h
     Values passed;    // T kl_h q_h (log q_h - log p_h - KL_h)
@@ -849,7 +854,7 @@ class Work {
   bool extreme_ = false;  // some logit that this thread has read of it is
 
   Divergence divergence_ = Divergence::kKl;
-  A beta_ = 0;
+  Mixed<A> part_{};
 };
 
 }  // namespace imcl

@@ -114,7 +114,7 @@ def forward(
     if target is not None and labels is not None:
         p = torch.softmax(z, -1)
         if target.is_floating_point() or weight is not None:
-            p = p * labels.sum(-1, keepdim=True)
+            p = _times(labels.sum(-1, keepdim=True), p)
         dz = dz + _times(ce_pull * column, (p - labels) * by[0])
     return loss, terms, _unstack(dz[..., :1] if binary else dz, logits)
 
