@@ -56,19 +56,23 @@ def alignment(
     networks = [model] if other is None else [model, other]
     sides: list[_Layers] = []
     total: Tensor | None = None
+    least: Tensor | None = None
     for images in batches:
         if len(images) < LEAST:
             continue
         if not sides:
             sides = [_Layers(network, images) for network in networks]
-        grams = [gram for side in sides for gram in side.grams(images)]
-        found = algebra.hsic(torch.stack(grams), algebra.UNBIASED)
+        layers = [layer for side in sides for layer in side.kernels(images)]
+        kernels = algebra.Kernels(*map(torch.stack, zip(*layers, strict=True)))
+        found = algebra.hsic(kernels.values, algebra.UNBIASED)
+        nothing = algebra.least_hsic(kernels, algebra.UNBIASED)
         total = found if total is None else total + found
-    if total is None:
+        least = nothing if least is None else least + nothing
+    if total is None or least is None:
         raise ValueError(f"batches: expected one of at least {LEAST} images, got none")
     names = [side.names for side in sides]
     start = len(names[0]) if other is not None else 0
-    cells = algebra.cka(total)[: len(names[0]), start:]
+    cells = algebra.cka(total, least)[: len(names[0]), start:]
     return Alignment(names[0], names[-1], cells.tolist())
 
 
@@ -87,21 +91,22 @@ class _Layers:
         self.chosen = sorted(chosen, key=order.__getitem__)
         self.names = [*map(call_name, self.chosen), OUTPUT]
 
-    def grams(self, images: Tensor) -> list[Tensor]:
-        """(B, B) float64 of each layer, the features dropped as soon as they are seen."""
-        found: dict[tuple[str, int], Tensor] = {}
+    def kernels(self, images: Tensor) -> list[algebra.Kernels]:
+        """Of each layer, the features dropped as soon as they are seen."""
+        found: dict[tuple[str, int], algebra.Kernels] = {}
 
         def record(call: tuple[str, int], module: nn.Module, inputs: tuple, output: Any) -> None:
             if call in wanted:
-                found[call] = _gram(output)
+                found[call] = _kernel(output)
 
         wanted = set(self.chosen)
         with undisturbed(self.network, images.device), observed(self.network, record):
             last = self.network(images)
-        return [*(found[call] for call in self.chosen), _gram(outputs.logits(last))]
+        return [*(found[call] for call in self.chosen), _kernel(outputs.logits(last))]
 
 
-def _gram(output: Any) -> Tensor:
-    first = cast(Tensor, outputs.first_tensor(output))
-    grams, _ = algebra.gram_forward([first.detach()], [1.0])
-    return grams[0].double()
+def _kernel(output: Any) -> algebra.Kernels:
+    """(B, B) float64."""
+    first = cast(Tensor, outputs.first_tensor(output)).detach()
+    grams, _ = algebra.gram_forward([first], [1.0])
+    return algebra.kernels(grams[0].double(), algebra.LINEAR, False, algebra.rounding([first]))

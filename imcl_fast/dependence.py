@@ -6,7 +6,6 @@ them is small and plain PyTorch (``algebra.dependence``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -49,15 +48,17 @@ def dependence(
             float64, of any strides.
         kernel: ``"gaussian"`` :math:`\exp(-|x_i - x_j|^2/(2 \sigma^2 D))` for D features, or
             ``"linear"`` :math:`\langle x_i, x_j \rangle`.
-        bandwidth: of the Gaussian kernel: sigma, a number above 0, or ``"median"``:
+        bandwidth: of the Gaussian kernel: sigma, from 1e-12 to 1e12, or ``"median"``:
             :math:`\sigma^2 D` is the median of :math:`|x_i - x_j|^2` over all pairs, a constant to
             the gradient. Where half of the pairs or more are of identical samples that (lower)
-            median is 0; sigma is 1 then.
+            median is 0; sigma is 1 then. Identical are those that no rounded sum can tell apart,
+            some 1e-3 of their norms in float32.
         estimator: ``"unbiased"`` or ``"biased"``.
         normalize: centred kernel alignment (CKA, arXiv 1905.00414):
             :math:`HSIC(K, L)/\sqrt{HSIC(K, K)\,HSIC(L, L)}`; 0, with a gradient of 0, where one of
-            these two is not positive, as it is for constant features and may be for unbiased
-            estimates.
+            these two is no more than rounding leaves of 0: of constant features, and to the
+            unbiased estimator also where all samples but one are alike, or all pairs equally
+            unlike.
         impl: see the module. That ``"auto"`` is ``"triton"`` on a GPU, and not ``"torch"``, follows
             a prediction, which no GPU has measured: of 64 samples ``"torch"`` moves 4 (float32) to
             11 (bfloat16) times the bytes forward and 2 to 7 times backward, in several launches
@@ -171,12 +172,14 @@ def _dependence(
         if kind == algebra.GAUSSIAN and width is not None:
             scale = [1 / (width**2 * max(x[0].numel(), 1)) for x in xs]
         grams = _grams(implementations.dependence(impl), scale, xs)
-        kernels = algebra.kernels(grams.unflatten(0, (-1, views)), kind, width is None)
+        kernels = algebra.kernels(
+            grams.unflatten(0, (-1, views)), kind, width is None, algebra.rounding(xs)
+        )
         if normalize:
             kernels = algebra.scaled(kernels, how)
-        values = algebra.hsic(kernels, how)  # [L, V, V]
+        values = algebra.hsic(kernels.values, how)  # [L, V, V]
         if normalize:
-            values = algebra.cka(values)
+            values = algebra.cka(values, algebra.least_hsic(kernels, how))
         pairs = views * (views - 1) / 2
         # Not the sum of all less the diagonal, beside which what is looked for can be small.
         of_layers = values.triu(1).sum((-2, -1))
@@ -202,6 +205,8 @@ def check_bandwidth(value: float | str) -> float | None:
     """Sigma, or None for the median distance."""
     if isinstance(value, str):
         if value != "median":
-            raise ValueError(f"bandwidth: expected a number above 0 or 'median', got {value!r}")
+            raise ValueError(
+                f"bandwidth: expected a number from 1e-12 to 1e12 or 'median', got {value!r}"
+            )
         return None
-    return validation.number("bandwidth", value, low=0, high=math.inf, open_low=True)
+    return validation.number("bandwidth", value, low=1e-12, high=1e12)

@@ -21,6 +21,9 @@ from . import dense
 # tell a smaller deviation from the rounding of the row's mean.
 CENTRED_DEAD_RATIO = 1e-5
 
+# What float64 leaves of a difference that is 0, relative to what is subtracted.
+_ROUNDED = 1e-12
+
 
 def as_matrices(x: Tensor, batched: bool) -> Tensor:
     """View features (B, C, *spatial) as (B, C, D) and a weight (N, ...) as (1, N, D)."""
@@ -270,14 +273,16 @@ def dependence(
     for weight, layer in zip(layer_weight, zip(*views, strict=True), strict=True):
         kernels = [_sample_kernel(x, kernel, bandwidth) for x in layer]
         if normalize:  # CKA is the same of all their multiples, and variances stay in range
-            kernels = [k / _spread(k, estimator) for k in kernels]
+            spreads = [_spread(k, estimator) for k, _ in kernels]
+            kernels = [(k / s, d / s) for (k, d), s in zip(kernels, spreads, strict=True)]
         pairs = []
-        for v, k in enumerate(kernels):
-            for w in kernels[:v]:
+        for v, (k, k_dust) in enumerate(kernels):
+            for w, w_dust in kernels[:v]:
                 value = _hsic(k, w, estimator)
                 if normalize:
                     variance = _hsic(k, k, estimator), _hsic(w, w, estimator)
-                    degenerate = (variance[0] <= 0) | (variance[1] <= 0)
+                    nothing = [_counted(d, estimator).square().mean() for d in (k_dust, w_dust)]
+                    degenerate = (variance[0] <= nothing[0]) | (variance[1] <= nothing[1])
                     degenerate = degenerate & ~value.isnan()
                     product = (variance[0] * variance[1]).masked_fill(degenerate, 1)
                     value = (value / product.sqrt()).masked_fill(degenerate, 0)
@@ -286,36 +291,47 @@ def dependence(
     return torch.stack(total).sum().to(_loss_dtype(views[0][0]).dtype)
 
 
-def _sample_kernel(x: Tensor, kernel: str, bandwidth: float | None) -> Tensor:
-    """K (B, B) of the samples of x (B, *); in float64 where there is one, for HSIC subtracts
-    nearly equal numbers."""
-    rows = _loss_dtype(x.flatten(1) if x.dim() > 1 else x.unsqueeze(1))
+def _sample_kernel(x: Tensor, kernel: str, bandwidth: float | None) -> tuple[Tensor, Tensor]:
+    """K (B, B) of the samples of x (B, *), and what rounding leaves of an element that is 0; in
+    float64 where there is one, for HSIC subtracts nearly equal numbers."""
+    rows = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    rows = rows.float() if x.device.type == "mps" else rows.double()
+    rounded = _ROUNDED if rows.dtype == torch.float64 else 1e-4
     rows = rows - rows.mean(0)  # HSIC is the same, and less of it cancels
     gram = rows @ rows.T
-    gram = gram if gram.device.type == "mps" else gram.double()
+    norms = gram.detach().diagonal()
     if kernel == "linear":
-        return gram
+        return gram, rounded * torch.outer(norms, norms).sqrt()
     norms = gram.diagonal()
-    squared = norms.unsqueeze(1) + norms.unsqueeze(0) - 2 * gram
-    if bandwidth is not None:
-        return (-squared / (2 * bandwidth**2 * max(rows.shape[1], 1))).exp()
+    squared = norms.unsqueeze(1) + norms.unsqueeze(0)
+    dust = rounded * squared.detach()
+    squared = squared - 2 * gram
+    squared = squared.masked_fill(squared <= dust, 0)  # of identical samples
     i, j = torch.triu_indices(len(rows), len(rows), 1, device=x.device)
-    median = squared.detach()[i, j].median()
-    return (-squared / (2 * median.masked_fill(median == 0, 1))).exp()
+    width = squared.detach()[i, j].median()
+    width = width.masked_fill(width == 0, 1)
+    if bandwidth is not None:
+        width = torch.full_like(width, bandwidth**2 * max(rows.shape[1], 1))
+    k = (-squared / (2 * width)).exp()
+    return k, k.detach() * (dust / (2 * width) + rounded)
+
+
+def _counted(k: Tensor, estimator: str) -> Tensor:
+    """The elements that the estimator looks at."""
+    own = torch.eye(len(k), dtype=torch.bool, device=k.device)
+    return k.detach() if estimator == "biased" else k.detach()[~own]
 
 
 def _spread(k: Tensor, estimator: str) -> float:
     """How far the elements that count are from one another; 1 if that is nothing at all."""
-    own = torch.eye(len(k), dtype=torch.bool, device=k.device)
-    pairs = k.detach() if estimator == "biased" else k.detach()[~own]
+    pairs = _counted(k, estimator)
     spread = float(pairs.max() - pairs.min())
     return spread if not spread < 1e-290 else 1.0
 
 
 def _hsic(k: Tensor, l: Tensor, estimator: str) -> Tensor:  # noqa: E741
     batch = len(k)
-    # HSIC is the same, and that of a constant kernel exactly 0.
-    k, l = (m - m[0, 1].detach() for m in (k, l))  # noqa: E741
+    k, l = (_without_means(m, estimator) for m in (k, l))  # noqa: E741
     if estimator == "biased":
         h = torch.eye(batch, dtype=k.dtype, device=k.device) - 1 / batch
         return (k @ h @ l @ h).trace() / (batch - 1) ** 2
@@ -325,6 +341,19 @@ def _hsic(k: Tensor, l: Tensor, estimator: str) -> Tensor:  # noqa: E741
         + k.sum() * l.sum() / ((batch - 1) * (batch - 2))
         - 2 * (k @ l).sum() / (batch - 2)
     ) / (batch * (batch - 3))
+
+
+def _without_means(k: Tensor, estimator: str) -> Tensor:
+    """k_ij - a_i - a_j, of which HSIC is the same whatever the constants a are; with these, what it
+    sums is as small as can be, and of a kernel of such sums alone next to nothing."""
+    batch = len(k)
+    k = k - k[0, 1].detach()  # so that of a constant one nothing at all is left
+    if estimator == "biased":
+        means = k.detach().mean(1) - k.detach().mean() / 2
+    else:
+        hollow = k.detach() - k.detach().diagonal().diag()
+        means = hollow.sum(1) / (batch - 2) - hollow.sum() / (2 * (batch - 1) * (batch - 2))
+    return k - means.unsqueeze(0) - means.unsqueeze(1)
 
 
 def _norm(rows: Tensor) -> Tensor:

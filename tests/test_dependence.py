@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +16,7 @@ from conftest import (
     Impl,
     assert_layout,
     assert_same_bits,
+    cases,
     dtype_name,
     leaf,
     threads,
@@ -30,6 +31,7 @@ import imcl_fast
 from bench.shapes import R18_FEATURES
 from imcl_fast import dependence as module
 from imcl_fast import functional as F
+from imcl_fast import reference
 from imcl_fast.algebra import dependence as algebra
 from imcl_fast.kernels import dependence_plan, plan
 
@@ -117,10 +119,10 @@ def noise_of(views: Sequence[Sequence[Tensor]], truth: Result, **options) -> Res
             grams.append(g + SUM * unit(dtype) * (error + error.T) / 2**0.5 * (own + own.T) / 2)
         grams = torch.stack(grams).requires_grad_()
         kernel = module.KERNELS.index(options["kernel"])
-        kernels = algebra.kernels(grams.unflatten(0, (-1, len(views))), kernel, width is None)
-        values = algebra.hsic(kernels, module.ESTIMATORS.index(options["estimator"]))
+        kernels = algebra.kernels(grams.unflatten(0, (-1, len(views))), kernel, width is None, 0.0)
+        values = algebra.hsic(kernels.values, module.ESTIMATORS.index(options["estimator"]))
         if options["normalize"]:
-            values = algebra.cka(values)
+            values = algebra.cka(values, torch.zeros(()))
         pairs = len(views) * (len(views) - 1)
         loss = (values.sum() - values.diagonal(dim1=-2, dim2=-1).sum()) / pairs
         (d,) = torch.autograd.grad(loss, grams)
@@ -382,6 +384,75 @@ def test_constant_features_depend_on_nothing_in_any_batch(
                 assert not g.any() if options["normalize"] else (g.abs() <= 1e-6).all()
 
 
+def unlike_in_one(batch: int, generator: torch.Generator) -> Tensor:
+    """Features of which one sample has any, as after a ReLU."""
+    x = torch.zeros(batch, 24)
+    x[batch // 2] = torch.rand(24, generator=generator)
+    return x
+
+
+def all_as_unlike(batch: int, generator: torch.Generator) -> Tensor:
+    """Every sample has a feature of its own."""
+    return (0.5 + torch.rand((), generator=generator)) * torch.eye(batch)
+
+
+KERNELS_AND_WIDTHS = [(o["kernel"], o["bandwidth"]) for o in OPTIONS[::4]]
+
+
+@pytest.mark.parametrize(("kernel", "bandwidth"), KERNELS_AND_WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("make", [unlike_in_one, all_as_unlike])
+def test_a_kernel_that_has_no_variance_has_no_cka(
+    impl: Impl, make: Callable, dtype: torch.dtype, kernel: str, bandwidth: float | str
+) -> None:
+    """To the unbiased estimator. Divided by what rounding leaves of it, gradients were 1e16."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"kernel": kernel, "bandwidth": bandwidth, "normalize": True}
+    for batch in cases(impl, (4, 5, 6, 7, 12, 33, 64), 0):
+        x = leaf(make(batch, generator).to(impl.device, dtype))
+        y = leaf(torch.randn(batch, 7, generator=generator).to(impl.device, dtype))
+        z = leaf(make(batch, generator).to(impl.device, dtype))
+        for name, other in itertools.product((impl.name, "reference"), (y, z)):
+            loss = F.dependence(x, other, impl=name, **options)
+            assert loss.item() == 0, (batch, name)
+            assert not any(g.any() for g in torch.autograd.grad(loss, [x, other])), (batch, name)
+
+
+@pytest.mark.parametrize("kernel", module.KERNELS)
+def test_a_small_variance_is_one(impl: Impl, kernel: str) -> None:
+    """A thousandth of what all samples have in common: far above what rounding leaves."""
+    generator = torch.Generator().manual_seed(1)
+    part = torch.randn(2, 12, 5, generator=generator).cumsum(0)
+    x, y = (leaf((torch.cat([torch.eye(12), 1e-2 * p], 1)).to(impl.device)) for p in part)
+    got = F.dependence(x, y, kernel=kernel, normalize=True, impl=impl.name)
+    truth = F.dependence(x.double(), y.double(), kernel=kernel, normalize=True, impl="reference")
+    assert abs(truth.item()) > 0.05
+    assert got.item() == pytest.approx(truth.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("columns", [3, 40, 3000])
+def test_of_identical_samples_the_median_distance_is_0(
+    impl: Impl, columns: int, dtype: torch.dtype
+) -> None:
+    """And not what rounding leaves of it, in any implementation: of kernels from differences."""
+    generator = torch.Generator().manual_seed(columns)
+    for batch in cases(impl, (14, 16, 31), 0):
+        x = torch.randn(batch, columns, generator=generator)
+        x[batch // 7 :] = x[-1].clone()
+        x = x[torch.randperm(batch, generator=generator)].to(dtype)
+        y = torch.randn(batch, 2, generator=generator).to(dtype)
+        squared = (x.double().unsqueeze(1) - x.double()).square().sum(-1)
+        others = (y.double().unsqueeze(1) - y.double()).square().sum(-1)
+        pairs = torch.triu_indices(batch, batch, 1)
+        assert squared[pairs[0], pairs[1]].median() == 0
+        of_y = (-others / (2 * others[pairs[0], pairs[1]].median())).exp()
+        expected = reference._hsic((-squared / 2).exp(), of_y, "unbiased").item()
+        for name in (impl.name, "reference"):
+            got = F.dependence(x.to(impl.device), y.to(impl.device), impl=name)
+            assert got.item() == pytest.approx(expected, rel=1e-4), (batch, name)
+
+
 def test_a_dependence_is_not_lost_beside_variances(impl: Impl) -> None:
     """Linear HSIC grows with the scale of both sides, and a variance with the square of its own."""
     generator = torch.Generator().manual_seed(0)
@@ -633,6 +704,8 @@ X = torch.zeros(4, 3)
         (lambda: F.dependence(X, X, kernel="rbf"), ValueError, "kernel: expected one of linear"),
         (lambda: F.dependence(X, X, bandwidth="mean"), ValueError, "bandwidth: expected a number"),
         (lambda: F.dependence(X, X, bandwidth=0), ValueError, "bandwidth: expected a number in"),
+        (lambda: F.dependence(X, X, bandwidth=1e-170), ValueError, "bandwidth: expected a number"),
+        (lambda: F.dependence(X, X, bandwidth=1e160), ValueError, "bandwidth: expected a number"),
         (lambda: F.dependence(X, X, estimator="fair"), ValueError, "estimator: expected one of"),
         (lambda: F.dependence(X, X, normalize=1), TypeError, "normalize: expected a bool"),
         (lambda: F.view_dependence(X), TypeError, "views: expected a sequence of Tensors"),

@@ -11,11 +11,16 @@ unbiased  K_ii := 0, k = K 1, S = 1^T K 1;  HSIC(K, L) = <K~, L~>/(B(B - 3)),
 (Gretton et al. 2005; Song et al. 2012, JMLR 13:1393; in this form 1310.6101). So the HSIC of all
 pairs of V views is one product of V flattened matrices, and what is as large as X is read twice
 and written once (docs/math.md, "The gradient of dependence").
+
+G is of rounded sums. Identical samples may therefore be a little apart, and the variance HSIC(K, K)
+of a kernel that has none, as where but one sample isn't 0, a little above 0: CKA would divide by
+that. What is no larger than rounding leaves is taken for the 0 that it stands for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,13 +70,40 @@ def _rows(x: Tensor) -> Tensor:
     return rows.to(accumulation(rows.dtype))
 
 
-def kernels(grams: Tensor, kernel: int, median: bool) -> Tensor:
-    """Kernels (..., B, B) from Grams; ``median``: the width is the median squared distance."""
-    if kernel == LINEAR:
-        return grams
+class Kernels(NamedTuple):
+    """Attributes:
+    values: (..., B, B).
+    dust: as much as rounding may have left in each, a constant to autograd.
+    """
+
+    values: Tensor
+    dust: Tensor
+
+
+def rounding(xs: Sequence[Tensor]) -> float:
+    """How far elements of the Grams of xs may be off, relative to the norms of their two samples.
+    Errors of a sum of D products grow as the root of D; the factors were seen to be enough."""
+    unit = max(torch.finfo(accumulation(x.dtype)).eps for x in xs) / 2
+    columns = max(x[0].numel() for x in xs)
+    return unit * max(8.0, columns**0.5)
+
+
+def kernels(grams: Tensor, kernel: int, median: bool, rounding: float) -> Kernels:
+    """From Grams (..., B, B), as exact as ``rounding``; ``median``: the width is the median squared
+    distance."""
     norms = grams.diagonal(dim1=-2, dim2=-1)
-    distances = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * grams).clamp(min=0)
-    return (-distances / median_of_pairs(distances) if median else -distances).div(2).exp()
+    if kernel == LINEAR:
+        size = norms.detach().clamp(min=0).sqrt()
+        return Kernels(grams, rounding * size.unsqueeze(-1) * size.unsqueeze(-2))
+    distances = norms.unsqueeze(-1) + norms.unsqueeze(-2)
+    dust = rounding * distances.detach()
+    distances = distances - 2 * grams
+    distances = torch.where(distances <= dust, 0.0, distances)
+    if median:
+        width = median_of_pairs(distances)
+        distances, dust = distances / width, dust / width
+    values = (distances / -2).exp()
+    return Kernels(values, values.detach() * (dust / 2 + torch.finfo(values.dtype).eps))
 
 
 def median_of_pairs(distances: Tensor) -> Tensor:
@@ -98,33 +130,54 @@ def hsic(kernels: Tensor, estimator: int) -> Tensor:
     if estimator == BIASED:
         rows = kernels.mean(-1, keepdim=True)
         centred = kernels - rows - rows.mT + rows.mean(-2, keepdim=True)
-        count = (batch - 1) ** 2
     else:
         off_diagonal = 1 - torch.eye(batch, dtype=kernels.dtype, device=kernels.device)
         hollow = kernels * off_diagonal
         rows = hollow.sum(-1, keepdim=True) / (batch - 2)
         total = rows.sum(-2, keepdim=True) / (batch - 1)
         centred = (hollow - rows - rows.mT + total) * off_diagonal
-        count = batch * (batch - 3)
     flat = centred.flatten(-2)
-    return flat @ flat.mT / count
+    return flat @ flat.mT / _count(batch, estimator)
 
 
-def scaled(kernels: Tensor, estimator: int) -> Tensor:
-    """Kernels (..., B, B) of the same CKA, as large as 1: products of the variances of narrow ones
-    are too small for any number."""
+def scaled(kernels: Kernels, estimator: int) -> Kernels:
+    """Of the same CKA, as large as 1: products of the variances of narrow ones are too small for
+    any number."""
+    largest = _spread(kernels.values, estimator)
+    limits = torch.finfo(kernels.values.dtype)
+    largest = torch.where(largest < limits.tiny / limits.eps, 1.0, largest)
+    return Kernels(kernels.values / largest, kernels.dust / largest)
+
+
+def least_hsic(kernels: Kernels, estimator: int) -> Tensor:
+    """HSIC(K, K) (..., V) that rounding alone may leave, here and in ``hsic``."""
+    batch = kernels.values.shape[-1]
+    spread = _spread(kernels.values, estimator)
+    dust = kernels.dust + torch.finfo(spread.dtype).eps * spread
+    if estimator == UNBIASED:
+        dust = dust.clone()
+        dust.diagonal(dim1=-2, dim2=-1).zero_()
+    return dust.square().sum((-2, -1)) / _count(batch, estimator)
+
+
+def _spread(kernels: Tensor, estimator: int) -> Tensor:
+    """How far what counts is from a number, at most, (..., 1, 1)."""
     spread = (kernels - kernels[..., :1, 1:2]).detach().abs()
     if estimator == UNBIASED:
         spread.diagonal(dim1=-2, dim2=-1).zero_()
-    largest = spread.amax((-2, -1), keepdim=True)
-    limits = torch.finfo(kernels.dtype)
-    return kernels / torch.where(largest < limits.tiny / limits.eps, 1.0, largest)
+    return spread.amax((-2, -1), keepdim=True)
 
 
-def cka(hsic: Tensor) -> Tensor:
-    """HSIC_vw / sqrt(HSIC_vv HSIC_ww); 0, and its gradient, where one of these is not positive."""
+def _count(batch: int, estimator: int) -> int:
+    return (batch - 1) ** 2 if estimator == BIASED else batch * (batch - 3)
+
+
+def cka(hsic: Tensor, least: Tensor) -> Tensor:
+    """HSIC_vw / sqrt(HSIC_vv HSIC_ww) (..., V, V); 0, and its gradient, where one of these is not
+    above ``least`` (..., V)."""
     own = hsic.diagonal(dim1=-2, dim2=-1)
-    bad = (own <= 0).unsqueeze(-1) | (own <= 0).unsqueeze(-2)
+    none = own <= least
+    bad = none.unsqueeze(-1) | none.unsqueeze(-2)
     bad = bad & ~hsic.isnan()  # which one stays, also beside a side that is constant
     product = own.unsqueeze(-1) * own.unsqueeze(-2)
     ratio = hsic / torch.where(bad, 1.0, product).sqrt()
