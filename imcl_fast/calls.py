@@ -148,6 +148,9 @@ def consistency(
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the terms (2, H): cross entropies and KL."""
     stacks = _of_one_dtype(stacks)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # A teacher's under inference_mode, which autograd doesn't keep.
+        stacks = [z.clone() if z.is_inference() else z for z in stacks]
     dtype, device = stacks[0].dtype, stacks[0].device
     impl = implementations.choose(impl, "consistency", device, [dtype])
     if impl == "triton":

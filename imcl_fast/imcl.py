@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,9 +17,8 @@ from .dense_outputs import Resize
 from .heads import head_for
 from .imcl_consistency import HeadsConsistency
 from .imcl_output import IMCLOutput
-from .imcl_state import IMCLState
+from .imcl_state import WEIGHTS, IMCLState
 from .imcl_step import EPS, IMCLStep
-from .implementations import IMPLEMENTATIONS
 from .modes import evaluating
 from .schedule import Schedule, Turn
 from .sharding import KernelShare
@@ -28,7 +26,6 @@ from .taps import Tap, Tape
 from .unlearnt import HeadsMove
 from .watch import Watch, ran, zero
 
-WEIGHTS = ("output_weight", "multilayer_weight", "representation_weight", "kernel_weight")
 EVERY_WAY = Turn(0, 1, 1)  # of a call that is not on the schedule
 NO_CHANCE = 16  # calls in a row that no network leaves all layers out of at random
 
@@ -217,41 +214,26 @@ class IMCL(IMCLState):
     ) -> None:
         super().__init__()
         validation.module("model", model)
-        weights = (output_weight, multilayer_weight, representation_weight, kernel_weight)
-        for name, value in zip(WEIGHTS, weights, strict=True):
-            setattr(self, name, validation.number(name, value, low=0, high=math.inf))
-        if not validation.is_integer(views) or views < 2:
-            raise ValueError(f"views: expected an int of at least 2, got {views!r}")
-        self.views = int(views)
-        validation.choice("multilayer_teacher", multilayer_teacher, calls.TEACHERS)
-        validation.choice("representation_penalty", representation_penalty, calls.PENALTIES)
-        validation.choice("kernel_penalty", kernel_penalty, calls.PENALTIES)
-        validation.choice("impl", impl, IMPLEMENTATIONS)
-        self.center = validation.boolean("center", center)
-        shard_kernels = validation.boolean("shard_kernels", shard_kernels)
-        self.dropout = validation.number("dropout", dropout, low=0, high=1)
-        self.output_temperature = validation.number(
-            "output_temperature", output_temperature, low=0, high=math.inf, open_low=True
-        )
-        self.multilayer_temperature = validation.number(
-            "multilayer_temperature", multilayer_temperature, low=0, high=math.inf, open_low=True
-        )
+        self.output_weight = output_weight
+        self.multilayer_weight = multilayer_weight
+        self.representation_weight = representation_weight
+        self.kernel_weight = kernel_weight
+        self.views, self.dropout = views, dropout
+        self.output_temperature = output_temperature
+        self.multilayer_temperature = multilayer_temperature
         self.multilayer_teacher = multilayer_teacher
-        self.representation_penalty = representation_penalty
+        self.representation_penalty, self.center = representation_penalty, center
         self.kernel_penalty = kernel_penalty
-        self.label_smoothing = validation.number("label_smoothing", label_smoothing, low=0, high=1)
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.activation, self.criterion, self.impl = activation, criterion, impl
+        shard_kernels = validation.boolean("shard_kernels", shard_kernels)
         self._schedule = Schedule(
             validation.integer("representation_interval", representation_interval, low=1),
             validation.integer("kernel_interval", kernel_interval, low=1),
         )
-        self.impl = impl
-        self.criterion = validation.function("criterion", criterion)
         self._find_logits = validation.function("logits", logits)
 
         dense.check_class_dim(class_dim)
-        self.ignore_index = validation.integer("ignore_index", ignore_index)
-        validation.choice("activation", activation, calls.ACTIVATIONS)
-        self.activation = activation
         self.model = model
         trace = find.trace(
             model, example_input, logits, class_dim, criterion is not None, activation == "sigmoid"
@@ -271,11 +253,12 @@ class IMCL(IMCLState):
         self.classifier = choice.classifier
         self.heads = nn.ModuleList(head_for(trace, name) for name in choice.headed)
         self._head_of = {self.layers.index(name): i for i, name in enumerate(choice.headed)}
+        self._upstream = [trace.upstream(name, self.kernels) for name in self.layers]
         self._resize = trace.makers.get(choice.classifier or "", Resize())
         self._off = tuple(name for name in WEIGHTS if getattr(self, name) == 0)
         self._heads_move = HeadsMove()
         self._told_of_mask = self._told_of_plain = self._told_of_absent = False
-        self._told_of_heads = False
+        self._told_of_heads = self._told_of_frozen = False
         self._consistency = HeadsConsistency()
         self._tape = Tape()
         self._without_layers = 0  # calls in a row that have run none
@@ -425,18 +408,36 @@ class IMCL(IMCLState):
                 "IMCL: FSDP2 has the network, but not the auxiliary heads, whose gradients no "
                 "process averages with the others'. Call fully_shard on the whole IMCL before its "
                 "network first runs, or fully_shard(head, mesh=mesh) for each head of imcl.heads",
-                stacklevel=5,  # where the IMCL is called
+                stacklevel=6,  # where the IMCL is called
             )
 
     def _end(self, step: IMCLStep) -> None:
         """What is left to do when the network has run."""
         step.finish()
+        if step.without_gradient:
+            self._look_at_frozen(step)
         if step.kernels is not None:
             step.kernel = self._kernel_similarity(step.kernels, step.turn, step)
         if not len(set(step.ran)) == len(step.ran) == len(self._tapped):
             self._left_out(step.ran)
         elif self._without_layers:
             self._without_layers = 0
+
+    def _look_at_frozen(self, step: IMCLStep) -> None:
+        """Who freezes layers by no_grad expects that nothing moves them."""
+        if self._told_of_frozen or not self.kernel_weight or torch.compiler.is_compiling():
+            return
+        upstream = {path for i in step.without_gradient for path in self._upstream[i]}
+        found = [kernel_weights.locate(self.model, path)[0] for path in upstream]
+        if any(p.requires_grad for module in found for p in module.parameters()):
+            self._told_of_frozen = True
+            warnings.warn(
+                f"IMCL: the network runs {[self.layers[i] for i in step.without_gradient]} under "
+                "no_grad, so that nothing is learnt up to there; but way 4 compares weights "
+                "themselves, and moves those of convolutions all the same. Freeze them with "
+                "requires_grad_(False), or leave them out of kernels",
+                stacklevel=6,  # where the IMCL is called
+            )
 
     def _left_out(self, ran: Sequence[int | None]) -> None:
         """Layers may be, at random; anything else is another course than on the example."""
@@ -457,7 +458,7 @@ class IMCL(IMCLState):
                 f"IMCL: in this call the network left out {[self.layers[i] for i in absent]}, as "
                 "layerdrop does. What a call leaves out has no part in its ways 2 and 3, which are "
                 "means over the other layers",
-                stacklevel=5,  # where the IMCL is called
+                stacklevel=6,  # where the IMCL is called
             )
 
     def _objective(self, step: IMCLStep, target: Any, task: bool = True) -> IMCLOutput:
@@ -547,9 +548,21 @@ class IMCL(IMCLState):
     def representation_interval(self) -> int:
         return self._schedule.representation
 
+    @representation_interval.setter
+    def representation_interval(self, value: int) -> None:
+        interval = validation.integer("representation_interval", value, low=1)
+        self._schedule = Schedule(interval, self.kernel_interval, self._schedule.turn.position)
+
     @property
     def kernel_interval(self) -> int:
         return self._schedule.kernel
+
+    @kernel_interval.setter
+    def kernel_interval(self, value: int) -> None:
+        interval = validation.integer("kernel_interval", value, low=1)
+        self._schedule = Schedule(
+            self.representation_interval, interval, self._schedule.turn.position
+        )
 
     def get_extra_state(self) -> Tensor:
         """Where the schedule stands; a tensor, which every format of checkpoints can hold."""

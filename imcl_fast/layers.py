@@ -100,6 +100,17 @@ class Trace(NamedTuple):
         """Whether a module reads what another half of the network decodes."""
         return self.decodes and outputs.half(name) == "encoder"
 
+    def upstream(self, name: str, weights: Sequence[str]) -> list[str]:
+        """Of paths of weights, or of modules that have them, those that ran before a module was
+        done, in the same part of the network: its output is, as a rule, made with them."""
+        done = list(self.calls)
+        before = {name, *done[: done.index(name)]}
+        part = name.partition(".")[0]
+        return [
+            path for path in weights
+            if path.partition(".")[0] == part and before & {path, path.rpartition(".")[0]}
+        ]  # fmt: skip
+
     def of_batch(self, call: Call) -> bool:
         """Whether an output has a row for each sample, and not for each of its windows."""
         return self.batch is None or (call.output is not None and len(call.output) == self.batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import layers as find
 from . import outputs, validation
+from .checked import SHARE, WEIGHT, Checked, one_of
 from .imcl import IMCL
 from .imcl_output import IMCLOutput
 from .implementations import IMPLEMENTATIONS
@@ -71,7 +71,7 @@ pytree.register_pytree_node(
 )
 
 
-class QualityAgnostic(nn.Module):
+class QualityAgnostic(Checked):
     r"""Quality-agnostic training (QAD, arXiv 2309.05911) around an unmodified network.
 
     The same B samples, at V qualities, go through the network at once, and its representations
@@ -119,6 +119,8 @@ class QualityAgnostic(nn.Module):
     network for several qualities"), where ``ways`` with alpha 0 did.
     """
 
+    CHECKS = {"alpha": WEIGHT, "reduction": one_of(REDUCTIONS), "label_smoothing": SHARE}
+
     def __init__(
         self,
         model: nn.Module,
@@ -153,14 +155,11 @@ class QualityAgnostic(nn.Module):
                 "ways: expected an IMCL of softmax logits, as of the cross entropy here, got one "
                 f"with activation={ways.activation!r}"
             )
-        self.alpha = validation.number("alpha", alpha, low=0, high=math.inf)
-        validation.choice("reduction", reduction, REDUCTIONS)
+        self.alpha, self.reduction, self.label_smoothing = alpha, reduction, label_smoothing
         validation.choice("impl", impl, IMPLEMENTATIONS)
-        self.reduction = reduction
         self.dependence = ViewDependence(
             kernel=kernel, bandwidth=bandwidth, estimator=estimator, normalize=normalize, impl=impl
         )
-        self.label_smoothing = validation.number("label_smoothing", label_smoothing, low=0, high=1)
         self._find_logits = validation.function("logits", logits)
         self._rank = example_input.dim()
 

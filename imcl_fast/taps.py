@@ -88,6 +88,7 @@ class Step:
         self.keywords: Mapping[str, Any] = {}  # arguments of the network
         self.weights: dict[str, Tensor] = {}  # see kernel_weights
         self.waiting: list[_Waiting] = []
+        self.without_gradient: list[int] = []  # layers that ran under the network's own no_grad
         self.over = False  # the network has run, and taps hand over no more
         self.context = _autograd_context()
 
@@ -131,6 +132,8 @@ class Step:
                     "checkpointing pass use_reentrant=False to torch.utils.checkpoint, or "
                     "name as layers modules outside"
                 )
+            if layer is not None and torch.is_grad_enabled() and not features.requires_grad:
+                self.without_gradient.append(layer)
             if features.is_inference() and torch.is_grad_enabled():
                 features = features.clone()  # which autograd may keep
             with autocast:

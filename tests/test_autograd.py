@@ -277,6 +277,29 @@ def test_without_a_gradient(impl: Impl, kind: str, name: str) -> None:
         torch.testing.assert_close(loss, tracked.detach())
 
 
+@pytest.mark.parametrize("name", ["consistency", "binary", "representation", "dependence"])
+def test_a_teacher_may_be_of_inference_mode(impl: Impl, name: str) -> None:
+    """Beside what learns; autograd keeps no such tensors for a backward pass."""
+    functions = {
+        "consistency": lambda *z: F.collaborative_consistency(
+            z, torch.tensor([0, 2, 1, 0], device=impl.device), teacher="final",
+            ce_weight=[1.0, 0.0], impl=impl.name,
+        ),
+        "binary": lambda *z: F.collaborative_consistency(
+            z, (z[0].detach() > 0).float(), activation="sigmoid", teacher="final", impl=impl.name
+        ),
+        "representation": lambda *x: F.representation_similarity(
+            [each.unsqueeze(-1) for each in x], impl=impl.name
+        ),
+        "dependence": lambda *x: F.dependence(*x, impl=impl.name),
+    }  # fmt: skip
+    z = leaf(torch.randn(4, 5, device=impl.device))
+    with torch.inference_mode():
+        teacher = torch.randn(4, 5, device=impl.device)
+    got = torch.autograd.grad(functions[name](z, teacher), z)
+    assert_same_bits(got, torch.autograd.grad(functions[name](z, teacher.clone()), z))
+
+
 @pytest.mark.parametrize("kind,name", CASES, ids=NAMES)
 def test_gradient_flows_through_a_graph(impl: Impl, kind: str, name: str) -> None:
     """Into the tensors that the inputs were computed from, and out of what used the loss."""

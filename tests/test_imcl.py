@@ -493,6 +493,24 @@ def test_features_without_gradient_contribute_their_value(batch):
         torch.testing.assert_close(found[how], found["frozen"])
 
 
+def test_what_no_grad_freezes_and_way_4_moves_is_told(batch):
+    x, y = batch
+    imcl = build(PartlyFrozen("under no_grad"), x)
+    before = imcl.model.features[0].weight.clone()
+    with pytest.warns(UserWarning, match=r"runs \['features.2', .* under no_grad.*way 4"):
+        imcl(x, y).loss.backward()
+    assert imcl.model.features[0].weight.grad is not None and torch.equal(
+        before, imcl.model.features[0].weight
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        imcl(x, y)  # once
+        build(PartlyFrozen("frozen"), x)(x, y)
+        build(PartlyFrozen("in a checkpoint"), x)(x, y)
+        build(PartlyFrozen("under no_grad"), x, kernels=["features.8"])(x, y)
+        build(PartlyFrozen("under no_grad"), x, kernel_weight=0.0)(x, y)
+
+
 @pytest.mark.parametrize("segment", [12, 4])
 def test_a_classifier_alone_learns_on_a_frozen_network(batch, segment):
     x, y = batch

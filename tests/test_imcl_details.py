@@ -388,3 +388,46 @@ def test_a_constant_channel_beside_a_mask_is_dead_in_half_precision_too():
     mask = torch.ones(1, 1, 66003, dtype=torch.bool)
     mask[..., -2:] = False
     assert torch.linalg.vector_norm(x).isinf() and not padding.neutral(x, mask, True).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        ("output_weight", -1, 2), ("kernel_weight", float("nan"), 0.5), ("views", 1, 3),
+        ("representation_weight", "10", 0), ("dropout", 1.0, 0.0), ("output_temperature", 0, 3),
+        ("multilayer_temperature", -2.0, 1), ("multilayer_teacher", "all", "mean"),
+        ("representation_penalty", None, "abs"), ("center", 1, False),
+        ("kernel_penalty", "cube", "signed"), ("label_smoothing", 1, 0.1),
+        ("ignore_index", 1.5, 3), ("activation", "tanh", "sigmoid"), ("criterion", 3, None),
+        ("impl", "numpy", "torch"),
+    ],
+)  # fmt: skip
+def test_settings_are_checked_whenever_they_are_set(name, bad, good):
+    imcl = IMCL(Plain(), X)
+    before = getattr(imcl, name)
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
+        setattr(imcl, name, bad)
+    assert getattr(imcl, name) == before
+    setattr(imcl, name, good)
+    assert getattr(imcl, name) == good
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected "):
+        IMCL(Plain(), X, **{name: bad})
+
+
+def test_warnings_of_a_call_say_where_it_is():
+    """Of layers that are left out, and of such as run under no_grad."""
+
+    class Probe(Plain):
+        def forward(self, x):
+            with torch.no_grad():
+                h = self.features(x)
+            return self.fc(h.mean((2, 3)))
+
+    leaving = Leaving()
+    for model, skips in ((leaving, True), (Probe(), False)):
+        imcl = IMCL(model, X)
+        leaving.skip = skips
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            imcl(X, Y)
+        assert [each.filename for each in told] == [__file__]

@@ -39,7 +39,7 @@ LAYERS = [
     "implementations autograd",
     "operators",
     "kernels",
-    "algebra padding",
+    "algebra padding checked",
     "reference validation",
     "schedule taps modes tracing outputs residual dense dense_outputs build_facts schemas "
     "imcl_output machine dtypes",

@@ -249,6 +249,19 @@ def test_wrong_arguments_are_named(arguments: dict, named: str) -> None:
         QualityAgnostic(**{"model": Network().double(), "example_input": x[0], **arguments})
 
 
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [("alpha", -1, 2.0), ("reduction", "none", "mean"), ("label_smoothing", 1, 0.5)],
+)
+def test_settings_are_checked_whenever_they_are_set(name: str, bad: object, good: object) -> None:
+    x, _ = data(2)
+    qa = QualityAgnostic(Network().double(), x[0])
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        setattr(qa, name, bad)
+    setattr(qa, name, good)
+    assert getattr(qa, name) == good
+
+
 def test_the_ways_must_be_of_the_same_network() -> None:
     x, _ = data(2)
     with pytest.raises(ValueError, match="^ways: expected an IMCL around this very model"):

@@ -258,8 +258,21 @@ def test_intervals_are_whole_numbers(name):
             IMCL(FlatCNN(), X.float(), **{name: value})
     imcl = IMCL(FlatCNN(), X.float(), **{name: 3}, **only("output_weight"))
     assert getattr(imcl, name) == 3
-    with pytest.raises(AttributeError):
-        setattr(imcl, name, 4)
+    for value, error in ((0, ValueError), (2.0, TypeError)):
+        with pytest.raises(error, match=f"{name}: expected an int"):
+            setattr(imcl, name, value)
+    assert getattr(imcl, name) == 3
+
+
+def test_intervals_can_be_changed_between_steps():
+    """Where the schedule stands stays."""
+    imcl = build(FlatCNN().double(), X, representation_interval=2, kernel_interval=4, dropout=0.0)
+    assert computed(imcl, 3) == ["r", "k", "r"]
+    imcl.kernel_interval = 2
+    assert (imcl.representation_interval, imcl.kernel_interval) == (2, 2)
+    assert computed(imcl, 3) == ["k", "r", "k"]
+    imcl.representation_interval = imcl.kernel_interval = 1
+    assert computed(imcl, 2) == ["rk", "rk"]
 
 
 def test_a_period_has_an_end():
