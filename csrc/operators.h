@@ -2,12 +2,12 @@
 // into plain descriptions and call that device's kernels. csrc/registration.cpp registers them.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "torch_stable.h"
 
 namespace imcl {
 

@@ -1,7 +1,5 @@
 // The operators torch.ops.imcl_fast.*: their schemas, and which function serves which device.
 // Stable ABI only, so that one build serves every torch from 2.11 on.
-#include <torch/csrc/stable/library.h>
-
 #include "operators.h"
 
 // The overloads' name, LAYOUT of imcl_fast/schemas.py, which says why there is one.

@@ -2,15 +2,13 @@
 // serves every torch from 2.11 on.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <vector>
 
 #include "problem.h"
+#include "torch_stable.h"
 
 namespace imcl {
 

@@ -13,6 +13,7 @@ from strategies import TEACHERS
 from test_compile import features, labels, logits, weights
 
 from imcl_fast import calls, implementations, operators, schemas
+from imcl_fast import functional as F
 from imcl_fast.calls import DIVERGENCES
 
 # Gradients come from the autograd Functions: the operators themselves have none.
@@ -162,6 +163,20 @@ STATM = Path("/proc/self/statm")
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="no /proc to read how much memory there is")
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="PyTorch before 2.13 doesn't tell extensions what went wrong",
+)
+def test_a_tensor_that_finds_no_memory_says_what_pytorch_says() -> None:
+    """Scripts that look for a batch size search the message for it."""
+    z = torch.empty(1, 1).expand(1 << 24, 1 << 26).detach().requires_grad_()  # 4 PiB
+    with pytest.raises(RuntimeError, match="you tried to allocate") as raised:
+        F.collaborative_consistency(z, None, kl_weight=0.0, impl="cpp")
+    with pytest.raises(RuntimeError, match="you tried to allocate") as theirs:
+        torch.empty_like(z)
+    assert str(raised.value)[:20] == str(theirs.value)[:20]
+
+
 def test_a_large_call_gives_its_working_memory_back() -> None:
     def resident() -> int:
         return int(STATM.read_text().split()[1]) * resource.getpagesize()

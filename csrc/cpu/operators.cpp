@@ -1,8 +1,6 @@
 // The CPU implementations of torch.ops.imcl_fast.*: tensors become plain descriptions.
 #include "../operators.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
