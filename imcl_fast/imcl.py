@@ -167,7 +167,8 @@ class IMCL(IMCLState):
     which are means over the others; the first time a warning names it.
 
     Features without gradient, of frozen layers or under ``no_grad``, contribute their value
-    and learn nothing. Of ``kernels`` all learn whose parameters require a gradient. Weights
+    and learn nothing. Of ``kernels`` all learn whose parameters require a gradient, so freeze
+    layers by ``requires_grad_(False)``; a warning names those that ``no_grad`` freezes. Weights
     that each run makes anew, as pruning, weight and spectral normalisation do, are compared
     as this run made them.
 
