@@ -53,7 +53,8 @@ def _gram(m, means, tile, first, span, LAYOUT: tl.constexpr, C: tl.constexpr):
         columns = k + tl.arange(0, BLOCK)
         x = read(m, begin, columns, LAYOUT).to(C.acc)  # [TILE, BLOCK]
         shift = tl.sum(x, 0) / tl.minimum(m.n, _TILE).to(C.acc)
-        tl.store(means + columns, shift, mask=(columns < m.d) & (tile == 0))
+        # Not `& (tile == 0)`: of a scalar Triton's interpreter makes no bools, which 3.9 asks for.
+        tl.store(means + columns, shift, mask=tl.where(tile == 0, columns < m.d, False))
         if C.single:
             a = x - shift[None, :]
             b = a

@@ -75,10 +75,13 @@ def added_up(tile, parts, tickets, part, count, FAN: tl.constexpr):
         members = tl.minimum(left - group * FAN, FAN)
         if draws_last_ticket(tickets + group, members):
             tile = tl.zeros([ROWS, COLUMNS], tile.dtype)
+            every = tl.full([ROWS, COLUMNS], True, tl.int1)
             for i in tl.static_range(FAN):
                 # Past the first-level cache: other processors wrote them.
                 each = parts + (group * FAN + i) * apart + inside
-                tile += tl.load(each, mask=i < members, other=0.0, cache_modifier=".cg")
+                # Not `i < members`: of a scalar Triton's interpreter makes no mask of bools.
+                mask = tl.where(i < members, every, False)
+                tile += tl.load(each, mask=mask, other=0.0, cache_modifier=".cg")
             left = (left + FAN - 1) // FAN
             tickets += left
             part = group

@@ -98,6 +98,20 @@ if "triton" in INTERPRETED:
 
     interpreter.InterpreterBuilder.create_fma = _fma
 
+    def _of_bools(name: str, position: int) -> None:
+        """The interpreter's operation, which refuses masks of numbers, as all do from 3.9 on."""
+        operation = getattr(interpreter.InterpreterBuilder, name)
+
+        def strict(self, *args):
+            if args[position].data.dtype != bool:
+                raise TypeError(f"{name}: a mask of {args[position].data.dtype}")
+            return operation(self, *args)
+
+        setattr(interpreter.InterpreterBuilder, name, strict)
+
+    _of_bools("create_masked_load", 1)
+    _of_bools("create_masked_store", 2)
+
 
 def gpu_or_cpu(name: str) -> str:
     return "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
