@@ -180,8 +180,7 @@ struct GramRun {
       dx.emplace_back(dtype, t->out.reach);
       samples.push_back(
           {{dtype, 1, s.rows, s.columns, t->x.data(), t->in.batch, t->in.row, t->in.column,
-            dx.back().data(), t->out.batch, t->out.row, t->out.column, nullptr, 0},
-           t->scale,
+            dx.back().data(), t->out.batch, t->out.row, t->out.column, nullptr, t->scale},
            means.back().data(),
            grams.back().data()});
     }
