@@ -16,7 +16,7 @@ from types import ModuleType
 from zipfile import ZipFile
 
 import pytest
-from test_sanitizers import driver_jobs, kernel_jobs
+from test_sanitizers import compile_all, driver_jobs, kernel_jobs
 
 from imcl_fast import __version__, operators
 from imcl_fast.build_facts import BuildFacts
@@ -124,14 +124,29 @@ def test_a_wheel_for_others_serves_every_python_and_old_systems(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_clang_takes_the_sources() -> None:
-    clang = shutil.which("clang++")
-    if not clang:
-        pytest.skip("clang++ is not installed")
+@pytest.mark.parametrize("name", ["clang++", "g++-11"])
+def test_other_compilers_take_the_sources(name: str) -> None:
+    compiler = shutil.which(name)
+    if not compiler:
+        pytest.skip(f"{name} is not installed")
     needs_checkout()
-    for name, words in {**driver_jobs([]), **kernel_jobs()}.items():
-        said = run(clang, "-fsyntax-only", *words)
-        assert "error" not in said, f"{name}: {said}"
+    for job, words in {**driver_jobs([]), **kernel_jobs()}.items():
+        said = run(compiler, "-fsyntax-only", *words)
+        assert "error" not in said, f"{job}: {said}"
+
+
+@pytest.mark.slow
+def test_kernels_of_the_oldest_gcc_are_right(tmp_path: Path) -> None:
+    """It has another builtin for shuffles."""
+    compiler = shutil.which("g++-11")
+    if not compiler:
+        pytest.skip("g++-11 is not installed")
+    needs_checkout()
+    jobs = {**driver_jobs([]), **kernel_jobs(["-O1"])}
+    del jobs["own_scratch"]  # stands in for another one
+    program = tmp_path / "kernels"
+    run(compiler, "-pthread", *compile_all(compiler, tmp_path, jobs), "-o", program)
+    print(run(program, "7"))
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -63,15 +63,26 @@ IMCL_INLINE Vec<T> splat(T x) {
 }
 
 namespace detail {
+// The lanes I of a and, counted on from those of a, of b.
+template <int... I, class V>
+IMCL_INLINE V shuffle(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, I...);
+#else  // GCC before 12
+  using Index = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  typedef Index Indices __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Indices{I...});
+#endif
+}
+
 // v with its lanes rotated by Step, combined with v itself, until all lanes are alike.
 template <int Step, class T, class Op, std::size_t... I>
 IMCL_INLINE Vec<T> fold(Vec<T> v, const Op& op, std::index_sequence<I...> lanes) {
   if constexpr (Step == 0) {
     return v;
   } else {
-    return fold<Step / 2, T>(
-        op(v, __builtin_shufflevector(v, v, (static_cast<int>(I) + Step) % kLanes<T>...)), op,
-        lanes);
+    return fold<Step / 2, T>(op(v, shuffle<(static_cast<int>(I) + Step) % kLanes<T>...>(v, v)), op,
+                             lanes);
   }
 }
 
@@ -292,8 +303,8 @@ constexpr int butterfly(int i) {
 
 template <int Step, bool High, class V, std::size_t... I>
 IMCL_INLINE V interleave(V a, V b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(
-      a, b, butterfly<Step, High, static_cast<int>(sizeof...(I))>(static_cast<int>(I))...);
+  constexpr int lanes = sizeof...(I);
+  return shuffle<butterfly<Step, High, lanes>(static_cast<int>(I))...>(a, b);
 }
 
 template <int Step, class T>
