@@ -34,7 +34,7 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build/objects"
-KERNELS = "imcl_fast/kernels"  # a symbolic link
+KERNELS, LINKED = "imcl_fast/kernels", "../kernels"  # a symbolic link, and what it is to
 CUDA_SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 OPERATORS, BUILD_INFO = "imcl_fast._operators", "imcl_fast._build_info"
 
@@ -439,10 +439,10 @@ class SourceArchive(sdist):
         super().make_release_tree(base_dir, files)
         # setuptools follows the link; two copies of the kernels would go their own ways.
         link = Path(base_dir) / KERNELS
-        if link.is_symlink():  # of an archive that was interrupted
+        if link.is_symlink() or link.is_file():  # of an archive that was interrupted, or a ZIP
             link.unlink()
         shutil.rmtree(link, ignore_errors=True)
-        link.symlink_to(os.readlink(ROOT / KERNELS))
+        link.symlink_to(LINKED)
 
 
 def build_mode() -> str:

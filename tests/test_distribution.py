@@ -101,6 +101,32 @@ def test_what_is_built_of_the_source_distribution_works(archive: Path, tmp_path:
     assert said.splitlines()[1] == "0.0"
 
 
+def test_a_zip_of_github_s_is_installed(tmp_path: Path) -> None:
+    """What unpacks it with Python's zipfile, as pip does, makes a file of a link."""
+    needs_checkout()
+    tree, lib = tmp_path / "imcl_fast-main", tmp_path / "lib"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("imcl_fast", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tree)
+    link = tree / "imcl_fast/kernels"
+    assert str(link.readlink()) == "../kernels"
+    link.unlink()
+    link.write_text("../kernels")
+    without = {"PWD": str(tree), "IMCL_FAST_BUILD": "0"}
+    run(sys.executable, "setup.py", "-q", "build", "-b", lib, **without)
+    kernels = {path.name for path in (ROOT / "kernels").glob("*.py")}
+    assert {path.name for path in lib.glob("lib*/imcl_fast/kernels/*.py")} == kernels
+    run(sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target",
+        lib, "-e", tree, **without)  # fmt: skip
+    (finder,) = lib.glob("__editable__*_finder.py")
+    assert f"'imcl_fast.kernels': {str(tree / 'kernels')!r}" in finder.read_text()
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, **without)
+    with tarfile.open(tmp_path / f"{NAME}.tar.gz") as tar:
+        assert tar.getmember(f"{NAME}/imcl_fast/kernels").linkname == "../kernels"
+
+
 @pytest.mark.slow
 def test_a_wheel_for_others_serves_every_python_and_old_systems(tmp_path: Path) -> None:
     needs_checkout()
