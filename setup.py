@@ -27,6 +27,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # pip doesn't look where it isolates nothing
+    sys.exit(
+        f"imcl_fast: building needs setuptools 77 or later, and {setuptools.__version__} is "
+        "installed. Run `pip install --upgrade 'setuptools>=77'`."
+    )
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -103,10 +111,14 @@ def torch_folder() -> Path:
         if version and (int(version[1]), int(version[2])) >= OLDEST_TORCH:
             return place
         found = f"{version[1]}.{version[2]}" if version else "an unknown one"
+    if found == "none":
+        upgrade, why = "", "none is installed, or the build's isolated environment hides it"
+    else:
+        upgrade, why = "--upgrade ", f"{found} is installed"
     fail(
-        f"building needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, and {found} is "
-        "installed. Run `pip install --upgrade torch setuptools ninja pybind11`, then "
-        "`pip install --no-build-isolation .`."
+        "building needs the torch that it will run with, torch "
+        f"{'.'.join(map(str, OLDEST_TORCH))} or later, and {why}. Run `pip install {upgrade}torch "
+        "'setuptools>=77' ninja pybind11`, then `pip install --no-build-isolation .`."
     )
     raise AssertionError
 
@@ -148,8 +160,11 @@ def ninja_program() -> str:
 
 
 def jobs() -> int:
-    if os.environ.get("MAX_JOBS"):
-        return int(os.environ["MAX_JOBS"])
+    wanted = os.environ.get("MAX_JOBS")
+    if wanted:
+        if not wanted.isdecimal() or int(wanted) < 1:
+            fail(f"MAX_JOBS: expected a number from 1 on, got {wanted!r}.")
+        return int(wanted)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(os.cpu_count() or 1, memory // 2**30))  # a compiler takes under 1 GiB
 
@@ -383,8 +398,10 @@ def ninja_file(operators: Path, build_info: Path | None = None) -> str:
         libraries += f" -Wl,--version-script={word(csrc / 'portable.map')}"
     linked = [(operators, [*on_tensors, *kernels, *facts], libraries)]
     if build_info:
-        import pybind11
-
+        try:
+            import pybind11
+        except ImportError:
+            fail("pybind11 is not installed. Run `pip install pybind11`.")
         folders = pybind11.get_include(), sysconfig.get_path("include")
         python = " ".join(f"-isystem {word(folder)}" for folder in folders)
         info = compile_(csrc / "build_info.cpp", "build_info", python)

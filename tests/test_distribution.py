@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -273,14 +274,21 @@ def test_the_compiler_may_be_a_command_of_several_words(
 
 
 @pytest.mark.parametrize(
-    ("version", "said"), [("2.10.0", "2.10 is"), ("2.11.1+cpu", None), ("3.0.0", None)]
-)
-def test_a_torch_that_is_too_old_is_named(
-    build: ModuleType, version: str, said: str | None, tmp_path: Path,
+    ("version", "said"),
+    [
+        ("2.10.0", "2.10 is installed. Run `pip install --upgrade torch "),
+        ("2.11.1+cpu", None),
+        ("3.0.0", None),
+        (None, "none is installed, or the build's isolated environment hides it. Run `pip"),
+    ],
+)  # fmt: skip
+def test_a_torch_that_is_missing_or_too_old_is_named(
+    build: ModuleType, version: str | None, said: str | None, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch/version.py").write_text(f"__version__ = '{version}'\n")
+    if version:
+        (tmp_path / "torch/version.py").write_text(f"__version__ = '{version}'\n")
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     (tmp_path / "left over/torch").mkdir(parents=True)  # by an uninstall
     monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(
@@ -289,8 +297,45 @@ def test_a_torch_that_is_too_old_is_named(
     if said is None:
         assert build.torch_folder() == tmp_path / "torch"
     else:
-        with pytest.raises(SystemExit, match=f"torch 2.11 or later, and {said} installed"):
+        with pytest.raises(SystemExit, match=f"torch 2.11 or later, and {said}") as stop:
             build.torch_folder()
+        assert "`pip install --no-build-isolation .`" in str(stop.value)
+
+
+@pytest.mark.parametrize("version", ["65.5.0", "76.1"])
+def test_setuptools_too_old_for_the_project_s_file_are_named(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some lack what setup.py imports, and the others end in a traceback at the licence."""
+    needs_checkout()
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "__version__", version)
+    with pytest.raises(SystemExit, match=f"setuptools 77 or later, and {version} is installed"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_pybind11_that_is_missing_is_named(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMCL_FAST_BUILD", "cpu")
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    assert "_operators.so" in build.ninja_file(tmp_path / "_operators.so")  # which needs none
+    with pytest.raises(SystemExit, match="pybind11 is not installed. Run `pip install pybind11`"):
+        build.ninja_file(tmp_path / "_operators.so", tmp_path / "_build_info.so")
+
+
+@pytest.mark.parametrize("wanted", ["all", "2.5", "0", "-1", "\N{SUPERSCRIPT TWO}"])
+def test_a_number_of_jobs_that_is_none_is_refused(
+    build: ModuleType, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", wanted)
+    with pytest.raises(SystemExit, match=f"MAX_JOBS: expected a number from 1 on, got {wanted!r}"):
+        build.jobs()
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert build.jobs() == 3
+    monkeypatch.setenv("MAX_JOBS", "")
+    assert build.jobs() >= 1
 
 
 def test_facts_are_of_the_library_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
