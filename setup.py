@@ -4,9 +4,10 @@ build facts. The torch it is built beside need not know CUDA.
 
 IMCL_FAST_BUILD says what to build: ``auto`` (the default) the CPU kernels and, where nvcc works,
 the CUDA kernels; ``cuda`` both or nothing; ``cpu`` the CPU kernels only; ``0`` nothing. CXX names
-the compiler, MAX_JOBS how many of it run at once; one that compiles for another machine
-cross-builds the CPU kernels. nvcc is taken from CUDA_HOME, PATH or /usr/local/cuda;
-TORCH_CUDA_ARCH_LIST says for which GPUs it compiles, as for any PyTorch extension ("8.0;9.0+PTX").
+the compiler, CXXFLAGS and LDFLAGS what it is given after our own flags, MAX_JOBS how many of it
+run at once; one that compiles for another machine cross-builds the CPU kernels. nvcc is taken
+from CUDA_HOME, PATH or /usr/local/cuda; TORCH_CUDA_ARCH_LIST says for which GPUs it compiles, as
+for any PyTorch extension ("8.0;9.0+PTX").
 
 IMCL_FAST_PORTABLE=1 is for wheels that go to others: without the pybind11 module, the only part
 that is of one Python version, tagged for every Python 3, and for systems with an old glibc too.
@@ -131,6 +132,15 @@ def compiler() -> str:
         fail(f"no C++ compiler found ({shlex.join(wanted) or 'g++ or clang++'}). Install one, or "
              "set CXX.")
     return shlex.join([str(found), *wanted[1:]])
+
+
+def users_flags(variable: str) -> str:
+    """What the user adds to a command in a ninja file, after our own flags, so that it wins."""
+    try:
+        return shlex.join(shlex.split(os.environ.get(variable, ""))).replace("$", "$$")
+    except ValueError as error:  # quotes that nothing closes
+        fail(f"{variable}: {error}: {os.environ[variable]!r}.")
+        raise AssertionError from error
 
 
 def program_of(cxx: str) -> str:
@@ -322,11 +332,12 @@ def ninja_file(operators: Path, build_info: Path | None = None) -> str:
         f"cxxflags = {CXXFLAGS} -I{word(cpu)}"
         + f" -include {word(csrc / 'portable.h')}" * portable(),
         "rule compile",
-        "  command = $cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = $cxx $cxxflags $flags {users_flags('CXXFLAGS')} -MMD -MF $out.d -c $in "
+        "-o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx {shared} -o $out $in $libs",
+        f"  command = $cxx {shared} -o $out $in $libs {users_flags('LDFLAGS')}",
         # A library by name alone: what it defines is found when it is there.
         "rule name",
         "  command = $cxx -shared -nostdlib -Wl,-soname,$out -o $out -x c++ /dev/null",

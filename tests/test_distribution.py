@@ -338,6 +338,28 @@ def test_a_number_of_jobs_that_is_none_is_refused(
     assert build.jobs() >= 1
 
 
+def test_the_user_s_flags_come_after_ours(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("ninja") is None:
+        pytest.skip("ninja is not installed")
+    monkeypatch.setenv("IMCL_FAST_BUILD", "cpu")
+    monkeypatch.setenv("IMCL_FAST_PORTABLE", "1")
+    monkeypatch.setenv("CXXFLAGS", "-O1 '-DSAID=a $HOME & more'")
+    monkeypatch.setenv("LDFLAGS", "-Wl,-rpath,/nowhere")
+    (tmp_path / "build.ninja").write_text(build.ninja_file(tmp_path / "_operators.so"))
+    plan = run("ninja", "-n", "-v", "-C", tmp_path).splitlines()
+    (compile_,) = (shlex.split(line) for line in plan if "csrc/cpu/isa.cpp" in line)
+    assert compile_.index("-O1") > compile_.index("-O3")
+    assert "-DSAID=a $HOME & more" in compile_
+    (link,) = (shlex.split(line) for line in plan if "isa.o" in line and "-o" in line
+               and "_operators.so" in line)  # fmt: skip
+    assert "-Wl,-rpath,/nowhere" in link and "-O1" not in link
+    monkeypatch.setenv("CXXFLAGS", "'-O1")
+    with pytest.raises(SystemExit, match="CXXFLAGS: No closing quotation"):
+        build.ninja_file(tmp_path / "_operators.so")
+
+
 def test_facts_are_of_the_library_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module of another Python's build may lie beside it."""
     if operators.build_info is None:
