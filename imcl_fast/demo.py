@@ -13,17 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from . import data, implementations
 from .objectives import WAYS
 from .reports.paired import in_percent
-from .reports.table import text_table
 from .runs import flags
 from .runs.config import POSITIVE, SHARE, Range, TrainConfig
 from .runs.errors import Interrupted, TrainingError
-from .training.progress import Observer
-from .training.trainer import Trainer
+from .runs.extra import needed_by
+
+with needed_by("python -m imcl_fast.demo"):
+    from tqdm import tqdm
+
+    from .reports.table import text_table
+    from .training.progress import Observer
+    from .training.trainer import Trainer
 
 METHODS: dict[str, tuple[str, ...]] = {"cross entropy": (), "four ways": WAYS}
 TERMS = {
@@ -51,7 +55,11 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code (130 if interrupted)."""
     options = _parser().parse_args(arguments)
-    digits = data.load("digits")
+    try:
+        digits = data.load("digits")
+    except ImportError as error:
+        print(f"python -m imcl_fast.demo: {error}", file=sys.stderr)
+        return 2
     print(
         f"ResNet-18 shape, {options.width} to {8 * options.width} channels, on "
         f"scikit-learn's digits:\n{len(digits.train)} training images, a random "

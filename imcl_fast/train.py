@@ -19,9 +19,12 @@ from .runs.errors import (
     one_line,
     printable,
 )
+from .runs.extra import needed_by
 from .runs.folder import UnreadableRun
-from .training.progress import Console, summary_table
-from .training.trainer import Trainer
+
+with needed_by("imcl-train"):
+    from .training.progress import Console, summary_table
+    from .training.trainer import Trainer
 
 DESCRIPTION = (
     "Train a network with intra-model collaborative learning, or with what it is compared to. "

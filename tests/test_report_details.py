@@ -6,13 +6,16 @@ import csv
 import io
 import json
 import statistics
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
-from run_folders import write_run
+from run_folders import WAYS, write_run
 
 from imcl_fast import demo
 from imcl_fast.reports import charts, compare, html, inspect
+from imcl_fast.runs.extra import needed_by
 from imcl_fast.runs.folder import read_run
 
 
@@ -26,6 +29,49 @@ def test_times_and_memory_are_medians_and_a_run_counts_once(tmp_path, capsys):
         (row,) = csv.DictReader(file)
     assert (row["seeds"], row["seconds_per_step"]) == ("3", "0.02")
     assert float(row["peak_memory_bytes"]) == 300 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("train", "imcl-train"), ("reports.compare", "imcl-compare"),
+     ("reports.inspect", "imcl-inspect"), ("demo", "python -m imcl_fast.demo")],
+)  # fmt: skip
+def test_a_command_without_its_libraries_names_all_of_them_in_a_line(module, command):
+    program = f"""
+import runpy, sys
+sys.modules.update(tabulate=None, tqdm=None, sklearn=None)
+sys.argv[1:] = ["--help"]
+runpy.run_module("imcl_fast.{module}", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    start, _, packages = done.stderr.partition(": pip install ")
+    assert start == f"{command}: of the extra `train` not everything is installed"
+    assert {"tabulate", "tqdm", "scikit-learn"} <= set(packages.split())
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_is_missing_of_our_own_is_no_library(capsys):
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"), needed_by("imcl-train"):
+        import imcl_fast.no_such_module  # noqa: F401
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("library", ["scipy", "sklearn"])
+def test_a_library_that_is_missed_later_is_named_too(library, monkeypatch, tmp_path, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == library] + [library]:
+        monkeypatch.setitem(sys.modules, name, None)
+    if library == "scipy":
+        folders = [str(write_run(tmp_path / f"{name}{seed}", ways=ways, seed=seed))
+                   for name, ways in (("none", []), ("all", WAYS)) for seed in range(2)]
+        assert compare.main(folders) == 2
+        package, command = "scipy", "imcl-compare"
+    else:
+        assert demo.main([]) == 2
+        package, command = "scikit-learn", "python -m imcl_fast.demo"
+    said = capsys.readouterr().err
+    assert said.startswith(f"{command}: ") and said.endswith(f": pip install {package}\n")
+    assert said.count("\n") == 1
 
 
 def test_charts_of_means_have_deviations_and_bars_have_shares(monkeypatch):

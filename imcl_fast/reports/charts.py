@@ -65,7 +65,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingMatplotlib(
-            "charts need matplotlib, which isn't installed: pip install 'imcl_fast[train]'"
+            "charts need matplotlib, which isn't installed: pip install matplotlib"
         ) from error
 
 

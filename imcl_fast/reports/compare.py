@@ -13,13 +13,16 @@ from pathlib import Path
 
 from ..runs import files
 from ..runs.errors import DiskFullError, one_line
+from ..runs.extra import needed_by
 from ..runs.flags import Parser
 from ..runs.folder import Run, UnreadableRun, read_run
 from . import charts
 from .groups import Group, NotComparable, group
 from .page import page
 from .paired import deviation, in_percent, in_points
-from .table import number, show, text_table
+
+with needed_by("imcl-compare"):
+    from .table import number, show, text_table
 
 NOTE = (
     "Accuracies are of the last epoch unless it says best: mean +- standard deviation over "

@@ -23,10 +23,13 @@ from ..redundancy import profile
 from ..runs import files
 from ..runs.config import POSITIVE, Range
 from ..runs.errors import DiskFullError, one_line
+from ..runs.extra import needed_by
 from ..runs.flags import Parser, in_range
 from . import charts
 from .networks import Found, UnknownNetwork, find
-from .table import number, show, text_table
+
+with needed_by("imcl-inspect"):
+    from .table import number, show, text_table
 
 BATCH = 64  # images that CKA is estimated on at once
 HEAD = ["layer", "kind", "N x D", "mean |cos|", "mean cos^2", "Welch", "dead %", "eff. rank"]

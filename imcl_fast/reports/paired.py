@@ -31,8 +31,12 @@ def interval(values: Sequence[float]) -> Interval:
     mean, count = statistics.fmean(values), len(values)
     if count == 1:
         return Interval(mean, None, None, 1)
-    from scipy.special import stdtrit  # slow to import
-
+    try:
+        from scipy.special import stdtrit  # slow to import
+    except ImportError as error:
+        raise ImportError(
+            "the intervals of several seeds need scipy, which isn't installed: pip install scipy"
+        ) from error
     half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
     return Interval(mean, mean - half, mean + half, count)
 
