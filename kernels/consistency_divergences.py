@@ -21,6 +21,7 @@ from .consistency_tiles import (
     PAIRWISE,
     exponent,
     log_p_of,
+    named,
     sum_of,
     teacher_of,
     teacher_share,
@@ -53,7 +54,7 @@ def _log_mixture(tile, numbers, states):
     m = numbers.beta * tile.soft
     rest = numbers.rest / sum_of(numbers.kl)
     for i in tl.static_range(len(tile.z)):
-        log_p = log_p_of(tile.z[i], numbers.inverse_t, states[i])
+        log_p = log_p_of(tile.z[i], numbers.inverse_t, named(states[i]))
         m += tl.exp2(log_p) * (numbers.kl[i] * rest)
     return tl.log2(tl.where(m == 0, 1.0, m))
 
@@ -65,7 +66,7 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
     TEACHER: tl.constexpr = C.teachers[G]
     DIVERGENCE: tl.constexpr = C.divergences[G]
     N: tl.constexpr = len(tile.z)
-    log_p = log_p_of(tile.z[H], numbers.inverse_t, states[H])
+    log_p = log_p_of(tile.z[H], numbers.inverse_t, named(states[H]))
     p = tl.exp2(log_p)
     if DIVERGENCE == MIXTURE:
         log_m = _log_mixture(tile, numbers, states)
@@ -77,7 +78,7 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
         teacher = tl.zeros_like(p)
         for i in tl.static_range(N):
             if i != H:
-                log_q = log_p_of(tile.z[i], numbers.inverse_t, states[i])
+                log_q = log_p_of(tile.z[i], numbers.inverse_t, named(states[i]))
                 q = tl.exp2(log_q)
                 of_h = _parts(log_q, q, log_p, p, numbers, DIVERGENCE)
                 value += of_h[0]
@@ -89,7 +90,8 @@ def _of_head(tile, numbers, states, H: tl.constexpr, C: tl.constexpr, G: tl.cons
     else:
         u = teacher_of(tile, H, TEACHER)
         share = teacher_share(numbers.inverse_t, N, TEACHER)
-        log_q = exponent(u, states[H].teacher_top, share) - tl.log2(states[H].teacher)[:, None]
+        state = named(states[H])
+        log_q = exponent(u, state.teacher_top, share) - tl.log2(state.teacher)[:, None]
         q = tl.exp2(log_q)
         value, head, teacher = _parts(log_q, q, log_p, p, numbers, DIVERGENCE)
         return value, head, teacher, p, q

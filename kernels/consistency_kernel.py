@@ -68,6 +68,7 @@ from .consistency_tiles import (
     initial,
     into_teacher,
     merged,
+    named,
     pairwise_gradient,
     plain_gradient,
     sums_after,
@@ -184,12 +185,13 @@ def _absorb_heads(tile, numbers, states, C: tl.constexpr, G: tl.constexpr):
     """The states of all heads of a group after these classes."""
     N: tl.constexpr = C.groups[G][1]
     if N == 1 and C.divergences[G] != MIXTURE:
-        return (absorb_alone(tile, numbers, states[0], C, G),)
+        return (absorb_alone(tile, numbers, named(states[0]), C, G),)
     else:
-        risen = (states[0].top, states[0].top)
+        risen = (states[0][0], states[0][0])
         new = ()
         for i in tl.static_range(N):
-            state, risen = absorb(tile, numbers, states[i], (new + states)[0], risen, i, C, G)
+            state, first = named(states[i]), named((new + states)[0])
+            state, risen = absorb(tile, numbers, state, first, risen, i, C, G)
             new += (state,)
         return new
 
@@ -206,15 +208,15 @@ def _gradients_and_terms(
     TEACHER: tl.constexpr = C.teachers[G]
     zero = tl.zeros([C.samples], C.acc)
     risen = (zero, zero)
-    first = states[0]
+    first = named(states[0])
     ce_terms = ()
     kl_terms = ()
     for i in tl.static_range(N):
         dz = tl.zeros_like(tile.z[i])
         if N == 1:
-            state = absorb_alone(tile, numbers, states[i], C, G)
+            state = absorb_alone(tile, numbers, named(states[i]), C, G)
         else:
-            state, risen = absorb(tile, numbers, states[i], first, risen, i, C, G)
+            state, risen = absorb(tile, numbers, named(states[i]), first, risen, i, C, G)
             if i == 0:
                 first = state
             if not (TEACHER == FINAL and i == N - 1):
@@ -251,7 +253,7 @@ def _store_gradients(
     elif TAUGHT and not DETACH:
         for i in tl.static_range(HEADS_TAUGHT):
             kl = kl_scale * numbers.kl[i]
-            into += into_teacher(tile, inverse_t, states[i], kl, i, TEACHER)
+            into += into_teacher(tile, inverse_t, named(states[i]), kl, i, TEACHER)
     for i in tl.static_range(N):
         dz = tl.zeros_like(tile.z[i])
         kl = kl_scale * numbers.kl[i]
@@ -261,10 +263,10 @@ def _store_gradients(
             dz = pairwise_gradient(tile, numbers, states, toward, kl_scale, i, DETACH)
         elif TAUGHT:
             if i < HEADS_TAUGHT:
-                dz = taught_gradient(tile, inverse_t, states[i], kl, i, TEACHER)
+                dz = taught_gradient(tile, inverse_t, named(states[i]), kl, i, TEACHER)
             if not DETACH:
                 if TEACHER == OTHERS:
-                    mine = into_teacher(tile, inverse_t, states[i], kl, i, TEACHER)
+                    mine = into_teacher(tile, inverse_t, named(states[i]), kl, i, TEACHER)
                     dz += (into - mine) * (1.0 / (N - 1))
                 elif TEACHER == MEAN:
                     dz += into * (1.0 / N)
@@ -272,7 +274,7 @@ def _store_gradients(
                     dz += into
         if C.plain[G]:
             dz += plain_gradient(
-                tile, samples, numbers, states[i], scales[0] * numbers.ce[i], i, C, G
+                tile, samples, numbers, named(states[i]), scales[0] * numbers.ce[i], i, C, G
             )
         _write(gradients, samples.index, tile, dz, C.groups[G][0] + i, C)
 
@@ -352,7 +354,7 @@ def _group(
     kl_terms = ()
     for i in tl.static_range(N):
         ce_term, kl_term = _terms(
-            of_label if MIXED else z_y[i], samples, numbers, states[i],
+            of_label if MIXED else z_y[i], samples, numbers, named(states[i]),
             divergences[i][0] if OTHER else pairs[i], i, C, G,
         )  # fmt: skip
         ce_terms += (ce_term,)

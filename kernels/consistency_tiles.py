@@ -80,6 +80,14 @@ class Tile(NamedTuple):
 
 
 @triton.jit
+def named(state):
+    """One of a tuple of states, which in Triton 3.6 lose their names as they are added to it."""
+    return State(
+        state[0], state[1], state[2], state[3], state[4], state[5], state[6], state[7]
+    )  # fmt: skip
+
+
+@triton.jit
 def sum_of(tiles):
     total = tiles[0]
     for i in tl.static_range(1, len(tiles)):
@@ -325,29 +333,27 @@ def merged(sliced, numbers, C: tl.constexpr, G: tl.constexpr):
         of_head = ()
         for j in tl.static_range(8):
             of_head += (tl.reshape(sliced[i][j], [C.samples, C.slices]),)
-        of_head = State(
-            of_head[0], of_head[1], of_head[2], of_head[3], of_head[4], of_head[5], of_head[6],
-            of_head[7],
-        )  # fmt: skip
+        of_head = named(of_head)
         of += (of_head,)
         maxima += (of_head.top, of_head.teacher_top)
     tops = _parted(tl.max(_joined(maxima), 1), 2 * N)
     addends = ()
     for i in tl.static_range(N):
-        drop = of[i].top - tops[2 * i][:, None]
-        plain = of[i].plain * tl.exp2(drop * numbers.temperature)
-        tempered = of[i].tempered * tl.exp2(drop)
-        teacher, gap = of[i].teacher, of[i].gap
+        state = named(of[i])
+        drop = state.top - tops[2 * i][:, None]
+        plain = state.plain * tl.exp2(drop * numbers.temperature)
+        tempered = state.tempered * tl.exp2(drop)
+        teacher, gap = state.teacher, state.gap
         if TAUGHT:
-            rise = of[i].teacher_top - tops[2 * i + 1][:, None]
+            rise = state.teacher_top - tops[2 * i + 1][:, None]
             shrunk = tl.exp2(rise)
             gap = times(shrunk, gap + (rise - drop) * teacher)
             teacher = teacher * shrunk
         addends += (plain, tempered, teacher, gap)
         if C.summed[G]:
-            labels = of[i].labels
+            labels = state.labels
             addends += (
-                labels, of[i].label_exponent + times(labels, drop * numbers.temperature)
+                labels, state.label_exponent + times(labels, drop * numbers.temperature)
             )  # fmt: skip
     sums = _parted(tl.sum(_joined(addends), 1), EACH * N)
     states = ()
@@ -442,7 +448,7 @@ def _pairwise_sums(tile, inverse_t, states, weights):
     entropy = tl.zeros_like(tile.z[0])
     weighted = tl.zeros_like(tile.z[0])
     for i in tl.static_range(len(tile.z)):
-        log_p = log_p_of(tile.z[i], inverse_t, states[i])
+        log_p = log_p_of(tile.z[i], inverse_t, named(states[i]))
         p = tl.exp2(log_p)
         total += p
         entropy += times(p, log_p)
@@ -457,7 +463,7 @@ def add_toward(tile, numbers, states, toward):
     weight = sum_of(numbers.kl)
     new = ()
     for i in tl.static_range(len(tile.z)):
-        log_p = log_p_of(tile.z[i], numbers.inverse_t, states[i])
+        log_p = log_p_of(tile.z[i], numbers.inverse_t, named(states[i]))
         pull = times(tl.exp2(log_p), log_p * weight - weighted)
         new += (toward[i] + tl.sum(pull, 1),)
     return new
@@ -469,7 +475,7 @@ def add_pairwise(tile, numbers, states, divergences):
     total, entropy, _ = _pairwise_sums(tile, numbers.inverse_t, states, numbers.kl)
     new = ()
     for i in tl.static_range(len(tile.z)):
-        log_p = log_p_of(tile.z[i], numbers.inverse_t, states[i])
+        log_p = log_p_of(tile.z[i], numbers.inverse_t, named(states[i]))
         kl = entropy - times(total, log_p)
         new += (divergences[i] + tl.sum(kl, 1) * (LN_2 / (len(tile.z) - 1)),)
     return new
@@ -483,7 +489,7 @@ def pairwise_gradient(
     weights = numbers.kl
     others: tl.constexpr = len(tile.z) - 1
     total, _, weighted = _pairwise_sums(tile, numbers.inverse_t, states, weights)
-    log_p = log_p_of(tile.z[H], numbers.inverse_t, states[H])
+    log_p = log_p_of(tile.z[H], numbers.inverse_t, named(states[H]))
     p = tl.exp2(log_p)
     dz = times(weights[H], p - (total - p) * (1.0 / others))
     if not DETACH:
