@@ -25,6 +25,7 @@ from conftest import (
     usable,
 )
 from strategies import PENALTIES, TEACHERS, Heads, Matrices
+from test_sanitizers import check_symbols
 
 import imcl_fast
 from imcl_fast import functional as F
@@ -54,6 +55,16 @@ def test_there_are_levels() -> None:
     wanted = os.environ.get("IMCL_FAST_ISA")
     chosen = operators.build_info.isa_chosen()
     assert chosen == wanted if wanted else chosen in (LEVELS[0], best)
+
+
+def test_objects_define_nothing_that_two_levels_share() -> None:
+    """Those that this extension was linked of; see test_sanitizers."""
+    folder = Path(imcl_fast.__file__).parents[1] / "build/objects"
+    compiled = operators.build_info.isa_compiled() if operators.build_info else ()
+    objects = [path for isa in compiled for path in sorted(folder.glob(f"*_{isa}.o"))]
+    if not objects:
+        pytest.skip("no objects are left of the build: the extension was built elsewhere")
+    check_symbols(objects)
 
 
 @pytest.mark.parametrize("level", LEVELS)

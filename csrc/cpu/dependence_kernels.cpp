@@ -54,7 +54,7 @@ void partial_of(const Representation& s, int64_t first, int64_t count, void* par
     Acc* mean = static_cast<Acc*>(s.mean) + first + done;
     column_means(x, mean);
     const Source<T> source{x.x, x.row, x.column, nullptr, mean};
-    gram<Acc>(source, x.rows, x.columns, upper, padded_rows<Acc>(s), Parallel::serial(), done > 0);
+    gram<Acc>(source, x.rows, x.columns, upper, padded_rows<Acc>(s), one_thread(), done > 0);
   }
 }
 
@@ -119,7 +119,7 @@ void product_of(const Representation& s, int64_t first, int64_t count) {
     work.dx = static_cast<T*>(s.x.dx) + out.offset;
     work.dx_free = out.axis;
     work.free_count = x.columns;
-    work.run(Parallel::serial());
+    work.run(one_thread());
   }
 }
 

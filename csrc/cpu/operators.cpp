@@ -23,7 +23,7 @@ namespace {
 void run_parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
   const int64_t threads =
       std::min<int64_t>(count, static_cast<int64_t>(torch::stable::get_num_threads()));
-  if (threads <= 1) return Parallel::serial().run(count, body, context);
+  if (threads <= 1) return one_thread().run(count, body, context);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < count; i = next++) body(i, context);

@@ -29,7 +29,7 @@ struct Task {
 template <class Body>
 void schedule(const std::vector<Matrices>& layers, Penalty penalty, const Parallel& parallel,
               const Body& body) {
-  const Parallel serial = Parallel::serial();
+  const Parallel serial = one_thread();
   std::vector<Task> tasks;
   for (const Matrices& m : layers) {
     const double each = cost(m, penalty);

@@ -102,7 +102,7 @@ void gram_in_halves(const Matrix<T>& x, const AccOf<T>* mean, AccOf<T>* g, int64
     gram<E>(source, x.rows, part.columns, halves[half], padded, inner);
   };
   if (parallel.threads == 2) {
-    parallel(2, [&](int64_t half) { make(half, Parallel::serial()); });
+    parallel(2, [&](int64_t half) { make(half, one_thread()); });
   } else {
     for (int64_t half = 0; half < 2; ++half) make(half, parallel);
   }

@@ -40,13 +40,6 @@ struct Parallel {
   int threads;
   void (*run)(int64_t count, void (*body)(int64_t i, void* context), void* context);
 
-  // On the calling thread only, in order.
-  static IMCL_INLINE Parallel serial() {
-    return {1, [](int64_t count, void (*body)(int64_t, void*), void* context) {
-              for (int64_t i = 0; i < count; ++i) body(i, context);
-            }};
-  }
-
   template <class Body>
   IMCL_INLINE void operator()(int64_t count, const Body& body) const {
     run(
@@ -54,5 +47,16 @@ struct Parallel {
         const_cast<void*>(static_cast<const void*>(&body)));
   }
 };
+
+namespace {  // each object's own, or the linker could give all that which one ISA alone can run
+
+// On the calling thread only, in order.
+[[maybe_unused]] IMCL_INLINE Parallel one_thread() {
+  return {1, [](int64_t count, void (*body)(int64_t, void*), void* context) {
+            for (int64_t i = 0; i < count; ++i) body(i, context);
+          }};
+}
+
+}  // namespace
 
 }  // namespace imcl
