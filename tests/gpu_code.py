@@ -45,7 +45,7 @@ FORMS = {
     "primal": {"_gram", "_primal", "_shares"},
 }
 # Functions of the consistency's loops over labels, over what programs leave, and over samples.
-OF_LABELS, OF_PARTIALS = {"_add_weights", "_samples", "_class_weight"}, {"totals", "_finish"}
+OF_LABELS, OF_PARTIALS = {"add_weights", "read_samples", "class_weight"}, {"totals", "finish"}
 
 Line = tuple[str, int] | None  # file and number
 

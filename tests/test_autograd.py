@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bounds import unit
-from conftest import Impl, assert_same_bits, bits, dtype_name, leaf
+from conftest import Impl, assert_same_bits, bits, dtype_name, leaf, usable
 from strategies import PENALTIES, TEACHERS, Matrices, lay_out
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,8 +278,10 @@ def test_without_a_gradient(impl: Impl, kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["consistency", "binary", "representation", "dependence"])
-def test_a_teacher_may_be_of_inference_mode(impl: Impl, name: str) -> None:
+@pytest.mark.parametrize("by", ["cpp", "torch"])
+def test_a_teacher_may_be_of_inference_mode(by: str, name: str) -> None:
     """Beside what learns; autograd keeps no such tensors for a backward pass."""
+    impl = usable(Impl(by, "cpu"))
     functions = {
         "consistency": lambda *z: F.collaborative_consistency(
             z, torch.tensor([0, 2, 1, 0], device=impl.device), teacher="final",

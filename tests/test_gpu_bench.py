@@ -198,7 +198,8 @@ def test_the_tests_selected_for_a_gpu_pass_as_far_as_set_up_goes(selected: tuple
     # test_gpu.py alone finds nothing to run, for it asks torch itself.
     assert suite.failures(found) == ["test_gpu"] and found["test_gpu"]["exit"] == 5, log
     assert found["part 0 of 1"]["outcomes"]["passed"] > 10
-    assert len(kernels) < (600 if EVERY else 120), "too many kernels to compile in four minutes"
+    # 122 of few, since layers that learn beside frozen ones are a call of their own.
+    assert len(kernels) < (600 if EVERY else 125), "too many kernels to compile in four minutes"
 
 
 def test_what_is_not_for_a_gpu_is_not_selected(selected: tuple) -> None:

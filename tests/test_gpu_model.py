@@ -136,6 +136,16 @@ def _numbers(value: object, name: str = "") -> dict[str, float]:
     return {k: v for key, each in items for k, v in _numbers(each, f"{name} {key}").items()}
 
 
+def test_the_functions_that_loops_are_known_by_are_there() -> None:
+    """Loops are told apart by the names of the functions whose lines they are of."""
+    pytest.importorskip("triton")
+    import gpu_code
+
+    text = "\n".join(path.read_text() for path in (HERE.parent / "kernels").glob("*.py"))
+    for names in (*gpu_code.FORMS.values(), gpu_code.OF_LABELS, gpu_code.OF_PARTIALS):
+        assert not {name for name in names if f"\ndef {name}(" not in text}
+
+
 @pytest.mark.slow
 def test_the_code_is_what_triton_makes() -> None:
     """Else: python tests/gpu_code.py"""
