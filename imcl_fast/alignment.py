@@ -65,7 +65,8 @@ def alignment(
         layers = [layer for side in sides for layer in side.kernels(images)]
         kernels = algebra.Kernels(*map(torch.stack, zip(*layers, strict=True)))
         found = algebra.hsic(kernels.values, algebra.UNBIASED)
-        nothing = algebra.least_hsic(kernels, algebra.UNBIASED)
+        spread = algebra.spread(kernels.values, algebra.UNBIASED)
+        nothing = algebra.least_hsic(kernels, algebra.UNBIASED, spread)
         total = found if total is None else total + found
         least = nothing if least is None else least + nothing
     if total is None or least is None:

@@ -101,9 +101,10 @@ def kernels(grams: Tensor, kernel: int, median: bool, rounding: float) -> Kernel
     distances = torch.where(distances <= dust, 0.0, distances)
     if median:
         width = median_of_pairs(distances)
-        distances, dust = distances / width, dust / width
+        distances, dust = distances / width, dust.div_(width)
     values = (distances / -2).exp()
-    return Kernels(values, values.detach() * (dust / 2 + torch.finfo(values.dtype).eps))
+    dust = dust.div_(2).add_(torch.finfo(values.dtype).eps).mul_(values.detach())
+    return Kernels(values, dust)
 
 
 def median_of_pairs(distances: Tensor) -> Tensor:
@@ -143,29 +144,27 @@ def hsic(kernels: Tensor, estimator: int) -> Tensor:
 def scaled(kernels: Kernels, estimator: int) -> Kernels:
     """Of the same CKA, as large as 1: products of the variances of narrow ones are too small for
     any number."""
-    largest = _spread(kernels.values, estimator)
+    largest = spread(kernels.values, estimator)
     limits = torch.finfo(kernels.values.dtype)
     largest = torch.where(largest < limits.tiny / limits.eps, 1.0, largest)
     return Kernels(kernels.values / largest, kernels.dust / largest)
 
 
-def least_hsic(kernels: Kernels, estimator: int) -> Tensor:
-    """HSIC(K, K) (..., V) that rounding alone may leave, here and in ``hsic``."""
-    batch = kernels.values.shape[-1]
-    spread = _spread(kernels.values, estimator)
-    dust = kernels.dust + torch.finfo(spread.dtype).eps * spread
+def least_hsic(kernels: Kernels, estimator: int, spread: Tensor | float = 1.0) -> Tensor:
+    """HSIC(K, K) (..., V) that rounding alone may leave, here and in ``hsic``; ``spread`` is the
+    kernels', 1 of scaled ones."""
+    dust = kernels.dust + torch.finfo(kernels.values.dtype).eps * spread
     if estimator == UNBIASED:
-        dust = dust.clone()
         dust.diagonal(dim1=-2, dim2=-1).zero_()
-    return dust.square().sum((-2, -1)) / _count(batch, estimator)
+    return dust.square_().sum((-2, -1)) / _count(dust.shape[-1], estimator)
 
 
-def _spread(kernels: Tensor, estimator: int) -> Tensor:
+def spread(kernels: Tensor, estimator: int) -> Tensor:
     """How far what counts is from a number, at most, (..., 1, 1)."""
-    spread = (kernels - kernels[..., :1, 1:2]).detach().abs()
+    apart = (kernels - kernels[..., :1, 1:2]).detach().abs()
     if estimator == UNBIASED:
-        spread.diagonal(dim1=-2, dim2=-1).zero_()
-    return spread.amax((-2, -1), keepdim=True)
+        apart.diagonal(dim1=-2, dim2=-1).zero_()
+    return apart.amax((-2, -1), keepdim=True)
 
 
 def _count(batch: int, estimator: int) -> int:
