@@ -87,7 +87,7 @@ class CollaborativeConsistency(Function):
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # a gradient of the terms would be filled with zeros
         ctx.save_for_backward(*logits, *gradients)
-        ctx.implementation, ctx.stacks = implementation, len(logits)
+        ctx.implementation, ctx.stacks, ctx.unused = implementation, len(logits), [True]
         return loss, terms
 
     @staticmethod
@@ -99,7 +99,10 @@ class CollaborativeConsistency(Function):
         # (*samples, 1), or one number: without a dimension a GPU would round it to bfloat16 first,
         # and with one the CPU would make float32 of the gradient.
         scale = grad if grad.dim() == 0 and grad.device.type == "cpu" else grad.unsqueeze(-1)
-        scale_ = operators.scaling_of(ctx.implementation) if _is_last_use(grad) else None
+        scale_ = None
+        if _is_last_use(grad):
+            scale_ = operators.scaling_of(ctx.implementation)
+            _use_up(ctx.unused)
         with _without_grad():
             scaled = [_scaled(g, scale, logits[0].dtype, scale_) for g in gradients]
             dz = _as_stacks(scaled, logits)
@@ -147,6 +150,18 @@ class SampleGrams(Function):
 def _lie_otherwise(xs: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> bool:
     """Whether what was saved has come back in another order, as of save_on_cpu."""
     return [x.stride() for x in xs] != strides
+
+
+def _use_up(unused: list[bool]) -> None:
+    """Of threads that run backward through one graph at once, none of which keeps it, one may write
+    to what was saved; to the others PyTorch says the same, if it gets there in time."""
+    try:
+        unused.pop()  # atomic
+    except IndexError:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time: saved values are freed in the "
+            "first backward pass. Pass retain_graph=True to run several"
+        ) from None
 
 
 def _is_several(grad: Tensor) -> bool:

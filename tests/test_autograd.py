@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from bounds import unit
@@ -275,6 +277,38 @@ def test_without_a_gradient(impl: Impl, kind: str, name: str) -> None:
     for loss in (under_no_grad, under_inference, detached):
         assert not loss.requires_grad
         torch.testing.assert_close(loss, tracked.detach())
+
+
+@pytest.mark.parametrize("name", ["consistency", "representation"])
+def test_threads_that_run_backward_at_once_are_right_or_refused(name: str) -> None:
+    """Without retain_graph only one may; what it scales in place was the other's gradient."""
+    usable(Impl("cpp", "cpu"))
+    factor, errors = torch.tensor(2.0), []
+
+    def run(loss: Tensor, x: Tensor, ready: threading.Barrier, found: list) -> None:
+        ready.wait()
+        try:
+            found.append(torch.autograd.grad(loss, x, factor)[0].clone())
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    for _ in range(40):
+        if name == "consistency":
+            x = leaf(torch.randn(3, 64, 1000))
+            loss = F.collaborative_consistency(x, None, impl="cpp")
+        else:
+            x = leaf(torch.randn(8, 32, 16, 16))
+            loss = F.representation_similarity(x, impl="cpp")
+        (truth,) = torch.autograd.grad(loss, x, factor, retain_graph=True)
+        arguments = loss, x, threading.Barrier(2), []
+        both = [threading.Thread(target=run, args=arguments) for _ in range(2)]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
+        for gradient in arguments[-1]:
+            torch.testing.assert_close(gradient, truth)
+    assert all("graph a second time" in each or "freed" in each for each in errors), errors
 
 
 @pytest.mark.parametrize("name", ["consistency", "binary", "representation", "dependence"])
