@@ -110,4 +110,6 @@ def _kernel(output: Any) -> algebra.Kernels:
     """(B, B) float64."""
     first = cast(Tensor, outputs.first_tensor(output)).detach()
     grams, _ = algebra.gram_forward([first], [1.0])
-    return algebra.kernels(grams[0].double(), algebra.LINEAR, False, algebra.rounding([first]))
+    return algebra.kernels(
+        grams[0].double(), algebra.LINEAR, False, algebra.rounding([first], products=True)
+    )

@@ -173,8 +173,9 @@ def _dependence(
             scale = [1 / (width**2 * max(x[0].numel(), 1)) for x in xs]
         grams = _grams(implementations.dependence(impl), scale, xs)
         kernels = algebra.kernels(
-            grams.unflatten(0, (-1, views)), kind, width is None, algebra.rounding(xs)
-        )
+            grams.unflatten(0, (-1, views)), kind, width is None,
+            algebra.rounding(xs, products=impl == "torch"),
+        )  # fmt: skip
         if normalize:
             kernels = algebra.scaled(kernels, how)
         values = algebra.hsic(kernels.values, how)  # [L, V, V]

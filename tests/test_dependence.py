@@ -430,6 +430,20 @@ def test_a_small_variance_is_one(impl: Impl, kernel: str) -> None:
     assert got.item() == pytest.approx(truth.item(), rel=1e-2)
 
 
+@pytest.mark.parametrize("kernel", module.KERNELS)
+def test_a_variance_beside_a_long_sample_is_one(impl: Impl, kernel: str) -> None:
+    """Which through the mean is in all samples, and makes what rounding may leave larger."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 512 if impl.name == "torch" else 32_768, generator=generator)
+    y = x + 0.5 * torch.randn(x.shape, generator=generator)
+    x[0] *= 100
+    x, y = (leaf(each.to(impl.device)) for each in (x, y))
+    got = F.dependence(x, y, kernel=kernel, normalize=True, impl=impl.name)
+    truth = F.dependence(x.double(), y.double(), kernel=kernel, normalize=True, impl="reference")
+    assert abs(truth.item()) > 0.05
+    assert got.item() == pytest.approx(truth.item(), rel=0.1)  # rounding, but no 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
 @pytest.mark.parametrize("columns", [3, 40, 3000])
 def test_of_identical_samples_the_median_distance_is_0(

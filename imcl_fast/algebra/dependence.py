@@ -80,11 +80,13 @@ class Kernels(NamedTuple):
     dust: Tensor
 
 
-def rounding(xs: Sequence[Tensor]) -> float:
-    """How far elements of the Grams of xs may be off, relative to the norms of their two samples.
-    Errors of a sum of D products grow as the root of D; the factors were seen to be enough."""
+def rounding(xs: Sequence[Tensor], products: bool) -> float:
+    """How far elements of the Grams of xs may be off where they should be alike, relative to the
+    norms of their two samples. PyTorch's ``products`` sum the D numbers of each in an order of its
+    own, so that they differ by as much as such sums err, which grows as the root of D; the kernels
+    sum those of all in one. The factors were seen to be enough."""
     unit = max(torch.finfo(accumulation(x.dtype)).eps for x in xs) / 2
-    columns = max(x[0].numel() for x in xs)
+    columns = max(x[0].numel() for x in xs) if products else 1
     return unit * max(8.0, columns**0.5)
 
 
