@@ -308,7 +308,9 @@ def test_threads_that_run_backward_at_once_are_right_or_refused(name: str) -> No
             thread.join()
         for gradient in arguments[-1]:
             torch.testing.assert_close(gradient, truth)
-    assert all("graph a second time" in each or "freed" in each for each in errors), errors
+    # PyTorch itself says it, or that what was saved has been written to, if it gets there in time.
+    known = ("graph a second time", "modified by an inplace operation")
+    assert not [each for each in errors if not any(why in each for why in known)]
 
 
 @pytest.mark.parametrize("name", ["consistency", "binary", "representation", "dependence"])
